@@ -1,0 +1,138 @@
+"""Fine-tune a vision-language model on visual multiple-choice questions.
+
+    accelerate launch recipes/sft.py --config recipes/demo.yaml
+    accelerate launch recipes/sft.py --config recipes/qwen7b.yaml --learning_rate 1e-4
+
+Any field of the recipe can be given again on the command line. You will see the rows being read and checked, the loss
+and the validation metrics while it trains, and at the end what was saved in `output_dir`. The same command goes on
+where a killed run stopped. Mistakes in the recipe or the data end with exit code 2 before any weight is loaded.
+"""
+
+import os
+import sys
+
+# TRL and the Hub client send usage pings unless told not to; set the variable to 0 to send them.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from vqa_sft import run_folder
+from vqa_sft.config import Recipe, describe_fields, read_recipe
+from vqa_sft.data import load_examples
+from vqa_sft.errors import InputError, exits_with_message
+from vqa_sft.folds import hold_out
+
+
+@exits_with_message
+def main() -> None:
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(f"{__doc__}\nOur fields, beside those of trl.SFTConfig and trl.ModelConfig:\n{describe_fields()}")
+        return
+    is_main = os.environ.get("RANK", "0") == "0"
+
+    # The recipe and the data are checked before torch touches a device.
+    recipe = read_recipe(sys.argv[1:])
+    args, output_dir = recipe.arguments, recipe.values["output_dir"]
+    if run_folder.is_finished(output_dir) and not args.overwrite:
+        run_folder.prepare(output_dir, recipe.values, overwrite=False)  # complains about another recipe
+        print(f"{output_dir} is finished. Give --overwrite to train it again.")
+        return
+    train, validation, columns = load_data(recipe, check_images=args.check_images and is_main)
+    num_letters = max(len(choices) for part in (train, validation) if part for choices in part["choices"])
+    if is_main:
+        run_folder.prepare(output_dir, recipe.values, args.overwrite)
+
+    from accelerate import PartialState
+    from transformers import EarlyStoppingCallback
+
+    from vqa_sft import checkpoints, hub, launch, model as models
+    from vqa_sft.collator import AnswerCollator, TrainCollator
+    from vqa_sft.predictions import write_predictions
+    from vqa_sft.scoring import find_letter_ids
+    from vqa_sft.trainer import AnswerTrainer, predict_examples
+
+    launch.check_processes(use_cpu=bool(recipe.values.get("use_cpu")))
+    precision = models.choose_precision(recipe.values)
+    training_args, model_args = recipe.training_args(precision), recipe.model_args()
+    PartialState().wait_for_everyone()  # for the main process, which alone looks at every picture
+
+    # Model
+    trust = {"trust_remote_code": training_args.trust_remote_code}
+    processor = models.load_processor(
+        model_args.model_name_or_path,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        revision=model_args.model_revision,
+        **trust,
+    )
+    letter_ids = find_letter_ids(processor, num_letters)
+    model = models.load_model(model_args, precision, device_map=launch.device_map(), **trust)
+
+    # Trainer
+    callbacks = [checkpoints.MarkWholeCheckpoints()]
+    if args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+    trainer = AnswerTrainer(
+        model=model,
+        args=training_args,
+        peft_config=models.lora_config(model_args, model),
+        train_dataset=train,
+        eval_dataset=validation,
+        processing_class=processor,
+        data_collator=TrainCollator(
+            processor, args.prompts, num_letters, seed=training_args.seed, shuffle_choices=args.shuffle_choices
+        ),
+        eval_collator=AnswerCollator(processor, args.prompts, num_letters),
+        letter_ids=letter_ids,
+        loss_over=args.loss,
+        callbacks=callbacks,
+    )
+
+    # Train, from the last whole checkpoint if there is one
+    result = trainer.train(resume_from_checkpoint=checkpoints.last_whole_checkpoint(output_dir))
+
+    # Evaluate and save
+    metrics = {"train_loss": result.training_loss, "train_runtime_s": result.metrics["train_runtime"]}
+    if validation is not None:
+        predictions, validation_metrics = predict_examples(trainer, validation)
+        metrics |= validation_metrics
+    trainer.save_model(output_dir)
+    if trainer.is_world_process_zero():
+        if validation is not None:
+            predictions.metadata |= {"run": output_dir, "prompts_digest": args.prompts.digest, "split": "validation"}
+            write_predictions(f"{output_dir}/{run_folder.VALIDATION}", predictions)
+        run_folder.write_metrics(output_dir, metrics)
+        run_folder.describe(
+            output_dir,
+            values=recipe.values,
+            precision=precision,
+            num_letters=num_letters,
+            prompts=args.prompts,
+            columns=columns,
+            num_rows={"train": len(train), "validation": len(validation or [])},
+        )
+        hub.write_card(output_dir)
+        print(f"Saved to {output_dir}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+
+        # Push
+        if recipe.values.get("push_to_hub"):
+            try:
+                print(hub.push_run(output_dir, private=recipe.values.get("hub_private_repo")))
+            except InputError as error:  # the run is whole; that it was not pushed is no failure of it
+                print(f"warning: {error}", file=sys.stderr)
+
+
+def load_data(recipe: Recipe, check_images: bool) -> tuple:
+    """Training examples, validation examples or None, and the columns that were found."""
+    args = recipe.arguments
+    options = {"config": args.data_config, "columns": args.columns, "image_root": args.image_root}
+    options |= {"limit": args.limit, "check_images": check_images}
+    train, columns = load_examples(args.train_data, split=args.train_split, **options)
+    validation = None
+    if args.validation_data is not None:
+        validation, _ = load_examples(args.validation_data, split=args.validation_split, **options)
+    elif args.validation_fraction > 0:
+        train, validation = hold_out(train, args.validation_fraction, recipe.values.get("seed", 42))
+    return train, validation, columns
+
+
+if __name__ == "__main__":
+    main()

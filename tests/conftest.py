@@ -1,0 +1,59 @@
+import csv
+import os
+import random
+
+# Nothing in this suite may reach the network, and two processes on two cores must not fight over them.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+from families import save_family
+from PIL import Image, ImageDraw
+
+COLOURS = ("red", "green", "blue", "black")
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory):
+    """`families("llava")`: the folder of a tiny random model, built once a session."""
+    root, built = tmp_path_factory.mktemp("families"), {}
+
+    def folder(family):
+        if family not in built:
+            built[family] = str(save_family(family, root / family))
+        return built[family]
+
+    return folder
+
+
+def write_contest(folder, num_rows=24, seed=0):
+    """Squares of four colours as a contest's files: train.csv, test.csv, images/; returns the folder."""
+    rng = random.Random(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in range(num_rows):
+        choices = rng.sample(COLOURS, 4)
+        answer = rng.randrange(4)
+        path = f"images/{i:03d}.png"
+        picture = Image.new("RGB", (84 + 7 * (i % 3), 84), "white")
+        ImageDraw.Draw(picture).rectangle([20, 20, 60, 60], fill=choices[answer])
+        picture.save(folder / path)
+        rows.append({"id": f"row_{i:03d}", "path": path, "question": "Which colour has the square?"})
+        rows[-1] |= dict(zip("abcd", choices, strict=True)) | {"answer": "abcd"[answer]}
+    write_csv(folder / "train.csv", rows)
+    write_csv(folder / "test.csv", [{key: row[key] for key in row if key != "answer"} for row in rows])
+    write_csv(folder / "test_answers.csv", [{key: row[key] for key in ("id", "answer")} for row in rows])
+    return folder
+
+
+def write_csv(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def contest(tmp_path):
+    return write_contest(tmp_path / "contest")

@@ -1,0 +1,93 @@
+"""rows -> batch: rendered prompts, pixels, and the letter that answers each row.
+
+What a batch of two rows holds (T tokens of the longest prompt, L letters of the run):
+
+    input_ids, attention_mask, pixel_values, ...    whatever the model's processor makes of the prompts
+    answer_positions   (B,)     index of the last prompt token: the logits there belong to the letter
+    answers            (B,)     index of the letter that answers the row, -1 where the answer is not known
+    num_choices        (B,)     how many of the L letters the row uses
+    orders             (B, L)   orders[b, i] = choice under letter i; beyond num_choices the identity
+
+The prompt ends where the letter begins, so the letter needs no place in the input, and what is scored in training is
+byte for byte what is scored in prediction: both render with `render_prompt`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import ProcessorMixin
+
+from vqa_sft.data import open_image
+from vqa_sft.mcq import choice_to_letter, draw_order, identity_order
+from vqa_sft.prompts import Prompts, render_messages
+
+# Keys of a batch that are ours and not the model's.
+TARGET_KEYS = ("answer_positions", "answers", "num_choices", "orders")
+
+
+def render_prompt(processor: ProcessorMixin, row: dict, order: Sequence[int], prompts: Prompts) -> str:
+    """The text that the model reads before it answers, generation prompt included."""
+    messages = render_messages(row["question"], row["choices"], order, len(row["images"]), prompts)
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+class AnswerCollator:
+    """For evaluation and prediction: every choice under its own letter.
+
+    `num_letters` is fixed for a run, so that letter logits of all batches and processes have one shape.
+    """
+
+    def __init__(self, processor: ProcessorMixin, prompts: Prompts, num_letters: int) -> None:
+        self.processor = processor
+        self.prompts = prompts
+        self.num_letters = num_letters
+
+    def order(self, row: dict) -> tuple[int, ...]:
+        return identity_order(len(row["choices"]))
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        orders = [self.order(row) for row in rows]
+        texts = [
+            render_prompt(self.processor, row, order, self.prompts) for row, order in zip(rows, orders, strict=True)
+        ]
+        images = [[open_image(image) for image in row["images"]] for row in rows]
+        bos = self.processor.tokenizer.bos_token
+        batch = self.processor(
+            text=texts,
+            images=images if any(images) else None,
+            padding=True,
+            return_tensors="pt",
+            # Some templates write the beginning-of-sequence token themselves; twice would be a different prompt.
+            add_special_tokens=not (bos and texts[0].startswith(bos)),
+        )
+        num_tokens = torch.arange(batch["input_ids"].shape[1])
+        return {
+            **batch,
+            # The last real token, whichever side is padded.
+            "answer_positions": (batch["attention_mask"] * num_tokens).argmax(dim=1),
+            "answers": torch.tensor([self.answer_letter(row, order) for row, order in zip(rows, orders, strict=True)]),
+            "num_choices": torch.tensor([len(order) for order in orders]),
+            "orders": torch.tensor([order + identity_order(self.num_letters)[len(order) :] for order in orders]),
+        }
+
+    @staticmethod
+    def answer_letter(row: dict, order: Sequence[int]) -> int:
+        return -1 if row["answer"] is None else choice_to_letter(row["answer"], order)
+
+
+class TrainCollator(AnswerCollator):
+    """For training: with `shuffle_choices`, an order drawn for every row and epoch."""
+
+    def __init__(
+        self, processor: ProcessorMixin, prompts: Prompts, num_letters: int, *, seed: int, shuffle_choices: bool = True
+    ) -> None:
+        super().__init__(processor, prompts, num_letters)
+        self.seed = seed
+        self.shuffle_choices = shuffle_choices
+        # Shared memory, because workers that are already running must see the new epoch.
+        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def order(self, row: dict) -> tuple[int, ...]:
+        if not self.shuffle_choices:
+            return super().order(row)
+        return draw_order(len(row["choices"]), self.seed, int(self.epoch), row["id"])

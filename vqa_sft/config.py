@@ -1,0 +1,384 @@
+"""The fields of a recipe and their checks. Reading and checking loads no torch until a training field is named.
+
+A recipe is one yaml: our fields (`RecipeArguments`), TRL's model fields (`ModelConfig`) and its training fields
+(`SFTConfig`), in one flat mapping; any of them can be given again on the command line. TRL's own parser checks
+neither types nor choices of yaml values and drops duplicate keys, so the mapping is checked here before anything is
+built from it.
+"""
+
+import difflib
+import enum
+import os
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vqa_sft.data import Columns
+from vqa_sft.errors import InputError
+from vqa_sft.prompts import Prompts
+
+
+def _help(text: str, **kwargs: Any) -> Any:
+    return field(metadata={"help": text}, **kwargs)
+
+
+@dataclass
+class RecipeArguments:
+    """Our own fields; model and data have no default."""
+
+    train_data: str = _help("CSV file, folder of a saved dataset, or Hub dataset to train on.")
+    train_split: str = _help("Split of a Hub dataset to train on.", default="train")
+    validation_data: str | None = _help("Like train_data, for validation.", default=None)
+    validation_split: str = _help("Split of a Hub dataset to validate on.", default="validation")
+    validation_fraction: float = _help(
+        "Share of the training rows held out for validation when there is no validation_data; 0: none.", default=0.0
+    )
+    data_config: str | None = _help("Configuration (subset) of a Hub dataset.", default=None)
+    image_root: str | None = _help(
+        "Folder that picture paths are relative to and stay in; default: the CSV's folder.", default=None
+    )
+    id_column: str = _help("Column with the id.", default="id")
+    image_column: str | None = _help("Column with the picture; default: path or image.", default=None)
+    question_column: str = _help("Column with the question.", default="question")
+    choice_columns: list[str] | None = _help("Columns with the choices; default: a, b, c, ...", default=None)
+    answer_column: str = _help("Column with the answer.", default="answer")
+    limit: int | None = _help("Use only the first rows, to try a recipe out.", default=None)
+    check_images: bool = _help("Decode every picture before the model is loaded.", default=True)
+
+    min_pixels: int | None = _help(
+        "Smallest width x height of a picture, for models that keep its shape.", default=None
+    )
+    max_pixels: int | None = _help("Largest width x height of a picture, for models that keep its shape.", default=None)
+    system_prompt: str = _help("System text; empty: the model's own.", default=Prompts.system)
+    user_prompt: str = _help("User text with {question} and {choices}.", default=Prompts.user)
+    choice_prompt: str = _help("One line of {choices}, with {letter} and {text}.", default=Prompts.choice)
+
+    loss: Literal["letters", "vocabulary"] = _help(
+        "Cross-entropy over the row's own letters, or over the whole vocabulary.", default="letters"
+    )
+    shuffle_choices: bool = _help("Draw a new order of the choices for every row and epoch.", default=True)
+    global_batch_size: int | None = _help(
+        "Rows per optimiser step over all processes; accumulation follows from it.", default=None
+    )
+    early_stopping_patience: int | None = _help("Stop after so many evaluations without a better one.", default=None)
+    overwrite: bool = _help("Delete an earlier run in output_dir first.", default=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation_fraction <= 0.5:
+            raise InputError(f"validation_fraction must lie between 0 and 0.5; got {self.validation_fraction}.")
+        for name in ("limit", "min_pixels", "max_pixels", "global_batch_size", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1; got {value}.")
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise InputError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}.")
+        self.prompts  # noqa: B018  raises for a template without its placeholders
+
+    @property
+    def columns(self) -> Columns:
+        choices = tuple(self.choice_columns) if self.choice_columns else None
+        return Columns(self.id_column, self.image_column, self.question_column, choices, self.answer_column)
+
+    @property
+    def prompts(self) -> Prompts:
+        return Prompts(system=self.system_prompt, user=self.user_prompt, choice=self.choice_prompt)
+
+
+# Where we differ from TRL's and transformers' defaults.
+DEFAULTS = {
+    "use_peft": True,
+    "lora_dropout": 0.0,  # a third of the activations' memory for nothing that was measured
+    "dtype": None,  # follows the precision, see model.choose_precision
+    "report_to": "none",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "dataloader_num_workers": 2,
+    # Every trainable weight takes part in every row, so DDP need not search; TRL turns the search on for pictures.
+    "ddp_find_unused_parameters": False,
+    "restore_callback_states_from_checkpoint": True,  # else early stopping forgets its patience on resume
+}
+VALIDATION_DEFAULTS = {
+    "eval_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "nll",
+    "greater_is_better": False,
+}
+# What the collator and the trainer rely on.
+FIXED = {"remove_unused_columns": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+REFUSED = {
+    "label_smoothing_factor": "it trains the wrong token on vision models; it is no field of ours yet",
+    "packing": "pictures cannot be packed here yet",
+    "padding_free": "pictures cannot be packed here yet",
+    "assistant_only_loss": "only the answer letter is supervised, always",
+    "completion_only_loss": "only the answer letter is supervised, always",
+    "loss_type": "use `loss: letters` or `loss: vocabulary`",
+    "use_liger_kernel": "it replaces the forward that keeps only the answer position",
+    "lora_task_type": "it is always CAUSAL_LM",
+    "model_init_kwargs": "use the model fields themselves (dtype, attn_implementation, load_in_4bit, ...)",
+    "max_length": "a prompt is never cut; limit pictures with max_pixels",
+    "remove_unused_columns": "the collator needs all columns",
+    "dataset_kwargs": "prompts are rendered in the collator",
+    "auto_find_batch_size": "it would change the global batch in silence",
+}
+
+
+@dataclass
+class Recipe:
+    """A checked recipe: what the user gave (`values`), and what is built from it."""
+
+    values: dict[str, Any]
+    arguments: RecipeArguments
+
+    def model_args(self) -> Any:
+        """TRL's ModelConfig."""
+        from trl import ModelConfig
+
+        return _build(ModelConfig, DEFAULTS | self.values)
+
+    def training_args(self, precision: str) -> Any:
+        """TRL's SFTConfig for "bf16", "fp16" or "fp32"; initialises the device and the process group."""
+        from trl import SFTConfig
+
+        values = DEFAULTS | (VALIDATION_DEFAULTS if self.validates else {}) | self.values | FIXED
+        values |= {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+        values |= {"push_to_hub": False}  # ours, after the run is saved: a failed push must not lose it
+        if self.arguments.global_batch_size is not None:
+            micro_batch = values.get("per_device_train_batch_size", 8)
+            values["gradient_accumulation_steps"] = self.arguments.global_batch_size // (micro_batch * _num_processes())
+        return _build(SFTConfig, values)
+
+    @property
+    def validates(self) -> bool:
+        return self.arguments.validation_data is not None or self.arguments.validation_fraction > 0
+
+
+def read_recipe(argv: list[str]) -> Recipe:
+    """The recipe named by `--config FILE`, overridden by `--key value`, checked. Raises InputError."""
+    given = _read_command_line(argv)
+    path = given.pop("config", None)
+    values = _read_yaml(path[-1]) if path else {}
+    known = _known_fields()
+    for name, tokens in given.items():
+        values[name] = _from_tokens(name, tokens, known)
+    values = {name: _checked(name, value, known) for name, value in values.items()}
+    for required in ("model_name_or_path", "train_data", "output_dir"):
+        if not values.get(required):
+            raise InputError(f"`{required}` is not set. Set it in the recipe or give --{required}.")
+    recipe = Recipe(values, _build(RecipeArguments, values))
+    _check_combinations(recipe)
+    return recipe
+
+
+def _read_command_line(argv: list[str]) -> dict[str, list[str]]:
+    """`--key value ...`, `--key=value` and a bare `--flag` (true), as text."""
+    given: dict[str, list[str]] = {}
+    name = None
+    for token in argv:
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            name = name.replace("-", "_")
+            given[name] = [value] if equals else []
+        elif name is None:
+            raise InputError(f"expected --key value; got {token!r}. Name the recipe with --config.")
+        else:
+            given[name].append(token)
+    return given
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise InputError(f"{', '.join(map(repr, sorted(twice)))} stands more than once in the recipe. Keep one.")
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise InputError(f"no such recipe: {path}.")
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold `key: value` lines; got {type(values).__name__}.")
+    return values
+
+
+def _known_fields() -> dict[str, tuple[Any, list | None]]:
+    """Every field of a recipe: its type and, where it has them, its choices."""
+    from trl import ModelConfig, SFTConfig
+
+    known = {}
+    for kind in (SFTConfig, ModelConfig, RecipeArguments):
+        hints = typing.get_type_hints(kind)
+        for spec in fields(kind):
+            if spec.init:
+                known[spec.name] = (hints[spec.name], spec.metadata.get("choices"))
+    return known
+
+
+def _from_tokens(name: str, tokens: list[str], known: dict) -> Any:
+    """A value from the command line: the first reading of the text that fits the field."""
+    if not tokens:
+        return True
+    hint = known.get(name, (Any, None))[0]
+    texts = [yaml.safe_load(token) for token in tokens]
+    readings = [texts[0], tokens[0]] if len(tokens) == 1 else []
+    readings += [texts, tokens]
+    return next((value for value in readings if _fits(value, hint)), readings[0])
+
+
+def _checked(name: str, value: Any, known: dict) -> Any:
+    """`value`, in the type of its field. Raises InputError for unknown keys, wrong types and wrong choices."""
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        raise InputError(f"unknown key `{name}`." + (f" Did you mean `{near[0]}`?" if near else ""))
+    if name in REFUSED:
+        raise InputError(f"`{name}` cannot be set: {REFUSED[name]}.")
+    hint, choices = known[name]
+    if value is False and not _fits(value, hint) and _fits("no", hint):
+        value = "no"  # YAML reads a bare `no` as False
+    if not _fits(value, hint):
+        raise InputError(f"`{name}` must be {_describe(hint)}; got {value!r}.")
+    if choices and value is not None and value not in choices:
+        raise InputError(f"`{name}` must be one of {', '.join(map(str, choices))}; got {value!r}.")
+    # YAML 1.1 reads 2e-4 as text, because it has no dot.
+    if isinstance(value, str) and float in _members(hint) and str not in _members(hint):
+        return float(value)
+    return value
+
+
+def _members(hint: Any) -> tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from YAML may stand in a field of this type."""
+    members = _members(hint)
+    enums = [kind for kind in members if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+    if enums:  # such fields are annotated `Enum | str` and mean the names of the enum
+        return value in [item.value for kind in enums for item in kind] or (value is None and type(None) in members)
+    return any(_fits_one(value, kind) for kind in members)
+
+
+def _fits_one(value: Any, kind: Any) -> bool:
+    origin = typing.get_origin(kind) or kind
+    if kind is Any:
+        return True
+    if origin is Literal:
+        return value in typing.get_args(kind)
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) or (isinstance(value, str) and _is_number(value))
+    if origin is list:
+        inner = typing.get_args(kind) or (Any,)
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    return isinstance(value, origin) if isinstance(origin, type) else False
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _describe(hint: Any) -> str:
+    words = []
+    for kind in _members(hint):
+        if typing.get_origin(kind) is Literal:
+            words += map(repr, typing.get_args(kind))
+        elif isinstance(kind, type) and issubclass(kind, enum.Enum):
+            return "one of " + ", ".join(str(item.value) for item in kind)
+        elif kind is not type(None):
+            names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+            words.append(names.get(typing.get_origin(kind) or kind) or f"a list ({kind})")
+    return " or ".join(words)
+
+
+def _build(kind: type, values: dict[str, Any]) -> Any:
+    """An instance of a dataclass from the values that are its fields."""
+    own = {spec.name: values[spec.name] for spec in fields(kind) if spec.init and spec.name in values}
+    try:
+        return kind(**own)
+    except InputError:
+        raise
+    except (ValueError, TypeError) as error:  # the libraries' own checks
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _check_combinations(recipe: Recipe) -> None:
+    values, own = recipe.values, recipe.arguments
+    for problem, applies in _impossible(values, own, recipe.validates):
+        if applies:
+            raise InputError(problem)
+    if own.global_batch_size is not None:
+        micro_batch = values.get("per_device_train_batch_size", 8)
+        step = micro_batch * _num_processes()
+        if own.global_batch_size % step:
+            raise InputError(
+                f"global_batch_size {own.global_batch_size} is no multiple of per_device_train_batch_size "
+                f"{micro_batch} x {_num_processes()} processes = {step}. Change one of them."
+            )
+
+
+def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -> Iterable[tuple[str, bool]]:
+    quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
+    needs_validation = [
+        name for name in ("early_stopping_patience", "load_best_model_at_end", "eval_on_start") if values.get(name)
+    ] + ["eval_strategy"] * (values.get("eval_strategy", "no") != "no")
+    return [
+        (
+            "bf16 and fp16 are both set. Keep one, or none to let the GPU decide.",
+            values.get("bf16") and values.get("fp16"),
+        ),
+        ("fp16 needs a GPU; remove it or use_cpu.", values.get("fp16") and values.get("use_cpu")),
+        (
+            "a 4- or 8-bit base can only be trained through an adapter; set use_peft: true.",
+            quantised and values.get("use_peft") is False,
+        ),
+        (
+            f"{', '.join(needs_validation)} needs validation rows; set validation_data or validation_fraction.",
+            needs_validation and not validates,
+        ),
+        (
+            "validation_data and validation_fraction are both set. Keep one.",
+            own.validation_data and own.validation_fraction,
+        ),
+        (
+            "global_batch_size and gradient_accumulation_steps are both set. Keep global_batch_size.",
+            own.global_batch_size and "gradient_accumulation_steps" in values,
+        ),
+        (
+            "save_total_limit must be at least 2: with 1, a run killed while it saves keeps no checkpoint.",
+            values.get("save_total_limit") == 1,
+        ),
+        (
+            "early_stopping_patience needs load_best_model_at_end; remove that key.",
+            own.early_stopping_patience and values.get("load_best_model_at_end") is False,
+        ),
+    ]
+
+
+def describe_fields() -> str:
+    """Help text: our fields with their sentence and default."""
+    lines = []
+    for spec in fields(RecipeArguments):
+        default = "required" if spec.default is MISSING else f"default: {spec.default!r}"
+        lines.append(f"  --{spec.name}: {spec.metadata['help']} ({default})")
+    return "\n".join(lines)

@@ -1,0 +1,35 @@
+"""The one exception for what a user can cause, and how a script ends on it. Standard library only."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+
+class InputError(ValueError):
+    """Something in the recipe, the data or the machine that the user can mend: what, what was got, how to mend it."""
+
+
+def name_rows(ids: Sequence[str], total: int) -> str:
+    """The first five ids and the count: ``'rows 17, 203 (2 of 7,990)'``."""
+    shown = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
+    return f"row{'s' if len(ids) > 1 else ''} {shown} ({len(ids):,} of {total:,})"
+
+
+def exits_with_message(main: Callable[[], None]) -> Callable[[], None]:
+    """End with exit code 2 and the message, without a traceback, when `main` raises an InputError.
+
+    Under a launcher every process meets the same error; only the main one prints it.
+    """
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except InputError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
+            # A message is all that there is to say: skip the teardown of process groups, which prints warnings.
+            sys.exit(2)
+
+    return run

@@ -1,0 +1,28 @@
+"""Splits that never put one picture on both sides."""
+
+import hashlib
+
+import datasets
+from sklearn.model_selection import StratifiedGroupKFold
+
+from vqa_sft.errors import InputError
+
+
+def image_key(images: list[dict]) -> str:
+    """A name for the pictures of one example: equal when the paths, or the bytes, are equal."""
+    parts = [image["path"].encode() if image["bytes"] is None else image["bytes"] for image in images]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def hold_out(examples: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Training and validation examples: about `fraction` held out, stratified by answer, grouped by picture."""
+    num_splits = round(1 / fraction)
+    groups = [image_key(images) for images in examples["images"]]
+    if len(set(groups)) < num_splits:
+        raise InputError(
+            f"validation_fraction {fraction} needs at least {num_splits} different pictures; got {len(set(groups))}. "
+            "Use a larger fraction or a validation_data file."
+        )
+    splitter = StratifiedGroupKFold(n_splits=num_splits, shuffle=True, random_state=seed)
+    train, validation = next(splitter.split(groups, examples["answer"], groups))
+    return examples.select(train), examples.select(validation)

@@ -1,0 +1,32 @@
+"""How this process was launched, and on which device it loads."""
+
+import os
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from vqa_sft.errors import InputError
+
+
+def check_processes(use_cpu: bool) -> None:
+    """Raises InputError where one process sees several GPUs: it would use one of them, or slowly all."""
+    num_gpus = 0 if use_cpu else torch.cuda.device_count()
+    if num_gpus > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        raise InputError(
+            f"{num_gpus} GPUs are visible and one process was launched. Use all of them:\n"
+            f"  accelerate launch --multi_gpu --num_processes {num_gpus} recipes/sft.py --config ...\n"
+            "or one of them:\n"
+            "  CUDA_VISIBLE_DEVICES=0 accelerate launch --num_processes 1 recipes/sft.py --config ..."
+        )
+
+
+def device_map() -> dict[str, int] | None:
+    """This process's own GPU, so that weights are loaded right onto it; None where sharding or a CPU decides."""
+    state = PartialState()
+    sharded = state.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    # FSDP and DeepSpeed announce themselves to `PartialState` only later; the launcher's variables come first.
+    sharded = sharded or any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    if state.device.type != "cuda" or sharded:
+        return None
+    return {"": state.local_process_index}

@@ -1,0 +1,48 @@
+"""Letters, orders and their inverses. Standard library only.
+
+An order says which choice stands under which letter: ``order[i]`` is the index of the choice shown under
+letter ``i``. With the choices ``["cat", "dog", "fox"]`` and the order ``(2, 0, 1)`` the model reads
+
+    A. fox      order[0] = 2
+    B. cat      order[1] = 0
+    C. dog      order[2] = 1
+
+Everything on disk is in choice space; letters exist only between the collator and scoring.
+"""
+
+import random
+import string
+from collections.abc import Sequence
+
+LETTERS = string.ascii_uppercase
+
+
+def identity_order(num_choices: int) -> tuple[int, ...]:
+    """The order of the data itself: choice ``i`` under letter ``i``."""
+    return tuple(range(num_choices))
+
+
+def draw_order(num_choices: int, seed: int, epoch: int, row_id: str) -> tuple[int, ...]:
+    """A random order that depends on nothing but its arguments: any worker, process or resumed run draws the same."""
+    order = list(range(num_choices))
+    # A string seed goes through SHA-512, so it is the same in every process, unlike hash().
+    random.Random(f"{seed}/{epoch}/{row_id}").shuffle(order)
+    return tuple(order)
+
+
+def choices_to_letters(values: Sequence, order: Sequence[int]) -> list:
+    """Values in choice space, put in the order of the letters: result ``[i]`` belongs to letter ``i``."""
+    return [values[choice] for choice in order]
+
+
+def letters_to_choices(values: Sequence, order: Sequence[int]) -> list:
+    """Undo ``choices_to_letters``: values by letter, put back into choice space."""
+    by_choice = [None] * len(order)
+    for value, choice in zip(values, order, strict=True):
+        by_choice[choice] = value
+    return by_choice
+
+
+def choice_to_letter(choice: int, order: Sequence[int]) -> int:
+    """The index of the letter under which ``choice`` is shown."""
+    return list(order).index(choice)

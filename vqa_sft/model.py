@@ -1,0 +1,189 @@
+"""Loads processor, model and adapter; nothing else."""
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.integrations import sdpa_attention
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from vqa_sft.errors import InputError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def choose_precision(values: dict[str, Any]) -> str:
+    """What the recipe `values` ask for; when they say nothing, what the GPU computes: bf16 from capability 8.0 on, else
+    fp16; fp32 without a GPU.
+
+    By capability and not by `torch.cuda.is_bf16_supported()`, which says yes to a T4's slow emulation.
+    """
+    for precision in ("bf16", "fp16"):
+        if values.get(precision):
+            return precision
+    if values.get("use_cpu") or not torch.cuda.is_available() or values.get("bf16") is values.get("fp16") is False:
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+
+
+def load_processor(
+    name: str,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> ProcessorMixin:
+    """The model's processor, padding on the right, with limits on the pixels (width x height) of one picture.
+
+    Padding stands on the right so that a prompt has the same positions alone and in a batch.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, error) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise InputError(f"{name} has no processor for pictures and text; got {type(processor).__name__}.")
+    _limit_pixels(processor, name, min_pixels, max_pixels)
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if processor.chat_template is None:
+        raise InputError(f"{name} has no chat template. Use an instruction-tuned model.")
+    return processor
+
+
+def _limit_pixels(processor: ProcessorMixin, name: str, min_pixels: int | None, max_pixels: int | None) -> None:
+    if min_pixels is None and max_pixels is None:
+        return
+    size = processor.image_processor.size
+    # Qwen-VL keeps pixel counts under these two names, in this release of transformers.
+    low, high = getattr(size, "shortest_edge", None), getattr(size, "longest_edge", None)
+    if not hasattr(processor.image_processor, "merge_size") or low is None or high is None:
+        raise InputError(f"{name} shows every picture at a size of its own ({size}); remove min_pixels and max_pixels.")
+    limits = {"shortest_edge": min_pixels or min(low, max_pixels), "longest_edge": max_pixels or max(high, min_pixels)}
+    processor.image_processor.size = limits
+
+
+def load_model(
+    model_args: ModelConfig, precision: str, *, trust_remote_code: bool = False, device_map: dict | None = None
+) -> PreTrainedModel:
+    """The base model in the precision it trains in; `dtype` and the 4-bit fields of `model_args` may say otherwise.
+
+    Full fine-tuning in fp16 keeps fp32 weights, because the gradient scaler refuses fp16 ones.
+    """
+    name = model_args.model_name_or_path
+    if precision == "fp16" and not model_args.use_peft:
+        precision = "fp32"
+    dtype = getattr(torch, model_args.dtype, model_args.dtype) if model_args.dtype else DTYPES[precision]
+    avoid_math_attention()
+    source = {"revision": model_args.model_revision, "trust_remote_code": trust_remote_code}
+    try:
+        return AutoModelForImageTextToText.from_pretrained(
+            name,
+            **source,
+            dtype=dtype,
+            attn_implementation=model_args.attn_implementation,
+            quantization_config=_quantization(model_args, dtype, AutoConfig.from_pretrained(name, **source)),
+            device_map=device_map,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load(name, error) from error
+
+
+def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: AutoConfig) -> BitsAndBytesConfig | None:
+    """TRL's 4- or 8-bit settings, computing in `dtype`, with everything but the language model left as it is.
+
+    The picture tower is small and hurt most by rounding; `lm_head` must be named once a list is given.
+    """
+    quantization = get_quantization_config(model_args)
+    if quantization is None:
+        return None
+    if model_args.load_in_4bit:
+        quantization.bnb_4bit_compute_dtype = dtype
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    quantization.llm_int8_skip_modules = [*names_beside_decoder(model), "lm_head"]
+    return quantization
+
+
+def decoder_name(model: PreTrainedModel) -> str:
+    """Where the language model stands in this family: "model.language_model", "model.text_model", ..."""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def names_beside_decoder(model: PreTrainedModel) -> list[str]:
+    """The picture tower and what connects it: everything that stands beside the language model."""
+    parent, _, name = decoder_name(model).rpartition(".")
+    return [f"{parent}.{child}" for child, _ in model.get_submodule(parent).named_children() if child != name]
+
+
+def lora_config(model_args: ModelConfig, model: PreTrainedModel) -> LoraConfig | None:
+    """TRL's LoRA settings; by default every linear layer of the language model is adapted and nothing else.
+
+    The usual bare names (q_proj, ..., down_proj) would also hit the picture tower's MLP in Qwen2.5-VL, which costs
+    its backward pass and makes its output change during training.
+    """
+    config = get_peft_config(model_args)
+    if config is not None and config.target_modules is None:
+        layers = {
+            name.rpartition(".")[2]
+            for name, module in model.get_decoder().named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+        config.target_modules = re.escape(decoder_name(model)) + rf"\..*\.({'|'.join(sorted(layers))})"
+    return config
+
+
+def load_trained(
+    run: str,
+    model_args: ModelConfig,
+    precision: str,
+    *,
+    trust_remote_code: bool = False,
+    device_map: dict | None = None,
+) -> torch.nn.Module:
+    """The model of a run folder for prediction: base and adapter, or the weights themselves; "none": the base alone.
+
+    Raises InputError, before any weight is loaded, when the folder holds neither.
+    """
+    options = {"trust_remote_code": trust_remote_code, "device_map": device_map}
+    if run == "none":
+        return load_model(model_args, precision, **options)
+    if (Path(run) / "adapter_config.json").is_file():
+        return PeftModel.from_pretrained(load_model(model_args, precision, **options), run)
+    if (Path(run) / "config.json").is_file():
+        return load_model(replace(model_args, model_name_or_path=run), precision, **options)
+    raise InputError(f"{run} holds no adapter (no adapter_config.json). Give the output_dir of a finished run.")
+
+
+def avoid_math_attention() -> None:
+    """Below compute capability 8.0, keep grouped-query attention out of torch's MATH kernel.
+
+    transformers hands grouped heads to sdpa without a mask whatever the GPU; older GPUs have no kernel for that but
+    the unfused one, several times slower and larger. Repeated heads run in the memory-efficient kernel. Goes when
+    `use_gqa_in_sdpa` (transformers 5.23) looks at the GPU.
+    """
+    old_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+    if old_gpu and "TRANSFORMERS_SDPA_FORCE_GQA" not in os.environ:
+        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+
+
+def _cannot_load(name: str, error: Exception) -> InputError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return InputError(f"the model {name!r} cannot be loaded: {lines[0]} Check the name or path, and the network.")

@@ -1,0 +1,129 @@
+"""A run folder describes itself: predict.py needs the folder and the data, nothing else.
+
+runs/demo/
+  recipe.yaml           what the user asked for
+  run.json              what it became: precision, letters, prompts, columns, versions, commit
+  adapter_model.safetensors, adapter_config.json, processor files
+  metrics.json          validation metrics of the weights that were kept
+  validation.parquet    predictions for the validation rows
+  checkpoint-*/         to resume from
+"""
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vqa_sft.checkpoints import remove_broken_checkpoints
+from vqa_sft.data import Columns
+from vqa_sft.errors import InputError
+from vqa_sft.prompts import Prompts
+
+RECIPE, RUN, METRICS, VALIDATION = "recipe.yaml", "run.json", "metrics.json", "validation.parquet"
+# Fields that change how a run is launched or shown, not what it computes.
+_FREE = {
+    "overwrite", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "report_to", "logging_steps",
+    "dataloader_num_workers", "disable_tqdm", "run_name", "check_images",
+}  # fmt: skip
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "vqa-sft")
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Whether a run in this folder has saved everything; run.json is written last."""
+    return (Path(folder) / RUN).is_file()
+
+
+def prepare(folder: str | Path, values: dict[str, Any], overwrite: bool) -> None:
+    """Make the folder ready for a run of the recipe `values`, new or resumed.
+
+    Raises InputError when the folder holds a run of another recipe, or files that are no run of ours.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"output_dir {folder} is a file.")
+    recipe = folder / RECIPE
+    foreign = folder.is_dir() and any(folder.iterdir()) and not recipe.is_file()
+    if foreign:
+        raise InputError(f"output_dir {folder} is not empty and holds no run of ours. Choose another.")
+    if overwrite and recipe.is_file():
+        shutil.rmtree(folder)
+    if recipe.is_file():
+        _check_same(folder, yaml.safe_load(recipe.read_text(encoding="utf-8")), values)
+        for name in remove_broken_checkpoints(folder):
+            print(f"{folder / name} was not finished when the run stopped; it is removed.")
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe.write_text(yaml.safe_dump(values, allow_unicode=True, sort_keys=False), encoding="utf-8")
+
+
+def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    changed = [key for key in changed if key not in _FREE]
+    if changed:
+        lines = [f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
+        raise InputError(
+            f"{folder} holds a run of another recipe:\n" + "\n".join(lines) + "\nChoose another output_dir, or give "
+            "--overwrite to delete that run."
+        )
+
+
+def describe(
+    folder: str | Path,
+    *,
+    values: dict[str, Any],
+    precision: str,
+    num_letters: int,
+    prompts: Prompts,
+    columns: Columns,
+    num_rows: dict[str, int],
+) -> None:
+    """Write run.json."""
+    content = {
+        "recipe": values,
+        "precision": precision,
+        "num_letters": num_letters,
+        "prompts": vars(prompts),
+        "prompts_digest": prompts.digest,
+        "columns": vars(columns),
+        "num_rows": num_rows,
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "git_commit": _git_commit(),
+    }
+    write_json(Path(folder) / RUN, content)
+
+
+def write_metrics(folder: str | Path, metrics: dict[str, float]) -> None:
+    """Write metrics.json."""
+    write_json(Path(folder) / METRICS, metrics)
+
+
+def read_run(folder: str | Path) -> dict[str, Any]:
+    """run.json of a finished run. Raises InputError when there is none."""
+    path = Path(folder) / RUN
+    if not Path(folder).is_dir():
+        raise InputError(f"no such run folder: {folder}.")
+    if not path.is_file():
+        raise InputError(f"{folder} holds no finished run (no {RUN}). Give the output_dir of a run that has ended.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    try:
+        run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:  # no git on this machine
+        return None
+    return run.stdout.strip() or None

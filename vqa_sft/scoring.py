@@ -1,0 +1,107 @@
+"""Letter ids and letter logits, used by the trainer and by predict; the only module that undoes an order."""
+
+import datasets
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import ProcessorMixin
+
+from vqa_sft.collator import TARGET_KEYS, AnswerCollator
+from vqa_sft.errors import InputError
+from vqa_sft.mcq import LETTERS
+from vqa_sft.model import DTYPES
+
+_QUESTION = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+
+
+def find_letter_ids(processor: ProcessorMixin, num_letters: int) -> torch.Tensor:
+    """Token ids (L,) of the letters as they stand right after the generation prompt.
+
+    Templates differ in what separates the prompt from the answer: after "<|im_start|>assistant\\n" comes "A", after
+    "Assistant:" comes " A", and those are different tokens. So the template itself is asked.
+
+    Raises InputError when a letter is not one token there.
+    """
+    tokenizer = processor.tokenizer
+    prompt = processor.apply_chat_template(_QUESTION, add_generation_prompt=True, tokenize=False)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = []
+    for letter in LETTERS[:num_letters]:
+        answer_ids = tokenizer(prompt + _spelling(processor, prompt, letter), add_special_tokens=False)["input_ids"]
+        if answer_ids[:-1] != prompt_ids or answer_ids[-1] in ids:
+            raise InputError(
+                f"the letter {letter!r} is not one token after this model's prompt; its tokens there: "
+                f"{tokenizer.convert_ids_to_tokens(answer_ids[-3:])}. Rows need at most {max(len(ids), 1)} choices, or "
+                "another model."
+            )
+        ids.append(answer_ids[-1])
+    return torch.tensor(ids)
+
+
+def _spelling(processor: ProcessorMixin, prompt: str, letter: str) -> str:
+    """What the template puts between the prompt and the letter (often nothing, sometimes a space), and the letter."""
+    answer = {"role": "assistant", "content": [{"type": "text", "text": letter}]}
+    whole = processor.apply_chat_template([*_QUESTION, answer], tokenize=False)
+    # A template that rewrites the turn (a thinking block, say) tells nothing; then the letter stands alone.
+    if not whole.startswith(prompt):
+        return letter
+    before, found, _ = whole[len(prompt) :].partition(letter)
+    return before + letter if found and not before.strip() else letter
+
+
+def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits (B, V), float32, at the last prompt position. Only that position goes through `lm_head`."""
+    inputs = {key: value for key, value in batch.items() if key not in TARGET_KEYS}
+    positions = batch["answer_positions"][:, None]  # (B, 1)
+    logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
+    if logits.shape[:2] != positions.shape:
+        # A family whose `logits_to_keep` does not take positions per row: all logits, then ours.
+        logits = model(**inputs, use_cache=False).logits
+        logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
+    return logits[:, 0].float()
+
+
+def letter_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], letter_ids: torch.Tensor) -> torch.Tensor:
+    """Logits (B, L) of the letters at the last prompt position; letters that a row does not use are not masked."""
+    return answer_logits(model, batch)[:, letter_ids]
+
+
+def to_choice_logits(letter_logits: torch.Tensor, orders: torch.Tensor, num_choices: torch.Tensor) -> list[list[float]]:
+    """Log-probabilities of the choices of each row, in dataset order: letters beyond the row's own are dropped,
+    the order is undone. `letter_logits` (B, L), `orders` (B, L), `num_choices` (B,) -> B lists of num_choices."""
+    by_choice = torch.empty_like(letter_logits).scatter_(1, orders, letter_logits)
+    return [row[:count].log_softmax(dim=0).tolist() for row, count in zip(by_choice, num_choices.tolist(), strict=True)]
+
+
+@torch.no_grad()
+def score_examples(
+    model: torch.nn.Module,
+    examples: datasets.Dataset,
+    collator: AnswerCollator,
+    letter_ids: torch.Tensor,
+    batch_size: int,
+    precision: str,
+    num_workers: int,
+    state: PartialState,
+) -> list[list[float]]:
+    """Choice logits of all examples, in their order, on every process.
+
+    Batches are cut before they are dealt out to processes, so any number of processes scores the same batches.
+    """
+    starts = range(0, len(examples), batch_size)
+    batches = [list(range(start, min(start + batch_size, len(examples)))) for start in starts]
+    own = range(state.process_index, len(batches), state.num_processes)
+    loader = DataLoader(examples, batch_sampler=[batches[i] for i in own], collate_fn=collator, num_workers=num_workers)
+    letter_ids = letter_ids.to(state.device)
+    autocast = torch.autocast(state.device.type, DTYPES[precision], enabled=precision != "fp32")
+    scored = {}
+    for i, batch in zip(own, tqdm(loader, desc="Scoring", disable=not state.is_main_process), strict=True):
+        batch = {key: value.to(state.device) for key, value in batch.items()}
+        with autocast:
+            logits = letter_logits(model, batch, letter_ids)
+        scored[i] = to_choice_logits(logits, batch["orders"], batch["num_choices"])
+    for other in gather_object([scored]):
+        scored |= other
+    return [row for i in range(len(batches)) for row in scored[i]]

@@ -1,0 +1,197 @@
+"""`AnswerTrainer`: TRL's SFTTrainer, with one forward that gives the loss and the letter logits.
+
+What is ours: the loss at the answer position, its count of rows over the global batch, two collators, the metrics of
+the letters. Everything else (loop, distribution, checkpoints, logging) is the libraries'.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, TrainerCallback
+from trl import SFTTrainer
+
+from vqa_sft import metrics
+from vqa_sft.collator import AnswerCollator, TrainCollator
+from vqa_sft.loss import letters_loss, vocabulary_loss
+from vqa_sft.predictions import Predictions
+from vqa_sft.scoring import answer_logits, to_choice_logits
+
+
+class AnswerTrainer(SFTTrainer):
+    """`letter_ids` (L,) are the run's letters; `loss_over` is "letters" or "vocabulary"."""
+
+    # `compute_loss` divides by the rows of the whole accumulated batch, so the Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *args: Any,
+        data_collator: TrainCollator,
+        eval_collator: AnswerCollator,
+        letter_ids: torch.Tensor,
+        loss_over: str = "letters",
+        **kwargs: Any,
+    ) -> None:
+        kwargs.setdefault("compute_metrics", letter_metrics)
+        super().__init__(*args, data_collator=data_collator, **kwargs)
+        self.eval_collator = eval_collator
+        self.letter_ids = letter_ids.to(self.args.device)
+        self.loss_over = loss_over
+        self.add_callback(EpochForCollator(data_collator))
+        # TRL casts the adapter of a quantised model to bf16, also under fp16, where the gradient scaler then fails;
+        # and fp32 is what the optimiser wants anyway.
+        if getattr(self.model, "is_quantized", False) or getattr(self.model, "is_loaded_in_4bit", False):
+            for parameter in self.model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor]:
+        """The micro-batches of one optimiser step, and the number of rows in them over all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        num_rows = torch.tensor(sum(len(batch["answers"]) for batch in batches), device=device)
+        return batches, self.accelerator.reduce(num_rows, "sum")
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Mean loss over the rows of the global batch; with `return_outputs`, the letter logits (B, L) too."""
+        logits = answer_logits(model, inputs)  # (B, V)
+        letter_logits = logits[:, self.letter_ids]  # (B, L)
+        answers, num_choices = inputs["answers"], inputs["num_choices"]
+        if self.loss_over == "letters":
+            losses = letters_loss(letter_logits, answers, num_choices)
+        else:
+            losses = vocabulary_loss(logits, answers, self.letter_ids)
+        self._log_letters(logits.detach(), letter_logits.detach(), answers, num_choices)
+        if num_items_in_batch is None:
+            loss = losses.mean()
+        else:
+            # DDP averages gradients over processes; the sum over all rows is wanted.
+            loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
+        return (loss, letter_logits) if return_outputs else loss
+
+    def _log_letters(
+        self, logits: torch.Tensor, letter_logits: torch.Tensor, answers: torch.Tensor, num_choices: torch.Tensor
+    ) -> None:
+        used = torch.arange(letter_logits.shape[1], device=letter_logits.device) < num_choices[:, None]  # (B, L)
+        lowest = torch.finfo(letter_logits.dtype).min
+        own = letter_logits.masked_fill(~used, lowest)
+        logged = self._metrics["train" if self.model.training else "eval"]
+        if self.model.training:  # evaluation has its own, over all rows at once
+            logged["accuracy"].append((own.argmax(dim=1) == answers).float().mean())
+        # How usable the model still is for `generate`: the share of probability that the letters have.
+        logged["letters_mass"].append((own.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp().mean())
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        # Kept as tensors until here, so that a step does not wait for the GPU.
+        for values in self._metrics.values():
+            for name, tensors in values.items():
+                values[name] = [float(torch.stack(list(map(torch.as_tensor, tensors))).float().mean())]
+        super().log(logs, start_time)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Loss, letter logits (B, L) and labels (B, 2): the answer and the number of choices of each row."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, letter_logits = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        return loss, letter_logits, torch.stack([inputs["answers"], inputs["num_choices"]], dim=1)
+
+    def get_eval_dataloader(self, eval_dataset: str | datasets.Dataset | None = None) -> DataLoader:
+        with self._evaluation_collator():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: datasets.Dataset) -> DataLoader:
+        with self._evaluation_collator():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _evaluation_collator(self) -> Iterator[None]:
+        train_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            yield
+        finally:
+            self.data_collator = train_collator
+
+
+class EpochForCollator(TrainerCallback):
+    """Tells the training collator which epoch it draws orders for, also after a resume."""
+
+    def __init__(self, collator: TrainCollator) -> None:
+        self.collator = collator
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collator.epoch.fill_(int(state.epoch or 0))
+
+
+class _ChoiceMetric(evaluate.Metric):
+    """An `evaluate` metric of choice probabilities, made from our module: `evaluate.load` would ask the Hub."""
+
+    def __init__(self) -> None:
+        # In memory: evaluate's cache files would be shared by processes and runs.
+        super().__init__(keep_in_memory=True)
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = {"predictions": datasets.List(datasets.Value("float64")), "references": datasets.Value("int64")}
+        return evaluate.MetricInfo(
+            description=self.__class__.__doc__, citation="", features=datasets.Features(features)
+        )
+
+
+class AnswerAccuracy(_ChoiceMetric):
+    """Share of rows whose likeliest choice is the answer."""
+
+    def _compute(self, predictions: list, references: list) -> dict[str, float]:
+        return {"accuracy": metrics.accuracy(predictions, references)}
+
+
+class AnswerNLL(_ChoiceMetric):
+    """Mean negative log-likelihood of the answers, in nats."""
+
+    def _compute(self, predictions: list, references: list) -> dict[str, float]:
+        return {"nll": metrics.nll(predictions, references)}
+
+
+class AnswerECE(_ChoiceMetric):
+    """Expected calibration error, 15 equal-width bins."""
+
+    def _compute(self, predictions: list, references: list) -> dict[str, float]:
+        return {"ece": metrics.ece(predictions, references)}
+
+
+def letter_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Accuracy, NLL and ECE from letter logits (N, L) and labels (N, 2) as `prediction_step` gives them."""
+    answers, num_choices = prediction.label_ids.T
+    probs = metrics.softmax([row[:count] for row, count in zip(prediction.predictions, num_choices, strict=True)])
+    combined = evaluate.combine([AnswerAccuracy(), AnswerNLL(), AnswerECE()])
+    return combined.compute(predictions=[row.tolist() for row in probs], references=answers.tolist())
+
+
+def predict_examples(trainer: AnswerTrainer, examples: datasets.Dataset) -> tuple[Predictions, dict[str, float]]:
+    """Predictions for the examples, in their order, and their metrics. Called by every process."""
+    output = trainer.predict(examples, metric_key_prefix="validation")
+    num_choices = torch.from_numpy(output.label_ids[:, 1])
+    letter_logits = torch.from_numpy(output.predictions)
+    identity = torch.arange(letter_logits.shape[1]).expand_as(letter_logits)
+    predictions = Predictions(
+        examples["id"], to_choice_logits(letter_logits, identity, num_choices), examples["answer"]
+    )
+    return predictions, {name: output.metrics[f"validation_{name}"] for name in ("accuracy", "nll", "ece")}
