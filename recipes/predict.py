@@ -12,7 +12,9 @@ import argparse
 import os
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+from vqa_sft.quiet import quiet
+
+quiet()
 
 from vqa_sft import run_folder
 from vqa_sft.config import Recipe, RecipeArguments

@@ -11,8 +11,9 @@ where a killed run stopped. Mistakes in the recipe or the data end with exit cod
 import os
 import sys
 
-# TRL and the Hub client send usage pings unless told not to; set the variable to 0 to send them.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+from vqa_sft.quiet import quiet
+
+quiet()
 
 from vqa_sft import run_folder
 from vqa_sft.config import Recipe, describe_fields, read_recipe
@@ -47,7 +48,7 @@ def main() -> None:
     from vqa_sft.collator import AnswerCollator, TrainCollator
     from vqa_sft.predictions import write_predictions
     from vqa_sft.scoring import find_letter_ids
-    from vqa_sft.trainer import AnswerTrainer, predict_examples
+    from vqa_sft.trainer import AnswerTrainer, Speed, predict_examples
 
     launch.check_processes(use_cpu=bool(recipe.values.get("use_cpu")))
     precision = models.choose_precision(recipe.values)
@@ -67,7 +68,8 @@ def main() -> None:
     model = models.load_model(model_args, precision, device_map=launch.device_map(), **trust)
 
     # Trainer
-    callbacks = [checkpoints.MarkWholeCheckpoints()]
+    speed = Speed()
+    callbacks = [checkpoints.MarkWholeCheckpoints(), speed]
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     trainer = AnswerTrainer(
@@ -91,6 +93,7 @@ def main() -> None:
 
     # Evaluate and save
     metrics = {"train_loss": result.training_loss, "train_runtime_s": result.metrics["train_runtime"]}
+    metrics |= speed.metrics()
     if validation is not None:
         predictions, validation_metrics = predict_examples(trainer, validation)
         metrics |= validation_metrics
@@ -112,12 +115,8 @@ def main() -> None:
         hub.write_card(output_dir)
         print(f"Saved to {output_dir}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
-        # Push
         if recipe.values.get("push_to_hub"):
-            try:
-                print(hub.push_run(output_dir, private=recipe.values.get("hub_private_repo")))
-            except InputError as error:  # the run is whole; that it was not pushed is no failure of it
-                print(f"warning: {error}", file=sys.stderr)
+            push(recipe)
 
 
 def load_data(recipe: Recipe, check_images: bool) -> tuple:
@@ -132,6 +131,17 @@ def load_data(recipe: Recipe, check_images: bool) -> tuple:
     elif args.validation_fraction > 0:
         train, validation = hold_out(train, args.validation_fraction, recipe.values.get("seed", 42))
     return train, validation, columns
+
+
+def push(recipe: Recipe) -> None:
+    """Push the finished run; when that fails, say how to do it later."""
+    from vqa_sft.hub import push_run
+
+    values = recipe.values
+    try:
+        print(push_run(values["output_dir"], private=values.get("hub_private_repo"), token=values.get("hub_token")))
+    except InputError as error:  # the run is whole; that it was not pushed is no failure of it
+        print(f"warning: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def main() -> None:
 def _push(args: argparse.Namespace) -> str:
     from vqa_sft.hub import push_run
 
-    return push_run(args.run_folder, args.repo, args.private)
+    return push_run(args.run_folder, args.repo, private=args.private)
 
 
 def score_table(files: list[str], answers_file: str | None) -> str:

@@ -142,9 +142,12 @@ class Recipe:
 
     def training_args(self, precision: str) -> Any:
         """TRL's SFTConfig for "bf16", "fp16" or "fp32"; initialises the device and the process group."""
+        import torch
         from trl import SFTConfig
 
-        values = DEFAULTS | (VALIDATION_DEFAULTS if self.validates else {}) | self.values | FIXED
+        on_gpu = torch.cuda.is_available() and not self.values.get("use_cpu")
+        values = {"dataloader_pin_memory": on_gpu}  # without a GPU torch warns once an epoch
+        values |= DEFAULTS | (VALIDATION_DEFAULTS if self.validates else {}) | self.values | FIXED
         values |= {"bf16": precision == "bf16", "fp16": precision == "fp16"}
         values |= {"push_to_hub": False}  # ours, after the run is saved: a failed push must not lose it
         if self.arguments.global_batch_size is not None:

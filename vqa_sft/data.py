@@ -142,8 +142,8 @@ def load_examples(
     columns = replace(columns, answers_are_upper=_answers_are_upper(rows, columns))
     root = Path(image_root or (Path(source).parent if Path(source).is_file() else ".")).resolve()
     images = _read_images(rows, columns.image, root, texts["id"], problems)
-    examples = datasets.concatenate_datasets([datasets.Dataset.from_dict(texts), images], axis=1)
-    examples = examples.select_columns(list(FEATURES)).cast(FEATURES)
+    features = datasets.Features({name: FEATURES[name] for name in texts})
+    examples = datasets.concatenate_datasets([datasets.Dataset.from_dict(texts, features=features), images], axis=1)
     if check_images:
         find_bad_images(examples, problems)
     problems.raise_if_any(source)

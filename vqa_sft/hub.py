@@ -45,10 +45,10 @@ def _card_text(folder: Path, run: dict[str, Any], metrics: dict[str, float], is_
     rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items() if isinstance(value, float))
     return f"""# {name}
 
-`{base}`, fine-tuned with [vqa-sft](https://pypi.org/project/vqa-sft) to answer multiple-choice questions about pictures
+`{base}`, fine-tuned with vqa-sft to answer multiple-choice questions about pictures
 by the letter of the right choice. Trained on {run["num_rows"].get("train", "?")} rows of `{recipe["train_data"]}`.
 
-## Validation
+## Metrics
 
 {"| metric | value |" + chr(10) + "|---|---|" + chr(10) + rows if rows else "None was asked for."}
 
@@ -81,13 +81,15 @@ Versions: {", ".join(f"{key} {value}" for key, value in run["versions"].items() 
 """
 
 
-def push_run(folder: str | Path, repo_id: str | None = None, private: bool | None = None) -> str:
+def push_run(
+    folder: str | Path, repo_id: str | None = None, *, private: bool | None = None, token: str | None = None
+) -> str:
     """Upload a finished run to the Hub and return its address. Raises InputError when that cannot be done now."""
     folder = Path(folder)
     recipe = read_run(folder)["recipe"]
     name = repo_id or recipe.get("hub_model_id") or Path(recipe["output_dir"]).name
     try:
-        api = HfApi(token=recipe.get("hub_token"))
+        api = HfApi(token=token)
         repo = api.create_repo(name, exist_ok=True, private=private)
         api.upload_folder(repo_id=repo.repo_id, folder_path=folder, ignore_patterns=_LEFT_OUT)
     except Exception as error:  # offline, no token, no rights, ...: whatever it is, the run is whole and stays

@@ -26,7 +26,7 @@ from vqa_sft.prompts import Prompts
 RECIPE, RUN, METRICS, VALIDATION = "recipe.yaml", "run.json", "metrics.json", "validation.parquet"
 # Fields that change how a run is launched or shown, not what it computes.
 _FREE = {
-    "overwrite", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "report_to", "logging_steps",
+    "overwrite", "push_to_hub", "hub_model_id", "hub_private_repo", "report_to", "logging_steps",
     "dataloader_num_workers", "disable_tqdm", "run_name", "check_images",
 }  # fmt: skip
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "vqa-sft")
@@ -42,7 +42,7 @@ def prepare(folder: str | Path, values: dict[str, Any], overwrite: bool) -> None
 
     Raises InputError when the folder holds a run of another recipe, or files that are no run of ours.
     """
-    folder = Path(folder)
+    folder, values = Path(folder), without_secrets(values)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"output_dir {folder} is a file.")
     recipe = folder / RECIPE
@@ -57,6 +57,11 @@ def prepare(folder: str | Path, values: dict[str, Any], overwrite: bool) -> None
             print(f"{folder / name} was not finished when the run stopped; it is removed.")
     folder.mkdir(parents=True, exist_ok=True)
     recipe.write_text(yaml.safe_dump(values, allow_unicode=True, sort_keys=False), encoding="utf-8")
+
+
+def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
+    """A run folder is pushed and passed on; a token must not travel in it."""
+    return {key: value for key, value in values.items() if key != "hub_token"}
 
 
 def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -82,7 +87,7 @@ def describe(
 ) -> None:
     """Write run.json."""
     content = {
-        "recipe": values,
+        "recipe": without_secrets(values),
         "precision": precision,
         "num_letters": num_letters,
         "prompts": vars(prompts),
@@ -123,7 +128,8 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     try:
-        run = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     except OSError:  # no git on this machine
         return None
     return run.stdout.strip() or None

@@ -4,6 +4,7 @@ What is ours: the loss at the answer position, its count of rows over the global
 the letters. Everything else (loop, distribution, checkpoints, logging) is the libraries'.
 """
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -140,6 +141,44 @@ class EpochForCollator(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.collator.epoch.fill_(int(state.epoch or 0))
+
+
+class Speed(TrainerCallback):
+    """Examples per second and peak memory of training alone: without the first steps, without evaluation."""
+
+    WARM_UP_STEPS = 3
+
+    def __init__(self) -> None:
+        self.first_step: int | None = None
+        self.start_s = self.away_s = 0.0
+        self.examples_per_s = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.first_step is None:
+            self.first_step = state.global_step
+        if state.global_step - self.first_step + 1 == self.WARM_UP_STEPS:
+            self.start_s, self.away_s = _now_s(), 0.0
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        self.away_s += metrics.get("eval_runtime", 0.0)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        num_steps = state.global_step - (self.first_step or state.global_step) + 1 - self.WARM_UP_STEPS
+        if num_steps > 0:
+            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            self.examples_per_s = num_steps * rows / (_now_s() - self.start_s - self.away_s)
+
+    def metrics(self) -> dict[str, float]:
+        values = {"train_examples_per_s": self.examples_per_s} if self.examples_per_s else {}
+        if torch.cuda.is_available():
+            values["peak_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        return values
+
+
+def _now_s() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class _ChoiceMetric(evaluate.Metric):
