@@ -48,7 +48,7 @@ def main() -> None:
     from vqa_sft.collator import AnswerCollator, TrainCollator
     from vqa_sft.predictions import write_predictions
     from vqa_sft.scoring import find_letter_ids
-    from vqa_sft.trainer import AnswerTrainer, Speed, predict_examples
+    from vqa_sft.trainer import AnswerTrainer, predict_examples
 
     launch.check_processes(use_cpu=bool(recipe.values.get("use_cpu")))
     precision = models.choose_precision(recipe.values)
@@ -68,8 +68,7 @@ def main() -> None:
     model = models.load_model(model_args, precision, device_map=launch.device_map(), **trust)
 
     # Trainer
-    speed = Speed()
-    callbacks = [checkpoints.MarkWholeCheckpoints(), speed]
+    callbacks = [checkpoints.MarkWholeCheckpoints()]
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     trainer = AnswerTrainer(
@@ -93,7 +92,7 @@ def main() -> None:
 
     # Evaluate and save
     metrics = {"train_loss": result.training_loss, "train_runtime_s": result.metrics["train_runtime"]}
-    metrics |= speed.metrics()
+    metrics |= trainer.speed.metrics()
     if validation is not None:
         predictions, validation_metrics = predict_examples(trainer, validation)
         metrics |= validation_metrics

@@ -118,9 +118,14 @@ def run_inside(argv: list[str]) -> None:
 def save_random_model(name: str, folder: Path) -> Path:
     """Random weights in the shape of `name`, bf16, with a processor whose vocabulary is the tiny base's."""
     import torch
-    from transformers import AutoProcessor, Qwen2_5_VLConfig, Qwen2VLImageProcessor, Qwen3VLConfig
-    from transformers import AutoModelForImageTextToText as Auto
-    from transformers import Qwen3VLProcessor
+    from transformers import (
+        AutoModelForImageTextToText as Auto,
+        AutoProcessor,
+        Qwen2_5_VLConfig,
+        Qwen2VLImageProcessor,
+        Qwen3VLConfig,
+        Qwen3VLProcessor,
+    )
 
     from vqa_sft.tiny import TINY_PATH
 
@@ -168,7 +173,7 @@ def write_data(folder: Path, num_rows: int, seed: int = 0) -> Path:
 
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    words = "which of these is the colour shape digit place left right larger picture".split()
+    words = ["which", "of", "these", "is", "the", "colour", "shape", "digit", "place", "left", "right", "larger", "picture"]
     rows = []
     for i in range(num_rows):
         path = f"images/{i:05d}.jpg"

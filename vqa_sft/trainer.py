@@ -43,6 +43,8 @@ class AnswerTrainer(SFTTrainer):
         self.eval_collator = eval_collator
         self.letter_ids = letter_ids.to(self.args.device)
         self.loss_over = loss_over
+        self.speed = Speed()
+        self.add_callback(self.speed)
         self.add_callback(EpochForCollator(data_collator))
         # TRL casts the adapter of a quantised model to bf16, also under fp16, where the gradient scaler then fails;
         # and fp32 is what the optimiser wants anyway.
@@ -56,8 +58,9 @@ class AnswerTrainer(SFTTrainer):
     ) -> tuple[list, torch.Tensor]:
         """The micro-batches of one optimiser step, and the number of rows in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_rows = torch.tensor(sum(len(batch["answers"]) for batch in batches), device=device)
-        return batches, self.accelerator.reduce(num_rows, "sum")
+        num_rows = sum(len(batch["answers"]) for batch in batches)
+        self.speed.num_rows += num_rows * self.accelerator.num_processes
+        return batches, self.accelerator.reduce(torch.tensor(num_rows, device=device), "sum")
 
     def compute_loss(
         self,
@@ -149,24 +152,20 @@ class Speed(TrainerCallback):
     WARM_UP_STEPS = 3
 
     def __init__(self) -> None:
-        self.first_step: int | None = None
-        self.start_s = self.away_s = 0.0
-        self.examples_per_s = 0.0
+        self.num_rows = self.num_steps = 0
+        self.start_s = self.examples_per_s = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.first_step is None:
-            self.first_step = state.global_step
-        if state.global_step - self.first_step + 1 == self.WARM_UP_STEPS:
-            self.start_s, self.away_s = _now_s(), 0.0
+        self.num_steps += 1
+        if self.num_steps == self.WARM_UP_STEPS:
+            self.num_rows, self.start_s = 0, _now_s()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        self.away_s += metrics.get("eval_runtime", 0.0)
+        self.start_s += metrics.get("eval_runtime", 0.0)  # as if it had taken no time
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        num_steps = state.global_step - (self.first_step or state.global_step) + 1 - self.WARM_UP_STEPS
-        if num_steps > 0:
-            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            self.examples_per_s = num_steps * rows / (_now_s() - self.start_s - self.away_s)
+        if self.num_steps > self.WARM_UP_STEPS:
+            self.examples_per_s = self.num_rows / (_now_s() - self.start_s)
 
     def metrics(self) -> dict[str, float]:
         values = {"train_examples_per_s": self.examples_per_s} if self.examples_per_s else {}

@@ -1,0 +1,105 @@
+import pytest
+
+from vqa_sft.config import describe_fields, read_recipe
+from vqa_sft.errors import InputError
+
+NEEDED = {"model_name_or_path": "model", "train_data": "train.csv", "output_dir": "runs/x"}
+
+
+def recipe_file(folder, text):
+    path = folder / "recipe.yaml"
+    path.write_text("".join(f"{key}: {value}\n" for key, value in NEEDED.items()) + text)
+    return str(path)
+
+
+def read(folder, text="", *arguments):
+    return read_recipe(["--config", recipe_file(folder, text), *arguments])
+
+
+def test_one_mapping_holds_our_fields_and_the_libraries(tmp_path):
+    recipe = read(tmp_path, "lora_r: 8\nlearning_rate: 2e-4\nshuffle_choices: false\neval_strategy: no\n")
+    assert recipe.arguments.shuffle_choices is False
+    assert recipe.model_args().lora_r == 8 and recipe.model_args().lora_dropout == 0.0
+    args = recipe.training_args("fp32")
+    assert args.learning_rate == 2e-4 and args.remove_unused_columns is False and not args.bf16 and not args.fp16
+
+
+def test_the_command_line_has_the_last_word_in_either_spelling(tmp_path):
+    recipe = read(tmp_path, "lora_r: 8\n", "--lora_r", "4", "--learning-rate=1e-3", "--use_cpu", "--seed", "7")
+    assert recipe.values["lora_r"] == 4 and recipe.values["learning_rate"] == 1e-3
+    assert recipe.values["use_cpu"] is True and recipe.values["seed"] == 7
+
+
+def test_lists_and_mappings_can_be_given_on_the_command_line(tmp_path):
+    recipe = read(tmp_path, "", "--lora_target_modules", "q_proj", "v_proj", "--choice_columns", "o1", "o2")
+    assert recipe.model_args().lora_target_modules == ["q_proj", "v_proj"]
+    assert recipe.arguments.columns.choices == ("o1", "o2")
+    recipe = read(tmp_path, "", "--lr_scheduler_kwargs", "{num_cycles: 2}")
+    assert recipe.values["lr_scheduler_kwargs"] == {"num_cycles": 2}
+
+
+def test_a_number_may_be_the_text_of_a_text_field(tmp_path):
+    assert read(tmp_path, "", "--run_name", "5").values["run_name"] == "5"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("learnin_rate: 1\n", "unknown key `learnin_rate`. Did you mean `learning_rate`"),
+        ("max_pixels: [1, 2]\n", "`max_pixels` must be a whole number; got [1, 2]"),
+        ("per_device_train_batch_size: 2.5\n", "must be a whole number; got 2.5"),
+        ("num_train_epochs: many\n", "must be a number; got 'many'"),
+        ("shuffle_choices: 1\n", "must be true or false; got 1"),
+        ("dtype: bf16\n", "must be one of auto, bfloat16, float16, float32; got 'bf16'"),
+        ("lr_scheduler_type: sine\n", "must be one of linear, cosine"),
+        ("loss: words\n", "must be 'letters' or 'vocabulary'; got 'words'"),
+        ("lora_r: 8\nlora_r: 16\n", "'lora_r' stands more than once"),
+        ("lora_r: [\n", "is not valid YAML"),
+        ("label_smoothing_factor: 0.1\n", "`label_smoothing_factor` cannot be set: it trains the wrong token"),
+        ("max_length: 512\n", "a prompt is never cut"),
+        ("bf16: true\nfp16: true\n", "bf16 and fp16 are both set"),
+        ("load_in_4bit: true\nuse_peft: false\n", "only be trained through an adapter"),
+        ("early_stopping_patience: 2\n", "early_stopping_patience needs validation rows"),
+        ("eval_strategy: epoch\n", "eval_strategy needs validation rows"),
+        ("validation_fraction: 0.9\n", "between 0 and 0.5"),
+        ("validation_fraction: 0.1\nvalidation_data: v.csv\n", "both set"),
+        ("global_batch_size: 12\n", "no multiple of per_device_train_batch_size 8 x 1 processes"),
+        ("global_batch_size: 8\ngradient_accumulation_steps: 2\n", "both set"),
+        ("save_total_limit: 1\n", "at least 2"),
+        ("min_pixels: 9\nmax_pixels: 4\n", "larger than max_pixels"),
+        ("user_prompt: hello\n", "`user` must contain"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_loaded(tmp_path, text, part):
+    with pytest.raises(InputError) as error:
+        read(tmp_path, text)
+    assert part in str(error.value)
+
+
+def test_a_recipe_that_is_missing_or_says_too_little_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="no such recipe"):
+        read_recipe(["--config", str(tmp_path / "none.yaml")])
+    with pytest.raises(InputError, match="`train_data` is not set"):
+        read_recipe(["--model_name_or_path", "x", "--output_dir", "y"])
+    with pytest.raises(InputError, match="expected --key value; got 'recipe.yaml'"):
+        read_recipe(["recipe.yaml"])
+
+
+def test_accumulation_follows_from_the_global_batch(tmp_path, monkeypatch):
+    text = "global_batch_size: 32\nper_device_train_batch_size: 4\n"
+    assert read(tmp_path, text).training_args("fp32").gradient_accumulation_steps == 8
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="4 x 3 processes = 12"):
+        read(tmp_path, text)
+
+
+def test_validation_rows_switch_on_evaluation_and_the_best_checkpoint(tmp_path):
+    args = read(tmp_path, "validation_fraction: 0.1\n").training_args("fp32")
+    assert args.eval_strategy == "epoch" and args.load_best_model_at_end
+    assert args.metric_for_best_model == "nll" and args.greater_is_better is False
+    assert read(tmp_path).training_args("fp32").eval_strategy == "no"
+
+
+def test_help_shows_every_field_of_ours():
+    text = describe_fields()
+    assert "--train_data" in text and "--max_pixels" in text and "(required)" in text

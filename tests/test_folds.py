@@ -1,0 +1,44 @@
+import datasets
+import pytest
+
+from vqa_sft.data import FEATURES
+from vqa_sft.errors import InputError
+from vqa_sft.folds import hold_out
+
+
+def examples_with(num_rows, num_pictures):
+    return datasets.Dataset.from_list(
+        [
+            {
+                "id": str(i),
+                "images": [{"bytes": None, "path": f"{i % num_pictures}.png"}],
+                "question": "?",
+                "choices": ["x", "y"],
+                "answer": i % 2,
+            }
+            for i in range(num_rows)
+        ],
+        features=FEATURES,
+    )
+
+
+def paths(examples):
+    return {images[0]["path"] for images in examples["images"]}
+
+
+def test_no_picture_stands_on_both_sides_and_no_row_is_lost():
+    examples = examples_with(200, 50)
+    train, validation = hold_out(examples, 0.2, seed=0)
+    assert not paths(train) & paths(validation)
+    assert sorted([*train["id"], *validation["id"]]) == sorted(examples["id"])
+    assert 30 <= len(validation) <= 50
+
+
+def test_a_seed_gives_the_same_split_again_and_another_seed_another():
+    ids = [hold_out(examples_with(100, 100), 0.1, seed)[1]["id"][:] for seed in (0, 0, 1)]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_too_few_pictures_for_a_split_are_an_error():
+    with pytest.raises(InputError, match="at least 10 different pictures; got 3"):
+        hold_out(examples_with(30, 3), 0.1, seed=0)

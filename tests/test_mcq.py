@@ -1,0 +1,42 @@
+import itertools
+
+from vqa_sft.mcq import choice_to_letter, choices_to_letters, draw_order, identity_order, letters_to_choices
+
+
+def test_an_order_followed_by_its_inverse_is_the_identity():
+    for order in itertools.permutations(range(5)):
+        values = ["p", "q", "r", "s", "t"]
+        assert letters_to_choices(choices_to_letters(values, order), order) == values
+
+
+def test_an_order_says_which_choice_stands_under_which_letter():
+    assert choices_to_letters(["cat", "dog", "fox"], (2, 0, 1)) == ["fox", "cat", "dog"]
+    assert choice_to_letter(0, (2, 0, 1)) == 1
+
+
+def test_an_oracle_is_right_under_every_order():
+    for order in itertools.permutations(range(4)):
+        for answer in range(4):
+            by_letter = [float(choice == answer) for choice in order]
+            by_choice = letters_to_choices(by_letter, order)
+            assert by_choice.index(1.0) == answer
+            assert choice_to_letter(answer, order) == by_letter.index(1.0)
+
+
+def test_a_drawn_order_depends_on_seed_epoch_and_row_alone():
+    assert draw_order(6, 0, 1, "row") == draw_order(6, 0, 1, "row")
+    orders = {draw_order(6, *key) for key in [(0, 0, "row"), (1, 0, "row"), (0, 1, "row"), (0, 0, "other")]}
+    assert len(orders) == 4
+    # Literal, so that another Python or another process would be noticed: hash() differs between processes.
+    assert draw_order(4, 42, 0, "row_000") == (2, 3, 1, 0)
+
+
+def test_drawn_orders_are_spread_evenly():
+    counts = dict.fromkeys(itertools.permutations(range(3)), 0)
+    for row in range(3000):
+        counts[draw_order(3, 0, 0, str(row))] += 1
+    assert all(400 < count < 600 for count in counts.values())
+
+
+def test_the_identity_order_leaves_everything_in_place():
+    assert identity_order(3) == (0, 1, 2)

@@ -1,0 +1,86 @@
+import pytest
+import torch
+from families import FAMILIES
+from trl import ModelConfig
+
+from vqa_sft.collator import TARGET_KEYS, AnswerCollator
+from vqa_sft.data import load_examples
+from vqa_sft.errors import InputError
+from vqa_sft.model import load_model, load_processor
+from vqa_sft.prompts import Prompts
+from vqa_sft.scoring import answer_logits, find_letter_ids, letter_logits, to_choice_logits
+
+
+@pytest.fixture(params=FAMILIES)
+def road(request, families, contest):
+    """Model, processor, letter ids and three rows whose prompts and pictures differ in length."""
+    folder = families(request.param)
+    examples, _ = load_examples(str(contest / "train.csv"))
+    rows = [examples[i] for i in range(3)]
+    rows[1] = rows[1] | {"question": "Which of these is the colour of the square that stands in the picture?"}
+    rows[2] = rows[2] | {"choices": rows[2]["choices"][:2], "answer": None}
+    processor = load_processor(folder)
+    model = load_model(ModelConfig(model_name_or_path=folder, dtype=None), "fp32").eval()
+    return model, processor, find_letter_ids(processor, 4), rows
+
+
+def collate(processor, rows):
+    return AnswerCollator(processor, Prompts(), 4)(rows)
+
+
+@torch.no_grad()
+def test_a_row_has_the_same_letter_logits_alone_in_a_batch_and_with_either_padding_side(road):
+    model, processor, letter_ids, rows = road
+    alone = torch.cat([letter_logits(model, collate(processor, [row]), letter_ids) for row in rows])
+    for side in ("right", "left"):
+        processor.tokenizer.padding_side = side
+        together = letter_logits(model, collate(processor, rows), letter_ids)
+        torch.testing.assert_close(together, alone, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_sliced_logits_are_those_of_the_full_sequence(road):
+    model, processor, _, rows = road
+    batch = collate(processor, rows)
+    full = model(**{key: value for key, value in batch.items() if key not in TARGET_KEYS}).logits
+    expected = torch.stack([full[i, position] for i, position in enumerate(batch["answer_positions"])])
+    torch.testing.assert_close(answer_logits(model, batch), expected, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_family_without_positions_per_row_gives_the_same_logits(road):
+    model, processor, _, rows = road
+    batch = collate(processor, rows)
+    expected = answer_logits(model, batch)
+
+    def old_forward(logits_to_keep=0, **inputs):
+        outputs = model(**inputs)
+        if not isinstance(logits_to_keep, int):
+            outputs.logits = outputs.logits[:, logits_to_keep]  # (B, B, 1, V), as older code does
+        return outputs
+
+    torch.testing.assert_close(answer_logits(old_forward, batch), expected)
+
+
+def test_letter_ids_are_the_tokens_that_follow_the_prompt(families):
+    for family, tokens in (("qwen2_5_vl", ["A", "B", "C"]), ("llava", ["ĠA", "ĠB", "ĠC"])):
+        processor = load_processor(families(family))
+        ids = find_letter_ids(processor, 3)
+        assert processor.tokenizer.convert_ids_to_tokens(ids) == tokens
+
+
+def test_a_letter_that_is_not_one_token_is_an_error(families):
+    processor = load_processor(families("llava"))
+    # A prompt that ends with a space: " A" is one token, the space and "A" are two others.
+    processor.chat_template = processor.chat_template.replace('"Assistant:"', '"Assistant: "')
+    with pytest.raises(InputError, match="the letter 'A' is not one token"):
+        find_letter_ids(processor, 3)
+
+
+def test_choice_logits_are_put_back_into_dataset_order():
+    logits = torch.tensor([[0.0, 1.0, 2.0], [5.0, 6.0, 100.0]])
+    orders = torch.tensor([[2, 0, 1], [1, 0, 2]])
+    rows = to_choice_logits(logits, orders, torch.tensor([3, 2]))
+    # Choice 0 of the first row stands under B, choice 1 under C, choice 2 under A.
+    torch.testing.assert_close(torch.tensor(rows[0]), torch.tensor([1.0, 2.0, 0.0]).log_softmax(0))
+    torch.testing.assert_close(torch.tensor(rows[1]), torch.tensor([6.0, 5.0]).log_softmax(0))
