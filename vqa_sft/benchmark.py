@@ -173,7 +173,21 @@ def write_data(folder: Path, num_rows: int, seed: int = 0) -> Path:
 
     rng = random.Random(seed)
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    words = ["which", "of", "these", "is", "the", "colour", "shape", "digit", "place", "left", "right", "larger", "picture"]
+    words = [
+        "which",
+        "of",
+        "these",
+        "is",
+        "the",
+        "colour",
+        "shape",
+        "digit",
+        "place",
+        "left",
+        "right",
+        "larger",
+        "picture",
+    ]
     rows = []
     for i in range(num_rows):
         path = f"images/{i:05d}.jpg"

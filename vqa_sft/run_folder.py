@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from vqa_sft.checkpoints import remove_broken_checkpoints
+from vqa_sft.checkpoints import last_whole_checkpoint, remove_broken_checkpoints
 from vqa_sft.data import Columns
 from vqa_sft.errors import InputError
 from vqa_sft.prompts import Prompts
@@ -52,7 +52,9 @@ def prepare(folder: str | Path, values: dict[str, Any], overwrite: bool) -> None
     if overwrite and recipe.is_file():
         shutil.rmtree(folder)
     if recipe.is_file():
-        _check_same(folder, yaml.safe_load(recipe.read_text(encoding="utf-8")), values)
+        # A run that saved nothing yet, because of a mistake in its recipe perhaps, holds nothing to lose.
+        if is_finished(folder) or last_whole_checkpoint(folder):
+            _check_same(folder, yaml.safe_load(recipe.read_text(encoding="utf-8")), values)
         for name in remove_broken_checkpoints(folder):
             print(f"{folder / name} was not finished when the run stopped; it is removed.")
     folder.mkdir(parents=True, exist_ok=True)

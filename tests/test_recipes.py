@@ -1,0 +1,182 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import RECIPES, run_script, write_csv
+from families import FAMILIES
+from safetensors.torch import load_file
+from trl import ModelConfig
+
+from vqa_sft import model as models
+from vqa_sft.collator import AnswerCollator
+from vqa_sft.config import read_recipe
+from vqa_sft.data import load_examples
+from vqa_sft.predictions import read_predictions
+from vqa_sft.prompts import Prompts
+from vqa_sft.scoring import find_letter_ids, letter_logits, to_choice_logits
+from vqa_sft.tiny import TINY_PATH
+
+
+def predict(run, contest, output, *more, data="test.csv"):
+    run_script("predict", "--run", run, "--data", contest / data, "--output", output, "--num_workers", 0, *more)
+    return read_predictions(Path(output).with_suffix(".parquet"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_saves_loads_and_predicts(families, contest, sft, tmp_path, family):
+    run = sft(families(family), tmp_path / "run", validation_fraction=0.25)
+    predictions = predict(run, contest, run / "submission.csv")
+    for name in ("adapter_model.safetensors", "tokenizer.json", "recipe.yaml", "metrics.json", "validation.parquet"):
+        assert (run / name).is_file()
+    with (contest / "test.csv").open() as file:
+        ids = [row["id"] for row in csv.DictReader(file)]
+    assert predictions.ids == ids
+    lines = (run / "submission.csv").read_text().splitlines()
+    best = ["abcd"[choice] for choice in predictions.best]
+    assert lines == ["id,answer", *(f"{row_id},{letter}" for row_id, letter in zip(ids, best, strict=True))]
+
+    # The adapter moved, it was loaded, and merging it changes nothing.
+    base = predict("none", contest, tmp_path / "base.csv", "--model", families(family))
+    assert torch.tensor(base.choice_logits).sub(torch.tensor(predictions.choice_logits)).abs().max() > 1e-4
+    processor = models.load_processor(str(run))
+    args = ModelConfig(model_name_or_path=families(family), dtype=None)
+    merged = models.load_trained(str(run), args, "fp32").merge_and_unload().eval()
+    examples, _ = load_examples(str(contest / "test.csv"), answers="optional")
+    batch = AnswerCollator(processor, Prompts(), 4)(list(examples))
+    with torch.no_grad():
+        logits = letter_logits(merged, batch, find_letter_ids(processor, 4))
+    rows = to_choice_logits(logits, batch["orders"], batch["num_choices"])
+    torch.testing.assert_close(torch.tensor(rows), torch.tensor(predictions.choice_logits), atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_folder_describes_itself(families, contest, sft, tmp_path):
+    run = sft(families("qwen2_5_vl"), tmp_path / "run", validation_fraction=0.25, system_prompt="Look closely.", seed=3)
+    description = json.loads((run / "run.json").read_text())
+    assert description["prompts"]["system"] == "Look closely." and description["num_letters"] == 4
+    assert (
+        description["precision"] == "fp32"
+        and description["versions"]["torch"]
+        and description["num_rows"]["train"] == 18
+    )
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["seed"] == 3
+    metrics = json.loads((run / "metrics.json").read_text())
+    validation = read_predictions(run / "validation.parquet")
+    correct = [best == answer for best, answer in zip(validation.best, validation.answers, strict=True)]
+    assert metrics["accuracy"] == pytest.approx(sum(correct) / len(correct))
+    assert validation.metadata["prompts_digest"] == Prompts(system="Look closely.").digest
+    card = (run / "README.md").read_text()
+    assert "Look closely." in card and "seed: 3" in card and f"{metrics['nll']:.4f}" in card
+    # Predict shows the same prompt, because the folder says so.
+    saved = predict(run, contest, tmp_path / "out.csv").metadata
+    assert saved["prompts_digest"] == description["prompts_digest"]
+
+
+def test_a_token_for_the_hub_is_not_written_anywhere(families, sft, tmp_path):
+    run = sft(families("qwen2_5_vl"), tmp_path / "run", hub_token="hf_secret", max_steps=1)
+    texts = [path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "training_args.bin"]
+    assert texts and not any(b"hf_secret" in text for text in texts)
+
+
+def test_a_push_that_fails_loses_nothing_and_says_how_to_push_later(families, sft, tmp_path, capsys):
+    run = sft(families("qwen2_5_vl"), tmp_path / "run", push_to_hub=True, max_steps=1)
+    error = capsys.readouterr().err
+    assert "could not be pushed" in error and f"vqa-sft push {run}" in error and "Traceback" not in error
+    assert (run / "adapter_model.safetensors").is_file() and (run / "run.json").is_file()
+
+
+def test_a_4_bit_base_trains_fp32_adapters_and_keeps_its_picture_tower(contest, sft, tmp_path):
+    # The tiny base, because bitsandbytes packs weights for the CPU in blocks of 64.
+    run = sft(TINY_PATH, tmp_path / "run", load_in_4bit=True, max_steps=2)
+    assert {tensor.dtype for tensor in load_file(run / "adapter_model.safetensors").values()} == {torch.float32}
+    assert len(predict(run, contest, tmp_path / "out.csv").ids) == 24
+    args = ModelConfig(model_name_or_path=str(TINY_PATH), dtype=None, load_in_4bit=True)
+    model = models.load_model(args, "fp32")
+    quantised = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert quantised and all(".language_model." in name for name in quantised)
+
+
+def test_full_fine_tuning_saves_a_model_that_predict_loads(families, contest, sft, tmp_path):
+    run = sft(families("llava"), tmp_path / "run", use_peft=False, max_steps=2)
+    assert (run / "model.safetensors").is_file() and not (run / "adapter_config.json").exists()
+    assert len(predict(run, contest, tmp_path / "out.csv").ids) == 24
+
+
+def test_rows_with_two_to_four_choices_train_and_predict(families, contest, sft, tmp_path):
+    with (contest / "train.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for i, row in enumerate(rows):
+        row |= {"answer": "A" if i % 2 else "B"} | ({"c": "", "d": ""} if i % 3 == 0 else {})
+    write_csv(contest / "train.csv", rows)
+    run = sft(families("qwen2_5_vl"), tmp_path / "run", validation_fraction=0.25)
+    predictions = predict(run, contest, run / "submission.csv", data="train.csv")
+    assert [len(logits) for logits in predictions.choice_logits] == [2 if i % 3 == 0 else 4 for i in range(24)]
+    answers = {line.split(",")[1] for line in (run / "submission.csv").read_text().splitlines()[1:]}
+    assert answers <= set("ABCD")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_is_read_and_opens_with_its_launch_line(path):
+    recipe = read_recipe(["--config", str(path), "--use_cpu", "true"])
+    assert recipe.arguments.prompts and recipe.model_args().lora_r and recipe.validates
+    comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    launch = next(line for line in comments if "accelerate launch" in line).split()
+    for option in ("--config_file", "--config"):
+        assert (RECIPES.parent / launch[launch.index(option) + 1]).is_file()
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test if a weight is loaded."""
+    monkeypatch.setattr(models, "load_model", lambda *args, **kwargs: pytest.fail("a weight was loaded"))
+
+
+@pytest.fixture
+def fails(capsys, no_weights):
+    """`fails(function, ..., says="...")`: exit code 2, the message on stderr, no traceback."""
+
+    def check(function, *args, says, **kwargs):
+        with pytest.raises(SystemExit) as stop:
+            function(*args, **kwargs)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and says in error and "Traceback" not in error, error
+        return error
+
+    return check
+
+
+def test_bad_input_to_training_ends_with_a_message_before_any_weight_is_loaded(families, contest, sft, fails, tmp_path):
+    model, run = families("qwen2_5_vl"), tmp_path / "run"
+    fails(sft, model, run, lora_rr=8, says="Did you mean `lora_r`")
+    fails(sft, model, run, train_data=contest / "none.csv", says="no such file")
+    fails(sft, model, run, image_root=tmp_path, says="picture is missing: rows row_000, row_001")
+    fails(sft, tmp_path / "no_model", run, says="cannot be loaded")
+    fails(sft, families("llava"), run, max_pixels=9999, says="remove min_pixels and max_pixels")
+    assert not (run / "run.json").exists()
+
+
+def test_bad_input_to_prediction_ends_with_a_message_before_any_weight_is_loaded(families, contest, fails, tmp_path):
+    out = tmp_path / "out.csv"
+    fails(predict, tmp_path / "nowhere", contest, out, says="no such run folder")
+    (tmp_path / "empty").mkdir()
+    fails(predict, tmp_path / "empty", contest, out, says="holds no finished run")
+    fails(predict, "none", contest, out, says="give --model together with --run none")
+    fails(predict, "none", contest, tmp_path / "out.txt", "--model", "x", says="must end in .csv")
+
+
+def test_a_run_is_asked_for_the_choices_and_the_adapter_that_it_was_trained_with(
+    families, contest, sft, tmp_path, capsys
+):
+    run = sft(families("qwen2_5_vl"), tmp_path / "run", max_steps=1)
+    with (contest / "test.csv").open() as file:
+        rows = [row | {"e": "violet"} for row in csv.DictReader(file)]
+    write_csv(contest / "five.csv", rows)
+    with pytest.raises(SystemExit):
+        predict(run, contest, tmp_path / "out.csv", data="five.csv")
+    assert "trained on the choice columns a, b, c, d; this data has a, b, c, d, e" in capsys.readouterr().err
+    (run / "adapter_config.json").unlink()
+    with pytest.raises(SystemExit):
+        predict(run, contest, tmp_path / "out.csv")
+    assert "holds no adapter" in capsys.readouterr().err
