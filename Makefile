@@ -1,0 +1,42 @@
+# make demo   installs into .venv, fine-tunes the embedded model on real handwritten digits, prints base and tuned
+# make test   installs into .venv, runs the whole test suite
+# Needs Python 3.11 or newer and make; about 6 GB of disk for torch.
+
+PYTHON ?= python3
+BIN := .venv/bin
+DIGITS := data/digits
+PREDICT := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/predict.py --data $(DIGITS)/test.csv \
+	--batch_size 64 --use_cpu
+
+.PHONY: demo test lint clean
+
+demo: .venv/demo
+	$(BIN)/python -m vqa_sft.tiny digits $(DIGITS)
+	$(PREDICT) --run none --model vqa_sft/tiny/base --output runs/demo_base/submission.csv
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/sft.py --config recipes/demo.yaml --overwrite
+	$(PREDICT) --run runs/demo --output runs/demo/submission.csv
+	@echo
+	@echo "The 497 test digits, before and after:"
+	@$(BIN)/vqa-sft score base=runs/demo_base/submission.parquet tuned=runs/demo/submission.parquet \
+		--answers $(DIGITS)/test_answers.csv
+
+test: .venv/test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.venv/demo: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		(echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)" && exit 2)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable .
+	touch $@
+
+.venv/test: .venv/demo
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf .venv runs data build *.egg-info
