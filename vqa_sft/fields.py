@@ -1,0 +1,137 @@
+"""Reads `key: value` pairs from yaml and the command line and checks them against the fields of dataclasses.
+
+No torch, nothing about recipes: TRL's parser checks neither types nor choices of yaml values, takes abbreviations and
+drops duplicate keys, so values are checked here before anything is built from them.
+"""
+
+import difflib
+import enum
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vqa_sft.errors import InputError
+
+# Name of a field -> its type and, where it has them, its choices.
+Known = dict[str, tuple[Any, list | None]]
+
+
+def read_command_line(argv: list[str]) -> dict[str, list[str]]:
+    """`--key value ...`, `--key=value` and a bare `--flag` (true), as text."""
+    given: dict[str, list[str]] = {}
+    name = None
+    for token in argv:
+        if token.startswith("--"):
+            name, equals, value = token[2:].partition("=")
+            name = name.replace("-", "_")
+            given[name] = [value] if equals else []
+        elif name is None:
+            raise InputError(f"expected --key value; got {token!r}. Name the recipe with --config.")
+        else:
+            given[name].append(token)
+    return given
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise InputError(f"{', '.join(map(repr, sorted(twice)))} stands more than once in the recipe. Keep one.")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise InputError(f"no such recipe: {path}.")
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold `key: value` lines; got {type(values).__name__}.")
+    return values
+
+
+def from_tokens(name: str, tokens: list[str], known: Known) -> Any:
+    """A value from the command line: the first reading of the text that fits the field."""
+    if not tokens:
+        return True
+    hint = known.get(name, (Any, None))[0]
+    texts = [yaml.safe_load(token) for token in tokens]
+    readings = [texts[0], tokens[0]] if len(tokens) == 1 else []
+    readings += [texts, tokens]
+    return next((value for value in readings if _fits(value, hint)), readings[0])
+
+
+def checked(name: str, value: Any, known: Known) -> Any:
+    """`value`, in the type of its field. Raises InputError for unknown keys, wrong types and wrong choices."""
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        raise InputError(f"unknown key `{name}`." + (f" Did you mean `{near[0]}`?" if near else ""))
+    hint, choices = known[name]
+    if value is False and not _fits(value, hint) and _fits("no", hint):
+        value = "no"  # YAML reads a bare `no` as False
+    if not _fits(value, hint):
+        raise InputError(f"`{name}` must be {_describe(hint)}; got {value!r}.")
+    if choices and value is not None and value not in choices:
+        raise InputError(f"`{name}` must be one of {', '.join(map(str, choices))}; got {value!r}.")
+    # YAML 1.1 reads 2e-4 as text, because it has no dot.
+    if isinstance(value, str) and float in _members(hint) and str not in _members(hint):
+        return float(value)
+    return value
+
+
+def _members(hint: Any) -> tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from YAML may stand in a field of this type."""
+    members = _members(hint)
+    enums = [kind for kind in members if isinstance(kind, type) and issubclass(kind, enum.Enum)]
+    if enums:  # such fields are annotated `Enum | str` and mean the names of the enum
+        return value in [item.value for kind in enums for item in kind] or (value is None and type(None) in members)
+    return any(_fits_one(value, kind) for kind in members)
+
+
+def _fits_one(value: Any, kind: Any) -> bool:
+    origin = typing.get_origin(kind) or kind
+    if kind is Any:
+        return True
+    if origin is Literal:
+        return value in typing.get_args(kind)
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) or (isinstance(value, str) and _is_number(value))
+    if origin is list:
+        inner = typing.get_args(kind) or (Any,)
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    return isinstance(value, origin) if isinstance(origin, type) else False
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _describe(hint: Any) -> str:
+    words = []
+    for kind in _members(hint):
+        if typing.get_origin(kind) is Literal:
+            words += map(repr, typing.get_args(kind))
+        elif isinstance(kind, type) and issubclass(kind, enum.Enum):
+            return "one of " + ", ".join(str(item.value) for item in kind)
+        elif kind is not type(None):
+            names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+            words.append(names.get(typing.get_origin(kind) or kind) or f"a list ({kind})")
+    return " or ".join(words)
