@@ -84,6 +84,7 @@ def main() -> None:
         write_predictions(Path(args.output).with_suffix(".parquet"), predictions)
         write_submission(args.output, predictions, columns)
         print(f"Wrote {len(predictions.ids):,} answers to {args.output}")
+    launch.leave()
 
 
 def parse_args() -> argparse.Namespace:

@@ -92,10 +92,11 @@ def main() -> None:
 
     # Evaluate and save
     metrics = {"train_loss": result.training_loss, "train_runtime_s": result.metrics["train_runtime"]}
-    metrics |= trainer.speed.metrics()
+    metrics |= {"precision": precision} | trainer.speed.metrics()
     if validation is not None:
         predictions, validation_metrics = predict_examples(trainer, validation)
         metrics |= validation_metrics
+    metrics = {name: round(value, 6) if isinstance(value, float) else value for name, value in metrics.items()}
     trainer.save_model(output_dir)
     if trainer.is_world_process_zero():
         if validation is not None:
@@ -112,10 +113,11 @@ def main() -> None:
             num_rows={"train": len(train), "validation": len(validation or [])},
         )
         hub.write_card(output_dir)
-        print(f"Saved to {output_dir}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        print(f"Saved to {output_dir}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
 
         if recipe.values.get("push_to_hub"):
             push(recipe)
+    launch.leave()
 
 
 def load_data(recipe: Recipe, check_images: bool) -> tuple:

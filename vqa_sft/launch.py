@@ -30,3 +30,8 @@ def device_map() -> dict[str, int] | None:
     if state.device.type != "cuda" or sharded:
         return None
     return {"": state.local_process_index}
+
+
+def leave() -> None:
+    """Leave the process group. A process that ends inside it aborts now and then, and with it the whole launch."""
+    PartialState().destroy_process_group()

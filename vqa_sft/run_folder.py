@@ -102,7 +102,7 @@ def describe(
     write_json(Path(folder) / RUN, content)
 
 
-def write_metrics(folder: str | Path, metrics: dict[str, float]) -> None:
+def write_metrics(folder: str | Path, metrics: dict[str, float | str]) -> None:
     """Write metrics.json."""
     write_json(Path(folder) / METRICS, metrics)
 
