@@ -111,6 +111,7 @@ def main() -> None:
             prompts=args.prompts,
             columns=columns,
             num_rows={"train": len(train), "validation": len(validation or [])},
+            num_processes=training_args.world_size,
         )
         hub.write_card(output_dir)
         print(f"Saved to {output_dir}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))

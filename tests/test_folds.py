@@ -6,12 +6,12 @@ from vqa_sft.errors import InputError
 from vqa_sft.folds import hold_out
 
 
-def examples_with(num_rows, num_pictures):
+def examples_with(num_rows, num_pictures, folder="here"):
     return datasets.Dataset.from_list(
         [
             {
                 "id": str(i),
-                "images": [{"bytes": None, "path": f"{i % num_pictures}.png"}],
+                "images": [{"bytes": None, "path": f"{folder}/{i % num_pictures}.png"}],
                 "question": "?",
                 "choices": ["x", "y"],
                 "answer": i % 2,
@@ -37,6 +37,11 @@ def test_no_picture_stands_on_both_sides_and_no_row_is_lost():
 def test_a_seed_gives_the_same_split_again_and_another_seed_another():
     ids = [hold_out(examples_with(100, 100), 0.1, seed)[1]["id"][:] for seed in (0, 0, 1)]
     assert ids[0] == ids[1] != ids[2]
+
+
+def test_the_same_data_in_another_folder_give_the_same_split():
+    ids = [hold_out(examples_with(100, 70, folder), 0.1, 0)[1]["id"][:] for folder in ("here", "a/place/there")]
+    assert ids[0] == ids[1]
 
 
 def test_too_few_pictures_for_a_split_are_an_error():

@@ -17,10 +17,12 @@ def image_key(images: list[dict]) -> str:
 def hold_out(examples: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Training and validation examples: about `fraction` held out, stratified by answer, grouped by picture."""
     num_splits = round(1 / fraction)
-    groups = [image_key(images) for images in examples["images"]]
-    if len(set(groups)) < num_splits:
+    # Numbered as they come: the splitter sorts groups, and paths would make the split depend on where the data lie.
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(image_key(images), len(numbers)) for images in examples["images"]]
+    if len(numbers) < num_splits:
         raise InputError(
-            f"validation_fraction {fraction} needs at least {num_splits} different pictures; got {len(set(groups))}. "
+            f"validation_fraction {fraction} needs at least {num_splits} different pictures; got {len(numbers)}. "
             "Use a larger fraction or a validation_data file."
         )
     splitter = StratifiedGroupKFold(n_splits=num_splits, shuffle=True, random_state=seed)

@@ -10,9 +10,16 @@ from vqa_sft.errors import InputError
 
 
 def check_processes(use_cpu: bool) -> None:
-    """Raises InputError where one process sees several GPUs: it would use one of them, or slowly all."""
+    """Raises InputError where one process sees several GPUs, or several processes would not know of each other."""
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     num_gpus = 0 if use_cpu else torch.cuda.device_count()
-    if num_gpus > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if num_processes > 1 and not use_cpu and not torch.accelerator.is_available():
+        # accelerate then gives every process a world of its own: each would train alone, in the same folder.
+        raise InputError(
+            f"{num_processes} processes were launched and no GPU is visible. Launch one, or say that the CPU is meant: "
+            "--use_cpu true."
+        )
+    if num_gpus > 1 and num_processes == 1:
         raise InputError(
             f"{num_gpus} GPUs are visible and one process was launched. Use all of them:\n"
             f"  accelerate launch --multi_gpu --num_processes {num_gpus} recipes/sft.py --config ...\n"

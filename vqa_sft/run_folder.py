@@ -24,9 +24,9 @@ from vqa_sft.errors import InputError
 from vqa_sft.prompts import Prompts
 
 RECIPE, RUN, METRICS, VALIDATION = "recipe.yaml", "run.json", "metrics.json", "validation.parquet"
-# Fields that change how a run is launched or shown, not what it computes.
+# Fields that change where a run lies, how it is launched or shown, not what it computes.
 _FREE = {
-    "overwrite", "push_to_hub", "hub_model_id", "hub_private_repo", "report_to", "logging_steps",
+    "output_dir", "overwrite", "push_to_hub", "hub_model_id", "hub_private_repo", "report_to", "logging_steps",
     "dataloader_num_workers", "disable_tqdm", "run_name", "check_images",
 }  # fmt: skip
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "vqa-sft")
@@ -86,6 +86,7 @@ def describe(
     prompts: Prompts,
     columns: Columns,
     num_rows: dict[str, int],
+    num_processes: int,
 ) -> None:
     """Write run.json."""
     content = {
@@ -96,6 +97,7 @@ def describe(
         "prompts_digest": prompts.digest,
         "columns": vars(columns),
         "num_rows": num_rows,
+        "num_processes": num_processes,
         "versions": {name: _version(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
     }

@@ -98,10 +98,10 @@ class AnswerTrainer(SFTTrainer):
         logged["letters_mass"].append((own.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp().mean())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # Kept as tensors until here, so that a step does not wait for the GPU.
-        for values in self._metrics.values():
-            for name, tensors in values.items():
-                values[name] = [float(torch.stack(list(map(torch.as_tensor, tensors))).float().mean())]
+        # Kept as tensors until here, so that a step does not wait for the GPU or for other processes.
+        values = self._metrics["train" if self.model.training else "eval"]
+        for name, tensors in values.items():
+            values[name] = [self.accelerator.reduce(torch.stack(tensors).mean(), "mean").item()]
         super().log(logs, start_time)
 
     def prediction_step(

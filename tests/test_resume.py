@@ -1,0 +1,181 @@
+"""A run that was killed goes on by the same command, and ends as the run that was not killed."""
+
+import csv
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import RECIPES, run_script, write_contest, write_csv
+
+from vqa_sft import checkpoints, run_folder
+from vqa_sft.predictions import read_predictions
+from vqa_sft.tiny import TINY_PATH
+
+MODEL = TINY_PATH
+# 24 rows to train on in 3 steps of 8, a checkpoint after every epoch; long enough to be killed in the middle.
+RECIPE = {"model_name_or_path": MODEL, "num_train_epochs": 8, "global_batch_size": 8}
+RECIPE |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True}
+RECIPE |= {"gradient_checkpointing": False, "disable_tqdm": True, "shuffle_choices": True}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the processes that the tests start; two threads on busy cores wait for each other at every layer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def contest(tmp_path_factory):
+    """A contest whose answers the base gets wrong, so that the weights move until the end."""
+    folder = write_contest(tmp_path_factory.mktemp("resume") / "contest", num_rows=32)
+    with (folder / "train.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    rows = [row | {"answer": "bcda"["abcd".index(row["answer"])]} for row in rows]
+    write_csv(folder / "train.csv", rows[:24])
+    write_csv(folder / "validation.csv", rows[24:])
+    return folder
+
+
+def arguments(contest, output_dir, **values):
+    data = {"train_data": contest / "train.csv", "validation_data": contest / "validation.csv"}
+    values = RECIPE | data | {"output_dir": output_dir} | values
+    return [str(token) for key, value in values.items() for token in (f"--{key}", value)]
+
+
+def start(contest, output_dir, **values):
+    """The command as a user gives it, in a process of its own, with one thread."""
+    command = [sys.executable, str(RECIPES / "sft.py"), *arguments(contest, output_dir, **values)]
+    return subprocess.Popen(command, cwd=RECIPES.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, process_group=0)
+
+
+def finish(*args, **values):
+    assert start(*args, **values).wait() == 0
+
+
+def kill_after_a_whole_checkpoint(contest, output_dir, **values):
+    process = start(contest, output_dir, **values)
+    while not any(output_dir.glob(f"checkpoint-*/{checkpoints.MARKER}")):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)  # with its loader's workers
+    assert process.wait() == -signal.SIGKILL
+    assert not run_folder.is_finished(output_dir)
+    saved = checkpoints.last_whole_checkpoint(output_dir)
+    assert saved and not saved.endswith("-24")  # 8 epochs x 3 steps
+
+
+def result(run):
+    """What a run has learnt, in bytes, and what it answers."""
+    validation = read_predictions(run / run_folder.VALIDATION)
+    weights = (run / "adapter_model.safetensors").read_bytes()
+    return weights, validation.ids, validation.choice_logits
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"dataloader_num_workers": 0},
+        # Checkpoints in the middle of an epoch, while two workers draw orders ahead.
+        {"dataloader_num_workers": 2, "save_steps": 5, "eval_steps": 5, "save_strategy": "steps"}
+        | {"eval_strategy": "steps"},
+    ],
+    ids=["after an epoch", "inside an epoch"],
+)
+def test_a_killed_run_ends_with_the_weights_of_the_run_that_was_not_killed(contest, tmp_path, values):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(contest, whole, **values)
+    kill_after_a_whole_checkpoint(contest, killed, **values)
+    finish(contest, killed, **values)
+    assert result(killed) == result(whole)
+
+
+@pytest.fixture
+def train(contest, tmp_path):
+    """`train(key=value, ...)` trains three epochs in this process and returns the run folder."""
+
+    def run(**values):
+        values = {"num_train_epochs": 3, "dataloader_num_workers": 0} | values
+        run_script("sft", *arguments(contest, tmp_path / "run", **values))
+        return tmp_path / "run"
+
+    return run
+
+
+def steps(run):
+    return sorted(int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*"))
+
+
+def test_a_run_killed_after_its_last_checkpoint_has_nothing_left_to_train(train):
+    run = train()
+    before = result(run)
+    for name in (run_folder.RUN, run_folder.VALIDATION, "adapter_model.safetensors"):
+        (run / name).unlink()
+    assert result(train()) == before
+
+
+def test_a_checkpoint_without_its_marker_is_passed_over_and_removed(train, capsys):
+    run = train(save_total_limit=3)
+    before = result(run)
+    assert steps(run) == [3, 6, 9]
+    (run / run_folder.RUN).unlink()
+    (run / "checkpoint-9" / checkpoints.MARKER).unlink()
+    (run / "checkpoint-9" / "optimizer.pt").write_bytes(b"half of i")
+    assert checkpoints.last_whole_checkpoint(run) == str(run / "checkpoint-6")
+    assert result(train(save_total_limit=3)) == before
+    assert "checkpoint-9 was not finished when the run stopped; it is removed" in capsys.readouterr().out
+    assert (run / "checkpoint-9" / checkpoints.MARKER).is_file()
+
+
+def test_the_newest_whole_checkpoint_is_the_one_with_the_most_steps(tmp_path):
+    for step in (9, 80, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert checkpoints.last_whole_checkpoint(tmp_path) is None
+    for step in (9, 80):
+        (tmp_path / f"checkpoint-{step}" / checkpoints.MARKER).touch()
+    assert checkpoints.last_whole_checkpoint(tmp_path) == str(tmp_path / "checkpoint-80")
+    assert checkpoints.remove_broken_checkpoints(tmp_path) == ["checkpoint-100"]
+    assert steps(tmp_path) == [9, 80]
+
+
+def test_another_recipe_in_the_same_folder_is_refused_and_the_changed_keys_are_named(train, capsys):
+    run = train(max_steps=1)
+    (run / run_folder.RUN).unlink()  # the same whether it is finished or not
+    for finished in (False, True):
+        with pytest.raises(SystemExit) as stop:
+            train(max_steps=1, learning_rate=2e-2, lora_r=8, logging_steps=5)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "Traceback" not in error
+        assert "learning_rate: 0.01 -> 0.02" in error and "lora_r: None -> 8" in error and "--overwrite" in error
+        assert "logging_steps" not in error  # changes nothing in the weights
+        if not finished:
+            assert train(max_steps=1) == run and run_folder.is_finished(run)
+
+
+def test_a_finished_run_is_trained_again_only_when_it_is_to_be_overwritten(train, capsys):
+    run = train(max_steps=1)
+    written = (run / run_folder.RUN).stat().st_mtime_ns
+    capsys.readouterr()
+    train(max_steps=1)
+    assert "is finished. Give --overwrite to train it again" in capsys.readouterr().out
+    assert (run / run_folder.RUN).stat().st_mtime_ns == written
+    train(max_steps=2, overwrite=True)
+    assert (run / run_folder.RUN).stat().st_mtime_ns > written and steps(run) == [2]
+
+
+def test_early_stopping_keeps_its_patience_over_a_resume(train):
+    # A learning rate of 0: the first evaluation stays the best, and the third after it is one too many.
+    values = {"learning_rate": 0, "num_train_epochs": 8, "early_stopping_patience": 3, "save_total_limit": 10}
+    run = train(**values)
+    assert steps(run) == [3, 6, 9, 12]
+    # As if killed with patience for one more.
+    (run / run_folder.RUN).unlink()
+    shutil.rmtree(run / "checkpoint-12")
+    assert steps(train(**values)) == [3, 6, 9, 12]
