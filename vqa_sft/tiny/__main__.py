@@ -1,0 +1,94 @@
+"""Command line of the tiny base.
+
+    python -m vqa_sft.tiny digits data/digits          the demo's data: handwritten digits as a contest's files
+    python -m vqa_sft.tiny draw --output runs/drawn    a contact sheet of what the base has seen
+    python -m vqa_sft.tiny train --output runs/tiny    the base, from nothing
+    python -m vqa_sft.tiny evaluate                    accuracy per kind on held-out drawn pictures
+
+Drawing needs matplotlib, for its fonts only.
+"""
+
+import argparse
+from pathlib import Path
+
+from vqa_sft.tiny import TINY_PATH
+
+
+def main() -> None:
+    args = parse_args()
+    args.run(args)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m vqa_sft.tiny", description="The tiny base: its data, training and score."
+    )
+    commands = parser.add_subparsers(required=True)
+
+    digits = commands.add_parser("digits", help="write scikit-learn's handwritten digits as PNG and CSV files")
+    digits.add_argument("output", type=Path)
+    digits.set_defaults(run=run_digits)
+
+    draw = commands.add_parser("draw", help="draw examples and a contact sheet")
+    draw.add_argument("--output", type=Path, required=True)
+    draw.add_argument("--seed", type=int, default=0)
+    draw.set_defaults(run=run_draw)
+
+    train = commands.add_parser("train", help="train the base from nothing and score it")
+    train.add_argument("--output", type=Path, required=True)
+    train.add_argument("--steps", type=int, default=12_500)
+    train.add_argument("--pictures", type=int, default=480_000)
+    train.add_argument("--batch-size", type=int, default=512)
+    train.add_argument("--learning-rate", type=float, default=1e-3)
+    train.add_argument("--workers", type=int, default=None, help="processes that draw; all cores if left out")
+    train.add_argument("--seed", type=int, default=0)
+    train.set_defaults(run=run_train)
+
+    evaluate = commands.add_parser("evaluate", help="accuracy per kind on held-out drawn pictures")
+    evaluate.add_argument("--model", type=Path, default=TINY_PATH)
+    evaluate.add_argument("--examples", type=int, default=3000)
+    evaluate.set_defaults(run=run_evaluate)
+    return parser.parse_args()
+
+
+def run_digits(args: argparse.Namespace) -> None:
+    from vqa_sft.tiny.digits import NUM_TEST, NUM_TRAIN, write_digits
+
+    write_digits(args.output)
+    print(f"{NUM_TRAIN} training and {NUM_TEST} test rows in {args.output}")
+
+
+def run_draw(args: argparse.Namespace) -> None:
+    from vqa_sft.tiny.draw import write_sheet
+
+    write_sheet(args.output, args.seed)
+    print(f"contact sheet and examples in {args.output}")
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from vqa_sft.tiny.train import train
+
+    train(args.output, args.steps, args.pictures, args.batch_size, args.learning_rate, args.workers, args.seed)
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    from vqa_sft.tiny.draw import draw_examples
+    from vqa_sft.tiny.evaluate import accuracy_by_kind, format_table, load_base, predict_answers
+    from vqa_sft.tiny.train import FONT_SEED, TEST_SEED, WORDING_SEED
+
+    processor, model = load_base(args.model)
+    sets = {
+        "held-out pictures": draw_examples(args.examples, TEST_SEED),
+        "held-out wordings": draw_examples(args.examples // 3, WORDING_SEED, held_out="wordings"),
+        "held-out fonts": [
+            example
+            for kind in ("digit", "letter")
+            for example in draw_examples(args.examples // 6, FONT_SEED, kind, held_out="fonts")
+        ],
+    }
+    answers = {name: predict_answers(processor, model, examples) for name, examples in sets.items()}
+    print(format_table({name: accuracy_by_kind(examples, answers[name]) for name, examples in sets.items()}))
+
+
+if __name__ == "__main__":
+    main()
