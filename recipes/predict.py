@@ -10,6 +10,7 @@ the data's own format) stands the prediction file: submission.parquet, with log-
 
 import argparse
 import os
+import tempfile
 from pathlib import Path
 
 from vqa_sft.quiet import quiet
@@ -20,6 +21,7 @@ from vqa_sft import run_folder
 from vqa_sft.config import Recipe, RecipeArguments
 from vqa_sft.data import Columns, load_examples
 from vqa_sft.errors import InputError, exits_with_message
+from vqa_sft.predictions import Predictions, read_predictions, write_predictions, write_submission
 from vqa_sft.prompts import Prompts
 
 
@@ -48,8 +50,7 @@ def main() -> None:
     from accelerate import PartialState
 
     from vqa_sft import launch, model as models
-    from vqa_sft.collator import AnswerCollator
-    from vqa_sft.predictions import Predictions, write_predictions, write_submission
+    from vqa_sft.collator import AnswerCollator, check_texts
     from vqa_sft.scoring import find_letter_ids, score_examples
 
     launch.check_processes(args.use_cpu)
@@ -63,6 +64,7 @@ def main() -> None:
     limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
     processor = models.load_processor(source, **limits, **trust)
     letter_ids = find_letter_ids(processor, num_letters)
+    check_texts(processor, examples, prompts)
     precision = models.choose_precision(recipe.values)
     model = models.load_trained(args.run, model_args, precision, device_map=launch.device_map(), **trust)
     model.to(state.device).eval()
@@ -87,6 +89,31 @@ def main() -> None:
     launch.leave()
 
 
+def check_output(args: argparse.Namespace) -> None:
+    """Raises InputError where the two files cannot be written, or would replace what we did not write."""
+    output = Path(args.output)
+    parquet = output.with_suffix(".parquet")
+    if output.suffix != ".csv":
+        raise InputError(f"--output must end in .csv; got {args.output}.")
+    if parquet.name == run_folder.VALIDATION and run_folder.is_finished(output.parent):
+        raise InputError(f"{parquet} holds the run's own validation predictions. Name another --output.")
+    if output.exists() and not is_ours(parquet) or parquet.exists() and not is_ours(parquet):
+        raise InputError(f"{output} or {parquet} exists and is none of our submissions. Name another --output.")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error}.") from error
+
+
+def is_ours(parquet: Path) -> bool:
+    try:
+        return bool(read_predictions(parquet).metadata)
+    except InputError:
+        return False
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="run folder, or none to score a base model as it is")
@@ -105,16 +132,18 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.run == "none") == (args.model is None):
         raise InputError("give --model together with --run none, and only then: a run knows its base model.")
-    if args.run != "none" and (args.min_pixels or args.max_pixels):
+    if args.run != "none" and (args.min_pixels, args.max_pixels) != (None, None):
         raise InputError("min_pixels and max_pixels belong to the run; they go with --run none only.")
-    if Path(args.output).suffix != ".csv":
-        raise InputError(f"--output must end in .csv; got {args.output}.")
+    for name, low in (("batch_size", 1), ("num_workers", 0), ("limit", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            raise InputError(f"--{name} must be at least {low}; got {getattr(args, name)}.")
+    check_output(args)
     return args
 
 
 def base_run(args: argparse.Namespace) -> dict:
     """What run.json would say of a base model that nobody tuned: our defaults."""
-    own = RecipeArguments(train_data="none")
+    own = RecipeArguments(train_data="none", min_pixels=args.min_pixels, max_pixels=args.max_pixels)
     return {
         "recipe": {"model_name_or_path": args.model},
         "prompts": vars(own.prompts),

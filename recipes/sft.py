@@ -18,7 +18,7 @@ quiet()
 from vqa_sft import run_folder
 from vqa_sft.config import Recipe, describe_fields, read_recipe
 from vqa_sft.data import load_examples
-from vqa_sft.errors import InputError, exits_with_message
+from vqa_sft.errors import InputError, exits_with_message, explains
 from vqa_sft.folds import hold_out
 
 
@@ -32,20 +32,18 @@ def main() -> None:
     # The recipe and the data are checked before torch touches a device.
     recipe = read_recipe(sys.argv[1:])
     args, output_dir = recipe.arguments, recipe.values["output_dir"]
+    run_folder.check(output_dir, recipe.values, args.overwrite, inputs=recipe.inputs())
     if run_folder.is_finished(output_dir) and not args.overwrite:
-        run_folder.prepare(output_dir, recipe.values, overwrite=False)  # complains about another recipe
         print(f"{output_dir} is finished. Give --overwrite to train it again.")
         return
     train, validation, columns = load_data(recipe, check_images=args.check_images and is_main)
     num_letters = max(len(choices) for part in (train, validation) if part for choices in part["choices"])
-    if is_main:
-        run_folder.prepare(output_dir, recipe.values, args.overwrite)
 
     from accelerate import PartialState
     from transformers import EarlyStoppingCallback
 
     from vqa_sft import checkpoints, hub, launch, model as models
-    from vqa_sft.collator import AnswerCollator, TrainCollator
+    from vqa_sft.collator import AnswerCollator, TrainCollator, check_texts
     from vqa_sft.predictions import write_predictions
     from vqa_sft.scoring import find_letter_ids
     from vqa_sft.trainer import AnswerTrainer, predict_examples
@@ -65,27 +63,33 @@ def main() -> None:
         **trust,
     )
     letter_ids = find_letter_ids(processor, num_letters)
+    for part in filter(None, (train, validation)):
+        check_texts(processor, part, args.prompts)
+    if is_main:
+        run_folder.start(output_dir, recipe.values, args.overwrite)
+    PartialState().wait_for_everyone()
     model = models.load_model(model_args, precision, device_map=launch.device_map(), **trust)
 
     # Trainer
     callbacks = [checkpoints.MarkWholeCheckpoints()]
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
-    trainer = AnswerTrainer(
-        model=model,
-        args=training_args,
-        peft_config=models.lora_config(model_args, model),
-        train_dataset=train,
-        eval_dataset=validation,
-        processing_class=processor,
-        data_collator=TrainCollator(
-            processor, args.prompts, num_letters, seed=training_args.seed, shuffle_choices=args.shuffle_choices
-        ),
-        eval_collator=AnswerCollator(processor, args.prompts, num_letters),
-        letter_ids=letter_ids,
-        loss_over=args.loss,
-        callbacks=callbacks,
-    )
+    with explains(ValueError, "the recipe does not fit the model"):
+        trainer = AnswerTrainer(
+            model=model,
+            args=training_args,
+            peft_config=models.lora_config(model_args, model),
+            train_dataset=train,
+            eval_dataset=validation,
+            processing_class=processor,
+            data_collator=TrainCollator(
+                processor, args.prompts, num_letters, seed=training_args.seed, shuffle_choices=args.shuffle_choices
+            ),
+            eval_collator=AnswerCollator(processor, args.prompts, num_letters),
+            letter_ids=letter_ids,
+            loss_over=args.loss,
+            callbacks=callbacks,
+        )
 
     # Train, from the last whole checkpoint if there is one
     result = trainer.train(resume_from_checkpoint=checkpoints.last_whole_checkpoint(output_dir))

@@ -38,6 +38,11 @@ def test_lists_and_mappings_can_be_given_on_the_command_line(tmp_path):
     assert recipe.values["lr_scheduler_kwargs"] == {"num_cycles": 2}
 
 
+def test_a_prompt_on_the_command_line_need_not_be_yaml(tmp_path):
+    recipe = read(tmp_path, "", "--user_prompt", "{question} {choices}", "--run_name", "[a")
+    assert recipe.arguments.prompts.user == "{question} {choices}" and recipe.values["run_name"] == "[a"
+
+
 def test_a_number_may_be_the_text_of_a_text_field(tmp_path):
     assert read(tmp_path, "", "--run_name", "5").values["run_name"] == "5"
 
@@ -65,9 +70,19 @@ def test_a_number_may_be_the_text_of_a_text_field(tmp_path):
         ("validation_fraction: 0.1\nvalidation_data: v.csv\n", "both set"),
         ("global_batch_size: 12\n", "no multiple of per_device_train_batch_size 8 x 1 processes"),
         ("global_batch_size: 8\ngradient_accumulation_steps: 2\n", "both set"),
-        ("save_total_limit: 1\n", "at least 2"),
+        ("save_total_limit: 1\n", "save_total_limit must be at least 2"),
         ("min_pixels: 9\nmax_pixels: 4\n", "larger than max_pixels"),
         ("user_prompt: hello\n", "`user` must contain"),
+        ("per_device_train_batch_size: 0\nglobal_batch_size: 4\n", "must be at least 1; got 0"),
+        ("learning_rate: .inf\n", "must be between 0 and 1000.0; got inf"),
+        ("learning_rate: -1\n", "must be between 0 and"),
+        ("lora_r: 0\n", "lora_r must be at least 1"),
+        ("num_train_epochs: 0\n", "the run has no steps"),
+        ("validation_fraction: 0.1\nmetric_for_best_model: f1\n", "one of nll, accuracy, ece, loss"),
+        ("validation_data: train.csv\nvalidation_split: train\n", "validation_data is train_data"),
+        ("report_to: no_tracker\n", "no_tracker is not installed"),
+        ("resume_from_checkpoint: x\n", "by itself"),
+        ("user_prompt: '{choices} {choices} {question}'\n", "must contain {choices} once"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(tmp_path, text, part):

@@ -1,6 +1,7 @@
 import io
 
 import datasets
+import numpy as np
 import pytest
 from conftest import write_csv
 from PIL import Image
@@ -80,15 +81,20 @@ def test_every_bad_row_is_named_at_once(contest):
     (contest / "images/008.png").write_bytes((contest / "images/008.png").read_bytes()[:90])
     rows[9]["path"] = "../../outside.png"
     rows[10] |= {"b": ""}
+    rows[11] |= {"question": " "}
+    rows[12] |= dict.fromkeys("abcd", "same")
+    Image.new("RGB", (1, 300)).save(contest / "images/013.png")
     write_csv(contest / "train.csv", rows)
     with pytest.raises(InputError) as error:
         load(contest)
     message = str(error.value)
-    for part in ("got 'z': row row_001 (1 of 24)", "got '': row row_002", "duplicate `id`: row row_003"):
+    for part in ("a, b, c, d; got another: rows row_001 ('z'), row_002 ('') (2 of 24)", "duplicate `id`: row row_003"):
         assert part in message
     for part in ("picture is missing: row", "row_006", "row_007", "row_008", "cannot be decoded", "leads out of"):
         assert part in message
     assert "an empty choice before a filled one: row row_010" in message
+    for part in ("`question` is empty: row row_011", "all choices are equal: row row_012", "200 times as long"):
+        assert part in message
 
 
 def test_missing_columns_are_listed_with_the_ones_found(contest):
@@ -112,6 +118,10 @@ def test_prediction_needs_no_answers_but_training_does(contest):
         ("header.csv", b"id,path,question,a,b,answer\n", "has no rows"),
         ("korean.csv", "id,질문\n".encode("cp949"), "not UTF-8"),
         ("data.txt", b"x", "not a CSV file"),
+        ("twice.csv", b"id,path,question,a,a,answer\n1,x,q,y,z,a\n", "more than one column 'a'"),
+        ("gap.csv", b"id,path,question,a,b,d,answer\n1,x,q,y,z,w,a\n", "leave letters out"),
+        ("semicolon.csv", b"id;path;question\n1;x;q\n", "separated by ;"),
+        ("long.csv", b"id,path,question,a,b,answer\n1,x,q,y,z,a,\n2,x,q,y,z,a,\n", "rows longer than its header"),
     ],
 )
 def test_files_that_cannot_be_read_say_why(tmp_path, name, content, part):
@@ -146,6 +156,13 @@ def as_entry(picture, kind):
 def test_transparent_parts_stand_on_white():
     opened = open_image(as_entry(Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "PNG"))
     assert opened.mode == "RGB" and opened.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_sixteen_bits_become_eight_without_losing_the_light_half():
+    levels = Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16))
+    assert levels.mode == "I;16"
+    opened = open_image(as_entry(levels, "PNG"))
+    assert [opened.getpixel((i % 16, i // 16)) for i in range(256)] == [(i, i, i) for i in range(256)]
 
 
 def test_a_picture_is_turned_as_its_camera_meant_it():

@@ -44,6 +44,11 @@ def test_the_same_data_in_another_folder_give_the_same_split():
     assert ids[0] == ids[1]
 
 
+def test_rows_that_are_too_few_to_stratify_are_split_all_the_same():
+    train, validation = hold_out(examples_with(12, 12), 0.1, seed=0)
+    assert len(train) + len(validation) == 12 and 1 <= len(validation) <= 2
+
+
 def test_too_few_pictures_for_a_split_are_an_error():
     with pytest.raises(InputError, match="at least 10 different pictures; got 3"):
         hold_out(examples_with(30, 3), 0.1, seed=0)

@@ -154,6 +154,7 @@ def test_bad_input_to_training_ends_with_a_message_before_any_weight_is_loaded(f
     fails(sft, model, run, image_root=tmp_path, says="picture is missing: rows row_000, row_001")
     fails(sft, tmp_path / "no_model", run, says="cannot be loaded")
     fails(sft, families("llava"), run, max_pixels=9999, says="remove min_pixels and max_pixels")
+
     assert not (run / "run.json").exists()
 
 
@@ -164,6 +165,65 @@ def test_bad_input_to_prediction_ends_with_a_message_before_any_weight_is_loaded
     fails(predict, tmp_path / "empty", contest, out, says="holds no finished run")
     fails(predict, "none", contest, out, says="give --model together with --run none")
     fails(predict, "none", contest, tmp_path / "out.txt", "--model", "x", says="must end in .csv")
+
+
+def test_target_modules_that_the_model_does_not_have_are_an_error(families, sft, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        sft(families("llava"), tmp_path / "run", lora_target_modules="nope")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "the recipe does not fit the model" in error and "nope" in error
+
+
+def test_training_never_deletes_what_it_did_not_write(families, contest, sft, fails, tmp_path):
+    model, files = families("qwen2_5_vl"), sorted(contest.rglob("*"))
+    (contest / "recipe.yaml").write_text("mine: true\n")
+    (contest / "checkpoint-best").mkdir()
+    for values in ({}, {"overwrite": True}):
+        fails(sft, model, contest, **values, says="is not empty and holds no run of ours")
+    (contest / ".vqa-sft").touch()  # even if it had been a run
+    fails(sft, model, contest, overwrite=True, says="holds what the run reads")
+    fails(sft, model, contest / "train.csv" / "run", says="cannot be written")
+    assert set(files) <= set(contest.rglob("*")) and (contest / "recipe.yaml").read_text() == "mine: true\n"
+
+
+def test_a_mistake_found_late_does_not_cost_the_run_that_was_to_be_overwritten(families, sft, tmp_path):
+    run = sft(families("qwen2_5_vl"), tmp_path / "run", max_steps=1)
+    with pytest.raises(SystemExit):
+        sft(str(tmp_path / "typo"), run, overwrite=True)
+    assert (run / "adapter_model.safetensors").is_file() and (run / "run.json").is_file()
+
+
+def test_prediction_never_overwrites_what_it_did_not_write(families, contest, fails, tmp_path):
+    model, before = families("qwen2_5_vl"), (contest / "test.csv").read_bytes()
+    fails(predict, "none", contest, contest / "test.csv", "--model", model, says="none of our submissions")
+    (contest / "other.parquet").write_text("mine")
+    fails(predict, "none", contest, contest / "other.csv", "--model", model, says="none of our submissions")
+    fails(predict, "none", contest, contest / "test.csv" / "x.csv", "--model", model, says="cannot be written")
+    assert (contest / "test.csv").read_bytes() == before
+
+
+def test_texts_that_hold_a_control_token_are_named_before_any_weight_is_loaded(families, contest, sft, fails, tmp_path):
+    with (contest / "train.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    rows[3]["question"] = "What is <|image_pad|>?"
+    rows[5]["b"] = "<|im_end|>"
+    write_csv(contest / "train.csv", rows)
+    says = "control token of this model in rows row_003, row_005 (2 of 24)"
+    fails(sft, families("qwen2_5_vl"), tmp_path / "run", says=says)
+    fails(predict, "none", contest, tmp_path / "o.csv", "--model", families("qwen2_5_vl"), data="train.csv", says=says)
+
+
+def test_a_damaged_run_says_what_is_damaged(families, contest, sft, tmp_path, capsys):
+    run = sft(families("qwen2_5_vl"), tmp_path / "run", max_steps=1)
+    whole = (run / "adapter_model.safetensors").read_bytes()
+    (run / "adapter_model.safetensors").write_bytes(whole[:100])
+    with pytest.raises(SystemExit):
+        predict(run, contest, tmp_path / "out.csv")
+    assert "does not load on" in capsys.readouterr().err
+    (run / "run.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        predict(run, contest, tmp_path / "out.csv")
+    assert "run.json is damaged" in capsys.readouterr().err
 
 
 def test_a_run_is_asked_for_the_choices_and_the_adapter_that_it_was_trained_with(

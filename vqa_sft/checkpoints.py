@@ -27,17 +27,20 @@ class MarkWholeCheckpoints(TrainerCallback):
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint with a marker, or None."""
-    whole = [path.parent for path in Path(output_dir).glob(f"checkpoint-*/{MARKER}")]
-    return str(max(whole, key=_step)) if whole else None
+    whole = [path for path in _checkpoints(output_dir) if (path / MARKER).exists()]
+    return str(whole[-1]) if whole else None
 
 
 def remove_broken_checkpoints(output_dir: str | Path) -> list[str]:
     """Delete checkpoints without a marker, so that rotation does not keep one in place of a whole one."""
-    broken = [path for path in Path(output_dir).glob("checkpoint-*") if not (path / MARKER).exists()]
+    broken = [path for path in _checkpoints(output_dir) if not (path / MARKER).exists()]
     for path in broken:
         shutil.rmtree(path)
     return [path.name for path in broken]
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    """Folders named checkpoint-<steps>, fewest steps first."""
+    named = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
+    numbered = [path for path in named if path.name.removeprefix("checkpoint-").isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")))

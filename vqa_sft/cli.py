@@ -1,6 +1,7 @@
 """`vqa-sft score | push`: laptop tools, a thin shell over the modules."""
 
 import argparse
+from pathlib import Path
 
 from vqa_sft.errors import InputError, exits_with_message
 
@@ -39,7 +40,7 @@ def score_table(files: list[str], answers_file: str | None) -> str:
     answers = read_answers(answers_file) if answers_file else None
     lines = [("", "rows", "accuracy", "nll", "ece")]
     for item in files:
-        name, _, path = item.rpartition("=")
+        name, _, path = ("", "", item) if Path(item).exists() else item.partition("=")
         predictions = read_predictions(path)
         if answers is not None:
             predictions = with_answers(predictions, answers)

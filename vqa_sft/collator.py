@@ -12,12 +12,15 @@ The prompt ends where the letter begins, so the letter needs no place in the inp
 byte for byte what is scored in prediction: both render with `render_prompt`.
 """
 
+import re
 from collections.abc import Sequence
 
+import datasets
 import torch
 from transformers import ProcessorMixin
 
 from vqa_sft.data import open_image
+from vqa_sft.errors import InputError, name_rows
 from vqa_sft.mcq import choice_to_letter, draw_order, identity_order
 from vqa_sft.prompts import Prompts, render_messages
 
@@ -29,6 +32,26 @@ def render_prompt(processor: ProcessorMixin, row: dict, order: Sequence[int], pr
     """The text that the model reads before it answers, generation prompt included."""
     messages = render_messages(row["question"], row["choices"], order, len(row["images"]), prompts)
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
+def check_texts(processor: ProcessorMixin, examples: datasets.Dataset, prompts: Prompts) -> None:
+    """Raises InputError for texts that hold a control token of this model ("<|image_pad|>", "<image>", "<|im_end|>"):
+    the tokenizer would take it for the real one, and the row would be another prompt or none."""
+    tokens = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    control = re.compile("|".join(re.escape(token) for token in sorted(tokens) if token.strip()) or r"(?!)")
+    own = control.search(f"{prompts.system} {prompts.user} {prompts.choice}")
+    if own:
+        raise InputError(f"the prompt holds {own.group()!r}, a control token of this model. Take it out.")
+    found = [
+        row["id"]
+        for row in examples.select_columns(["id", "question", "choices"])
+        if control.search("\n".join([row["question"], *row["choices"]]))
+    ]
+    if found:
+        raise InputError(
+            f"the question or a choice holds a control token of this model in {name_rows(found, len(examples))}. "
+            "Take it out."
+        )
 
 
 class AnswerCollator:

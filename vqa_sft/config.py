@@ -4,6 +4,7 @@ A recipe is one yaml: our fields (`RecipeArguments`), TRL's model fields (`Model
 (`SFTConfig`), in one flat mapping; any of them can be given again on the command line.
 """
 
+import math
 import os
 import typing
 from collections.abc import Iterable
@@ -62,12 +63,7 @@ class RecipeArguments:
     overwrite: bool = _help("Delete an earlier run in output_dir first.", default=False)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.validation_fraction <= 0.5:
-            raise InputError(f"validation_fraction must lie between 0 and 0.5; got {self.validation_fraction}.")
-        for name in ("limit", "min_pixels", "max_pixels", "global_batch_size", "early_stopping_patience"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} must be at least 1; got {value}.")
+        _check_bounds(vars(self))
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise InputError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}.")
         self.prompts  # noqa: B018  raises for a template without its placeholders
@@ -117,7 +113,43 @@ REFUSED = {
     "remove_unused_columns": "the collator needs all columns",
     "dataset_kwargs": "prompts are rendered in the collator",
     "auto_find_batch_size": "it would change the global batch in silence",
+    "prediction_loss_only": "it drops the metrics that choose the best checkpoint",
+    "batch_eval_metrics": "metrics are computed over all validation rows at once",
+    "train_sampling_strategy": "rows have no length before the collator",
+    "chat_template_path": "the prompt would no longer be the model's own",
+    "eos_token": "nothing is generated",
+    "pad_token": "the tokenizer has one",
+    "do_train": "recipes/sft.py trains, recipes/predict.py predicts",
+    "resume_from_checkpoint": "a run goes on from its last whole checkpoint by itself",
 }
+# Smallest value, largest value; what lies outside ends in a traceback or in an untrained adapter.
+BOUNDS = {
+    "per_device_train_batch_size": (1, None),
+    "per_device_eval_batch_size": (1, None),
+    "gradient_accumulation_steps": (1, None),
+    "eval_accumulation_steps": (1, None),
+    "save_total_limit": (2, None),  # with 1, a run killed while it saves keeps no checkpoint
+    "learning_rate": (0, 1e3),
+    "weight_decay": (0, 1e3),
+    "max_grad_norm": (0, None),
+    "warmup_steps": (0, None),
+    "adam_beta1": (0, 0.999999999),
+    "adam_beta2": (0, 0.999999999),
+    "adam_epsilon": (0, 1),
+    "lora_r": (1, None),
+    "lora_alpha": (1, None),
+    "lora_dropout": (0, 0.99),
+    "seed": (0, 2**32 - 1),
+    "data_seed": (0, 2**32 - 1),
+    "dataloader_num_workers": (0, None),
+    "limit": (1, None),
+    "min_pixels": (1, 10**8),
+    "max_pixels": (1, 10**8),
+    "global_batch_size": (1, None),
+    "early_stopping_patience": (1, None),
+    "validation_fraction": (0, 0.5),
+}
+CHOSEN_BY = ("nll", "accuracy", "ece", "loss")
 
 
 @dataclass
@@ -126,6 +158,13 @@ class Recipe:
 
     values: dict[str, Any]
     arguments: RecipeArguments
+    path: str | None = None
+
+    def inputs(self) -> list[str]:
+        """What a run reads from disk, as far as it is on disk."""
+        own = self.arguments
+        named = [self.path, own.train_data, own.validation_data, own.image_root, self.values["model_name_or_path"], "."]
+        return [name for name in named if name]
 
     def model_args(self) -> Any:
         """TRL's ModelConfig."""
@@ -164,10 +203,11 @@ def read_recipe(argv: list[str]) -> Recipe:
     values = {name: checked(name, value, known) for name, value in values.items()}
     for name in values.keys() & REFUSED.keys():
         raise InputError(f"`{name}` cannot be set: {REFUSED[name]}.")
+    _check_bounds(values)
     for required in ("model_name_or_path", "train_data", "output_dir"):
         if not values.get(required):
             raise InputError(f"`{required}` is not set. Set it in the recipe or give --{required}.")
-    recipe = Recipe(values, _build(RecipeArguments, values))
+    recipe = Recipe(values, _build(RecipeArguments, values), path and path[-1])
     _check_combinations(recipe)
     return recipe
 
@@ -192,7 +232,7 @@ def _build(kind: type, values: dict[str, Any]) -> Any:
         return kind(**own)
     except InputError:
         raise
-    except (ValueError, TypeError) as error:  # the libraries' own checks
+    except (ValueError, TypeError, OSError, ImportError) as error:  # the libraries' own checks
         raise InputError(" ".join(str(error).split())) from error
 
 
@@ -200,11 +240,20 @@ def _num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _check_bounds(values: dict[str, Any]) -> None:
+    for name, (low, high) in BOUNDS.items():
+        value = values.get(name)
+        if value is not None and not (low <= value <= (math.inf if high is None else high) and math.isfinite(value)):
+            limits = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise InputError(f"{name} must be {limits}; got {value}.")
+
+
 def _check_combinations(recipe: Recipe) -> None:
     values, own = recipe.values, recipe.arguments
     for problem, applies in _impossible(values, own, recipe.validates):
         if applies:
             raise InputError(problem)
+    _check_trackers(values.get("report_to", "none"))
     if own.global_batch_size is not None:
         micro_batch = values.get("per_device_train_batch_size", 8)
         step = micro_batch * _num_processes()
@@ -213,6 +262,17 @@ def _check_combinations(recipe: Recipe) -> None:
                 f"global_batch_size {own.global_batch_size} is no multiple of per_device_train_batch_size "
                 f"{micro_batch} x {_num_processes()} processes = {step}. Change one of them."
             )
+
+
+def _check_trackers(report_to: str | list[str]) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    names = [report_to] if isinstance(report_to, str) else report_to
+    missing = [name for name in names if name not in ("none", "all", *get_available_reporting_integrations())]
+    if missing:
+        raise InputError(
+            f"report_to: {', '.join(missing)} is not installed or no tracker. pip install it, or remove it."
+        )
 
 
 def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -> Iterable[tuple[str, bool]]:
@@ -243,8 +303,16 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
             own.global_batch_size and "gradient_accumulation_steps" in values,
         ),
         (
-            "save_total_limit must be at least 2: with 1, a run killed while it saves keeps no checkpoint.",
-            values.get("save_total_limit") == 1,
+            "the run has no steps: num_train_epochs must be above 0, or max_steps.",
+            values.get("num_train_epochs", 1) <= 0 and values.get("max_steps", -1) <= 0,
+        ),
+        (
+            f"metric_for_best_model must be one of {', '.join(CHOSEN_BY)}.",
+            values.get("metric_for_best_model", "nll").removeprefix("eval_") not in CHOSEN_BY,
+        ),
+        (
+            "validation_data is train_data; the best checkpoint would be chosen on rows that it was trained on.",
+            own.validation_data == own.train_data and own.validation_split == own.train_split,
         ),
         (
             "early_stopping_patience needs load_best_model_at_end; remove that key.",

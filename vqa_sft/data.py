@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pandas
 from PIL import Image, ImageOps
 from tqdm import tqdm
@@ -34,6 +35,7 @@ FEATURES = datasets.Features(
     }
 )
 IMAGE_COLUMNS = ("path", "image")
+MAX_ASPECT = 200  # beyond it the Qwen-VL processors refuse a picture, in the middle of a run
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Columns:
         choices = self.choices or find_choice_columns(names)
         needed = [self.id, image, self.question, *choices] + ([self.answer] if answers == "required" else [])
         missing = [name for name in needed if name not in names]
+        if len(choices) > len(LETTERS):
+            raise InputError(f"at most {len(LETTERS)} choices have letters; got {len(choices)} choice columns.")
         if len(choices) < 2:
             missing.append("at least two choices (a, b, ...)")
         if missing:
@@ -78,6 +82,12 @@ def find_choice_columns(names: Sequence[str]) -> list[str]:
                 break
             found.append(letter)
         if found:
+            beyond = [name for name in names if name in letters[len(found) :]]
+            if beyond:
+                raise InputError(
+                    f"the choice columns {', '.join([*found, *beyond])} leave letters out. Rename them, or name yours "
+                    "in choice_columns."
+                )
             return found
     return []
 
@@ -88,12 +98,12 @@ def read_rows(source: str, split: str = "train", config: str | None = None) -> d
     if path.suffix.lower() == ".csv":
         if not path.is_file():
             raise InputError(f"no such file: {source}. Check the path; it is relative to where you launched.")
-        return datasets.Dataset.from_pandas(_read_csv(path), preserve_index=False)
-    if (path / "dataset_info.json").is_file():
-        return datasets.load_from_disk(source)
+        return datasets.Dataset.from_pandas(read_csv(path), preserve_index=False)
     if path.is_file():
         raise InputError(f"{source} is not a CSV file. Give a .csv file, a saved dataset or a Hub dataset.")
     try:
+        if (path / "dataset_info.json").is_file():
+            return datasets.load_from_disk(source)
         return datasets.load_dataset(source, config, split=split)
     except Exception as error:  # the library raises many kinds here: offline, no such dataset, no such split, ...
         raise InputError(
@@ -102,14 +112,25 @@ def read_rows(source: str, split: str = "train", config: str | None = None) -> d
         ) from error
 
 
-def _read_csv(path: Path) -> pandas.DataFrame:
+def read_csv(path: Path) -> pandas.DataFrame:
+    """A CSV file, every cell as text. Raises InputError when it is none."""
     try:
         # Everything stays text: "1" is no number, and a choice "None" or "NA" is no missing value.
-        return pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+        header = pandas.read_csv(path, header=None, nrows=1, **options).iloc[0].tolist()
+        rows = pandas.read_csv(path, on_bad_lines="error", **options)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
-    except (pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
+    except (ValueError, pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
         raise InputError(f"{path} cannot be read as CSV: {_first_line(error)}") from error
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise InputError(f"{path} has more than one column {', '.join(map(repr, twice))}. Keep one of each.")
+    if not isinstance(rows.index, pandas.RangeIndex):  # pandas then takes the first columns for names of rows
+        raise InputError(f"{path} has rows longer than its header. Is a comma in a text that needs quotes?")
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
+        raise InputError(f"{path} seems to be separated by {';' if ';' in header[0] else 'tabs'}. Save it with commas.")
+    return rows
 
 
 def load_examples(
@@ -179,9 +200,15 @@ def _read_texts(rows: datasets.Dataset, columns: Columns, answers: str, problems
             problems.add("an empty choice before a filled one", row_id)
         if len(choices) < 2:
             problems.add("fewer than two choices", row_id)
+        elif len(set(choices)) == 1:
+            problems.add("all choices are equal", row_id)
+        if not row_id:
+            problems.add(f"`{columns.id}` is empty", "(empty)")
+        if not _text(row[columns.question]):
+            problems.add(f"`{columns.question}` is empty", row_id)
         answer, problem = _read_answer(row.get(columns.answer), columns, len(choices), answers)
         if problem:
-            problems.add(problem, row_id)
+            problems.add(problem, f"{row_id} ({_text(row.get(columns.answer))!r})")
         texts["id"].append(row_id)
         texts["question"].append(_text(row[columns.question]))
         texts["choices"].append(choices)
@@ -200,7 +227,7 @@ def _read_answer(cell: object, columns: Columns, num_choices: int, answers: str)
         return letters.index(answer), None
     if not answer and answers == "optional":
         return None, None
-    return None, f"`{columns.answer}` must be one of {', '.join(letters)}; got {_text(cell)!r}"
+    return None, f"`{columns.answer}` must be one of {', '.join(letters)}; got another"
 
 
 def _answers_are_upper(rows: datasets.Dataset, columns: Columns) -> bool:
@@ -225,8 +252,16 @@ def _read_images(
         rows = rows.cast_column(column, datasets.Image(decode=False))
     cells = rows.select_columns([column])
     if getattr(rows.features[column], "dtype", None) not in ("string", "large_string"):
+        if not isinstance(rows.features[column], datasets.Image):
+            raise InputError(
+                f"the column {column!r} must hold paths or pictures (the Image feature); got {rows.features[column]}."
+            )
         features = datasets.Features({"images": FEATURES["images"]})
-        return cells.map(lambda row: {"images": [row[column]]}, remove_columns=[column], features=features)
+        missing = [row_id for row_id, row in zip(ids, cells, strict=True) if row[column] is None]
+        for row_id in missing:
+            problems.add("picture is missing", row_id)
+        empty = {"bytes": None, "path": None}
+        return cells.map(lambda row: {"images": [row[column] or empty]}, remove_columns=[column], features=features)
     images = []
     for row_id, cell in zip(ids, cells[column], strict=True):
         path = Path(os.path.abspath(root / _text(cell)))
@@ -267,12 +302,14 @@ def _check_example(chunk: tuple[datasets.Dataset, int, int]) -> list[tuple[str, 
 
 def image_problem(image: dict) -> str | None:
     """Why this {bytes, path} cannot be shown to a model, or None."""
-    if image["bytes"] is None and not Path(image["path"] or "").is_file():
-        return "picture is missing"
     try:
-        open_image(image)
+        if image["bytes"] is None and not Path(image["path"] or "").is_file():
+            return "picture is missing"
+        width, height = open_image(image).size
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, DecompressionBombError, ...
         return f"picture cannot be decoded ({type(error).__name__})"
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        return f"picture is more than {MAX_ASPECT} times as long as wide"
     return None
 
 
@@ -281,6 +318,9 @@ def open_image(image: dict) -> Image.Image:
     source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
     with Image.open(source) as opened:
         picture = ImageOps.exif_transpose(opened)
+        if picture.mode.startswith("I;16"):
+            # Pillow's own conversion cuts everything above 255 to white.
+            picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")

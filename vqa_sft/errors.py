@@ -3,7 +3,8 @@
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -14,6 +15,17 @@ def name_rows(ids: Sequence[str], total: int) -> str:
     """The first five ids and the count: ``'rows 17, 203 (2 of 7,990)'``."""
     shown = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
     return f"row{'s' if len(ids) > 1 else ''} {shown} ({len(ids):,} of {total:,})"
+
+
+@contextmanager
+def explains(kinds: type[Exception] | tuple[type[Exception], ...], what: str) -> Iterator[None]:
+    """Turn a library's own complaint about a user's setting into an InputError that says `what` was going on."""
+    try:
+        yield
+    except InputError:
+        raise
+    except kinds as error:
+        raise InputError(f"{what}: {' '.join(str(error).split())}") from error
 
 
 def exits_with_message(main: Callable[[], None]) -> Callable[[], None]:

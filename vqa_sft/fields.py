@@ -42,7 +42,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
-            raise InputError(f"{', '.join(map(repr, sorted(twice)))} stands more than once in the recipe. Keep one.")
+            raise InputError(
+                f"{', '.join(map(repr, sorted(twice, key=str)))} stands more than once in the recipe. Keep one."
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -51,7 +53,9 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise InputError(f"no such recipe: {path}.")
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except InputError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold `key: value` lines; got {type(values).__name__}.")
@@ -63,10 +67,17 @@ def from_tokens(name: str, tokens: list[str], known: Known) -> Any:
     if not tokens:
         return True
     hint = known.get(name, (Any, None))[0]
-    texts = [yaml.safe_load(token) for token in tokens]
+    texts = [_as_yaml(token) for token in tokens]
     readings = [texts[0], tokens[0]] if len(tokens) == 1 else []
     readings += [texts, tokens]
     return next((value for value in readings if _fits(value, hint)), readings[0])
+
+
+def _as_yaml(token: str) -> Any:
+    try:
+        return yaml.safe_load(token)
+    except (yaml.YAMLError, ValueError):  # "{question} {choices}" is fine text and no YAML
+        return token
 
 
 def checked(name: str, value: Any, known: Known) -> Any:

@@ -1,9 +1,10 @@
 """Splits that never put one picture on both sides."""
 
 import hashlib
+from collections import Counter
 
 import datasets
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
 from vqa_sft.errors import InputError
 
@@ -25,6 +26,9 @@ def hold_out(examples: datasets.Dataset, fraction: float, seed: int) -> tuple[da
             f"validation_fraction {fraction} needs at least {num_splits} different pictures; got {len(numbers)}. "
             "Use a larger fraction or a validation_data file."
         )
-    splitter = StratifiedGroupKFold(n_splits=num_splits, shuffle=True, random_state=seed)
+    # With few rows no answer may be frequent enough to be spread over the parts; then they are not stratified.
+    stratify = max(Counter(examples["answer"]).values()) >= num_splits
+    kind = StratifiedGroupKFold if stratify else GroupKFold
+    splitter = kind(n_splits=num_splits, shuffle=True, random_state=seed)
     train, validation = next(splitter.split(groups, examples["answer"], groups))
     return examples.select(train), examples.select(validation)

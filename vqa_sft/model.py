@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -21,6 +22,8 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from vqa_sft.errors import InputError
 
+# What transformers, peft and safetensors raise for a folder that is wrong, damaged or of another model.
+LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, SafetensorError)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -52,7 +55,7 @@ def load_processor(
     """
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except LOADING_ERRORS as error:
         raise _cannot_load(name, error) from error
     if not isinstance(processor, ProcessorMixin):
         raise InputError(f"{name} has no processor for pictures and text; got {type(processor).__name__}.")
@@ -101,7 +104,7 @@ def load_model(
             device_map=device_map,
             use_safetensors=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except LOADING_ERRORS as error:
         raise _cannot_load(name, error) from error
 
 
@@ -165,11 +168,19 @@ def load_trained(
     options = {"trust_remote_code": trust_remote_code, "device_map": device_map}
     if run == "none":
         return load_model(model_args, precision, **options)
-    if (Path(run) / "adapter_config.json").is_file():
-        return PeftModel.from_pretrained(load_model(model_args, precision, **options), run)
+    if (Path(run) / "adapter_config.json").is_file() and (Path(run) / "adapter_model.safetensors").is_file():
+        base = load_model(model_args, precision, **options)
+        try:
+            return PeftModel.from_pretrained(base, run)
+        except LOADING_ERRORS as error:
+            raise InputError(
+                f"the adapter in {run} does not load on {model_args.model_name_or_path}: {error}"
+            ) from error
     if (Path(run) / "config.json").is_file():
         return load_model(replace(model_args, model_name_or_path=run), precision, **options)
-    raise InputError(f"{run} holds no adapter (no adapter_config.json). Give the output_dir of a finished run.")
+    raise InputError(
+        f"{run} holds no adapter (adapter_config.json, adapter_model.safetensors). Give the folder of a finished run."
+    )
 
 
 def avoid_math_attention() -> None:
@@ -186,4 +197,5 @@ def avoid_math_attention() -> None:
 
 def _cannot_load(name: str, error: Exception) -> InputError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return InputError(f"the model {name!r} cannot be loaded: {lines[0]} Check the name or path, and the network.")
+    where = "" if Path(name).exists() else " Check the name or path, and the network."
+    return InputError(f"the model {name!r} cannot be loaded: {lines[0]}{where}")

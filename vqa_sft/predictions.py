@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vqa_sft.data import Columns
+from vqa_sft.data import Columns, read_csv
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.mcq import LETTERS
 
@@ -55,10 +55,19 @@ def read_predictions(path: str | Path) -> Predictions:
         raise InputError(f"no such prediction file: {path}.")
     try:
         table = pq.read_table(path)
-        columns = [table[name].to_pylist() for name in SCHEMA.names]
-    except (pa.ArrowException, KeyError) as error:
+        columns = [table.select(SCHEMA.names).cast(SCHEMA)[name].to_pylist() for name in SCHEMA.names]
+        metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    except (pa.ArrowException, KeyError, ValueError) as error:
         raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).") from error
-    return Predictions(*columns, metadata=json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}")))
+    predictions = Predictions(*columns, metadata=metadata)
+    bad = [
+        row_id
+        for row_id, logits, answer in zip(*columns, strict=True)
+        if not logits or not np.isfinite(logits).all() or not (answer is None or 0 <= answer < len(logits))
+    ]
+    if bad or not predictions.ids:
+        raise InputError(f"{path} is damaged: " + (name_rows(bad, len(predictions.ids)) if bad else "no rows") + ".")
+    return predictions
 
 
 def write_submission(path: str | Path, predictions: Predictions, columns: Columns) -> None:
@@ -78,14 +87,16 @@ def read_answers(path: str | Path) -> dict[str, int]:
     """Ids and answer indices of a CSV with columns `id` and `answer` (letters)."""
     if not Path(path).is_file():
         raise InputError(f"no such file: {path}.")
-    with Path(path).open(newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or not {"id", "answer"} <= rows[0].keys():
-        raise InputError(f"{path} must have the columns id and answer.")
-    bad = [row["id"] for row in rows if len(row["answer"].strip()) != 1 or row["answer"].strip().upper() not in LETTERS]
+    table = read_csv(Path(path))
+    if not {"id", "answer"} <= set(table.columns):
+        raise InputError(f"{path} must have the columns id and answer; found: {', '.join(table.columns)}.")
+    answers = dict(zip(table["id"].str.strip(), table["answer"].str.strip().str.upper(), strict=True))
+    if len(answers) < len(table):
+        raise InputError(f"{path} has ids more than once: {len(table)} rows, {len(answers)} ids.")
+    bad = [row_id for row_id, answer in answers.items() if len(answer) != 1 or answer not in LETTERS]
     if bad:
-        raise InputError(f"{path}: `answer` is no letter in {name_rows(bad, len(rows))}.")
-    return {row["id"]: LETTERS.index(row["answer"].strip().upper()) for row in rows}
+        raise InputError(f"{path}: `answer` is no letter in {name_rows(bad, len(answers))}.")
+    return {row_id: LETTERS.index(answer) for row_id, answer in answers.items()}
 
 
 def with_answers(predictions: Predictions, answers: dict[str, int]) -> Predictions:

@@ -25,9 +25,9 @@ class Prompts:
             ("user", self.user, ("{question}", "{choices}")),
             ("choice", self.choice, ("{letter}", "{text}")),
         ):
-            missing = [field for field in fields if field not in text]
-            if missing:
-                raise ValueError(f"prompt `{name}` must contain {' and '.join(missing)}; got {text!r}")
+            wrong = [field for field in fields if text.count(field) != 1]
+            if wrong:
+                raise ValueError(f"prompt `{name}` must contain {' and '.join(wrong)} once; got {text!r}")
 
     @property
     def digest(self) -> str:

@@ -7,12 +7,15 @@ runs/demo/
   metrics.json          validation metrics of the weights that were kept
   validation.parquet    predictions for the validation rows
   checkpoint-*/         to resume from
+  .vqa-sft              says that the folder is ours
 """
 
 import importlib.metadata
 import json
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from vqa_sft.errors import InputError
 from vqa_sft.prompts import Prompts
 
 RECIPE, RUN, METRICS, VALIDATION = "recipe.yaml", "run.json", "metrics.json", "validation.parquet"
+MARKER = ".vqa-sft"  # only we write it, so only such a folder is ever resumed, changed or deleted
 # Fields that change where a run lies, how it is launched or shown, not what it computes.
 _FREE = {
     "output_dir", "overwrite", "push_to_hub", "hub_model_id", "hub_private_repo", "report_to", "logging_steps",
@@ -37,28 +41,48 @@ def is_finished(folder: str | Path) -> bool:
     return (Path(folder) / RUN).is_file()
 
 
-def prepare(folder: str | Path, values: dict[str, Any], overwrite: bool) -> None:
-    """Make the folder ready for a run of the recipe `values`, new or resumed.
+def check(folder: str | Path, values: dict[str, Any], overwrite: bool, inputs: Iterable[str | Path]) -> None:
+    """Raises InputError when a run of the recipe `values` cannot stand in this folder; changes nothing.
 
-    Raises InputError when the folder holds a run of another recipe, or files that are no run of ours.
+    That is when the folder holds a run of another recipe or files that are no run of ours, cannot be written, or when
+    one of the `inputs` (data, recipe, base) lies in it, where `overwrite` would delete it.
     """
-    folder, values = Path(folder), without_secrets(values)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"output_dir {folder} is a file.")
-    recipe = folder / RECIPE
-    foreign = folder.is_dir() and any(folder.iterdir()) and not recipe.is_file()
-    if foreign:
+    folder = Path(folder).resolve()
+    try:
+        _probe(folder)
+        is_used = folder.is_dir() and any(folder.iterdir())
+    except (OSError, ValueError) as error:
+        raise InputError(f"output_dir {folder} cannot be written: {error}. Choose another.") from error
+    if is_used and not (folder / MARKER).is_file():
         raise InputError(f"output_dir {folder} is not empty and holds no run of ours. Choose another.")
-    if overwrite and recipe.is_file():
+    inside = [str(path) for path in inputs if Path(path).exists() and Path(path).resolve().is_relative_to(folder)]
+    if inside:
+        raise InputError(f"output_dir {folder} holds what the run reads: {', '.join(inside)}. Choose another.")
+    # A run that saved nothing yet, because of a mistake in its recipe perhaps, holds nothing to lose.
+    if not overwrite and (is_finished(folder) or last_whole_checkpoint(folder)):
+        _check_same(folder, without_secrets(values))
+
+
+def _probe(folder: Path) -> None:
+    """Raises OSError when the folder can neither be made nor written; leaves nothing behind."""
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{existing} is a file")
+    with tempfile.TemporaryFile(dir=existing):
+        pass
+
+
+def start(folder: str | Path, values: dict[str, Any], overwrite: bool) -> None:
+    """Make the checked folder ready, new or to be resumed; with `overwrite`, delete the run in it."""
+    folder = Path(folder).resolve()
+    if overwrite and folder.exists():
         shutil.rmtree(folder)
-    if recipe.is_file():
-        # A run that saved nothing yet, because of a mistake in its recipe perhaps, holds nothing to lose.
-        if is_finished(folder) or last_whole_checkpoint(folder):
-            _check_same(folder, yaml.safe_load(recipe.read_text(encoding="utf-8")), values)
-        for name in remove_broken_checkpoints(folder):
-            print(f"{folder / name} was not finished when the run stopped; it is removed.")
+    for name in remove_broken_checkpoints(folder):
+        print(f"{folder / name} was not finished when the run stopped; it is removed.")
     folder.mkdir(parents=True, exist_ok=True)
-    recipe.write_text(yaml.safe_dump(values, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    (folder / MARKER).touch()
+    text = yaml.safe_dump(without_secrets(values), allow_unicode=True, sort_keys=False)
+    (folder / RECIPE).write_text(text, encoding="utf-8")
 
 
 def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +90,11 @@ def without_secrets(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != "hub_token"}
 
 
-def _check_same(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same(folder: Path, now: dict[str, Any]) -> None:
+    try:
+        before = dict(yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise InputError(f"{folder / RECIPE} cannot be read. Choose another output_dir.") from error
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     changed = [key for key in changed if key not in _FREE]
     if changed:
@@ -116,7 +144,12 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"no such run folder: {folder}.")
     if not path.is_file():
         raise InputError(f"{folder} holds no finished run (no {RUN}). Give the output_dir of a run that has ended.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        Prompts(**run["prompts"]), Columns(**run["columns"]), run["recipe"]["model_name_or_path"], run["num_letters"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Train the run again.") from error
+    return run
 
 
 def write_json(path: Path, content: dict) -> None:
