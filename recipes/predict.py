@@ -11,6 +11,7 @@ the data's own format) stands the prediction file: submission.parquet, with log-
 import argparse
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from vqa_sft.quiet import quiet
@@ -19,7 +20,7 @@ quiet()
 
 from vqa_sft import run_folder
 from vqa_sft.config import Recipe, RecipeArguments
-from vqa_sft.data import Columns, load_examples
+from vqa_sft.data import Columns, find_choice_columns, load_examples
 from vqa_sft.errors import InputError, exits_with_message
 from vqa_sft.predictions import Predictions, read_predictions, write_predictions, write_submission
 from vqa_sft.prompts import Prompts
@@ -37,7 +38,7 @@ def main() -> None:
         args.data,
         split=args.split,
         config=args.data_config,
-        columns=Columns(trained.id, trained.image, trained.question, answer=trained.answer),
+        columns=columns_to_read(trained),
         image_root=args.image_root,
         answers="optional",
         limit=args.limit,
@@ -45,7 +46,7 @@ def main() -> None:
     )
     num_letters = run["num_letters"] or max(map(len, examples["choices"]))
     if args.run != "none":
-        check_choices(trained, columns, examples, num_letters)
+        check_choices(trained, columns)
 
     from accelerate import PartialState
 
@@ -63,9 +64,9 @@ def main() -> None:
     source = model_args.model_name_or_path if args.run == "none" else args.run
     limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
     processor = models.load_processor(source, **limits, **trust)
-    letter_ids = find_letter_ids(processor, num_letters)
+    letter_ids = find_letter_ids(processor, num_letters, prompts)
     check_texts(processor, examples, prompts)
-    precision = models.choose_precision(recipe.values)
+    precision = models.choose_precision(recipe.values, trained=run.get("precision"))
     model = models.load_trained(args.run, model_args, precision, device_map=launch.device_map(), **trust)
     model.to(state.device).eval()
 
@@ -152,8 +153,14 @@ def base_run(args: argparse.Namespace) -> dict:
     }
 
 
-def check_choices(trained: Columns, columns: Columns, examples: object, num_letters: int) -> None:
-    if len(columns.choices) != len(trained.choices) or max(map(len, examples["choices"])) > num_letters:
+def columns_to_read(trained: Columns) -> Columns:
+    """The run's own columns; choices a, b, c, ... are looked for again, so that one more than in training is seen."""
+    found_by_name = trained.choices and list(trained.choices) == find_choice_columns(trained.choices)
+    return replace(trained, choices=None) if found_by_name else trained
+
+
+def check_choices(trained: Columns, columns: Columns) -> None:
+    if len(columns.choices) != len(trained.choices):
         raise InputError(
             f"the run was trained on the choice columns {', '.join(trained.choices)}; this data has "
             f"{', '.join(columns.choices)}. Give data with the same columns."

@@ -62,7 +62,7 @@ def main() -> None:
         revision=model_args.model_revision,
         **trust,
     )
-    letter_ids = find_letter_ids(processor, num_letters)
+    letter_ids = find_letter_ids(processor, num_letters, args.prompts)
     for part in filter(None, (train, validation)):
         check_texts(processor, part, args.prompts)
     if is_main:
@@ -92,11 +92,10 @@ def main() -> None:
         )
 
     # Train, from the last whole checkpoint if there is one
-    result = trainer.train(resume_from_checkpoint=checkpoints.last_whole_checkpoint(output_dir))
+    trainer.train(resume_from_checkpoint=checkpoints.last_whole_checkpoint(output_dir))
 
     # Evaluate and save
-    metrics = {"train_loss": result.training_loss, "train_runtime_s": result.metrics["train_runtime"]}
-    metrics |= {"precision": precision} | trainer.speed.metrics()
+    metrics = {"precision": precision} | trainer.speed.metrics()
     if validation is not None:
         predictions, validation_metrics = predict_examples(trainer, validation)
         metrics |= validation_metrics
@@ -136,6 +135,8 @@ def load_data(recipe: Recipe, check_images: bool) -> tuple:
         validation, _ = load_examples(args.validation_data, split=args.validation_split, **options)
     elif args.validation_fraction > 0:
         train, validation = hold_out(train, args.validation_fraction, recipe.values.get("seed", 42))
+        if check_images:  # the main process
+            print(f"Training on {len(train):,} rows, validating on {len(validation):,} that were held out.")
     return train, validation, columns
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vqa_sft.collator import AnswerCollator, TrainCollator, render_prompt
+from vqa_sft.collator import AnswerCollator, TrainCollator, answer_prefix, render_prompt
 from vqa_sft.data import load_examples
 from vqa_sft.mcq import draw_order
 from vqa_sft.model import load_processor
@@ -82,6 +82,18 @@ def test_answer_positions_point_at_the_last_prompt_token(processor, examples, si
     for i in range(2):
         last = max(t for t in range(batch["input_ids"].shape[1]) if batch["attention_mask"][i, t])
         assert batch["answer_positions"][i] == last
+
+
+def test_a_template_that_writes_the_first_token_itself_gets_it_once(families, examples):
+    processor = load_processor(families("llava"))
+    tokenizer = processor.tokenizer
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    processor.chat_template = "<s>" + processor.chat_template
+    answer_prefix.cache_clear()
+    batch = AnswerCollator(processor, Prompts(), 4)([examples[0]])
+    assert (batch["input_ids"] == tokenizer.bos_token_id).sum() == 1 and batch["input_ids"][
+        0, 0
+    ] == tokenizer.bos_token_id
 
 
 def test_rows_with_fewer_choices_and_without_an_answer_fit_into_the_same_batch(processor, examples):

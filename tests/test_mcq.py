@@ -1,26 +1,11 @@
 import itertools
 
-from vqa_sft.mcq import choice_to_letter, choices_to_letters, draw_order, identity_order, letters_to_choices
-
-
-def test_an_order_followed_by_its_inverse_is_the_identity():
-    for order in itertools.permutations(range(5)):
-        values = ["p", "q", "r", "s", "t"]
-        assert letters_to_choices(choices_to_letters(values, order), order) == values
+from vqa_sft.mcq import choice_to_letter, choices_to_letters, draw_order, identity_order
 
 
 def test_an_order_says_which_choice_stands_under_which_letter():
     assert choices_to_letters(["cat", "dog", "fox"], (2, 0, 1)) == ["fox", "cat", "dog"]
     assert choice_to_letter(0, (2, 0, 1)) == 1
-
-
-def test_an_oracle_is_right_under_every_order():
-    for order in itertools.permutations(range(4)):
-        for answer in range(4):
-            by_letter = [float(choice == answer) for choice in order]
-            by_choice = letters_to_choices(by_letter, order)
-            assert by_choice.index(1.0) == answer
-            assert choice_to_letter(answer, order) == by_letter.index(1.0)
 
 
 def test_a_drawn_order_depends_on_seed_epoch_and_row_alone():

@@ -74,9 +74,45 @@ def test_a_run_folder_describes_itself(families, contest, sft, tmp_path):
     assert saved["prompts_digest"] == description["prompts_digest"]
 
 
+@pytest.mark.parametrize("values", [{"bf16": True}, {"load_in_4bit": True}, {}], ids=["bf16", "4 bit", "fp32"])
+def test_validation_rows_get_the_same_logits_in_training_and_in_prediction(contest, sft, tmp_path, values):
+    run = sft(TINY_PATH, tmp_path / "run", validation_data=contest / "validation.csv", **values)
+    again = predict(run, contest, tmp_path / "again.csv", "--batch_size", 8, "--use_cpu", data="validation.csv")
+    validation = read_predictions(run / "validation.parquet")
+    assert again.ids == validation.ids
+    torch.testing.assert_close(again.choice_logits, validation.choice_logits, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def contest(contest):
+    """With a validation file beside the others."""
+    with (contest / "train.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    write_csv(contest / "validation.csv", [row | {"id": f"v_{row['id']}"} for row in rows[:8]])
+    return contest
+
+
+def test_columns_and_letter_case_of_the_training_data_serve_the_test_data(families, contest, sft, tmp_path):
+    renamed = {"a": "opt1", "b": "opt2", "c": "opt3", "d": "opt4"}
+    for name in ("train.csv", "test.csv"):
+        with (contest / name).open() as file:
+            rows = [{renamed.get(key, key): value for key, value in row.items()} for row in csv.DictReader(file)]
+        write_csv(
+            contest / name, [row | ({"answer": row["answer"].upper()} if "answer" in row else {}) for row in rows]
+        )
+    columns = ["--choice_columns", "opt1", "opt2", "opt3", "opt4"]
+    run_script(
+        "sft", "--model_name_or_path", families("qwen2_5_vl"), "--train_data", contest / "train.csv", "--max_steps", 1,
+        "--output_dir", tmp_path / "run", "--use_cpu", "--dataloader_num_workers", 0, *columns,
+    )  # fmt: skip
+    predict(tmp_path / "run", contest, tmp_path / "out.csv")
+    answers = [line.split(",")[1] for line in (tmp_path / "out.csv").read_text().splitlines()[1:]]
+    assert len(answers) == 24 and set(answers) <= set("ABCD")
+
+
 def test_a_token_for_the_hub_is_not_written_anywhere(families, sft, tmp_path):
     run = sft(families("qwen2_5_vl"), tmp_path / "run", hub_token="hf_secret", max_steps=1)
-    texts = [path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "training_args.bin"]
+    texts = [path.read_bytes() for path in run.rglob("*") if path.is_file()]
     assert texts and not any(b"hf_secret" in text for text in texts)
 
 

@@ -1,11 +1,14 @@
+import itertools
+
 import pytest
 import torch
 from families import FAMILIES
 from trl import ModelConfig
 
-from vqa_sft.collator import TARGET_KEYS, AnswerCollator
+from vqa_sft.collator import TARGET_KEYS, AnswerCollator, answer_prefix, render_prompt
 from vqa_sft.data import load_examples
 from vqa_sft.errors import InputError
+from vqa_sft.mcq import choice_to_letter, choices_to_letters
 from vqa_sft.model import load_model, load_processor
 from vqa_sft.prompts import Prompts
 from vqa_sft.scoring import answer_logits, find_letter_ids, letter_logits, to_choice_logits
@@ -62,6 +65,46 @@ def test_a_family_without_positions_per_row_gives_the_same_logits(road):
     torch.testing.assert_close(answer_logits(old_forward, batch), expected)
 
 
+@torch.no_grad()
+def test_a_family_that_gives_all_logits_is_run_once(families, contest):
+    road = load_model(ModelConfig(model_name_or_path=families("llava"), dtype=None), "fp32").eval()
+    processor = load_processor(families("llava"))
+    batch = collate(processor, list(load_examples(str(contest / "train.csv"), limit=2)[0]))
+    calls = []
+
+    def all_logits(logits_to_keep=0, **inputs):
+        calls.append(1)
+        return road(**inputs)
+
+    torch.testing.assert_close(answer_logits(all_logits, batch), answer_logits(road, batch), atol=2e-5, rtol=1e-5)
+    assert len(calls) == 1
+
+
+def test_a_thinking_template_is_scored_after_its_empty_thought(families):
+    processor = load_processor(families("qwen2_5_vl"))
+    plain = find_letter_ids(processor, 3)
+    processor.chat_template = processor.chat_template.replace(
+        '{{- "<|im_start|>assistant\\n" -}}', '{{- "<|im_start|>assistant\\n<think>\\n" -}}'
+    ).replace(
+        '{{- "<|im_start|>" + message.role + "\\n" -}}',
+        '{{- "<|im_start|>" + message.role + "\\n" -}}'
+        '{%- if message.role == "assistant" -%}{{- "<think>\\n\\n</think>\\n\\n" -}}{%- endif -%}',
+    )
+    answer_prefix.cache_clear()
+    row = {"question": "Q?", "choices": ["x", "y"], "images": []}
+    text = render_prompt(processor, row, (0, 1), Prompts())
+    assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert find_letter_ids(processor, 3).tolist() == plain.tolist()
+
+
+def test_a_template_that_hides_the_answer_is_refused(families):
+    processor = load_processor(families("qwen2_5_vl"))
+    processor.chat_template = processor.chat_template.replace("assistant\\n", "assistant says\\n")
+    answer_prefix.cache_clear()
+    with pytest.raises(InputError, match="does not put the answer after its generation prompt"):
+        find_letter_ids(processor, 3)
+
+
 def test_letter_ids_are_the_tokens_that_follow_the_prompt(families):
     for family, tokens in (("qwen2_5_vl", ["A", "B", "C"]), ("llava", ["ĠA", "ĠB", "ĠC"])):
         processor = load_processor(families(family))
@@ -75,6 +118,23 @@ def test_a_letter_that_is_not_one_token_is_an_error(families):
     processor.chat_template = processor.chat_template.replace('"Assistant:"', '"Assistant: "')
     with pytest.raises(InputError, match="the letter 'A' is not one token"):
         find_letter_ids(processor, 3)
+
+
+def test_an_order_followed_by_its_inverse_is_the_identity():
+    values = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().tolist()
+    for order in itertools.permutations(range(4)):
+        by_letter = torch.tensor([choices_to_letters(values, order)])
+        (back,) = to_choice_logits(by_letter, torch.tensor([order]), torch.tensor([4]))
+        assert back == pytest.approx(values)
+
+
+def test_an_oracle_is_right_under_every_order():
+    for order in itertools.permutations(range(4)):
+        for answer in range(4):
+            by_letter = torch.full((1, 4), -9.0)
+            by_letter[0, choice_to_letter(answer, order)] = 9.0
+            (by_choice,) = to_choice_logits(by_letter, torch.tensor([order]), torch.tensor([4]))
+            assert by_choice.index(max(by_choice)) == answer
 
 
 def test_choice_logits_are_put_back_into_dataset_order():

@@ -9,7 +9,7 @@ from vqa_sft.data import load_examples, open_image
 from vqa_sft.mcq import draw_order
 from vqa_sft.model import load_model, load_processor, lora_config
 from vqa_sft.prompts import Prompts
-from vqa_sft.scoring import find_letter_ids
+from vqa_sft.scoring import answer_logits, find_letter_ids
 from vqa_sft.trainer import AnswerTrainer, letter_metrics, predict_examples
 
 SPELLING = {"qwen2_5_vl": "{}", "llava": " {}", "qwen3_vl": "{}", "smolvlm": " {}"}
@@ -140,3 +140,34 @@ def test_letter_metrics_leave_out_letters_that_a_row_does_not_use():
     first = -torch.tensor([0.0, 1.0]).log_softmax(0)[1]
     second = -torch.tensor([2.0, 0.0, 1.0]).log_softmax(0)[0]
     assert values["accuracy"] == 1.0 and values["nll"] == pytest.approx(((first + second) / 2).item())
+
+
+def test_every_epoch_shows_the_choices_in_new_orders(families, contest, tmp_path):
+    trainer, examples, _ = build_trainer(
+        families("qwen2_5_vl"), contest, tmp_path / "run", 4, num_train_epochs=3, per_device_train_batch_size=4
+    )
+    seen, collate = [], trainer.data_collator.__class__.__call__
+
+    class Recorded(trainer.data_collator.__class__):
+        def __call__(self, rows):
+            batch = collate(self, rows)
+            seen.append({row["id"]: tuple(order) for row, order in zip(rows, batch["orders"].tolist(), strict=True)})
+            return batch
+
+    trainer.data_collator.__class__ = Recorded
+    trainer.train()
+    assert seen == [{row["id"]: draw_order(4, 42, epoch, row["id"]) for row in examples} for epoch in range(3)]
+
+
+def test_the_log_tells_the_accuracy_and_the_letters_share_of_the_vocabulary(families, contest, tmp_path):
+    trainer, examples, _ = build_trainer(
+        families("llava"), contest, tmp_path / "run", 6, max_steps=1, per_device_train_batch_size=6, logging_steps=1
+    )
+    batch = trainer.data_collator(list(examples))
+    with torch.no_grad():
+        probs = answer_logits(trainer.model.eval(), batch).softmax(dim=1)
+    letters = probs[:, trainer.letter_ids]
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["letters_mass"] == pytest.approx(letters.sum(dim=1).mean().item(), rel=1e-3)
+    assert log["accuracy"] == pytest.approx((letters.argmax(dim=1) == batch["answers"]).float().mean().item())

@@ -12,11 +12,13 @@ The prompt ends where the letter begins, so the letter needs no place in the inp
 byte for byte what is scored in prediction: both render with `render_prompt`.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 
 import datasets
 import torch
+from jinja2 import TemplateError
 from transformers import ProcessorMixin
 
 from vqa_sft.data import open_image
@@ -24,14 +26,44 @@ from vqa_sft.errors import InputError, name_rows
 from vqa_sft.mcq import choice_to_letter, draw_order, identity_order
 from vqa_sft.prompts import Prompts, render_messages
 
+_ANSWER = "Answer-of-a-row"  # stands in no template
 # Keys of a batch that are ours and not the model's.
 TARGET_KEYS = ("answer_positions", "answers", "num_choices", "orders")
 
 
 def render_prompt(processor: ProcessorMixin, row: dict, order: Sequence[int], prompts: Prompts) -> str:
-    """The text that the model reads before it answers, generation prompt included."""
+    """The text that the model reads before the letter, generation prompt included."""
     messages = render_messages(row["question"], row["choices"], order, len(row["images"]), prompts)
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return prompt + answer_prefix(processor)[0]
+
+
+@functools.lru_cache
+def answer_prefix(processor: ProcessorMixin) -> tuple[str, str]:
+    """What the template puts between the generation prompt and the answer: (what belongs to the prompt, what belongs to
+    the letter's token).
+
+    Most put nothing: after "<|im_start|>assistant\\n" comes "A". After "Assistant:" comes " A", and " A" and "A" are
+    different tokens. Templates of thinking models close an empty thought first ("\\n</think>\\n\\nA").
+
+    Raises InputError where the template does not show the answer right after its own generation prompt.
+    """
+    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}
+    try:
+        prompt = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+        whole = processor.apply_chat_template([*question, answer], tokenize=False)
+    except TemplateError as error:
+        raise InputError(f"the chat template of this model refuses a question and its answer: {error}") from error
+    start, found, _ = whole.rpartition(_ANSWER)
+    if not found or not start.startswith(prompt):
+        raise InputError(
+            "the chat template of this model does not put the answer after its generation prompt, so the place of the "
+            f"letter is not known. It ends a prompt with {prompt[-40:]!r} and a shown answer with {whole[-60:]!r}."
+        )
+    between = start[len(prompt) :]
+    spaces = between[len(between.rstrip(" ")) :]  # a space before the letter is part of its token
+    return between[: len(between) - len(spaces)], spaces
 
 
 def check_texts(processor: ProcessorMixin, examples: datasets.Dataset, prompts: Prompts) -> None:

@@ -87,7 +87,7 @@ DEFAULTS = {
     "save_strategy": "epoch",
     "save_total_limit": 2,
     "dataloader_num_workers": 2,
-    # Every trainable weight takes part in every row, so DDP need not search; TRL turns the search on for pictures.
+    # Every weight of an adapter takes part in every row, so DDP need not search; TRL turns the search on for pictures.
     "ddp_find_unused_parameters": False,
     "restore_callback_states_from_checkpoint": True,  # else early stopping forgets its patience on resume
 }
@@ -181,7 +181,11 @@ class Recipe:
         values = {"dataloader_pin_memory": on_gpu}  # without a GPU torch warns once an epoch
         values |= DEFAULTS | (VALIDATION_DEFAULTS if self.validates else {}) | self.values | FIXED
         values |= {"bf16": precision == "bf16", "fp16": precision == "fp16"}
-        values |= {"push_to_hub": False}  # ours, after the run is saved: a failed push must not lose it
+        # Pushing is ours, after the run is saved: a failed push must not lose it. The token would be saved as well.
+        values |= {"push_to_hub": False, "hub_token": None}
+        if not values["use_peft"] and "ddp_find_unused_parameters" not in self.values:
+            # A whole tower may hold weights that no row reaches (LLaVA's last layer), which DDP must then search for.
+            values.pop("ddp_find_unused_parameters")
         if self.arguments.global_batch_size is not None:
             micro_batch = values.get("per_device_train_batch_size", 8)
             values["gradient_accumulation_steps"] = self.arguments.global_batch_size // (micro_batch * _num_processes())

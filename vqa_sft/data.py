@@ -42,7 +42,8 @@ MAX_ASPECT = 200  # beyond it the Qwen-VL processors refuse a picture, in the mi
 class Columns:
     """Where a source keeps what we need. `image` and `choices` are found by name when they are None.
 
-    `answers_are_upper` says how the source writes its answer letters, so that a submission can write them the same.
+    `answers_are_upper` says how the source writes its answer letters, so that a submission can write them the same;
+    a source without answers leaves it as it was given.
     """
 
     id: str = "id"
@@ -50,7 +51,7 @@ class Columns:
     question: str = "question"
     choices: tuple[str, ...] | None = None
     answer: str = "answer"
-    answers_are_upper: bool = False
+    answers_are_upper: bool | None = None
 
     def found_in(self, names: Sequence[str], answers: str) -> "Columns":
         """These columns with `image` and `choices` filled in from the column names of a source.
@@ -231,9 +232,11 @@ def _read_answer(cell: object, columns: Columns, num_choices: int, answers: str)
 
 
 def _answers_are_upper(rows: datasets.Dataset, columns: Columns) -> bool:
-    """As in the answers, where there are some; else as in the names of the choice columns."""
+    """As in the answers, where there are some; else as given; else as in the names of the choice columns."""
     cells = [_text(cell) for cell in rows[columns.answer]] if columns.answer in rows.column_names else []
-    return any(cell.isupper() for cell in cells) if any(cells) else columns.choices[0].isupper()
+    if any(cells):
+        return any(cell.isupper() for cell in cells)
+    return columns.choices[0].isupper() if columns.answers_are_upper is None else columns.answers_are_upper
 
 
 def _text(cell: object) -> str:

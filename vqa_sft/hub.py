@@ -42,13 +42,13 @@ def _card_text(folder: Path, run: dict[str, Any], metrics: dict[str, float], is_
         loading = f'base = AutoModelForImageTextToText.from_pretrained("{base}")'
         loading += "\nmodel = PeftModel.from_pretrained(base, folder)"
     imports = "from peft import PeftModel\n" * is_adapter
-    rows = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items() if isinstance(value, float))
+    rows = "\n".join(f"| {key} | {metrics[key]:.4f} |" for key in ("accuracy", "nll", "ece") if key in metrics)
     return f"""# {name}
 
 `{base}`, fine-tuned with vqa-sft to answer multiple-choice questions about pictures
 by the letter of the right choice. Trained on {run["num_rows"].get("train", "?")} rows of `{recipe["train_data"]}`.
 
-## Metrics
+## Validation
 
 {"| metric | value |" + chr(10) + "|---|---|" + chr(10) + rows if rows else "None was asked for."}
 
@@ -56,10 +56,11 @@ by the letter of the right choice. Trained on {run["num_rows"].get("train", "?")
 
     python recipes/predict.py --run {recipe["output_dir"]} --data test.csv --output submission.csv
 
-or in plain transformers, the letters' logits at the last prompt position:
+or load it in plain transformers; the answer is the letter with the largest logit at the last position of the prompt:
 
 ```python
 {imports}from transformers import AutoModelForImageTextToText, AutoProcessor
+
 folder = "{recipe["output_dir"]}"  # or the name of this repository
 processor = AutoProcessor.from_pretrained(folder)
 {loading}

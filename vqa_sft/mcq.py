@@ -1,4 +1,4 @@
-"""Letters, orders and their inverses. Standard library only.
+"""Letters and orders; `scoring.to_choice_logits` undoes an order. Standard library only.
 
 An order says which choice stands under which letter: ``order[i]`` is the index of the choice shown under
 letter ``i``. With the choices ``["cat", "dog", "fox"]`` and the order ``(2, 0, 1)`` the model reads
@@ -33,14 +33,6 @@ def draw_order(num_choices: int, seed: int, epoch: int, row_id: str) -> tuple[in
 def choices_to_letters(values: Sequence, order: Sequence[int]) -> list:
     """Values in choice space, put in the order of the letters: result ``[i]`` belongs to letter ``i``."""
     return [values[choice] for choice in order]
-
-
-def letters_to_choices(values: Sequence, order: Sequence[int]) -> list:
-    """Undo ``choices_to_letters``: values by letter, put back into choice space."""
-    by_choice = [None] * len(order)
-    for value, choice in zip(values, order, strict=True):
-        by_choice[choice] = value
-    return by_choice
 
 
 def choice_to_letter(choice: int, order: Sequence[int]) -> int:

@@ -27,18 +27,25 @@ LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, Type
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def choose_precision(values: dict[str, Any]) -> str:
-    """What the recipe `values` ask for; when they say nothing, what the GPU computes: bf16 from capability 8.0 on, else
-    fp16; fp32 without a GPU.
+def choose_precision(values: dict[str, Any], trained: str | None = None) -> str:
+    """The precision that a run was `trained` in, else that the recipe `values` ask for, else that suits the device:
+    "bf16" from capability 8.0 on, "fp16" on older GPUs, "fp32" without one.
 
     By capability and not by `torch.cuda.is_bf16_supported()`, which says yes to a T4's slow emulation.
     """
-    for precision in ("bf16", "fp16"):
-        if values.get(precision):
-            return precision
-    if values.get("use_cpu") or not torch.cuda.is_available() or values.get("bf16") is values.get("fp16") is False:
-        return "fp32"
-    return "bf16" if torch.cuda.get_device_capability() >= (8, 0) else "fp16"
+    on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
+    old_gpu = on_gpu and torch.cuda.get_device_capability() < (8, 0)
+    able = ("fp16", "fp32") if old_gpu else ("bf16", "fp16", "fp32") if on_gpu else ("fp32", "bf16")
+    best = "fp16" if old_gpu else "bf16" if on_gpu else "fp32"
+    asked = next((name for name in ("bf16", "fp16") if values.get(name)), None)
+    if values.get("bf16") is False and values.get("fp16") is False:
+        asked = "fp32"
+    if trained is None and asked is not None and asked not in able:
+        raise InputError(f"{asked} is set, and this device computes in {' or '.join(able)}. Remove {asked}.")
+    wanted = trained or asked or best
+    if wanted not in able:
+        print(f"The run was trained in {wanted}, which this device does not compute in; it is scored in {best}.")
+    return wanted if wanted in able else best
 
 
 def load_processor(
@@ -95,7 +102,7 @@ def load_model(
     avoid_math_attention()
     source = {"revision": model_args.model_revision, "trust_remote_code": trust_remote_code}
     try:
-        return AutoModelForImageTextToText.from_pretrained(
+        model = AutoModelForImageTextToText.from_pretrained(
             name,
             **source,
             dtype=dtype,
@@ -106,6 +113,12 @@ def load_model(
         )
     except LOADING_ERRORS as error:
         raise _cannot_load(name, error) from error
+    for module in model.modules():
+        # On some processors bitsandbytes 0.50 packs 4-bit weights when it evaluates, and unpacks them wrongly when a
+        # checkpoint is saved: every evaluation would change the base.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: AutoConfig) -> BitsAndBytesConfig | None:
@@ -120,7 +133,13 @@ def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: AutoConfi
         quantization.bnb_4bit_compute_dtype = dtype
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    quantization.llm_int8_skip_modules = [*names_beside_decoder(model), "lm_head"]
+    kept = names_beside_decoder(model)
+    if not kept:
+        raise InputError(
+            f"the picture tower of {type(model).__name__} does not stand beside its language model, so a 4- or 8-bit "
+            "base would round it too. Remove load_in_4bit and load_in_8bit."
+        )
+    quantization.llm_int8_skip_modules = [*kept, "lm_head"]
     return quantization
 
 
@@ -133,11 +152,13 @@ def decoder_name(model: PreTrainedModel) -> str:
 def names_beside_decoder(model: PreTrainedModel) -> list[str]:
     """The picture tower and what connects it: everything that stands beside the language model."""
     parent, _, name = decoder_name(model).rpartition(".")
-    return [f"{parent}.{child}" for child, _ in model.get_submodule(parent).named_children() if child != name]
+    children = [child for child, _ in model.get_submodule(parent).named_children() if child not in (name, "lm_head")]
+    return [f"{parent}.{child}".lstrip(".") for child in children]
 
 
 def lora_config(model_args: ModelConfig, model: PreTrainedModel) -> LoraConfig | None:
-    """TRL's LoRA settings; by default every linear layer of the language model is adapted and nothing else.
+    """TRL's LoRA settings; by default every linear layer of the language model is adapted and nothing else, routers of
+    experts left out (experts that are no linear layers of their own, as in Qwen3-VL-MoE, are not adapted either).
 
     The usual bare names (q_proj, ..., down_proj) would also hit the picture tower's MLP in Qwen2.5-VL, which costs
     its backward pass and makes its output change during training.
@@ -148,7 +169,7 @@ def lora_config(model_args: ModelConfig, model: PreTrainedModel) -> LoraConfig |
             name.rpartition(".")[2]
             for name, module in model.get_decoder().named_modules()
             if isinstance(module, torch.nn.Linear)
-        }
+        } - {"lm_head", "router", "gate", "shared_expert_gate"}
         config.target_modules = re.escape(decoder_name(model)) + rf"\..*\.({'|'.join(sorted(layers))})"
     return config
 

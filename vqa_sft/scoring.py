@@ -4,32 +4,32 @@ import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from jinja2 import TemplateError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from vqa_sft.collator import TARGET_KEYS, AnswerCollator
-from vqa_sft.errors import InputError
+from vqa_sft.collator import TARGET_KEYS, AnswerCollator, answer_prefix, render_prompt
+from vqa_sft.errors import InputError, explains
 from vqa_sft.mcq import LETTERS
 from vqa_sft.model import DTYPES
+from vqa_sft.prompts import Prompts
 
-_QUESTION = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
 
+def find_letter_ids(processor: ProcessorMixin, num_letters: int, prompts: Prompts = Prompts()) -> torch.Tensor:
+    """Token ids (L,) of the letters as they stand right after the prompt.
 
-def find_letter_ids(processor: ProcessorMixin, num_letters: int) -> torch.Tensor:
-    """Token ids (L,) of the letters as they stand right after the generation prompt.
-
-    Templates differ in what separates the prompt from the answer: after "<|im_start|>assistant\\n" comes "A", after
-    "Assistant:" comes " A", and those are different tokens. So the template itself is asked.
-
-    Raises InputError when a letter is not one token there.
+    Raises InputError when a letter is not one token there, or the chat template refuses the prompt.
     """
     tokenizer = processor.tokenizer
-    prompt = processor.apply_chat_template(_QUESTION, add_generation_prompt=True, tokenize=False)
+    row = {"question": "?", "choices": ["x", "y"], "images": [None]}
+    with explains(TemplateError, "the chat template of this model refuses the prompt; try an empty system_prompt"):
+        prompt = render_prompt(processor, row, (0, 1), prompts)
+    spaces = answer_prefix(processor)[1]
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = []
     for letter in LETTERS[:num_letters]:
-        answer_ids = tokenizer(prompt + _spelling(processor, prompt, letter), add_special_tokens=False)["input_ids"]
+        answer_ids = tokenizer(prompt + spaces + letter, add_special_tokens=False)["input_ids"]
         if answer_ids[:-1] != prompt_ids or answer_ids[-1] in ids:
             raise InputError(
                 f"the letter {letter!r} is not one token after this model's prompt; its tokens there: "
@@ -40,25 +40,16 @@ def find_letter_ids(processor: ProcessorMixin, num_letters: int) -> torch.Tensor
     return torch.tensor(ids)
 
 
-def _spelling(processor: ProcessorMixin, prompt: str, letter: str) -> str:
-    """What the template puts between the prompt and the letter (often nothing, sometimes a space), and the letter."""
-    answer = {"role": "assistant", "content": [{"type": "text", "text": letter}]}
-    whole = processor.apply_chat_template([*_QUESTION, answer], tokenize=False)
-    # A template that rewrites the turn (a thinking block, say) tells nothing; then the letter stands alone.
-    if not whole.startswith(prompt):
-        return letter
-    before, found, _ = whole[len(prompt) :].partition(letter)
-    return before + letter if found and not before.strip() else letter
-
-
 def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits (B, V), float32, at the last prompt position. Only that position goes through `lm_head`."""
     inputs = {key: value for key, value in batch.items() if key not in TARGET_KEYS}
     positions = batch["answer_positions"][:, None]  # (B, 1)
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
-    if logits.shape[:2] != positions.shape:
-        # A family whose `logits_to_keep` does not take positions per row: all logits, then ours.
-        logits = model(**inputs, use_cache=False).logits
+    if logits.ndim != 3 or logits.shape[:2] != positions.shape:
+        # A family whose `logits_to_keep` does not take positions per row: all logits, then ours. Some give all of
+        # them whatever was asked for.
+        if logits.ndim != 3 or logits.shape[:2] != inputs["input_ids"].shape:
+            logits = model(**inputs, use_cache=False).logits
         logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
     return logits[:, 0].float()
 

@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     draw.add_argument("--seed", type=int, default=0)
     draw.set_defaults(run=run_draw)
 
-    train = commands.add_parser("train", help="train the base from nothing and score it")
+    train = commands.add_parser("train", help="train the base from nothing")
     train.add_argument("--output", type=Path, required=True)
     train.add_argument("--steps", type=int, default=12_500)
     train.add_argument("--pictures", type=int, default=480_000)
