@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from vqa_sft.collator import AnswerCollator, TrainCollator, answer_prefix, render_prompt
 from vqa_sft.data import load_examples
@@ -88,12 +89,13 @@ def test_a_template_that_writes_the_first_token_itself_gets_it_once(families, ex
     processor = load_processor(families("llava"))
     tokenizer = processor.tokenizer
     tokenizer.add_special_tokens({"bos_token": "<s>"})
-    processor.chat_template = "<s>" + processor.chat_template
-    answer_prefix.cache_clear()
-    batch = AnswerCollator(processor, Prompts(), 4)([examples[0]])
-    assert (batch["input_ids"] == tokenizer.bos_token_id).sum() == 1 and batch["input_ids"][
-        0, 0
-    ] == tokenizer.bos_token_id
+    first = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = first  # as Llama's tokenizer: every text gets it
+    for template in (processor.chat_template, "<s>" + processor.chat_template):
+        processor.chat_template = template
+        answer_prefix.cache_clear()
+        ids = AnswerCollator(processor, Prompts(), 4)([examples[0]])["input_ids"][0].tolist()
+        assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
 def test_rows_with_fewer_choices_and_without_an_answer_fit_into_the_same_batch(processor, examples):
