@@ -12,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+import torch
 from families import save_family
 from PIL import Image, ImageDraw
 
@@ -90,3 +91,23 @@ def sft(contest):
         return output_dir
 
     return train
+
+
+def write_hard_contest(folder):
+    """32 rows whose answers the tiny base gets wrong, so that there is something to learn: 24 to train on and 8 in
+    validation.csv; test.csv holds all of them."""
+    write_contest(folder, num_rows=32)
+    with (folder / "train.csv").open() as file:
+        rows = [row | {"answer": "bcda"["abcd".index(row["answer"])]} for row in csv.DictReader(file)]
+    write_csv(folder / "train.csv", rows[:24])
+    write_csv(folder / "validation.csv", rows[24:])
+    return folder
+
+
+@pytest.fixture
+def one_thread():
+    """As the processes that tests start; two threads on busy cores wait for each other at every layer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

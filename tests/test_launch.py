@@ -1,6 +1,5 @@
 """What the files in accelerate_configs/ and deepspeed_configs/ promise, with two processes of one machine's CPU."""
 
-import csv
 import json
 import os
 import subprocess
@@ -8,10 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import run_script, write_contest, write_csv
+from conftest import run_script, write_hard_contest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -22,6 +20,7 @@ from vqa_sft.tiny import TINY_PATH
 ROOT = Path(__file__).parent.parent
 LAUNCHES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 ZEROS = sorted((ROOT / "deepspeed_configs").glob("*.json"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = TINY_PATH
 # 24 rows to train on: 3 steps of 8 rows, on one process 4 x 2, on two 2 x 2 x 2; 2 epochs.
 RECIPE = {"model_name_or_path": MODEL, "num_train_epochs": 2, "global_batch_size": 8}
@@ -40,15 +39,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 if PartialState().is_main_process:
     print("processes that worked together:", PartialState().num_processes)
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the processes that the tests start; two threads on busy cores wait for each other at every layer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def parse_launch(*arguments):
@@ -129,14 +119,7 @@ def losses(run):
 
 @pytest.fixture(scope="module")
 def contest(tmp_path_factory):
-    """A contest whose answers the base gets wrong, so that there is something to learn."""
-    folder = write_contest(tmp_path_factory.mktemp("launch") / "contest", num_rows=32)
-    with (folder / "train.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    rows = [row | {"answer": "bcda"["abcd".index(row["answer"])]} for row in rows]
-    write_csv(folder / "train.csv", rows[:24])
-    write_csv(folder / "validation.csv", rows[24:])
-    return folder
+    return write_hard_contest(tmp_path_factory.mktemp("launch") / "contest")
 
 
 def data(contest):

@@ -1,6 +1,5 @@
 """A run that was killed goes on by the same command, and ends as the run that was not killed."""
 
-import csv
 import os
 import shutil
 import signal
@@ -9,13 +8,13 @@ import sys
 import time
 
 import pytest
-import torch
-from conftest import RECIPES, run_script, write_contest, write_csv
+from conftest import RECIPES, run_script, write_hard_contest
 
 from vqa_sft import checkpoints, run_folder
 from vqa_sft.predictions import read_predictions
 from vqa_sft.tiny import TINY_PATH
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = TINY_PATH
 # 24 rows to train on in 3 steps of 8, a checkpoint after every epoch; long enough to be killed in the middle.
 RECIPE = {"model_name_or_path": MODEL, "num_train_epochs": 8, "global_batch_size": 8}
@@ -23,25 +22,9 @@ RECIPE |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_ste
 RECIPE |= {"gradient_checkpointing": False, "disable_tqdm": True, "shuffle_choices": True}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the processes that the tests start; two threads on busy cores wait for each other at every layer."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def contest(tmp_path_factory):
-    """A contest whose answers the base gets wrong, so that the weights move until the end."""
-    folder = write_contest(tmp_path_factory.mktemp("resume") / "contest", num_rows=32)
-    with (folder / "train.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    rows = [row | {"answer": "bcda"["abcd".index(row["answer"])]} for row in rows]
-    write_csv(folder / "train.csv", rows[:24])
-    write_csv(folder / "validation.csv", rows[24:])
-    return folder
+    return write_hard_contest(tmp_path_factory.mktemp("resume") / "contest")
 
 
 def arguments(contest, output_dir, **values):
