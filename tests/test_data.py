@@ -1,13 +1,11 @@
-import io
-
 import datasets
-import numpy as np
 import pytest
 from conftest import write_csv
 from PIL import Image
 
-from vqa_sft.data import Columns, load_examples, open_image
+from vqa_sft.data import Columns, load_examples
 from vqa_sft.errors import InputError
+from vqa_sft.images import open_image
 
 
 def rows_of(contest):
@@ -145,27 +143,3 @@ def test_other_column_names_can_be_given(contest):
     write_csv(contest / "train.csv", [{renamed[name]: row[name] for name in row} for row in rows_of(contest)])
     columns = Columns("key", "img", "q", ("o1", "o2", "o3", "o4"), "y")
     assert load(contest, columns=columns)[0][0]["choices"] == [rows_of(contest)[0][f"o{i}"] for i in range(1, 5)]
-
-
-def as_entry(picture, kind):
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **({"exif": picture.getexif()} if kind == "JPEG" else {}))
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def test_transparent_parts_stand_on_white():
-    opened = open_image(as_entry(Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "PNG"))
-    assert opened.mode == "RGB" and opened.getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_sixteen_bits_become_eight_without_losing_the_light_half():
-    levels = Image.fromarray((np.arange(256, dtype=np.uint16) * 257).reshape(16, 16))
-    assert levels.mode == "I;16"
-    opened = open_image(as_entry(levels, "PNG"))
-    assert [opened.getpixel((i % 16, i // 16)) for i in range(256)] == [(i, i, i) for i in range(256)]
-
-
-def test_a_picture_is_turned_as_its_camera_meant_it():
-    picture = Image.new("RGB", (20, 10), "white")
-    picture.getexif()[0x0112] = 6  # orientation: turn a quarter
-    assert open_image(as_entry(picture, "JPEG")).size == (10, 20)

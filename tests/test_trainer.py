@@ -5,7 +5,8 @@ from trl import ModelConfig
 
 from vqa_sft.collator import AnswerCollator, TrainCollator, render_prompt
 from vqa_sft.config import read_recipe
-from vqa_sft.data import load_examples, open_image
+from vqa_sft.data import load_examples
+from vqa_sft.images import open_image
 from vqa_sft.mcq import draw_order
 from vqa_sft.model import load_model, load_processor, lora_config
 from vqa_sft.prompts import Prompts

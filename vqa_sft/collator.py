@@ -21,8 +21,8 @@ import torch
 from jinja2 import TemplateError
 from transformers import ProcessorMixin
 
-from vqa_sft.data import open_image
 from vqa_sft.errors import InputError, name_rows
+from vqa_sft.images import open_image
 from vqa_sft.mcq import choice_to_letter, draw_order, identity_order
 from vqa_sft.prompts import Prompts, render_messages
 

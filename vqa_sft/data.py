@@ -7,7 +7,6 @@
 `images` holds what `datasets.Image(decode=False)` holds, so that nothing is decoded before a worker needs it.
 """
 
-import io
 import os
 import string
 from collections import Counter
@@ -17,12 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
-import numpy as np
 import pandas
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from vqa_sft.errors import InputError, name_rows
+from vqa_sft.images import image_problem
 from vqa_sft.mcq import LETTERS
 
 FEATURES = datasets.Features(
@@ -35,7 +33,6 @@ FEATURES = datasets.Features(
     }
 )
 IMAGE_COLUMNS = ("path", "image")
-MAX_ASPECT = 200  # beyond it the Qwen-VL processors refuse a picture, in the middle of a run
 
 
 @dataclass(frozen=True)
@@ -301,31 +298,3 @@ def _check_example(chunk: tuple[datasets.Dataset, int, int]) -> list[tuple[str, 
             if problem:
                 found.append((problem, row["id"]))
     return found
-
-
-def image_problem(image: dict) -> str | None:
-    """Why this {bytes, path} cannot be shown to a model, or None."""
-    try:
-        if image["bytes"] is None and not Path(image["path"] or "").is_file():
-            return "picture is missing"
-        width, height = open_image(image).size
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, DecompressionBombError, ...
-        return f"picture cannot be decoded ({type(error).__name__})"
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        return f"picture is more than {MAX_ASPECT} times as long as wide"
-    return None
-
-
-def open_image(image: dict) -> Image.Image:
-    """The picture of one {bytes, path}, RGB, turned as its camera meant it, transparent parts on white."""
-    source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
-    with Image.open(source) as opened:
-        picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith("I;16"):
-            # Pillow's own conversion cuts everything above 255 to white.
-            picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
-        return picture.convert("RGB")
