@@ -14,6 +14,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from datasets import Dataset
+
 from vqa_sft.quiet import quiet
 
 quiet()
@@ -21,7 +23,7 @@ quiet()
 from vqa_sft import run_folder
 from vqa_sft.config import Recipe, RecipeArguments
 from vqa_sft.data import Columns, find_choice_columns, load_examples
-from vqa_sft.errors import InputError, exits_with_message
+from vqa_sft.errors import InputError, exits_with_message, name_rows
 from vqa_sft.predictions import Predictions, read_predictions, write_predictions, write_submission
 from vqa_sft.prompts import Prompts
 
@@ -38,7 +40,7 @@ def main() -> None:
         args.data,
         split=args.split,
         config=args.data_config,
-        columns=columns_to_read(trained),
+        columns=trained if run["recipe"].get("choice_columns") else columns_to_read(trained),
         image_root=args.image_root,
         answers="optional",
         limit=args.limit,
@@ -46,7 +48,7 @@ def main() -> None:
     )
     num_letters = run["num_letters"] or max(map(len, examples["choices"]))
     if args.run != "none":
-        check_choices(trained, columns)
+        check_choices(trained, columns, examples, num_letters)
 
     from accelerate import PartialState
 
@@ -94,6 +96,8 @@ def check_output(args: argparse.Namespace) -> None:
     """Raises InputError where the two files cannot be written, or would replace what we did not write."""
     output = Path(args.output)
     parquet = output.with_suffix(".parquet")
+    if output.resolve() == Path(args.data).resolve():
+        raise InputError(f"--output is --data ({args.data}). Name another --output.")
     if output.suffix != ".csv":
         raise InputError(f"--output must end in .csv; got {args.output}.")
     if parquet.name == run_folder.VALIDATION and run_folder.is_finished(output.parent):
@@ -159,11 +163,17 @@ def columns_to_read(trained: Columns) -> Columns:
     return replace(trained, choices=None) if found_by_name else trained
 
 
-def check_choices(trained: Columns, columns: Columns) -> None:
+def check_choices(trained: Columns, columns: Columns, examples: Dataset, num_letters: int) -> None:
     if len(columns.choices) != len(trained.choices):
         raise InputError(
             f"the run was trained on the choice columns {', '.join(trained.choices)}; this data has "
             f"{', '.join(columns.choices)}. Give data with the same columns."
+        )
+    longer = [row["id"] for row in examples.select_columns(["id", "choices"]) if len(row["choices"]) > num_letters]
+    if longer:
+        raise InputError(
+            f"the run was trained on rows of at most {num_letters} choices; there are more in "
+            f"{name_rows(longer, len(examples))}."
         )
 
 

@@ -53,6 +53,10 @@ def main() -> None:
     training_args, model_args = recipe.training_args(precision), recipe.model_args()
     PartialState().wait_for_everyone()  # for the main process, which alone looks at every picture
 
+    rows_a_step = training_args.per_device_train_batch_size * training_args.world_size
+    if training_args.dataloader_drop_last and len(train) < rows_a_step:
+        raise InputError(f"dataloader_drop_last drops all {len(train)} rows: a step takes {rows_a_step}. Remove it.")
+
     # Model
     trust = {"trust_remote_code": training_args.trust_remote_code}
     processor = models.load_processor(

@@ -80,6 +80,7 @@ def test_a_number_may_be_the_text_of_a_text_field(tmp_path):
         ("num_train_epochs: 0\n", "the run has no steps"),
         ("validation_fraction: 0.1\nmetric_for_best_model: f1\n", "one of nll, accuracy, ece, loss"),
         ("validation_data: train.csv\nvalidation_split: train\n", "validation_data is train_data"),
+        ("logging_steps: .inf\n", "logging_steps must be between"),
         ("report_to: no_tracker\n", "no_tracker is not installed"),
         ("resume_from_checkpoint: x\n", "by itself"),
         ("user_prompt: '{choices} {choices} {question}'\n", "must contain {choices} once"),
@@ -113,6 +114,23 @@ def test_validation_rows_switch_on_evaluation_and_the_best_checkpoint(tmp_path):
     assert args.eval_strategy == "epoch" and args.load_best_model_at_end
     assert args.metric_for_best_model == "nll" and args.greater_is_better is False
     assert read(tmp_path).training_args("fp32").eval_strategy == "no"
+
+
+def test_accuracy_chooses_the_largest_and_nll_the_smallest(tmp_path):
+    for metric, greater in (("accuracy", True), ("eval_accuracy", True), ("nll", False), ("ece", False)):
+        text = f"validation_fraction: 0.1\nmetric_for_best_model: {metric}\n"
+        assert read(tmp_path, text).training_args("fp32").greater_is_better is greater
+
+
+def test_null_means_the_default(tmp_path):
+    assert read(tmp_path, "report_to: null\nmetric_for_best_model: null\n").values["report_to"] is None
+
+
+def test_one_file_cannot_be_training_and_validation_data(tmp_path):
+    (tmp_path / "train.csv").write_text("id\n")
+    names = ["--train_data", str(tmp_path / "train.csv"), "--validation_data", f"{tmp_path}/./train.csv"]
+    with pytest.raises(InputError, match="validation_data is train_data"):
+        read(tmp_path, "", *names)
 
 
 def test_help_shows_every_field_of_ours():

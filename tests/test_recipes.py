@@ -222,6 +222,35 @@ def test_training_never_deletes_what_it_did_not_write(families, contest, sft, fa
     assert set(files) <= set(contest.rglob("*")) and (contest / "recipe.yaml").read_text() == "mine: true\n"
 
 
+def test_an_overwritten_run_moves_aside_with_all_that_lies_in_its_folder(families, sft, tmp_path):
+    run = sft(families("qwen2_5_vl"), tmp_path / "run", max_steps=1, seed=1)
+    (run / "notes.md").write_text("mine")
+    weights = (run / "adapter_model.safetensors").read_bytes()
+    sft(families("qwen2_5_vl"), run, max_steps=1, seed=2, overwrite=True)
+    assert (tmp_path / "run.old" / "notes.md").read_text() == "mine"
+    assert (tmp_path / "run.old" / "adapter_model.safetensors").read_bytes() == weights
+    assert not (run / "notes.md").exists() and (run / "run.json").is_file()
+
+
+def test_a_row_with_more_choices_than_any_in_training_is_named(families, contest, sft, tmp_path, capsys):
+    with (contest / "train.csv").open() as file:
+        rows = [row | {"d": "", "answer": "a"} for row in csv.DictReader(file)]
+    write_csv(contest / "train.csv", rows)
+    run = sft(families("qwen2_5_vl"), tmp_path / "run", max_steps=1)
+    with pytest.raises(SystemExit) as stop:
+        predict(run, contest, tmp_path / "out.csv")
+    assert stop.value.code == 2 and "at most 3 choices; there are more in rows row_000" in capsys.readouterr().err
+
+
+def test_a_column_of_one_letter_that_is_no_choice_is_left_alone(families, contest, sft, tmp_path):
+    for name in ("train.csv", "test.csv"):
+        with (contest / name).open() as file:
+            rows = [row | {"x": "1"} for row in csv.DictReader(file)]
+        write_csv(contest / name, rows)
+    run = sft(families("qwen2_5_vl"), tmp_path / "run", max_steps=1)
+    assert len(predict(run, contest, tmp_path / "out.csv").ids) == 24
+
+
 def test_a_mistake_found_late_does_not_cost_the_run_that_was_to_be_overwritten(families, sft, tmp_path):
     run = sft(families("qwen2_5_vl"), tmp_path / "run", max_steps=1)
     with pytest.raises(SystemExit):
@@ -231,7 +260,8 @@ def test_a_mistake_found_late_does_not_cost_the_run_that_was_to_be_overwritten(f
 
 def test_prediction_never_overwrites_what_it_did_not_write(families, contest, fails, tmp_path):
     model, before = families("qwen2_5_vl"), (contest / "test.csv").read_bytes()
-    fails(predict, "none", contest, contest / "test.csv", "--model", model, says="none of our submissions")
+    fails(predict, "none", contest, contest / "test.csv", "--model", model, says="--output is --data")
+    fails(predict, "none", contest, contest / "train.csv", "--model", model, says="none of our submissions")
     (contest / "other.parquet").write_text("mine")
     fails(predict, "none", contest, contest / "other.csv", "--model", model, says="none of our submissions")
     fails(predict, "none", contest, contest / "test.csv" / "x.csv", "--model", model, says="cannot be written")

@@ -60,7 +60,7 @@ class RecipeArguments:
         "Rows per optimiser step over all processes; accumulation follows from it.", default=None
     )
     early_stopping_patience: int | None = _help("Stop after so many evaluations without a better one.", default=None)
-    overwrite: bool = _help("Delete an earlier run in output_dir first.", default=False)
+    overwrite: bool = _help("Move an earlier run in output_dir to output_dir.old first.", default=False)
 
     def __post_init__(self) -> None:
         _check_bounds(vars(self))
@@ -95,7 +95,6 @@ VALIDATION_DEFAULTS = {
     "eval_strategy": "epoch",
     "load_best_model_at_end": True,
     "metric_for_best_model": "nll",
-    "greater_is_better": False,
 }
 # What the collator and the trainer rely on.
 FIXED = {"remove_unused_columns": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
@@ -132,6 +131,9 @@ BOUNDS = {
     "learning_rate": (0, 1e3),
     "weight_decay": (0, 1e3),
     "max_grad_norm": (0, None),
+    "logging_steps": (0, 10**9),
+    "eval_steps": (0, 10**9),
+    "save_steps": (0, 10**9),
     "warmup_steps": (0, None),
     "adam_beta1": (0, 0.999999999),
     "adam_beta2": (0, 0.999999999),
@@ -177,9 +179,12 @@ class Recipe:
         import torch
         from trl import SFTConfig
 
+        metric = self.values.get("metric_for_best_model") or "nll"
         on_gpu = torch.cuda.is_available() and not self.values.get("use_cpu")
         values = {"dataloader_pin_memory": on_gpu}  # without a GPU torch warns once an epoch
         values |= DEFAULTS | (VALIDATION_DEFAULTS if self.validates else {}) | self.values | FIXED
+        if self.validates and "greater_is_better" not in self.values:
+            values["greater_is_better"] = metric.removeprefix("eval_") == "accuracy"
         values |= {"bf16": precision == "bf16", "fp16": precision == "fp16"}
         # Pushing is ours, after the run is saved: a failed push must not lose it. The token would be saved as well.
         values |= {"push_to_hub": False, "hub_token": None}
@@ -257,7 +262,7 @@ def _check_combinations(recipe: Recipe) -> None:
     for problem, applies in _impossible(values, own, recipe.validates):
         if applies:
             raise InputError(problem)
-    _check_trackers(values.get("report_to", "none"))
+    _check_trackers(values.get("report_to") or "none")
     if own.global_batch_size is not None:
         micro_batch = values.get("per_device_train_batch_size", 8)
         step = micro_batch * _num_processes()
@@ -266,6 +271,14 @@ def _check_combinations(recipe: Recipe) -> None:
                 f"global_batch_size {own.global_batch_size} is no multiple of per_device_train_batch_size "
                 f"{micro_batch} x {_num_processes()} processes = {step}. Change one of them."
             )
+
+
+def _same_rows(own: RecipeArguments) -> bool:
+    if own.validation_data is None:
+        return False
+    if os.path.isfile(own.train_data):  # a file has no splits
+        return os.path.realpath(own.validation_data) == os.path.realpath(own.train_data)
+    return own.validation_data == own.train_data and own.validation_split == own.train_split
 
 
 def _check_trackers(report_to: str | list[str]) -> None:
@@ -312,11 +325,11 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
         ),
         (
             f"metric_for_best_model must be one of {', '.join(CHOSEN_BY)}.",
-            values.get("metric_for_best_model", "nll").removeprefix("eval_") not in CHOSEN_BY,
+            (values.get("metric_for_best_model") or "nll").removeprefix("eval_") not in CHOSEN_BY,
         ),
         (
             "validation_data is train_data; the best checkpoint would be chosen on rows that it was trained on.",
-            own.validation_data == own.train_data and own.validation_split == own.train_split,
+            _same_rows(own),
         ),
         (
             "early_stopping_patience needs load_best_model_at_end; remove that key.",

@@ -80,7 +80,8 @@ def find_choice_columns(names: Sequence[str]) -> list[str]:
                 break
             found.append(letter)
         if found:
-            beyond = [name for name in names if name in letters[len(found) :]]
+            # "x" or "y" may be anything; "d" after "a, b" is a choice.
+            beyond = [name for name in names if name in letters[len(found) : len(found) + 3]]
             if beyond:
                 raise InputError(
                     f"the choice columns {', '.join([*found, *beyond])} leave letters out. Rename them, or name yours "

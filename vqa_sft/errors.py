@@ -1,10 +1,14 @@
 """The one exception for what a user can cause, and how a script ends on it. Standard library only."""
 
+import errno
 import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+# A name that is too long, no right to write, a full disk: the message says it all.
+MACHINE_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 class InputError(ValueError):
@@ -38,7 +42,9 @@ def exits_with_message(main: Callable[[], None]) -> Callable[[], None]:
     def run() -> None:
         try:
             main()
-        except InputError as error:
+        except (InputError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in MACHINE_ERRORS:
+                raise
             if os.environ.get("RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr)
             # A message is all that there is to say: skip the teardown of process groups, which prints warnings.

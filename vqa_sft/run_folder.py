@@ -45,7 +45,7 @@ def check(folder: str | Path, values: dict[str, Any], overwrite: bool, inputs: I
     """Raises InputError when a run of the recipe `values` cannot stand in this folder; changes nothing.
 
     That is when the folder holds a run of another recipe or files that are no run of ours, cannot be written, or when
-    one of the `inputs` (data, recipe, base) lies in it, where `overwrite` would delete it.
+    one of the `inputs` (data, recipe, base) lies in it, where `overwrite` would move it away.
     """
     folder = Path(folder).resolve()
     try:
@@ -55,12 +55,21 @@ def check(folder: str | Path, values: dict[str, Any], overwrite: bool, inputs: I
         raise InputError(f"output_dir {folder} cannot be written: {error}. Choose another.") from error
     if is_used and not (folder / MARKER).is_file():
         raise InputError(f"output_dir {folder} is not empty and holds no run of ours. Choose another.")
-    inside = [str(path) for path in inputs if Path(path).exists() and Path(path).resolve().is_relative_to(folder)]
-    if inside:
-        raise InputError(f"output_dir {folder} holds what the run reads: {', '.join(inside)}. Choose another.")
+    if overwrite:
+        inside = [str(path) for path in inputs if Path(path).exists() and Path(path).resolve().is_relative_to(folder)]
+        if inside:
+            raise InputError(f"output_dir {folder} holds what the run reads: {', '.join(inside)}. Choose another.")
+        if _aside(folder).exists() and not (_aside(folder) / MARKER).is_file():
+            raise InputError(
+                f"{_aside(folder)}, where the earlier run would go, is no run of ours. Choose another name."
+            )
     # A run that saved nothing yet, because of a mistake in its recipe perhaps, holds nothing to lose.
     if not overwrite and (is_finished(folder) or last_whole_checkpoint(folder)):
         _check_same(folder, without_secrets(values))
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
 
 
 def _probe(folder: Path) -> None:
@@ -73,10 +82,15 @@ def _probe(folder: Path) -> None:
 
 
 def start(folder: str | Path, values: dict[str, Any], overwrite: bool) -> None:
-    """Make the checked folder ready, new or to be resumed; with `overwrite`, delete the run in it."""
+    """Make the checked folder ready, new or to be resumed; with `overwrite`, the run in it moves aside."""
     folder = Path(folder).resolve()
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
+    if overwrite and (is_finished(folder) or last_whole_checkpoint(folder)):
+        # Moved, not deleted: the new run may fail yet, and other things may lie in the folder by now.
+        old = _aside(folder)
+        if old.exists():
+            shutil.rmtree(old)
+        folder.rename(old)
+        print(f"The earlier run in {folder} is now {old}.")
     for name in remove_broken_checkpoints(folder):
         print(f"{folder / name} was not finished when the run stopped; it is removed.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +115,7 @@ def _check_same(folder: Path, now: dict[str, Any]) -> None:
         lines = [f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
         raise InputError(
             f"{folder} holds a run of another recipe:\n" + "\n".join(lines) + "\nChoose another output_dir, or give "
-            "--overwrite to delete that run."
+            "--overwrite to move that run aside."
         )
 
 
@@ -146,7 +160,10 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{folder} holds no finished run (no {RUN}). Give the output_dir of a run that has ended.")
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
-        Prompts(**run["prompts"]), Columns(**run["columns"]), run["recipe"]["model_name_or_path"], run["num_letters"]
+        Prompts(**run["prompts"])
+        if not (isinstance(run["num_letters"], int) and len(Columns(**run["columns"]).choices) >= 2):
+            raise ValueError("num_letters or columns")
+        run["recipe"]["model_name_or_path"]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Train the run again.") from error
     return run
