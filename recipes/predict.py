@@ -22,7 +22,7 @@ quiet()
 
 from vqa_sft import run_folder
 from vqa_sft.config import Recipe, RecipeArguments
-from vqa_sft.data import Columns, find_choice_columns, load_examples
+from vqa_sft.data import Columns, load_examples
 from vqa_sft.errors import InputError, exits_with_message, name_rows
 from vqa_sft.predictions import Predictions, read_predictions, write_predictions, write_submission
 from vqa_sft.prompts import Prompts
@@ -40,7 +40,7 @@ def main() -> None:
         args.data,
         split=args.split,
         config=args.data_config,
-        columns=trained if run["recipe"].get("choice_columns") else columns_to_read(trained),
+        columns=columns_to_read(trained, run["recipe"]),
         image_root=args.image_root,
         answers="optional",
         limit=args.limit,
@@ -125,7 +125,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", help="base model, with --run none")
     parser.add_argument("--data", required=True, help="CSV file, folder of a saved dataset, or Hub dataset")
     parser.add_argument("--output", required=True, help="submission to write (.csv)")
-    parser.add_argument("--split", default="test", help="split of a Hub dataset")
+    parser.add_argument("--split", default="test", help="split of a Hub dataset (default: test)")
     parser.add_argument("--data_config", help="configuration of a Hub dataset")
     parser.add_argument("--image_root", help="folder of the pictures; default: the CSV's folder")
     parser.add_argument("--batch_size", type=int, default=16, help="rows per forward and process")
@@ -157,10 +157,11 @@ def base_run(args: argparse.Namespace) -> dict:
     }
 
 
-def columns_to_read(trained: Columns) -> Columns:
-    """The run's own columns; choices a, b, c, ... are looked for again, so that one more than in training is seen."""
-    found_by_name = trained.choices and list(trained.choices) == find_choice_columns(trained.choices)
-    return replace(trained, choices=None) if found_by_name else trained
+def columns_to_read(trained: Columns, recipe: dict) -> Columns:
+    """The run's own columns. What its recipe did not name is looked for again: the pictures of the test data may be a
+    column `image` instead of `path`, and one more choice than in training must be seen."""
+    found = {"image": "image_column", "choices": "choice_columns"}
+    return replace(trained, **{name: None for name, key in found.items() if not recipe.get(key)})
 
 
 def check_choices(trained: Columns, columns: Columns, examples: Dataset, num_letters: int) -> None:

@@ -5,7 +5,8 @@
 
 Any field of the recipe can be given again on the command line. You will see the rows being read and checked, the loss
 and the validation metrics while it trains, and at the end what was saved in `output_dir`. The same command goes on
-where a killed run stopped. Mistakes in the recipe or the data end with exit code 2 before any weight is loaded.
+where a killed run stopped. Mistakes in the recipe or the data end with exit code 2 before any weight is loaded (the
+launcher itself then ends with 1).
 """
 
 import os
@@ -96,7 +97,10 @@ def main() -> None:
         )
 
     # Train, from the last whole checkpoint if there is one
-    trainer.train(resume_from_checkpoint=checkpoints.last_whole_checkpoint(output_dir))
+    checkpoint = checkpoints.last_whole_checkpoint(output_dir)
+    if checkpoint is not None and is_main:
+        print(f"Going on from {checkpoint}.")
+    trainer.train(resume_from_checkpoint=checkpoint)
 
     # Evaluate and save
     metrics = {"precision": precision} | trainer.speed.metrics()

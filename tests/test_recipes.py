@@ -232,6 +232,16 @@ def test_an_overwritten_run_moves_aside_with_all_that_lies_in_its_folder(familie
     assert not (run / "notes.md").exists() and (run / "run.json").is_file()
 
 
+def test_pictures_may_stand_in_another_column_than_in_training(families, contest, sft, tmp_path):
+    run = sft(families("qwen2_5_vl"), tmp_path / "run", max_steps=1)
+    with (contest / "test.csv").open() as file:
+        rows = [
+            {"image" if key == "path" else key: value for key, value in row.items()} for row in csv.DictReader(file)
+        ]
+    write_csv(contest / "images.csv", rows)
+    assert len(predict(run, contest, tmp_path / "out.csv", data="images.csv").ids) == 24
+
+
 def test_a_row_with_more_choices_than_any_in_training_is_named(families, contest, sft, tmp_path, capsys):
     with (contest / "train.csv").open() as file:
         rows = [row | {"d": "", "answer": "a"} for row in csv.DictReader(file)]

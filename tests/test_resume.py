@@ -113,7 +113,9 @@ def test_a_checkpoint_without_its_marker_is_passed_over_and_removed(train, capsy
     (run / "checkpoint-9" / "optimizer.pt").write_bytes(b"half of i")
     assert checkpoints.last_whole_checkpoint(run) == str(run / "checkpoint-6")
     assert result(train(save_total_limit=3)) == before
-    assert "checkpoint-9 was not finished when the run stopped; it is removed" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "checkpoint-9 was not finished when the run stopped; it is removed" in output
+    assert f"Going on from {run / 'checkpoint-6'}." in output
     assert (run / "checkpoint-9" / checkpoints.MARKER).is_file()
 
 

@@ -4,11 +4,13 @@ import argparse
 from pathlib import Path
 
 from vqa_sft.errors import InputError, exits_with_message
+from vqa_sft.quiet import quiet
 
 
 @exits_with_message
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="vqa-sft", description=__doc__)
+    quiet()
+    parser = argparse.ArgumentParser(prog="vqa-sft", description="Score prediction files; push runs to the Hub.")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     score = commands.add_parser("score", help="accuracy, NLL and ECE of prediction files, as a table")

@@ -312,7 +312,7 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
             needs_validation and not validates,
         ),
         (
-            "validation_data and validation_fraction are both set. Keep one.",
+            "validation_data and validation_fraction are both set. Keep one (--validation_fraction 0 takes it back).",
             own.validation_data and own.validation_fraction,
         ),
         (

@@ -119,6 +119,9 @@ class AnswerTrainer(SFTTrainer):
             return loss, None, None
         return loss, letter_logits, torch.stack([inputs["answers"], inputs["num_choices"]], dim=1)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: TRL would write one with every checkpoint; ours is written when there are metrics."""
+
     def get_eval_dataloader(self, eval_dataset: str | datasets.Dataset | None = None) -> DataLoader:
         with self._evaluation_collator():
             return super().get_eval_dataloader(eval_dataset)
