@@ -41,7 +41,7 @@ def render_messages(
     """Chat messages for one question whose choices stand under the letters in `order`.
 
     Pictures are placeholders ({"type": "image"}); the collator hands the pixels to the processor. Placeholders with
-    contents would have to travel through Arrow, which adds `image: None` to text blocks (TRAPS in docs/traps.md).
+    contents would have to travel through Arrow, which adds `image: None` to text blocks and so breaks templates.
     """
     # str.replace, not str.format: questions and choices may contain braces.
     lines = [
