@@ -1,0 +1,450 @@
+import json
+import os
+import time
+import tracemalloc
+
+import datasets
+import pandas
+import pytest
+from PIL import Image
+
+from vqa_sft import sources
+from vqa_sft.errors import InputError
+from vqa_sft.images import open_image
+from vqa_sft.sources import open_source
+
+HEADER = "id,question,a,b\n"
+KOREAN = "번호,질문\n1,사진 속 고양이는 무슨 색인가요?\n"
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def rows_of(source, **options):
+    return [row for _, row in open_source(source, **options).rows()]
+
+
+def error_of(source, **options):
+    with pytest.raises(InputError) as error:
+        rows_of(source, **options)
+    return str(error.value)
+
+
+# --- CSV and TSV
+
+
+def test_every_cell_of_a_csv_stays_text(tmp_path):
+    path = write(tmp_path / "x.csv", ' id ,a\n007,NA\n1.50,\n"x, ""y""\nz",=1+1\n')
+    source = open_source(path)
+    assert source.columns == ["id", "a"] and source.notes == [] and source.name == path
+    assert (source.num_rows, source.table, source.features) == (None, None, None)
+    rows = [{"id": "007", "a": "NA"}, {"id": "1.50", "a": ""}, {"id": 'x, "y"\nz', "a": "=1+1"}]
+    assert list(source.rows()) == [(str(tmp_path), row) for row in rows]
+    assert list(source.rows()) == list(source.rows())
+
+
+def test_blank_lines_and_any_line_end_are_fine(tmp_path):
+    for end in ("\n", "\r\n", "\r"):
+        path = write(tmp_path / "x.csv", end.join(["", "id,a", "1,x", "2,y", "", "  ", ""]))
+        assert rows_of(path) == [{"id": "1", "a": "x"}, {"id": "2", "a": "y"}]
+
+
+def test_the_separator_is_taken_from_the_header_and_said_when_it_is_unusual(tmp_path):
+    rows = [{"id": "1", "a": "x, y"}]
+    for name, text, note in (
+        ("x.tsv", "id\ta\n1\tx, y\n", None),
+        ("x.csv", 'id,a\n1,"x, y"\n', None),
+        ("europe.csv", "id;a\n1;x, y\n", "separated by semicolons"),
+        ("tabs.csv", "id\ta\n1\tx, y\n", "separated by tabs"),
+        ("commas.tsv", 'id,a\n1,"x, y"\n', "separated by commas"),
+    ):
+        path = write(tmp_path / name, text)
+        assert rows_of(path) == rows
+        assert open_source(path).notes == ([f"{path}: {note}"] if note else [])
+
+
+def test_all_rows_of_another_length_are_named_with_their_lines(tmp_path):
+    text = HEADER + '1,"two\nlines",x,y\n2,who, me?,x,y\n3,q,x,y\n4,q\n' + "5,q,x\n" * 7
+    message = error_of(write(tmp_path / "x.csv", text))
+    assert "rows longer and shorter than its header (4 cells)" in message
+    assert "rows on line 4 (5 cells), on line 6 (2 cells), on line 7 (3 cells), " in message
+    assert "(9 of 11)" in message and "needs quotes" in message
+    assert "rows longer than its header" in error_of(write(tmp_path / "x.csv", HEADER + "1,q,x,y,\n"))
+
+
+def test_rows_before_the_first_bad_one_come(tmp_path):
+    rows = open_source(write(tmp_path / "x.csv", "id\n1\n2,3\n4\n")).rows()
+    assert next(rows) == (str(tmp_path), {"id": "1"})
+    with pytest.raises(InputError, match="row on line 3"):
+        next(rows)
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("", ["cannot be read as CSV", "empty"]),
+        ("\n \n", ["cannot be read as CSV", "empty"]),
+        ("id,a,a,b,b\n", ["more than one column 'a', 'b'"]),
+        ("id,a, a\n", ["more than one column 'a'"]),
+        (",id,a\n0,1,x\n", ["column 1 has no name (line 1)", "index=False"]),
+        (
+            'id,a\n1,x\n2,"y\n3,z\n',
+            ["cannot be read as CSV: unexpected end of data", "begins on line 3", "never closed"],
+        ),
+        ('id,a\n1,"x" y\n', ["cannot be read as CSV", "begins on line 2", "not doubled"]),
+        ("id,a\n1,x\n2,y\0\n", ["null byte on line 3"]),
+        (b"id,a\n" + bytes(3000), ["null byte on line 2"]),
+    ],
+)
+def test_a_csv_that_cannot_be_read_says_why_and_where(tmp_path, content, parts):
+    message = error_of(write(tmp_path / "x.csv", content))
+    for part in ["x.csv", *parts]:
+        assert part in message
+
+
+def test_a_header_alone_gives_no_rows(tmp_path):
+    source = open_source(write(tmp_path / "x.csv", HEADER))
+    assert source.columns == ["id", "question", "a", "b"] and list(source.rows()) == []
+
+
+def test_endless_cells_rows_and_files_end_quickly(tmp_path, monkeypatch):
+    million = 2**20
+    monkeypatch.setattr(sources, "MAX_CELL", 2 * million)
+    monkeypatch.setattr(sources, "MAX_ROW", 8 * million)
+    for begin, chunk, part in (
+        ("id,a\n1,", "x" * million, "larger than 8 MiB"),
+        ('id,a\n1,"', "x\n" * (million // 2), "limit (2097152), in the row that begins on line 2"),
+        ("", "x" * million, "larger than 8 MiB"),
+        ("id,a\n", "x," * (million // 2), "larger than 8 MiB"),
+        ('id,a\n"', '","\n' * (million // 4), "larger than 8 MiB"),
+    ):
+        path = tmp_path / "x.csv"
+        with path.open("w") as file:
+            file.write(begin)
+            for _ in range(16):
+                file.write(chunk)
+        start = time.perf_counter()
+        assert part in error_of(str(path))
+        assert time.perf_counter() - start < 5
+
+
+def test_rows_are_read_without_holding_the_file(tmp_path):
+    path = write(tmp_path / "x.csv", HEADER + "".join(f"{i},{'q' * 300},x,y\n" for i in range(30_000)))
+    write(tmp_path / "x.jsonl", "".join(json.dumps({"id": i, "question": "q" * 300}) + "\n" for i in range(30_000)))
+    for source in (path, str(tmp_path / "x.jsonl")):
+        assert os.path.getsize(source) > 9e6
+        tracemalloc.start()
+        assert sum(1 for _ in open_source(source).rows()) == 30_000
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5e6  # a chunk as bytes and as text, and what belongs to it
+
+
+# --- Encodings
+
+
+@pytest.mark.parametrize(
+    ("encoding", "note"),
+    [
+        ("utf-8", None),
+        ("utf-8-sig", None),
+        ("utf-16", "UTF-16 text"),
+        ("utf-16-le", "UTF-16-LE text"),
+        ("utf-16-be", "UTF-16-BE text"),
+        ("cp949", "CP949 text"),
+    ],
+)
+def test_encodings_are_recognised_and_said(tmp_path, encoding, note):
+    expected = [{"번호": "1", "질문": "사진 속 고양이는 무슨 색인가요?"}]
+    for name, text in (("x.csv", KOREAN), ("x.jsonl", json.dumps(expected[0], ensure_ascii=False) + "\n")):
+        path = write(tmp_path / name, text.encode(encoding))
+        source = open_source(path)
+        assert [row for _, row in source.rows()] == expected
+        assert source.notes == ([f"{path}: {note}"] if note else [])
+
+
+def test_big_endian_with_a_mark_and_the_commonest_syllable_are_read(tmp_path):
+    # U+AC00 is a null byte on the other side.
+    text = "id,question\n" + "1,가 나 가 나 가\n" * 5
+    for encoding, mark in (("utf-16-be", b"\xfe\xff"), ("utf-16-le", b"\xff\xfe"), ("utf-16-le", b"")):
+        path = write(tmp_path / "x.csv", mark + text.encode(encoding))
+        assert rows_of(path) == [{"id": "1", "question": "가 나 가 나 가"}] * 5
+
+
+def test_letters_cut_by_a_chunk_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_CHUNK", 7)
+    for encoding in ("utf-8", "utf-16", "cp949"):
+        assert len(rows_of(write(tmp_path / "x.csv", (KOREAN + "2,가나다\n" * 9).encode(encoding)))) == 10
+
+
+def test_the_first_bytes_that_are_no_text_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "_CHUNK", 8)
+    content = KOREAN.encode() + b"2,\xff\n"
+    place = content.index(b"\xff")
+    message = error_of(write(tmp_path / "x.csv", content))
+    assert f"not UTF-8 or CP949 text (byte {place})" in message and "`encoding`" in message
+    assert "not UTF-16 text" in error_of(write(tmp_path / "x.csv", "id\n1\n".encode("utf-16")[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("shift_jis", "ねこはどんないろですか"),
+        ("gb18030", "这张图片里有多少只猫在桌子上面睡觉"),
+        ("latin-1", "Ärger, 5°C"),
+        ("latin-1", "José Müller"),
+        ("cp1251", "Сколько кошек на картинке"),
+    ],
+)
+def test_other_encodings_are_not_taken_for_korean_but_can_be_named(tmp_path, encoding, text):
+    path = write(tmp_path / "x.csv", f'id,a\n1,"{text}"\n'.encode(encoding))
+    assert "not UTF-8 or CP949" in error_of(path)
+    source = open_source(path, encoding=encoding)
+    assert next(source.rows())[1]["a"] == text and source.notes == []
+
+
+def test_a_wrong_encoding_is_an_error(tmp_path):
+    path = write(tmp_path / "x.csv", "id,a\n1,é\n")
+    assert "'klingon' is not known" in error_of(path, encoding="klingon")
+    assert "'base64' is not known" in error_of(path, encoding="base64")
+    assert "is not ascii text (byte 7)" in error_of(path, encoding="ascii")
+    assert "is not utf-16 text (byte 0)" in error_of(path, encoding="utf-16")
+    assert rows_of(write(tmp_path / "x.csv", KOREAN.encode("utf-8-sig")), encoding="utf-8")[0]["번호"] == "1"
+
+
+# --- JSONL and JSON
+
+
+def test_json_values_stay_values_and_missing_keys_give_none(tmp_path):
+    rows = [{"id": 1, "choices": ["x", 2.5]}, {"id": "2", "hint": None}, {"choices": {"A": "x"}, "late": True}]
+    expected = [{"id": None, "choices": None, "hint": None, "late": None} | row for row in rows]
+    lines = "\n".join(map(json.dumps, rows))
+    for name, text in (
+        ("x.jsonl", f"{lines}\n\n"),
+        ("x.json", f"\n{lines}"),
+        ("list.json", json.dumps(rows)),
+        ("list.json", json.dumps(rows, indent=2)),
+    ):
+        source = open_source(write(tmp_path / name, text))
+        assert source.columns == ["id", "choices", "hint", "late"]
+        assert list(source.rows()) == [(str(tmp_path), row) for row in expected] == list(source.rows())
+
+
+def test_all_lines_that_are_no_objects_are_named(tmp_path):
+    lines = ['{"id": 1}', '{"id": }', "[1]", '"x"', '{"id": NaN}', '{"id": -Infinity}', "[" * 100_000, '{"id": 2}']
+    path = write(tmp_path / "x.jsonl", "\n".join(lines))
+    message = error_of(path)
+    for part in (
+        "no JSON objects: rows on line 2 (Expecting value at character 8), on line 3 (list), on line 4 (str)",
+        "on line 5 (NaN is no JSON; write null), on line 6 (-Infinity",
+        ", ... (6 of 8)",
+    ):
+        assert part in message
+    write(tmp_path / "x.jsonl", "[" * 100_000 + "\n")
+    assert "on line 1 (nested too deeply)" in error_of(path)
+    write(tmp_path / "x.jsonl", '{"id": ' + "9" * 5_000 + "}\n")
+    assert "on line 1 (Exceeds the limit" in error_of(path)
+
+
+def test_a_json_list_that_cannot_be_read_says_why(tmp_path, monkeypatch):
+    for text, part in (
+        ('[{"id": 1},\n{"id": 2}', "cannot be read as JSON: Expecting ',' delimiter: line 2"),
+        ('[{"id": 1}, 7, "x"]', "rows number 1 (int), number 2 (str) (2 of 3)"),
+        ('[{"id": NaN}]', "NaN is no JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("[]", "has no rows"),
+        ("{}", "has no rows"),
+        ('{\n"id": 1\n}', "no JSON objects: rows on line 1"),
+    ):
+        assert part in error_of(write(tmp_path / "x.json", text))
+    monkeypatch.setattr(sources, "MAX_JSON_LIST", 10)
+    assert "Write it as JSONL" in error_of(write(tmp_path / "x.json", json.dumps([{"id": 1}] * 10)))
+
+
+# --- Several files
+
+
+def test_several_files_come_in_the_order_given_and_globs_sorted(tmp_path):
+    for i, folder in ((2, "b"), (1, "b"), (3, "a")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        # A column may stand elsewhere.
+        write(tmp_path / folder / f"part-{i}.csv", f"id,a\n{i},x\n" if i > 1 else f"a,id\nx,{i}\n")
+    names = [str(tmp_path / name) for name in ("a/part-3.csv", "b/part-*.csv")]
+    source = open_source(names)
+    folders = [str(tmp_path / folder) for folder in "abb"]
+    expected = [{"id": str(i), "a": "x"} for i in (3, 1, 2)]
+    assert list(source.rows()) == list(zip(folders, expected, strict=True))
+    assert source.columns == ["id", "a"] and source.name == f"{names[0]} and 2 more"
+    assert [row["id"] for row in rows_of(str(tmp_path / "**" / "*.csv"))] == ["3", "1", "2"]
+
+
+def test_files_with_other_columns_are_an_error_that_shows_the_difference(tmp_path):
+    first, second = write(tmp_path / "1.csv", "id,a,b\n"), write(tmp_path / "2.csv", "id,c,b\n")
+    assert f"{second} has 'c' and lacks 'a', unlike {first}" in error_of([first, second])
+
+
+def test_notes_of_several_files_are_one(tmp_path):
+    for i in range(3):
+        write(tmp_path / f"{i}.csv", KOREAN.encode("cp949"))
+    assert open_source(str(tmp_path / "*.csv")).notes == [f"{tmp_path / '0.csv'} and 2 more: CP949 text"]
+
+
+def test_names_that_lead_nowhere_say_so(tmp_path):
+    csv, jsonl = write(tmp_path / "x.csv", HEADER), write(tmp_path / "x.jsonl", "{}")
+    (tmp_path / "folder").mkdir()
+    for source, part in (
+        (str(tmp_path / "nowhere.csv"), "no such file"),
+        ([csv, str(tmp_path / "nowhere.csv")], "no such file"),
+        (str(tmp_path / "part-*.csv"), "no file matches"),
+        ([csv, jsonl], "must have one format; got .csv, .jsonl"),
+        ([csv, str(tmp_path / "folder")], "is no file. A list"),
+        (write(tmp_path / "x.txt", "x"), "not a CSV file"),
+        (write(tmp_path / "empty.parquet", ""), "cannot be read as Parquet: it is empty"),
+        ([], "no data is named"),
+        ("", "no data is named"),
+        ("nobody/nothing", "neither a file, nor a folder"),
+        (str(tmp_path / "folder"), "neither a file, nor a folder"),
+        ("null\0byte", "neither a file, nor a folder"),
+    ):
+        assert part in error_of(source)
+
+
+def test_a_name_with_the_marks_of_a_glob_is_a_file_first(tmp_path):
+    write(tmp_path / "x[1].csv", "id\n7\n")
+    datasets.Dataset.from_dict({"id": ["8"]}).to_parquet(tmp_path / "x[1].parquet")
+    assert rows_of(str(tmp_path / "x[1].csv")) == [{"id": "7"}]
+    assert rows_of(str(tmp_path / "x[1].parquet")) == [{"id": "8"}]
+
+
+# --- Parquet, saved datasets, the Hub
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three rows with pictures of every kind that a dataset may hold."""
+    names = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for name in names:
+        Image.new("RGB", (4, 4), "red").save(name)
+    columns = {
+        "id": ["1", "2", "3"],
+        "label": [0, 1, 0],
+        "path": names,
+        "one": names,
+        "many": [names[:i] for i in (0, 1, 2)],
+    }
+    columns |= {"raw": [b"x"] * 3, "pair": [{"bytes": b"x", "path": None}] * 3}
+    features = {
+        "id": datasets.Value("string"),
+        "label": datasets.ClassLabel(names=["cat", "dog"]),
+        "path": datasets.Value("string"),
+        "one": datasets.Image(),
+        "many": datasets.List(datasets.Image()),
+        "raw": datasets.Value("binary"),
+        "pair": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+    }
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["parquet", "saved", "saved splits", "hub"])
+def test_rows_come_without_pictures_and_the_table_with_them_undecoded(tmp_path, pictures, kind, streaming):
+    path = tmp_path / "hub" / "train.parquet"
+    if kind == "saved":
+        pictures.with_format("numpy").save_to_disk(tmp_path / "hub")
+    elif kind == "saved splits":
+        datasets.DatasetDict({"train": pictures, "test": pictures}).save_to_disk(tmp_path / "hub")
+    else:
+        path.parent.mkdir()
+        pictures.to_parquet(path)
+    source = open_source(str(path if kind == "parquet" else path.parent), streaming=streaming)
+    assert source.columns == pictures.column_names and source.notes == []
+    assert source.num_rows == (None if streaming else 3)
+    assert source.features["label"].names == ["cat", "dog"]
+    rows = list(source.rows())
+    expected = [{"id": row["id"], "label": row["label"], "path": row["path"]} for row in pictures]
+    assert rows == [(str(path.parent) if kind == "parquet" else None, row) for row in expected] == list(source.rows())
+    if kind.startswith("saved") and not streaming:  # nothing is copied to the cache
+        assert all(file["filename"].startswith(str(tmp_path)) for file in source.table.cache_files)
+    for row, full in zip(expected, source.table, strict=True):
+        assert full["id"] == row["id"] and open_image(full["one"]).size == (4, 4)
+        assert full["one"].keys() == {"bytes", "path"}
+        assert len(full["many"]) == int(row["id"]) - 1 and all(
+            item.keys() == {"bytes", "path"} for item in full["many"]
+        )
+
+
+def test_several_parquet_files_know_their_folders(tmp_path):
+    names = []
+    for folder, ids in (("b", ["1", "2"]), ("a", ["3"])):
+        (tmp_path / folder).mkdir()
+        names.append(str(tmp_path / folder / "x.parquet"))
+        datasets.Dataset.from_dict({"id": ids}).to_parquet(names[-1])
+    for streaming in (False, True):
+        found = [
+            (os.path.basename(folder), row["id"]) for folder, row in open_source(names, streaming=streaming).rows()
+        ]
+        assert found == [("b", "1"), ("b", "2"), ("a", "3")]
+    datasets.Dataset.from_dict({"key": ["1"]}).to_parquet(names[1])
+    assert "has 'key' and lacks 'id'" in error_of(names)
+
+
+def test_a_parquet_file_that_changes_is_read_again(tmp_path):
+    path = str(tmp_path / "x.parquet")
+    for value in ("1", "2"):
+        pandas.DataFrame({"id": [value]}).to_parquet(path)
+        assert rows_of(path) == [{"id": value}]
+
+
+def test_damaged_parquet_files_are_errors(tmp_path):
+    path = tmp_path / "x.parquet"
+    assert "cannot be read as Parquet" in error_of(write(path, b"id,a\n1,x\n" * 10))
+    datasets.Dataset.from_dict({"id": [str(i * 7919) for i in range(5_000)]}).to_parquet(path)
+    content = path.read_bytes()
+    assert "cannot be read as Parquet" in error_of(write(path, content[:-100]))
+    damaged = write(path, content[:200] + b"x" * 4_000 + content[4_200:])
+    assert "cannot be read as Parquet: Corrupt snappy" in error_of(damaged)
+    assert "cannot be read" in error_of(damaged, streaming=True)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A local copy of a Hub dataset with two configs of two splits each."""
+    lines = ["---", "configs:"]
+    for config in ("art", "law"):
+        lines += [f"- config_name: {config}", "  data_files:"]
+        (tmp_path / config).mkdir()
+        for split in ("dev", "validation"):
+            lines += [f"  - split: {split}", f"    path: {config}/{split}.parquet"]
+            datasets.Dataset.from_dict({"id": [f"{config}_{split}"]}).to_parquet(tmp_path / config / f"{split}.parquet")
+    (tmp_path / "README.md").write_text("\n".join([*lines, "---"]))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_splits_add_up_and_configs_follow_one_another(hub, streaming):
+    def ids(**options):
+        return [row["id"] for row in rows_of(hub, streaming=streaming, **options)]
+
+    assert ids(config="law", split="dev") == ["law_dev"]
+    assert ids(config="law", split="dev+validation") == ["law_dev", "law_validation"]
+    assert ids(config=["law", "art"], split="dev") == ["law_dev", "art_dev"]
+
+
+def test_missing_configs_and_splits_show_what_there_is(hub, tmp_path):
+    assert "['art', 'law']" in error_of(hub, split="dev")
+    assert "['art', 'law']" in error_of(hub, split="dev", config=["art", "music"])
+    assert "['dev', 'validation']" in error_of(hub, config="art")
+    saved = datasets.DatasetDict({name: datasets.Dataset.from_dict({"id": [name]}) for name in ("dev", "test")})
+    saved.save_to_disk(tmp_path / "saved")
+    assert "it has no split train, but dev, test" in error_of(str(tmp_path / "saved"))
+    assert rows_of(str(tmp_path / "saved"), split="test+dev") == [{"id": "test"}, {"id": "dev"}]
+
+
+def test_a_folder_of_csv_files_is_read_with_a_note_that_types_are_guessed(tmp_path):
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.csv", "id,a\n007,NA\n")
+    source = open_source(str(tmp_path / "set"))
+    assert next(source.rows())[1] == {"id": 7, "a": None}
+    assert "guesses the types" in source.notes[0]

@@ -1,0 +1,497 @@
+"""Raw rows of any source: text files, Parquet, what `datasets` saved, the Hub. No torch.
+
+Every cell of a CSV or TSV file stays text: "1" is no number, and a choice "None" or "NA" is no missing value. Text
+files are read as streams, whatever their size; Parquet and Hub datasets are held on disk by `datasets`, in Arrow.
+"""
+
+import codecs
+import csv
+import glob
+import io
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TextIO
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+
+from vqa_sft.errors import InputError, explains, name_rows, printable
+
+FORMATS = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSONL", ".json": "JSON", ".parquet": "Parquet"}
+# What one cell and one row may take: a picture in base64 fits, a quote that never closes ends soon.
+MAX_CELL = 16 * 2**20
+MAX_ROW = 64 * 2**20
+MAX_JSON_LIST = 256 * 2**20  # bytes of a file that has to be read as a whole
+_CHUNK = 2**20
+_BATCH = 1_000
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source. `notes` are facts to tell the user once.
+
+    `table` holds the rows of Parquet, saved and Hub datasets, in the order of `rows()`, pictures undecoded; it is None
+    for text files. `num_rows` is None where it is not known before the rows are read: text files, streams.
+    """
+
+    name: str
+    columns: list[str]
+    notes: list[str]
+    num_rows: int | None
+    table: datasets.Dataset | datasets.IterableDataset | None
+    read: Callable[[], Iterator[tuple[str | None, dict]]]
+
+    def rows(self) -> Iterator[tuple[str | None, dict]]:
+        """(folder of its file, row) of every row, from the start at every call; None for what is no file.
+
+        Rows of a `table` come without their pictures. Raises InputError at the first row that cannot be read, once it
+        has found the others of its file.
+        """
+        return self.read()
+
+    @property
+    def features(self) -> datasets.Features | None:
+        """Types of the columns, with the names of class labels; None for text files."""
+        return None if self.table is None else self.table.features
+
+
+def open_source(
+    source: str | Sequence[str],
+    *,
+    split: str = "train",
+    config: str | Sequence[str] | None = None,
+    encoding: str | None = None,
+    streaming: bool = False,
+) -> Source:
+    """A file, several of one format (a list, a glob), a folder of `datasets`, or a Hub dataset.
+
+    `split` and `config` are for the last two; the rows of several configs come one after the other. `encoding` is
+    detected when it is None. With `streaming` nothing is downloaded or copied as a whole.
+    """
+    names = [source] if isinstance(source, str) else list(source)
+    if not names or not all(names):
+        raise InputError("no data is named. Give a file, a folder or a Hub dataset.")
+    files = find_files(names)
+    name = names[0] if len(names) == 1 else _name_files(files)
+    if not files:
+        return _open_dataset(name, split, config, streaming)
+    if files[0].suffix.lower() == ".parquet":
+        return _open_parquet(name, files, streaming)
+    return _open_texts(name, files, encoding)
+
+
+def find_files(names: Sequence[str]) -> list[Path]:
+    """The files that paths and globs name, those of a glob sorted; empty for a folder or a Hub dataset."""
+    files = []
+    for name in names:
+        path = Path(name)
+        if any(mark in name for mark in "*?[") and not path.exists():
+            found = sorted(found for found in map(Path, glob.glob(name, recursive=True)) if found.is_file())
+            if not found:
+                raise InputError(f"no file matches {name}. Check the path; it is relative to where you launched.")
+            files += found
+        elif path.is_file():
+            files.append(path)
+        elif path.suffix.lower() in FORMATS and not path.is_dir():
+            raise InputError(f"no such file: {name}. Check the path; it is relative to where you launched.")
+        elif len(names) > 1:
+            raise InputError(f"{name} is no file. A list of sources may hold files and globs only.")
+    for path in files:
+        if path.suffix.lower() not in FORMATS:
+            raise InputError(
+                f"{path} is not a CSV file, nor TSV, JSONL, JSON or Parquet. Give such a file, a folder saved by "
+                "`datasets`, or a Hub dataset."
+            )
+        if path.stat().st_size == 0:
+            raise InputError(f"{path} cannot be read as {FORMATS[path.suffix.lower()]}: it is empty.")
+    suffixes = sorted({path.suffix.lower() for path in files})
+    if len(suffixes) > 1:
+        raise InputError(f"the files must have one format; got {', '.join(suffixes)}. Convert some of them.")
+    return files
+
+
+def _name_files(files: Sequence[Path]) -> str:
+    return f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else str(files[0])
+
+
+def _check_columns(files: Sequence[Path], columns: Sequence[Sequence[str]]) -> None:
+    """Raises InputError for columns that stand twice in a file, and for files that differ."""
+    for path, names in zip(files, columns, strict=True):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise InputError(f"{path} has more than one column {_quote(twice)}. Keep one of each.")
+        differences = {"has": sorted({*names} - {*columns[0]}), "lacks": sorted({*columns[0]} - {*names})}
+        said = [f"{word} {_quote(found)}" for word, found in differences.items() if found]
+        if said:
+            raise InputError(f"{path} {' and '.join(said)}, unlike {files[0]}. Files read together need one header.")
+
+
+def _quote(names: Sequence[str]) -> str:
+    return printable(", ".join(map(repr, names[:50])), 500)
+
+
+# --- Text files -------------------------------------------------------------------------------------------------------
+
+
+def _open_texts(name: str, files: list[Path], encoding: str | None) -> Source:
+    facts: dict[str, list[Path]] = {}
+    readers, columns = [], []
+    for path in files:
+        found = find_encoding(path, encoding)
+        if found not in ("utf-8", encoding):
+            facts.setdefault(f"{found.upper()} text", []).append(path)
+        if path.suffix.lower() in (".csv", ".tsv"):
+            usual = "," if path.suffix.lower() == ".csv" else "\t"
+            separator = _find_separator(path, found, usual)
+            if separator != usual:
+                facts.setdefault(f"separated by {_SEPARATORS[separator]}", []).append(path)
+            readers.append(partial(_read_csv, path, found, separator))
+            columns.append(_read_header(path, found, separator))
+        else:
+            readers.append(partial(_read_json, path, found))
+            # Keys may first come in the last row, so all rows are read; the check of every line comes with it.
+            columns.append(list(dict.fromkeys(key for row in readers[-1]() for key in row)))
+            if not columns[-1]:
+                raise InputError(f"{path} has no rows.")
+    _check_columns(files, columns)
+    notes = [f"{_name_files(paths)}: {fact}" for fact, paths in facts.items()]
+    folders = [str(path.parent) for path in files]
+    return Source(name, columns[0], notes, None, None, partial(_read_files, folders, readers, columns[0]))
+
+
+def _read_files(
+    folders: list[str], readers: list[Callable[[], Iterator[dict]]], columns: list[str]
+) -> Iterator[tuple[str, dict]]:
+    """Every row with all columns in the order of the first file; a key that a JSON object lacks gives None."""
+    empty = dict.fromkeys(columns)
+    for folder, read in zip(folders, readers, strict=True):
+        for row in read():
+            yield folder, empty | row
+
+
+class _Lines:
+    """The lines of a text file. `held` counts the characters of the row at hand: its reader sets it back to 0."""
+
+    def __init__(self, path: Path, encoding: str) -> None:
+        self.path, self.encoding = path, encoding
+        self.held = 0
+
+    def __iter__(self) -> Iterator[str]:
+        with _open_text(self.path, self.encoding) as file:
+            for number, line in enumerate(iter(partial(file.readline, MAX_ROW), ""), 1):
+                self.held += len(line)
+                if self.held >= MAX_ROW:
+                    raise InputError(
+                        f"{self.path}: the row that ends on line {number} or later is larger than {MAX_ROW // 2**20} "
+                        "MiB. Is it a text file, with line breaks and closed quotes?"
+                    )
+                yield line
+
+
+def _open_text(path: Path, encoding: str) -> TextIO:
+    """The file, without a byte order mark and with its own line ends, as `csv` wants it."""
+    file = path.open(encoding=encoding, newline="")
+    if file.read(1) != "\ufeff":
+        file.seek(0)
+    return file
+
+
+def _find_separator(path: Path, encoding: str, usual: str) -> str:
+    """The mark that separates most names of the header; spreadsheets in Europe write semicolons into a .csv."""
+    header = next((line for line in _Lines(path, encoding) if line.strip()), "")
+    return max([usual, *_SEPARATORS], key=header.count)  # the first of equals
+
+
+def _read_header(path: Path, encoding: str, separator: str) -> list[str]:
+    line, header = next(_read_cells(path, encoding, separator), (0, []))
+    if not header:
+        raise InputError(f"{path} cannot be read as {FORMATS[path.suffix.lower()]}: it is empty.")
+    names = [cell.strip() for cell in header]
+    if "" in names:
+        raise InputError(
+            f"{path}: column {names.index('') + 1} has no name (line {line}). Name it or remove it; pandas writes such "
+            "a column for its index unless told index=False."
+        )
+    return names
+
+
+def _read_csv(path: Path, encoding: str, separator: str) -> Iterator[dict]:
+    names = _read_header(path, encoding, separator)
+    bad, sizes, total = [], set(), 0
+    for line, cells in itertools.islice(_read_cells(path, encoding, separator), 1, None):
+        total += 1
+        if len(cells) != len(names):
+            bad.append(f"on line {line} ({len(cells)} cells)")
+            sizes.add("longer" if len(cells) > len(names) else "shorter")
+        elif not bad:
+            yield dict(zip(names, cells, strict=True))
+    if bad:
+        raise InputError(
+            f"{path} has rows {' and '.join(sorted(sizes))} than its header ({len(names)} cells): "
+            f"{name_rows(bad, total)}. Is a comma or a line break in a text that needs quotes?"
+        )
+
+
+def _read_cells(path: Path, encoding: str, separator: str) -> Iterator[tuple[int, list[str]]]:
+    """(line on which it begins, cells) of the header and every row; blank lines are none."""
+    csv.field_size_limit(MAX_CELL)  # of the whole process
+    lines = _Lines(path, encoding)
+    reader = csv.reader(lines, delimiter=separator, strict=True)
+    line = 1
+    try:
+        for cells in reader:
+            if len(cells) > 1 or "".join(cells).strip():
+                yield line, cells
+            line = reader.line_num + 1
+            lines.held = 0
+    except csv.Error as error:
+        raise InputError(
+            f"{path} cannot be read as {FORMATS[path.suffix.lower()]}: {error}, in the row that begins on line {line}. "
+            "Is a quote never closed, or one inside a text not doubled?"
+        ) from error
+
+
+def _read_json(path: Path, encoding: str) -> Iterator[dict]:
+    """Objects, one a line; a .json file may hold a list of them instead."""
+    with _open_text(path, encoding) as file:
+        is_list = path.suffix.lower() == ".json" and file.read(1_000).lstrip().startswith("[")
+    values = _json_list(path, encoding) if is_list else _json_lines(path, encoding)
+    bad, total = [], 0
+    for label, value in values:
+        total += 1
+        if not isinstance(value, dict):
+            bad.append(f"{label} ({value if isinstance(value, ValueError) else type(value).__name__})")
+        elif not bad:
+            yield value
+    if bad:
+        raise InputError(
+            f"{path} has rows that are no JSON objects: {name_rows(bad, total)}. "
+            'Write one object a line, as {"id": "1", ...}.'
+        )
+
+
+def _json_lines(path: Path, encoding: str) -> Iterator[tuple[str, object]]:
+    """(place, value or what is wrong with it) of every line that is not blank."""
+    lines = _Lines(path, encoding)
+    for number, line in enumerate(lines, 1):
+        lines.held = 0
+        if not line.strip():
+            continue
+        try:
+            value = _parse_json(line)
+        except json.JSONDecodeError as error:
+            value = ValueError(f"{error.msg} at character {error.pos + 1}")
+        except ValueError as error:
+            value = error
+        yield f"on line {number}", value
+
+
+def _json_list(path: Path, encoding: str) -> Iterator[tuple[str, object]]:
+    """(place, value) of every item. Raises InputError when the file is no JSON."""
+    if path.stat().st_size > MAX_JSON_LIST:
+        raise InputError(
+            f"{path} is a JSON list of more than {MAX_JSON_LIST // 2**20} MiB, which is too large to be read as a "
+            "whole. Write it as JSONL: one object a line."
+        )
+    with _open_text(path, encoding) as file, explains(ValueError, f"{path} cannot be read as JSON"):
+        values = _parse_json(file.read())
+    for i, value in enumerate(values):
+        yield f"number {i}", value
+
+
+def _parse_json(text: str) -> object:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON; write null")
+
+
+# --- Encodings --------------------------------------------------------------------------------------------------------
+
+
+def find_encoding(path: Path, encoding: str | None = None) -> str:
+    """The encoding in which the whole file is text: the given one, else UTF-8, UTF-16 or the CP949 of Korean
+    spreadsheets. Raises InputError when there is none, or when the text holds a null byte."""
+    if encoding is not None:
+        with explains((LookupError, ValueError), f"encoding {encoding!r} is not known"):
+            io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        found = _first_undecodable(path, encoding)
+        if found is not None:
+            raise InputError(f"{path} is not {encoding} text (byte {found:,}). Set another `encoding` in the recipe.")
+        return encoding
+    with path.open("rb") as file:
+        candidates = _candidates(file.read(2**16))
+    offsets = []
+    for candidate in candidates:
+        offsets.append(_first_undecodable(path, candidate))
+        if offsets[-1] is None and (candidate != "cp949" or _is_korean(path)):
+            return candidate
+    tried = " or ".join(candidate.upper() for candidate in candidates)
+    raise InputError(
+        f"{path} is not {tried} text (byte {offsets[0]:,}). Save it as UTF-8, or set its `encoding` in the recipe."
+    )
+
+
+def _candidates(head: bytes) -> list[str]:
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return ["utf-16"]
+    # Without a mark: a line break and some ASCII, which without their null bytes no other encoding reads as such.
+    for encoding in ("utf-16-le", "utf-16-be"):
+        text = head.decode(encoding, "ignore")
+        if re.search("[\r\n]", text) and len(re.findall("[ -~]", text)) > len(text) / 20:
+            return [encoding]
+    return ["utf-8"] if head.startswith(codecs.BOM_UTF8) else ["utf-8", "cp949"]
+
+
+def _first_undecodable(path: Path, encoding: str) -> int | None:
+    """The offset of the first byte that is no text; None when all are. Raises InputError for a null byte."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    line, offset = 1, 0
+    with path.open("rb") as file:
+        for chunk in itertools.chain(iter(partial(file.read, _CHUNK), b""), [b""]):
+            offset += len(chunk)
+            try:
+                text = decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:  # its object begins with what was left of the chunk before
+                return offset - len(error.object) + error.start
+            except UnicodeError:  # UTF-16 without a mark
+                return 0
+            if "\0" in text:
+                line += text[: text.index("\0")].count("\n")
+                raise InputError(
+                    f"{path} holds a null byte on line {line}. The file is damaged, or UTF-16: then set its `encoding`."
+                )
+            line += text.count("\n")
+    return None
+
+
+def _is_korean(path: Path) -> bool:
+    """Whether a file that can be decoded as CP949 is Korean. Other encodings often decode as rare syllables and Chinese
+    characters; Korean consists of the 2,350 common syllables, which have a block of their own."""
+    with path.open(encoding="cp949", newline="") as file:
+        chunks = iter(partial(file.read, 10_000), "")
+        letters = itertools.chain.from_iterable(re.findall("[\u3400-\ud7a3]", chunk) for chunk in chunks)
+        codes = [letter.encode("cp949") for letter in itertools.islice(letters, 1_000)]
+    common = sum(0xB0 <= first <= 0xC8 and second >= 0xA1 for first, second in codes)
+    return common >= 0.8 * len(codes)
+
+
+# --- Arrow ------------------------------------------------------------------------------------------------------------
+
+
+def _open_parquet(name: str, files: list[Path], streaming: bool) -> Source:
+    columns, folders = [], []
+    for path in files:
+        with explains((pa.ArrowException, OSError), f"{path} cannot be read as Parquet"):
+            metadata = pa.parquet.read_metadata(path)
+        columns.append(metadata.schema.to_arrow_schema().names)
+        folders.append((str(path.parent), metadata.num_rows))
+    _check_columns(files, columns)
+    # `datasets` takes names for globs.
+    options = {"data_files": [glob.escape(str(path)) for path in files], "split": "train", "streaming": streaming}
+    try:
+        table = datasets.load_dataset("parquet", **options)
+    except Exception as error:  # what is wrong with the pages of a file comes wrapped
+        raise InputError(f"{name} cannot be read as Parquet: {_describe(error)}") from error
+    return _open_table(name, table, [], folders)
+
+
+def _open_dataset(name: str, split: str, config: str | Sequence[str] | None, streaming: bool) -> Source:
+    """A dataset saved by `datasets`, or one of the Hub: its name or the folder of a local copy."""
+    path = Path(name)
+    configs = [config] if config is None or isinstance(config, str) else list(config)
+    try:
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            table = _load_saved(path, split)
+            table = table.to_iterable_dataset() if streaming else table
+        else:
+            parts = [datasets.load_dataset(name, part, split=split, streaming=streaming) for part in configs]
+            table = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    except Exception as error:  # the library raises many kinds here: offline, no such dataset, no such split, ...
+        raise InputError(
+            f"{name!r} is neither a file, nor a folder with a saved dataset, nor a dataset that could be loaded "
+            f"from the Hub (config {config!r}, split {split!r}): {_describe(error)}"
+        ) from error
+    notes = []
+    if table.info.builder_name == "csv":
+        guesses = "`datasets`, which guesses the types of cells (007 is 7, NA is empty); name the files instead"
+        notes.append(f"{name}: CSV files read by {guesses}")
+    return _open_table(name, table, notes, [])
+
+
+def _load_saved(path: Path, split: str) -> datasets.Dataset:
+    table = datasets.load_from_disk(str(path))
+    if isinstance(table, datasets.Dataset):
+        return table
+    missing = [part for part in split.split("+") if part not in table]
+    if missing:
+        raise ValueError(f"it has no split {', '.join(missing)}, but {', '.join(table)}")
+    return datasets.concatenate_datasets([table[part] for part in split.split("+")])
+
+
+def _open_table(
+    name: str,
+    table: datasets.Dataset | datasets.IterableDataset,
+    notes: list[str],
+    folders: list[tuple[str, int]],
+) -> Source:
+    """`folders` says of how many rows each is the folder; empty for what are no files."""
+    features = datasets.Features({column: _undecoded(feature) for column, feature in table.features.items()})
+    if isinstance(table, datasets.Dataset):
+        # As `cast` would, which copies lists of pictures to the cache; also without the format that it was saved with.
+        info = table.info.copy()
+        info.features = features
+        table = datasets.Dataset(table.data, info=info, split=table.split)
+    elif features != table.features:
+        table = table.cast(features)
+    num_rows = len(table) if isinstance(table, datasets.Dataset) else None
+    read = partial(_read_table, name, table, folders)
+    return Source(name, list(table.features), notes, num_rows, table, read)
+
+
+def _undecoded(feature: object) -> object:
+    """The same type, with pictures as {bytes, path}."""
+    if isinstance(feature, datasets.Image):
+        return replace(feature, decode=False)
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return replace(feature, feature=_undecoded(feature.feature))
+    return feature
+
+
+def _holds_pictures(feature: object) -> bool:
+    """Whether a column holds pictures themselves, one or a list of them, and not paths."""
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return _holds_pictures(feature.feature)
+    if isinstance(feature, dict):
+        return {"bytes", "path"} <= feature.keys()
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def _read_table(
+    name: str, table: datasets.Dataset | datasets.IterableDataset, folders: list[tuple[str, int]]
+) -> Iterator[tuple[str | None, dict]]:
+    of_rows = itertools.chain(*itertools.starmap(itertools.repeat, folders), itertools.repeat(None))
+    texts = [column for column, feature in table.features.items() if not _holds_pictures(feature)]
+    with explains((pa.ArrowException, OSError, ValueError), f"{name} cannot be read"):
+        for batch in table.select_columns(texts).iter(batch_size=_BATCH):
+            for values in zip(*batch.values(), strict=True):
+                yield next(of_rows), dict(zip(texts, values, strict=True))
+
+
+def _describe(error: Exception) -> str:
+    """The library's message in one line; where it only says that something failed, that of the cause."""
+    if isinstance(error, datasets.exceptions.DatasetGenerationError):
+        error = error.__cause__ or error
+    return " ".join(str(error).split())[:500] or type(error).__name__
