@@ -17,8 +17,14 @@ class InputError(ValueError):
 
 def name_rows(ids: Sequence[str], total: int) -> str:
     """The first five ids and the count: ``'rows 17, 203 (2 of 7,990)'``."""
-    shown = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
+    shown = ", ".join(map(printable, ids[:5])) + (", ..." if len(ids) > 5 else "")
     return f"row{'s' if len(ids) > 1 else ''} {shown} ({len(ids):,} of {total:,})"
+
+
+def printable(text: str, limit: int = 120) -> str:
+    """Data in a message: one line, not endless, and nothing that a terminal would obey."""
+    text = text if len(text) <= limit else text[:limit] + "..."
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 @contextmanager
@@ -46,7 +52,9 @@ def exits_with_message(main: Callable[[], None]) -> Callable[[], None]:
             if isinstance(error, OSError) and error.errno not in MACHINE_ERRORS:
                 raise
             if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr)
+                # What a data loader's worker raises comes with the worker's traceback before it.
+                text = str(error).rpartition("InputError: ")[2] if "Original Traceback" in str(error) else str(error)
+                print(f"error: {text}", file=sys.stderr)
             # A message is all that there is to say: skip the teardown of process groups, which prints warnings.
             sys.exit(2)
 

@@ -1,0 +1,109 @@
+"""What can be wrong with a row or its picture: one table, used by training, prediction and `vqa-sft check`.
+
+Standard library only. An error stops a run, because the row cannot be used as it is; a warning is a likely mistake
+that `vqa-sft check` shows.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from vqa_sft.errors import InputError, name_rows
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of problem: how bad it is, what it is in words, and how to mend it."""
+
+    severity: Literal["error", "warning"]
+    what: str
+    mend: str
+
+
+KINDS = {
+    # The row
+    "empty_id": Kind("error", "the id is empty", "Give every row an id."),
+    "duplicate_id": Kind("error", "duplicate id", "Give every row its own id."),
+    "empty_question": Kind("error", "the question is empty", "Write the question or remove the row."),
+    "bad_choices": Kind("error", "the choices are no list", "Write them as a JSON list or in columns a, b, c, ..."),
+    "few_choices": Kind("error", "fewer than two choices", "Give the row two choices or remove it."),
+    "many_choices": Kind("error", "more than 26 choices", "A row can have 26, one a letter."),
+    "more_choices": Kind("error", "more choices than the rows before", "Set max_choices to the most that a row has."),
+    "same_choices": Kind("error", "all choices are equal", "Nothing can be learned from such a row; remove it."),
+    "no_answer": Kind("error", "the answer is empty", "Give the answer or remove the row."),
+    "bad_answer": Kind("error", "the answer is none of the choices", "Correct it, or set answer_format."),
+    "bad_text": Kind("error", "a text holds null bytes, half a character or a list", "Write it as plain text."),
+    "long_text": Kind("warning", "more than 20,000 characters", "The prompt may not fit the GPU's memory."),
+    "equal_choices": Kind("warning", "two choices are equal", "One answer then stands under two letters."),
+    "empty_choice": Kind("warning", "an empty choice before a filled one", "It is shown as an empty choice."),
+    "control_token": Kind("error", "a text holds a control token of the model", "Take it out."),
+    # Its pictures
+    "picture_address": Kind("error", "the picture is an address on the web", "Download it; nothing is fetched."),
+    "path_outside": Kind("error", "the picture lies outside the picture folder", "Set image_root to allow another."),
+    "missing_picture": Kind("error", "the picture is missing", "Check the path; it is relative to image_root."),
+    "unreadable_picture": Kind("error", "the picture file cannot be opened", "Check its permissions and the disk."),
+    "empty_picture": Kind("error", "the picture file is empty", "Copy or download it again."),
+    "not_a_picture": Kind("error", "the file is no picture that can be read", "It may be an error page, SVG or HEIC."),
+    "truncated_picture": Kind("error", "the picture is cut off", "Copy or download it again."),
+    "broken_picture": Kind("error", "the picture cannot be decoded", "Download it again, or save it anew as PNG."),
+    "large_file": Kind("error", "the picture file is larger than 512 MiB", "Save it smaller."),
+    "picture_bomb": Kind("error", "the picture has too many pixels", "Make it smaller; Pillow refuses such sizes."),
+    "long_picture": Kind("error", "the picture is more than 200 times as long as wide", "Crop it; models refuse it."),
+    "no_picture": Kind("warning", "the row has no picture", "Right for sets that mix; else fill in the path."),
+    "wrong_extension": Kind("warning", "the picture's format is not what its name says", "It is read all the same."),
+    "animated": Kind("warning", "the picture is animated", "Only its first frame is shown to the model."),
+    "cmyk": Kind("warning", "the picture is CMYK", "It is converted to RGB."),
+    "sixteen_bit": Kind("warning", "the picture has 16 bits a channel", "It is scaled down to 8 bits."),
+    "rotated": Kind("warning", "the picture is turned by its EXIF entry", "It is shown as the entry says."),
+    "tiny_picture": Kind("warning", "the picture is smaller than 28 pixels", "The model may see nothing on it."),
+    # Between rows
+    "answers_differ": Kind("warning", "the same picture and question with another answer", "One of them is wrong."),
+    "in_training": Kind("warning", "the test picture stands in the training set", "Its score will be too good."),
+    "near_training": Kind("warning", "nearly the same picture stands in the training set", "Look at the pair."),
+}
+
+
+class Problems:
+    """What is wrong with which rows, in the order in which it was found; collected first, reported together."""
+
+    def __init__(self, total: int = 0) -> None:
+        self.total = total
+        self._found: dict[str, list[tuple[str, int]]] = {}
+
+    def add(self, kind: str, row_id: str, row: int, detail: str = "") -> None:
+        """`kind` is a key of KINDS, `row` the number of the row in the source, from 0; `detail` shows the evidence."""
+        assert kind in KINDS, kind
+        label = row_id or f"number {row}"
+        self._found.setdefault(kind, []).append((f"{label} ({detail})" if detail else label, row))
+
+    def __iter__(self) -> Iterator[tuple[str, Kind, list[str]]]:
+        """(key, kind, labels of the rows): errors first, then warnings."""
+        for severity in ("error", "warning"):
+            for key, found in self._found.items():
+                if KINDS[key].severity == severity:
+                    yield key, KINDS[key], [label for label, _ in found]
+
+    def errors(self) -> list[tuple[str, Kind, list[str]]]:
+        return [item for item in self if item[1].severity == "error"]
+
+    def bad_rows(self, *keys: str) -> list[int]:
+        """Numbers of the rows with an error (or with one of the given problems), sorted, each once."""
+        rows = {
+            row
+            for key, found in self._found.items()
+            if (key in keys if keys else KINDS[key].severity == "error")
+            for _, row in found
+        }
+        return sorted(rows)
+
+    def found(self, key: str) -> list[tuple[str, int]]:
+        """(label, number) of the rows with one kind of problem, in the order in which they were found."""
+        return self._found.get(key, [])
+
+    def raise_if_any(self, source: str) -> None:
+        """Raises InputError with every error, five rows of each kind; warnings do not raise."""
+        errors = self.errors()
+        if not errors:
+            return
+        lines = [f"{kind.what}: {name_rows(labels, self.total)}. {kind.mend}" for _, kind, labels in errors]
+        raise InputError("\n  ".join([f"{source} has rows that cannot be used:", *lines]))
