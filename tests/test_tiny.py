@@ -64,7 +64,8 @@ def test_the_base_answers_held_out_drawn_pictures(base):
 def test_the_base_says_the_letter_and_stops_when_it_generates(base):
     processor, model = base
     example = draw_example(TEST_SEED, 0, "digit")
-    messages = render_messages(example["question"], example["choices"], range(len(example["choices"])), 1, Prompts())
+    row = {"question": example["question"], "choices": example["choices"], "images": [example["image"]]}
+    messages = render_messages(row, range(len(row["choices"])), Prompts())
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     inputs = processor(text=[prompt], images=[[example["image"]]], return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, inputs["input_ids"].shape[1] :]
@@ -169,7 +170,8 @@ def test_the_training_forward_equals_the_library(base):
 def test_the_real_task_is_the_default_prompt_of_the_project():
     example = draw_example(9, 0, "shape")
     example |= {"choices": ["star"], "answer": 0}  # one choice: every order is the identity
-    expected = render_messages(example["question"], ["star"], identity_order(1), 1, Prompts())
+    row = {"question": example["question"], "choices": ["star"], "images": [example["image"]]}
+    expected = render_messages(row, identity_order(1), Prompts())
     assert render_task("letter", example, np.random.default_rng(0)) == (expected, "A")
 
 

@@ -26,9 +26,8 @@ def predict_answers(
     answers = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        messages = [
-            render_messages(e["question"], e["choices"], identity_order(len(e["choices"])), 1, Prompts()) for e in batch
-        ]
+        rows = [{"question": e["question"], "choices": e["choices"], "images": [e["image"]]} for e in batch]
+        messages = [render_messages(row, identity_order(len(row["choices"])), Prompts()) for row in rows]
         texts = processor.apply_chat_template(messages, add_generation_prompt=True)
         inputs = processor(text=texts, images=[[e["image"]] for e in batch], padding=True, return_tensors="pt")
         logits = model(**inputs, logits_to_keep=1).logits[:, 0, letter_ids]  # (B, 26)

@@ -49,20 +49,20 @@ def render_task(task: str, example: dict, rng: np.random.Generator) -> tuple[lis
     order = tuple(int(i) for i in rng.permutation(len(example["choices"])))
     letter = LETTERS[choice_to_letter(example["answer"], order)]
     text = example["choices"][example["answer"]]
-    question, choices = example["question"], example["choices"]
+    row = {"question": example["question"], "choices": example["choices"], "images": [example["image"]]}
     if task == "letter":
-        return render_messages(question, choices, order, 1, DEFAULT), letter
+        return render_messages(row, order, DEFAULT), letter
     if task == "variant":
-        return render_messages(question, choices, order, 1, _random_prompts(rng)), letter
+        return render_messages(row, order, _random_prompts(rng)), letter
     if task == "both":
         prompts = Prompts(BOTH_SYSTEM, choice=str(rng.choice(CHOICES)))
-        return render_messages(question, choices, order, 1, prompts), f"{letter}. {text}"
+        return render_messages(row, order, prompts), f"{letter}. {text}"
     if task == "reading":
         prompts = DEFAULT if rng.random() < 0.5 else _random_prompts(rng)
         statement = str(rng.choice(READING)).format(text=text)
-        return render_messages(statement, choices, order, 1, prompts), letter
+        return render_messages(row | {"question": statement}, order, prompts), letter
     if task == "words":
-        content = [{"type": "image"}, {"type": "text", "text": question}]
+        content = [{"type": "image"}, {"type": "text", "text": row["question"]}]
         system = [{"role": "system", "content": WORDS_SYSTEM}] if rng.random() < 0.7 else []
         return [*system, {"role": "user", "content": content}], text
     raise ValueError(f"no task is called {task!r}")
