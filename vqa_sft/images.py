@@ -1,37 +1,187 @@
-"""Pictures: read the same everywhere, and checked before they are needed. No torch."""
+"""Pictures: read the same everywhere, and examined before they are needed. No torch."""
 
+import errno
+import functools
+import hashlib
 import io
-from pathlib import Path
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import PurePath
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_ASPECT = 200  # beyond it the Qwen-VL processors refuse a picture, in the middle of a run
+MIN_SIDE = 28  # pixels; one token of the Qwen-VL models
+MAX_FILE_BYTES = 512 * 2**20
+
+# What the EXIF entry "orientation" asks for. ImageOps.exif_transpose also rewrites the entries and fails on odd ones.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# How files of the usual formats begin: a file that begins so and is not recognised is a damaged picture.
+BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|\0\0\0\x0cjP  |....ftypavif", re.DOTALL)
+# The range of values of pictures with more than 8 bits: the smallest that holds the largest value.
+FULL_SCALES = {"I": (255, 65535), "F": (1, 255, 65535)}
+
+MINIATURE_PX = 32  # what imagehash.phash shrinks a picture to
+COLOUR_PX = 8
 
 
-def image_problem(image: dict) -> str | None:
-    """Why this {bytes, path} cannot be shown to a model, or None."""
-    try:
-        if image["bytes"] is None and not Path(image["path"] or "").is_file():
-            return "picture is missing"
-        width, height = open_image(image).size
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, DecompressionBombError, ...
-        return f"picture cannot be decoded ({type(error).__name__})"
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        return f"picture is more than {MAX_ASPECT} times as long as wide"
-    return None
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """Facts of one picture. Width and height are those it is shown with; what could not be found out is None."""
+
+    problem: str | None  # a key of problems.KINDS, an error
+    findings: tuple[str, ...] = ()  # keys of problems.KINDS, warnings
+    format: str | None = None
+    mode: str | None = None
+    width: int | None = None
+    height: int | None = None
+    num_bytes: int | None = None
+    digest: bytes | None = None  # SHA-256 of the file
+    miniature: bytes | None = None  # see make_miniature
 
 
 def open_image(image: dict) -> Image.Image:
     """The picture of one {bytes, path}, RGB, turned as its camera meant it, transparent parts on white."""
     source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
     with Image.open(source) as opened:
-        picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith("I;16"):
-            # Pillow's own conversion cuts everything above 255 to white.
-            picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture)
-        return picture.convert("RGB")
+        return _to_rgb(opened)
+
+
+def examine(image: dict, *, miniature: bool = True) -> Picture:
+    """The facts of one {bytes, path}, read and decoded once; never raises for what a file can hold."""
+    data, num_bytes, problem = _read(image)
+    if problem:
+        return Picture(problem, num_bytes=num_bytes)
+    facts = {"num_bytes": num_bytes, "digest": hashlib.sha256(data).digest()}
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            facts |= {"format": opened.format, "mode": opened.mode}
+            # Pillow forgets how the pixels are packed once it has read them.
+            packed = [str(tile[3]) for tile in opened.tile]
+            picture = _to_rgb(opened)
+            findings = _find_warnings(opened, packed, image["path"])
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, KeyError, ...
+        return Picture(_name_problem(error, data), **facts)
+    facts |= {"width": picture.width, "height": picture.height}
+    if max(picture.size) > MAX_ASPECT * min(picture.size):
+        return Picture("long_picture", **facts)
+    if min(picture.size) < MIN_SIDE:
+        findings.append("tiny_picture")
+    return Picture(None, tuple(findings), **facts, miniature=make_miniature(picture) if miniature else None)
+
+
+def make_miniature(picture: Image.Image) -> bytes:
+    """What duplicates.py compares: 32 x 32 values of grey, then 8 x 8 of Cb and of Cr (1,152 bytes)."""
+    # Shrinking by whole factors first is cheap and leaves four times the pixels that the filter needs.
+    factors = [max(1, side // (4 * MINIATURE_PX)) for side in picture.size]
+    picture = picture.reduce(factors)
+    grey = picture.convert("L").resize((MINIATURE_PX, MINIATURE_PX), Image.Resampling.LANCZOS)
+    colour = picture.resize((COLOUR_PX, COLOUR_PX), Image.Resampling.LANCZOS).convert("YCbCr")
+    return b"".join(part.tobytes() for part in (grey, *colour.split()[1:]))
+
+
+def _to_rgb(opened: Image.Image) -> Image.Image:
+    if opened.format == "EPS":
+        raise UnidentifiedImageError("EPS files are programs; Pillow would have Ghostscript run them")
+    opened.load()
+    picture, turn = opened, TURNS.get(_orientation(opened))
+    if picture.mode.startswith(("I", "F")):
+        picture = _to_eight_bits(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB")
+    # A processor that looks for the EXIF entry again must not turn the picture twice.
+    picture.info = {}
+    return picture.transpose(turn) if turn is not None else picture
+
+
+def _to_eight_bits(picture: Image.Image) -> Image.Image:
+    # Pillow's own conversion cuts everything above 255 to white.
+    values = np.nan_to_num(np.asarray(picture, dtype=np.float32), posinf=0, neginf=0)
+    scales = FULL_SCALES.get(picture.mode, (65535,))
+    largest = values.max()
+    scale = next((scale for scale in scales if largest <= scale), largest)
+    return Image.fromarray(np.rint(values.clip(0) * (255 / scale)).astype(np.uint8))
+
+
+def _orientation(opened: Image.Image) -> int:
+    try:
+        return opened.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # entries that are no EXIF at all; the picture is fine
+        return 1
+
+
+def _read(image: dict) -> tuple[bytes, int | None, str | None]:
+    """The bytes, their number, and what is wrong with them. Opens regular files only: others may block for ever."""
+    data, num_bytes = image["bytes"], None
+    try:
+        if data is None:
+            found = os.stat(image["path"] or "")
+            if not stat.S_ISREG(found.st_mode):
+                return b"", None, "missing_picture"
+            num_bytes = found.st_size
+        else:
+            num_bytes = len(data)
+        if num_bytes == 0:
+            return b"", 0, "empty_picture"
+        if num_bytes > MAX_FILE_BYTES:
+            return b"", num_bytes, "large_file"
+        if data is None:
+            with open(image["path"], "rb") as file:
+                data = file.read(MAX_FILE_BYTES)
+    except ValueError:  # a null byte in the path
+        return b"", None, "missing_picture"
+    except OSError as error:
+        missing = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+        return b"", num_bytes, "missing_picture" if missing else "unreadable_picture"
+    return data, num_bytes, None
+
+
+def _find_warnings(opened: Image.Image, packed: list[str], path: str | None) -> list[str]:
+    expected = _format_of_suffix().get(PurePath(path or "").suffix.lower())
+    # Phones write MPO, a JPEG with a second picture behind it, under .jpg.
+    actual = "JPEG" if opened.format == "MPO" else opened.format
+    checks = {
+        "wrong_extension": expected not in (None, actual, opened.format),
+        "animated": opened.format != "MPO" and _is_animated(opened),
+        "cmyk": opened.mode == "CMYK",
+        "sixteen_bit": opened.mode.startswith(("I", "F")) or any(";16" in how for how in packed),
+        "rotated": _orientation(opened) in TURNS,
+    }
+    return [kind for kind, found in checks.items() if found]
+
+
+def _is_animated(opened: Image.Image) -> bool:
+    try:
+        return getattr(opened, "is_animated", False)
+    except Exception:  # a second frame that is damaged; the first was read
+        return True
+
+
+@functools.cache
+def _format_of_suffix() -> dict[str, str]:
+    return Image.registered_extensions()
+
+
+def _name_problem(error: Exception, data: bytes) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return "picture_bomb"
+    # Pillow says of a WebP file that is cut off only that it cannot be decoded; its header says how long it is.
+    is_short = data[:4] == b"RIFF" and len(data) < 8 + int.from_bytes(data[4:8], "little")
+    if is_short or isinstance(error, EOFError) or "truncated" in str(error).lower():
+        return "truncated_picture"
+    if isinstance(error, UnidentifiedImageError) and not BEGINNINGS.match(data):
+        return "not_a_picture"
+    return "broken_picture"

@@ -1,0 +1,418 @@
+"""Rows and pictures that are nearly the same: re-encoded, resized, a little brighter or cropped. No torch.
+
+    Picture.miniature -> hashes of the whole and of 99 windows -> pairs within `distance` -> laid over one another -> near
+
+The hash is imagehash's `phash`: 64 bits, the signs of the lowest frequencies. Crops meet because the hash of a picture
+is compared with those of the windows of others. Hashes alone would join pages, charts and drawings of one style by the
+thousand (docs/measured.md); so every pair that they find is checked: one miniature is laid over the other where the
+two agree best, and they are near only if they agree everywhere. Flipped and turned pictures are different pictures.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+
+import numpy as np
+
+from vqa_sft.images import COLOUR_PX, MINIATURE_PX, Picture
+from vqa_sft.scan import Scan, count_cores
+
+DISTANCE = 12  # of 64 bits; a crop that lies between two windows differs in up to so many
+MAX_DISTANCE = 20
+
+FREQUENCIES = 8  # a side; 64 bits
+# A window takes one of these parts (start, length) of either side, the whole first: crops keep at least 70% of it.
+NUM_STARTS = {1.0: 1, 0.9: 3, 0.8: 3, 0.7: 5}  # by length
+PARTS = np.array([(at, length) for length, num in NUM_STARTS.items() for at in np.linspace(0, 1 - length, num)])
+ASPECT_TOLERANCE = 0.08  # natural logarithm; a crop has the aspect of its window
+MIN_COSINE = 0.7  # between the frequencies behind the hashes; cheaper than the check, and throws out most
+
+# The check. Values of grey are 0 to 255, cells are those of a miniature.
+MARGIN = 2  # cells at the border are not compared: there the blur would need what was cropped
+BLUR, COLOUR_BLUR = 1.0, 0.7  # cells; takes away what differs by the sampling alone
+STEPS, MAX_MOVE = 3, 0.08  # of a side
+MIN_PART = 0.6  # of a side
+MAX_ERROR = 0.8  # at every cell, of ERROR_FLOOR + ERROR_SHARE * the contrast around it
+ERROR_FLOOR, ERROR_SHARE = 4.0, 0.25
+MAX_UNEXPLAINED = 0.05  # of the variance
+GAINS = (0.72, 1.4)  # contrast, and brightness as a factor
+MAX_SHIFT, MAX_PLAIN_SHIFT = 40.0, 8.0  # of the mean; the latter for pictures of one colour
+MAX_COLOUR_ERROR = 16.0  # of Cb and Cr together
+MIN_CONTRAST = 1.0
+MIN_DETAIL = 0.6  # share of cells with contrast; the crop of a picture with one shape on a plain ground proves nothing
+
+BLOCK = 128  # pictures whose windows are hashed at a time
+COLUMNS = 8192  # hashes compared at a time; they stay in the cache of a core
+HITS = 50_000  # near hashes looked at together
+BATCH = 256  # pairs checked together
+
+
+def row_groups(scan: Scan, distance: int | None) -> list[int]:
+    """One number a row, counted as they come: rows that share a picture, exactly or nearly, have the same number.
+
+    Rows linked by way of others are one group as well. With `distance` None only equal files count. Pictures that
+    cannot be used link nothing.
+    """
+    labels = np.arange(len(scan.pictures))  # equal for pictures of one group
+    lock = Lock()
+
+    def join(a: int, b: int) -> None:
+        with lock:
+            low, high = sorted((labels[a], labels[b]))
+            if low != high:
+                labels[labels == high] = low
+
+    first: dict[bytes, int] = {}  # of equal files
+    for number, picture in enumerate(scan.pictures):
+        if picture.problem is None:
+            join(first.setdefault(picture.digest, number), number)
+    of_row = [[number for number in numbers if scan.pictures[number].problem is None] for numbers in scan.of_row]
+    for numbers in of_row:
+        for number in numbers[1:]:
+            join(numbers[0], number)
+    if distance is not None:
+        distinct = np.array(list(first.values()), dtype=np.int64)
+        pictures = [scan.pictures[number] for number in distinct]
+        # Pairs that are joined already need no look: of a thousand nearly equal pictures few pairs are checked.
+        _find_near(
+            pictures,
+            pictures,
+            distance,
+            wanted=lambda a, b: labels[distinct[a]] != labels[distinct[b]],
+            found=lambda a, b, bits: join(distinct[a], distinct[b]),
+        )
+    counted: dict[object, int] = {}
+    return [
+        counted.setdefault(int(labels[numbers[0]]) if numbers else ("row", row), len(counted))
+        for row, numbers in enumerate(of_row)
+    ]
+
+
+def near_pairs(test: Scan, train: Scan, distance: int | None) -> list[tuple[int, int, int]]:
+    """(picture of `test`, picture of `train`, bits by which their hashes differ, at least 1; 0 for equal files)."""
+    ours = [number for number, picture in enumerate(test.pictures) if picture.problem is None]
+    theirs = [number for number, picture in enumerate(train.pictures) if picture.problem is None]
+    equal = defaultdict(list)
+    for number in theirs:
+        equal[train.pictures[number].digest].append(number)
+    near = {(number, other): 0 for number in ours for other in equal.get(test.pictures[number].digest, ())}
+    if distance is not None:
+        sides = [test.pictures[number] for number in ours], [train.pictures[number] for number in theirs]
+
+        def add(a: int, b: int, bits: int) -> None:
+            pair = (ours[a], theirs[b])
+            near[pair] = min(near.get(pair, MAX_DISTANCE), max(1, bits))
+
+        # Either may be a crop of the other.
+        _find_near(*sides, distance, found=add)
+        _find_near(*reversed(sides), distance, found=lambda b, a, bits: add(a, b, bits))
+    return sorted((*pair, bits) for pair, bits in near.items())
+
+
+# --- Pairs whose hashes are near --------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Wholes:
+    """The hashes of whole pictures, sorted by aspect."""
+
+    positions: np.ndarray  # (P,) in the list of pictures
+    aspects: np.ndarray  # (P,) natural logarithm of width / height
+    hashes: np.ndarray  # (P,) uint64
+    frequencies: np.ndarray  # (P, 63) unit vectors
+
+
+def _find_near(
+    pictures: Sequence[Picture],
+    others: Sequence[Picture],
+    distance: int,
+    *,
+    found: Callable[[int, int, int], None],
+    wanted: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda a, b: np.ones(len(a), dtype=bool),
+) -> None:
+    """Call `found` (position of a picture, of an other, bits) for the others that are nearly a picture or a crop of it.
+
+    Only pairs that are `wanted` are looked at. Both functions are called from several threads.
+    """
+    if not pictures or not others:
+        return
+    wholes = _hash_wholes(others)
+
+    def search(start: int) -> None:
+        block = pictures[start : start + BLOCK]
+        hashes, frequencies = _hash(block, len(PARTS))
+        for row, place, window, bits in _near_hashes(hashes, _aspects(block), wholes, distance):
+            other = wholes.positions[place]
+            keep = np.flatnonzero(wanted(start + row, other))
+            row, place, window, bits, other = (values[keep] for values in (row, place, window, bits, other))
+            cosine = np.einsum("nf,nf->n", frequencies[row, window], wholes.frequencies[place])
+            # Of every pair the window that fits best.
+            order = np.lexsort((-cosine, other, row))
+            order = order[cosine[order] >= MIN_COSINE]
+            is_best = np.ones(len(order), dtype=bool)
+            is_best[1:] = (np.diff(row[order]) != 0) | (np.diff(other[order]) != 0)
+            order = order[is_best]
+            for begin in range(0, len(order), BATCH):
+                batch = order[begin : begin + BATCH]
+                batch = batch[wanted(start + row[batch], other[batch])]
+                near = _check([block[i] for i in row[batch]], [others[i] for i in other[batch]], window[batch])
+                for i in batch[near]:
+                    found(start + int(row[i]), int(other[i]), int(bits[i]))
+
+    with ThreadPoolExecutor(count_cores()) as pool:
+        for _ in pool.map(search, range(0, len(pictures), BLOCK)):
+            pass
+
+
+def _near_hashes(
+    hashes: np.ndarray, aspects: np.ndarray, wholes: _Wholes, distance: int
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Many (row, place in `wholes`, window, bits) at a time, all whose hashes differ in at most `distance` bits."""
+    hits: list[tuple[np.ndarray, ...]] = []
+    num_hits = 0
+    for row, aspect in enumerate(aspects):
+        for ratio, windows in WINDOWS_OF_RATIO:
+            low, high = 0, len(wholes.hashes)
+            if ratio is not None:
+                limits = aspect + np.log(ratio) + np.array([-ASPECT_TOLERANCE, ASPECT_TOLERANCE])
+                low, high = np.searchsorted(wholes.aspects, limits)
+            for begin in range(low, high, COLUMNS):
+                bits = np.bitwise_count(hashes[row, windows, None] ^ wholes.hashes[begin : min(high, begin + COLUMNS)])
+                close = bits <= distance
+                if close.any():
+                    window, column = np.nonzero(close)
+                    hits.append((np.full(len(column), row), begin + column, windows[window], bits[window, column]))
+                    num_hits += len(column)
+            if num_hits >= HITS:
+                yield tuple(map(np.concatenate, zip(*hits, strict=True)))
+                hits, num_hits = [], 0
+    if hits:
+        yield tuple(map(np.concatenate, zip(*hits, strict=True)))
+
+
+def _hash_wholes(pictures: Sequence[Picture]) -> _Wholes:
+    aspects = _aspects(pictures)
+    order = np.argsort(aspects, kind="stable")
+    parts = [_hash([pictures[i] for i in order[start : start + 1024]], 1) for start in range(0, len(order), 1024)]
+    hashes, frequencies = (np.concatenate([part[i][:, 0] for part in parts]) for i in (0, 1))
+    return _Wholes(order, aspects[order], hashes, frequencies)
+
+
+def _hash(pictures: Sequence[Picture], num_parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hashes (P, W) of the windows made of the first `num_parts` parts of either side, and unit vectors (P, W, 63)."""
+    grey, _ = _unpack(pictures)
+    basis = BASIS[: num_parts * FREQUENCIES].astype(np.float64)
+    values = basis @ grey @ basis.T  # (P, parts x frequencies, parts x frequencies)
+    values = values.reshape(len(grey), num_parts, FREQUENCIES, num_parts, FREQUENCIES).swapaxes(2, 3)
+    values = values.reshape(len(grey), num_parts**2, FREQUENCIES**2)
+    # Values that should be equal, as the zeros of a plain picture, differ by rounding.
+    bits = values.round(6) > np.median(values, axis=2, keepdims=True).round(6)
+    hashes = np.packbits(bits, axis=2).view(np.uint64)[..., 0]
+    vectors = (values[..., 1:] * WEIGHTS).astype(np.float32)
+    return hashes, vectors / np.maximum(np.linalg.norm(vectors, axis=2, keepdims=True), 1e-6)
+
+
+def _make_basis() -> np.ndarray:
+    """(parts x frequencies, 32): the cosine transform, type 2, of every part of a side."""
+    edges = np.linspace(0, 1, MINIATURE_PX + 1)
+    rows = []
+    for start, length in PARTS:
+        at = np.clip((edges - start) / length, 0, 1)  # edges of the cells as the window sees them
+        middle, width = (at[1:] + at[:-1]) / 2, np.diff(at)
+        rows += [width * np.cos(np.pi * frequency * middle) for frequency in range(FREQUENCIES)]
+    return np.array(rows)
+
+
+def _group_windows() -> list[tuple[float | None, np.ndarray]]:
+    """Windows by width / height. The whole comes first, with None: it is compared with pictures of any aspect, for many
+    sets squeeze their pictures into squares."""
+    lengths = PARTS[:, 1]
+    ratios = (
+        (lengths[None, :] / lengths[:, None]).ravel().round(6)
+    )  # window = part of the height x parts + of the width
+    rest = np.arange(1, len(ratios))
+    return [(None, np.array([0]))] + [(ratio, rest[ratios[1:] == ratio]) for ratio in sorted(set(ratios[1:]))]
+
+
+BASIS = _make_basis()
+WINDOWS_OF_RATIO = _group_windows()
+# Higher frequencies are weaker in photographs; weighted by frequency all count alike.
+WEIGHTS = np.hypot(*np.indices((FREQUENCIES, FREQUENCIES))).ravel()[1:]
+
+
+def _aspects(pictures: Sequence[Picture]) -> np.ndarray:
+    return np.log([picture.width / picture.height for picture in pictures])
+
+
+def _unpack(pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
+    """Grey (P, 32, 32) and colour (P, 2, 8, 8)."""
+    values = np.frombuffer(b"".join(picture.miniature for picture in pictures), dtype=np.uint8)
+    values = values.reshape(len(pictures), -1).astype(np.float32)
+    grey, colour = values[:, : MINIATURE_PX**2], values[:, MINIATURE_PX**2 :]
+    return grey.reshape(-1, MINIATURE_PX, MINIATURE_PX), colour.reshape(-1, 2, COLOUR_PX, COLOUR_PX)
+
+
+# --- The check --------------------------------------------------------------------------------------------------------
+
+
+def _check(pictures: Sequence[Picture], others: Sequence[Picture], windows: np.ndarray) -> np.ndarray:
+    """Which others (N,) are the picture, as it is or cropped to a part near the window."""
+    near = np.zeros(len(windows), dtype=bool)
+    if not len(windows):
+        return near
+    (grey, colour), (other_grey, other_colour) = _unpack(pictures), _unpack(others)
+    blurred = _blur(other_grey)
+    as_it_is = np.flatnonzero(windows == 0)
+    parts = np.tile(WHOLE, (len(as_it_is), 1))
+    near[as_it_is] = _agree(grey[as_it_is], colour[as_it_is], blurred[as_it_is], other_colour[as_it_is], parts)
+    left = np.flatnonzero(~near & _has_detail(blurred))
+    if len(left):
+        aspects = np.exp(_aspects([others[i] for i in left]) - _aspects([pictures[i] for i in left]))
+        parts = _fit(grey[left], other_grey[left], windows[left], aspects.astype(np.float32))
+        near[left] = _agree(grey[left], colour[left], blurred[left], other_colour[left], parts)
+    return near
+
+
+def _fit(grey: np.ndarray, other: np.ndarray, windows: np.ndarray, aspects: np.ndarray) -> np.ndarray:
+    """The parts (N, 4) of the pictures that look most like the others: left, width, top, height.
+
+    Starts at the windows and takes Gauss-Newton steps (as Lucas and Kanade align pictures). A part has the aspect of
+    the other picture, so that there are three unknowns.
+    """
+    (top, height), (left, width) = PARTS[windows // len(PARTS)].T, PARTS[windows % len(PARTS)].T
+    largest = np.minimum(1, 1 / aspects)  # height of the largest part with this aspect
+    middle_x, middle_y = left + width / 2, top + height / 2
+    height = np.minimum(np.sqrt(width * height / aspects), largest)
+    parts = np.stack([middle_x - height * aspects / 2, height * aspects, middle_y - height / 2, height], axis=1)
+    parts = _keep_inside(parts.astype(np.float32))
+
+    blurred = BLUR_ROWS @ other @ BLUR_ROWS.T
+    slope_x, slope_y = BLUR_ROWS @ other @ SLOPE_ROWS.T, SLOPE_ROWS @ other @ BLUR_ROWS.T
+    directions = np.stack([slope_x, slope_y, slope_x * AT + slope_y * AT[:, None], blurred], axis=1)
+    directions = _centred(directions.reshape(len(parts), 4, -1))  # (N, 4, cells): shifts, size, contrast
+    normal = directions @ directions.transpose(0, 2, 1)
+    damping = 1e-3 * np.trace(normal[:, :3, :3], axis1=1, axis2=2) / 3 + 1e-2
+    inverse = np.linalg.inv(normal + damping[:, None, None] * np.eye(4, dtype=np.float32))
+    target = directions[:, 3]
+
+    best, best_error = parts, np.full(len(parts), np.inf)
+    for step in range(STEPS + 1):
+        seen = _centred(_sample(grey, parts, AT, BLUR).reshape(len(parts), -1))
+        gain = _dot(seen, target) / np.maximum(_dot(seen, seen), 1e-3)
+        rest = target - gain[:, None] * seen
+        error = _dot(rest, rest)
+        is_better = error < best_error
+        best, best_error = np.where(is_better[:, None], parts, best), np.where(is_better, error, best_error)
+        if step < STEPS:
+            moves = (inverse @ (directions @ rest[:, :, None]))[:, :3, 0]
+            move_x, move_y, grow = np.clip(moves, -MAX_MOVE, MAX_MOVE).T
+            left, width, top, height = parts.T
+            new_height = np.clip(height * (1 + grow), MIN_PART, largest)
+            parts = np.stack([left + move_x * width, new_height * aspects, top + move_y * height, new_height], axis=1)
+            parts = _keep_inside(parts.astype(np.float32))
+    return best
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.einsum("nc,nc->n", a, b)
+
+
+def _keep_inside(parts: np.ndarray) -> np.ndarray:
+    for start, length in ((0, 1), (2, 3)):
+        parts[:, start] = parts[:, start].clip(0, 1 - parts[:, length])
+    return parts
+
+
+def _agree(
+    grey: np.ndarray, colour: np.ndarray, blurred: np.ndarray, other_colour: np.ndarray, parts: np.ndarray
+) -> np.ndarray:
+    """Whether the parts of the pictures agree with the others at every cell, but for a change of light."""
+    seen = _sample(grey, parts, AT, BLUR)
+    gain, seen_mean, other_mean = _fit_light(seen, blurred)
+    mean = (1, 2)
+    shown = np.clip(gain[:, None, None] * (seen - seen_mean[:, None, None]) + other_mean[:, None, None], 0, 255)
+    error = blurred - shown
+    limit = ERROR_FLOOR + ERROR_SHARE * _contrast(blurred)
+    variance = blurred.var(axis=mean)
+    agrees = (np.abs(error) <= MAX_ERROR * limit).all(axis=mean)
+    agrees &= (error**2).mean(axis=mean) <= MAX_UNEXPLAINED * variance + 0.25
+    agrees &= (gain >= GAINS[0]) & (gain <= GAINS[1])
+    agrees &= np.abs(blurred.mean(axis=mean) - seen.mean(axis=mean)) <= np.where(
+        variance < 9, MAX_PLAIN_SHIFT, MAX_SHIFT
+    )
+
+    at = AT_COLOUR[1:-1]
+    whole = np.tile(WHOLE, (len(parts), 1))
+    ours, theirs = (
+        np.stack([_sample(values[:, band], where, at, COLOUR_BLUR) - 128 for band in (0, 1)], axis=1)
+        for values, where in ((colour, parts), (other_colour, whole))
+    )
+    every = (1, 2, 3)
+    gain = np.clip((ours * theirs).sum(axis=every) / np.maximum((ours * ours).sum(axis=every), 1e-3), *GAINS)
+    error = np.sqrt(((theirs - gain[:, None, None, None] * ours) ** 2).sum(axis=1))
+    return agrees & (error.max(axis=mean) <= MAX_COLOUR_ERROR)
+
+
+def _fit_light(seen: np.ndarray, blurred: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gain and both means, by the cells that are neither black nor white: a change of light cuts those off."""
+    inside = (seen > 5) & (seen < 250) & (blurred > 5) & (blurred < 250)
+    few = inside.mean(axis=(1, 2), keepdims=True) < 0.1
+    weight = (inside | few).astype(np.float32)
+    weight /= weight.sum(axis=(1, 2), keepdims=True)
+    seen_mean, other_mean = ((values * weight).sum(axis=(1, 2)) for values in (seen, blurred))
+    ours, theirs = seen - seen_mean[:, None, None], blurred - other_mean[:, None, None]
+    variance = (weight * ours * ours).sum(axis=(1, 2))
+    gain = (weight * ours * theirs).sum(axis=(1, 2)) / np.maximum(variance, 1e-3)
+    return np.where(variance < 0.25, 1, gain), seen_mean, other_mean
+
+
+def _has_detail(blurred: np.ndarray) -> np.ndarray:
+    """Whether a picture has contrast in enough places to be told from others by its parts."""
+    return (_contrast(blurred) >= MIN_CONTRAST).mean(axis=(1, 2)) >= MIN_DETAIL
+
+
+def _contrast(values: np.ndarray) -> np.ndarray:
+    """Standard deviation around every cell."""
+    mean = AROUND @ values @ AROUND.T
+    return np.sqrt(np.maximum(AROUND @ (values * values) @ AROUND.T - mean * mean, 0))
+
+
+def _blur(grey: np.ndarray) -> np.ndarray:
+    return BLUR_ROWS @ grey @ BLUR_ROWS.T
+
+
+def _sample(values: np.ndarray, parts: np.ndarray, at: np.ndarray, blur: float) -> np.ndarray:
+    """Parts of `values` (N, cells, cells), blurred, at the points `at` x `at`, fractions of the part's sides."""
+    cells = values.shape[1]
+    columns, rows = (
+        _weigh_cells(
+            (parts[:, start, None] + parts[:, start + 1, None] * at) * cells - 0.5, cells, blur * parts[:, start + 1]
+        )
+        for start in (0, 2)
+    )
+    return rows @ values @ columns.transpose(0, 2, 1)
+
+
+def _weigh_cells(at: np.ndarray, cells: int, blur: np.ndarray) -> np.ndarray:
+    """(N, points, cells): how much every cell counts at the points `at` (N, points), under a Gaussian."""
+    apart = at[:, :, None] - np.arange(cells, dtype=np.float32)
+    weights = np.exp(-(apart**2) / (2 * np.maximum(blur, 0.45)[:, None, None] ** 2))
+    return weights / weights.sum(axis=2, keepdims=True)
+
+
+def _centred(values: np.ndarray) -> np.ndarray:
+    return values - values.mean(axis=-1, keepdims=True)
+
+
+WHOLE = np.float32([0, 1, 0, 1])  # left, width, top, height
+AT = ((np.arange(MARGIN, MINIATURE_PX - MARGIN) + 0.5) / MINIATURE_PX).astype(np.float32)
+AT_COLOUR = ((np.arange(COLOUR_PX) + 0.5) / COLOUR_PX).astype(np.float32)
+BLUR_ROWS = _weigh_cells(AT[None] * MINIATURE_PX - 0.5, MINIATURE_PX, np.float32([BLUR]))[0]
+# The slope of the blurred picture, per side; by the difference of two blurs, half a cell to either side.
+SLOPE_ROWS = MINIATURE_PX * (
+    _weigh_cells(AT[None] * MINIATURE_PX, MINIATURE_PX, np.float32([BLUR]))[0]
+    - _weigh_cells(AT[None] * MINIATURE_PX - 1, MINIATURE_PX, np.float32([BLUR]))[0]
+)
+AROUND = _weigh_cells(np.arange(len(AT), dtype=np.float32)[None], len(AT), np.float32([2.5]))[0]
