@@ -13,7 +13,9 @@ import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import yaml
 from datasets import Dataset
 
 from vqa_sft.quiet import quiet
@@ -21,11 +23,14 @@ from vqa_sft.quiet import quiet
 quiet()
 
 from vqa_sft import run_folder
+from vqa_sft.answers import FORMATS
+from vqa_sft.columns import Columns, check_columns
 from vqa_sft.config import Recipe, RecipeArguments
-from vqa_sft.data import Columns, load_examples
+from vqa_sft.data import Loaded, read_examples
 from vqa_sft.errors import InputError, exits_with_message, name_rows
 from vqa_sft.predictions import Predictions, read_predictions, write_predictions, write_submission
 from vqa_sft.prompts import Prompts
+from vqa_sft.scan import scan_pictures
 
 
 @exits_with_message
@@ -35,20 +40,15 @@ def main() -> None:
 
     # What to score, and how: all of it is in the run folder.
     run = run_folder.read_run(args.run) if args.run != "none" else base_run(args)
-    prompts, trained = Prompts(**run["prompts"]), Columns(**run["columns"])
-    examples, columns = load_examples(
-        args.data,
-        split=args.split,
-        config=args.data_config,
-        columns=columns_to_read(trained, run["recipe"]),
-        image_root=args.image_root,
-        answers="optional",
-        limit=args.limit,
-        check_images=is_main,
-    )
-    num_letters = run["num_letters"] or max(map(len, examples["choices"]))
-    if args.run != "none":
-        check_choices(trained, columns, examples, num_letters)
+    prompts, trained = Prompts(**run["prompts"]), run["columns"] and Columns(**run["columns"])
+    loaded = read_examples(args.data, answers="optional", **data_options(args, run["recipe"], trained))
+    for note in loaded.notes * is_main:
+        print(note)
+    loaded.problems.raise_if_any(loaded.name)
+    examples, num_letters = loaded.examples, run["num_letters"] or loaded.num_choices
+    if trained is not None:
+        check_choices(trained, loaded.columns, examples, num_letters)
+    blank = find_blank(loaded, args.on_bad_image) if is_main else None
 
     from accelerate import PartialState
 
@@ -58,7 +58,7 @@ def main() -> None:
 
     launch.check_processes(args.use_cpu)
     state = PartialState(cpu=args.use_cpu)
-    state.wait_for_everyone()
+    blank = launch.from_main(blank)
 
     # Processor, base and adapter
     recipe = Recipe(run["recipe"] | {"use_cpu": args.use_cpu}, arguments=None)
@@ -73,7 +73,7 @@ def main() -> None:
     model.to(state.device).eval()
 
     # Score
-    collator = AnswerCollator(processor, prompts, num_letters)
+    collator = AnswerCollator(processor, prompts, num_letters, blank)
     choice_logits = score_examples(
         model, examples, collator, letter_ids, args.batch_size, precision, args.num_workers, state
     )
@@ -85,10 +85,14 @@ def main() -> None:
             "prompts_digest": prompts.digest,
             "precision": precision,
         }
-        predictions = Predictions(examples["id"], choice_logits, examples["answer"], metadata)
+        ids = examples["id"][:]
+        predictions = Predictions(ids, choice_logits, examples["answer"][:], metadata, [i in blank for i in ids])
         write_predictions(Path(args.output).with_suffix(".parquet"), predictions)
-        write_submission(args.output, predictions, columns)
+        answers = submission_columns(loaded.columns, trained, args.answer_format)
+        write_submission(args.output, predictions, answers, examples["choices"][:])
         print(f"Wrote {len(predictions.ids):,} answers to {args.output}")
+        if blank:
+            print(f"Guessed without their pictures, which could not be used: {name_rows([*blank], len(ids))}")
     launch.leave()
 
 
@@ -123,11 +127,21 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="run folder, or none to score a base model as it is")
     parser.add_argument("--model", help="base model, with --run none")
-    parser.add_argument("--data", required=True, help="CSV file, folder of a saved dataset, or Hub dataset")
+    parser.add_argument("--data", required=True, help="file (CSV, TSV, JSONL, Parquet) or glob, saved or Hub dataset")
     parser.add_argument("--output", required=True, help="submission to write (.csv)")
     parser.add_argument("--split", default="test", help="split of a Hub dataset (default: test)")
     parser.add_argument("--data_config", help="configuration of a Hub dataset")
-    parser.add_argument("--image_root", help="folder of the pictures; default: the CSV's folder")
+    parser.add_argument("--image_root", help="folder of the pictures; default: the folder of the file")
+    parser.add_argument("--columns", type=mapping, help="as in a recipe: '{id: key, image: photo}'; default: found")
+    parser.add_argument("--keep_rows", type=mapping, help="as in a recipe: '{column: value}'")
+    parser.add_argument("--answer_format", choices=FORMATS, help="how answers are written; default: as in training")
+    parser.add_argument("--encoding", help="of text files; default: detected")
+    parser.add_argument(
+        "--on_bad_image",
+        choices=("error", "blank"),
+        default="error",
+        help="pictures that cannot be used: stop, or answer without them and say so",
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="rows per forward and process")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that read pictures")
     parser.add_argument("--limit", type=int, help="only the first rows")
@@ -142,8 +156,17 @@ def parse_args() -> argparse.Namespace:
     for name, low in (("batch_size", 1), ("num_workers", 0), ("limit", 1)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise InputError(f"--{name} must be at least {low}; got {getattr(args, name)}.")
+    check_columns(args.columns or {})
     check_output(args)
     return args
+
+
+def mapping(text: str) -> dict:
+    """A mapping in YAML's short form, as a recipe writes it."""
+    value = yaml.safe_load(text)
+    if not isinstance(value, dict):
+        raise ValueError(text)
+    return value
 
 
 def base_run(args: argparse.Namespace) -> dict:
@@ -152,23 +175,49 @@ def base_run(args: argparse.Namespace) -> dict:
     return {
         "recipe": {"model_name_or_path": args.model},
         "prompts": vars(own.prompts),
-        "columns": vars(own.columns),
+        "columns": None,
         "num_letters": None,
     }
 
 
-def columns_to_read(trained: Columns, recipe: dict) -> Columns:
-    """The run's own columns. What its recipe did not name is looked for again: the pictures of the test data may be a
-    column `image` instead of `path`, and one more choice than in training must be seen."""
-    found = {"image": "image_column", "choices": "choice_columns"}
-    return replace(trained, **{name: None for name, key in found.items() if not recipe.get(key)})
+def data_options(args: argparse.Namespace, recipe: dict, trained: Columns | None) -> dict[str, Any]:
+    """How to read the data: as given here, else as the recipe of the run says, else found again.
+
+    A context is part of the prompt, so it is read where the run was trained with one, and nowhere else.
+    """
+    names = ("columns", "keep_rows", "encoding", "image_root")
+    options = {name: getattr(args, name) or recipe.get(name) for name in names}
+    options["empty_cells"] = recipe.get("empty_cells")
+    options["image_root"] = args.image_root  # test pictures lie where the test data say, not where training did
+    if trained is not None:
+        options["columns"] = {"context": trained.context} | (options["columns"] or {})
+    options["answer_format"] = args.answer_format or (trained and trained.answer_format)
+    return options | {"split": args.split, "config": args.data_config, "limit": args.limit}
+
+
+def find_blank(loaded: Loaded, on_bad_image: str) -> dict[str, tuple[int, ...]]:
+    """Row id -> positions of its pictures that cannot be used; raises InputError for them unless they may be blank."""
+    scan = scan_pictures(loaded.examples, hashes=False)
+    scan.add_problems(loaded.problems, loaded.examples["id"][:], loaded.numbers)
+    if on_bad_image == "error":
+        loaded.problems.raise_if_any(loaded.name)
+    return {row_id: scan.bad(row) for row, row_id in enumerate(loaded.examples["id"]) if scan.bad(row)}
+
+
+def submission_columns(columns: Columns, trained: Columns | None, answer_format: str | None) -> Columns:
+    """The names and the answer format of a submission: the data's own, or those of training where it has no answers."""
+    how = {"id": columns.id or "id", "answer": columns.answer or (trained and trained.answer) or "answer"}
+    if columns.answer_format is None and trained is not None:
+        how |= {"answer_format": trained.answer_format, "answers_are_upper": trained.answers_are_upper}
+    return replace(columns, **how | ({"answer_format": answer_format} if answer_format else {}))
 
 
 def check_choices(trained: Columns, columns: Columns, examples: Dataset, num_letters: int) -> None:
-    if len(columns.choices) != len(trained.choices):
+    before, now = ([found] if isinstance(found, str) else found for found in (trained.choices, columns.choices))
+    if len(before) != len(now):
         raise InputError(
-            f"the run was trained on the choice columns {', '.join(trained.choices)}; this data has "
-            f"{', '.join(columns.choices)}. Give data with the same columns."
+            f"the run was trained on the choice columns {', '.join(before)}; this data has {', '.join(now)}. Give data "
+            "with the same columns."
         )
     longer = [row["id"] for row in examples.select_columns(["id", "choices"]) if len(row["choices"]) > num_letters]
     if longer:

@@ -11,16 +11,17 @@ launcher itself then ends with 1).
 
 import os
 import sys
+from collections import Counter
 
 from vqa_sft.quiet import quiet
 
 quiet()
 
-from vqa_sft import run_folder
+from vqa_sft import checkpoints, run_folder
 from vqa_sft.config import Recipe, describe_fields, read_recipe
-from vqa_sft.data import load_examples
+from vqa_sft.data import Loaded, read_examples, stream_examples
 from vqa_sft.errors import InputError, exits_with_message, explains
-from vqa_sft.folds import hold_out
+from vqa_sft.split import TRAIN, VALIDATION, choose_parts, read_parts, select, write_parts
 
 
 @exits_with_message
@@ -37,13 +38,14 @@ def main() -> None:
     if run_folder.is_finished(output_dir) and not args.overwrite:
         print(f"{output_dir} is finished. Give --overwrite to train it again.")
         return
-    train, validation, columns = load_data(recipe, check_images=args.check_images and is_main)
-    num_letters = max(len(choices) for part in (train, validation) if part for choices in part["choices"])
+    loaded = load_data(recipe, is_main)
+    # One process looks at the pictures and splits the rows; the others are told.
+    parts = split(recipe, loaded) if is_main else None
 
     from accelerate import PartialState
     from transformers import EarlyStoppingCallback
 
-    from vqa_sft import checkpoints, hub, launch, model as models
+    from vqa_sft import hub, launch, model as models
     from vqa_sft.collator import AnswerCollator, TrainCollator, check_texts
     from vqa_sft.predictions import write_predictions
     from vqa_sft.scoring import find_letter_ids
@@ -52,10 +54,14 @@ def main() -> None:
     launch.check_processes(use_cpu=bool(recipe.values.get("use_cpu")))
     precision = models.choose_precision(recipe.values)
     training_args, model_args = recipe.training_args(precision), recipe.model_args()
-    PartialState().wait_for_everyone()  # for the main process, which alone looks at every picture
+    parts = launch.from_main(parts)
+    train, validation = select(loaded, parts, TRAIN), select(loaded, parts, VALIDATION)
+    if args.streaming:
+        train = train.shuffle(seed=training_args.seed)
+    num_letters = args.max_choices or max(data.num_choices for data in loaded)
 
     rows_a_step = training_args.per_device_train_batch_size * training_args.world_size
-    if training_args.dataloader_drop_last and len(train) < rows_a_step:
+    if training_args.dataloader_drop_last and not args.streaming and len(train) < rows_a_step:
         raise InputError(f"dataloader_drop_last drops all {len(train)} rows: a step takes {rows_a_step}. Remove it.")
 
     # Model
@@ -68,10 +74,11 @@ def main() -> None:
         **trust,
     )
     letter_ids = find_letter_ids(processor, num_letters, args.prompts)
-    for part in filter(None, (train, validation)):
+    for part in [validation] * (validation is not None) + [train] * (not args.streaming):
         check_texts(processor, part, args.prompts)
     if is_main:
         run_folder.start(output_dir, recipe.values, args.overwrite)
+        write_parts(output_dir, loaded, parts)
     PartialState().wait_for_everyone()
     model = models.load_model(model_args, precision, device_map=launch.device_map(), **trust)
 
@@ -120,8 +127,8 @@ def main() -> None:
             precision=precision,
             num_letters=num_letters,
             prompts=args.prompts,
-            columns=columns,
-            num_rows={"train": len(train), "validation": len(validation or [])},
+            columns=loaded[0].columns,
+            num_rows={"train": None if args.streaming else len(train), "validation": len(validation or [])},
             num_processes=training_args.world_size,
         )
         hub.write_card(output_dir)
@@ -132,20 +139,35 @@ def main() -> None:
     launch.leave()
 
 
-def load_data(recipe: Recipe, check_images: bool) -> tuple:
-    """Training examples, validation examples or None, and the columns that were found."""
-    args = recipe.arguments
-    options = {"config": args.data_config, "columns": args.columns, "image_root": args.image_root}
-    options |= {"limit": args.limit, "check_images": check_images}
-    train, columns = load_examples(args.train_data, split=args.train_split, **options)
-    validation = None
+def load_data(recipe: Recipe, is_main: bool) -> list[Loaded]:
+    """The training rows and, where the recipe names data for it, the validation rows; texts only."""
+    args, options = recipe.arguments, recipe.arguments.data_options
+    if args.streaming:
+        loaded = [stream_examples(args.train_data, split=args.train_split, max_choices=args.max_choices, **options)]
+    else:
+        loaded = [read_examples(args.train_data, split=args.train_split, limit=args.limit, **options)]
     if args.validation_data is not None:
-        validation, _ = load_examples(args.validation_data, split=args.validation_split, **options)
-    elif args.validation_fraction > 0:
-        train, validation = hold_out(train, args.validation_fraction, recipe.values.get("seed", 42))
-        if check_images:  # the main process
-            print(f"Training on {len(train):,} rows, validating on {len(validation):,} that were held out.")
-    return train, validation, columns
+        # Few rows may not tell how their answers are written; the training rows have told.
+        options |= {"answer_format": loaded[0].columns.answer_format, "limit": args.limit}
+        loaded.append(read_examples(args.validation_data, split=args.validation_split, **options))
+    for data in loaded:
+        for note in data.notes * is_main:
+            print(note)
+        data.problems.raise_if_any(data.name)
+    return loaded
+
+
+def split(recipe: Recipe, loaded: list[Loaded]) -> list[list[str] | None]:
+    """Which rows are trained on, validated on and left out; a run that goes on keeps its rows."""
+    args, output_dir = recipe.arguments, recipe.values["output_dir"]
+    names = ("check_images", "on_bad_image", "validation_fraction", "folds_file", "fold", "duplicate_distance", "limit")
+    how = {name: getattr(args, name) for name in names}
+    parts = choose_parts(loaded, seed=recipe.values.get("seed", 42), **how)
+    if checkpoints.last_whole_checkpoint(output_dir) and not args.overwrite:
+        parts = read_parts(output_dir, loaded)
+    counts = Counter(part for data_parts in filter(None, parts) for part in data_parts)
+    print("Rows: " + ", ".join(f"{count:,} {part}" for part, count in counts.items()))
+    return parts
 
 
 def push(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@ import importlib.util
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 # Nothing in this suite may reach the network, and two processes on two cores must not fight over them.
@@ -10,6 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Caches of a session of its own: nothing of the user's is read, and nothing is left.
+_HOME = tempfile.TemporaryDirectory(prefix="vqa_sft_tests_")
+os.environ["HF_HOME"] = _HOME.name
 
 import pytest
 import torch

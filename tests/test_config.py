@@ -2,6 +2,7 @@ import pytest
 
 from vqa_sft.config import describe_fields, read_recipe
 from vqa_sft.errors import InputError
+from vqa_sft.prompts import Prompts
 
 NEEDED = {"model_name_or_path": "model", "train_data": "train.csv", "output_dir": "runs/x"}
 
@@ -31,11 +32,11 @@ def test_the_command_line_has_the_last_word_in_either_spelling(tmp_path):
 
 
 def test_lists_and_mappings_can_be_given_on_the_command_line(tmp_path):
-    recipe = read(tmp_path, "", "--lora_target_modules", "q_proj", "v_proj", "--choice_columns", "o1", "o2")
+    recipe = read(tmp_path, "", "--lora_target_modules", "q_proj", "v_proj", "--train_data", "1.csv", "2.csv")
     assert recipe.model_args().lora_target_modules == ["q_proj", "v_proj"]
-    assert recipe.arguments.columns.choices == ("o1", "o2")
-    recipe = read(tmp_path, "", "--lr_scheduler_kwargs", "{num_cycles: 2}")
-    assert recipe.values["lr_scheduler_kwargs"] == {"num_cycles": 2}
+    assert recipe.arguments.train_data == ["1.csv", "2.csv"]
+    recipe = read(tmp_path, "", "--columns", "{choices: [o1, o2], id: null}")
+    assert recipe.arguments.data_options["columns"] == {"choices": ["o1", "o2"], "id": None}
 
 
 def test_a_prompt_on_the_command_line_need_not_be_yaml(tmp_path):
@@ -67,7 +68,18 @@ def test_a_number_may_be_the_text_of_a_text_field(tmp_path):
         ("early_stopping_patience: 2\n", "early_stopping_patience needs validation rows"),
         ("eval_strategy: epoch\n", "eval_strategy needs validation rows"),
         ("validation_fraction: 0.9\n", "between 0 and 0.5"),
-        ("validation_fraction: 0.1\nvalidation_data: v.csv\n", "both set"),
+        ("validation_fraction: 0.1\nvalidation_data: v.csv\n", "only one of validation_data, validation_fraction"),
+        ("folds_file: folds.csv\n", "folds_file and fold go together"),
+        ("folds_file: folds.csv\nfold: 0\nvalidation_fraction: 0.1\n", "only one of"),
+        ("columns: {picture: x}\n", "columns knows id, image, question, choices, answer, context; got picture"),
+        ("columns: path\n", "must be a mapping; got 'path'"),
+        ("answer_format: number\n", "must be 'letter' or 'index_from_0' or 'index_from_1' or 'text'; got 'number'"),
+        ("type_prompts: {shape: '{question} {choices}'}\n", "shape"),
+        ("type_prompts: {colour: '{question}'}\n", "{choices}"),
+        ("streaming: true\n", "streaming needs max_steps"),
+        ("streaming: true\nmax_steps: 9\nvalidation_fraction: 0.1\n", "streaming cannot hold rows out"),
+        ("on_bad_image: skip\ncheck_images: false\n", "on_bad_image: skip needs check_images"),
+        ("on_bad_image: blank\n", "must be 'error' or 'skip'; got 'blank'"),
         ("global_batch_size: 12\n", "no multiple of per_device_train_batch_size 8 x 1 processes"),
         ("global_batch_size: 8\ngradient_accumulation_steps: 2\n", "both set"),
         ("save_total_limit: 1\n", "save_total_limit must be at least 2"),
@@ -131,6 +143,14 @@ def test_one_file_cannot_be_training_and_validation_data(tmp_path):
     names = ["--train_data", str(tmp_path / "train.csv"), "--validation_data", f"{tmp_path}/./train.csv"]
     with pytest.raises(InputError, match="validation_data is train_data"):
         read(tmp_path, "", *names)
+
+
+def test_prompts_follow_language_and_type_and_can_be_overridden(tmp_path):
+    prompts = read(tmp_path, "prompt_language: ko\ntype_prompts: builtin\nsystem_prompt: S\n").arguments.prompts
+    assert prompts.system == "S" and "세어" in prompts.types["counting"]
+    own = read(tmp_path, "type_prompts: {ocr: 'Read. {question} {choices}'}\n").arguments.prompts
+    assert own.types == {"ocr": "Read. {question} {choices}"} and own.user == Prompts().user
+    assert read(tmp_path, "").arguments.prompts == Prompts()
 
 
 def test_help_shows_every_field_of_ours():

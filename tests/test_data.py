@@ -1,9 +1,14 @@
+import base64
+import io
+import json
+
 import datasets
 import pytest
 from conftest import write_csv
 from PIL import Image
 
-from vqa_sft.data import Columns, load_examples
+from vqa_sft.columns import Columns
+from vqa_sft.data import FEATURES, load_examples, read_examples, stream_examples
 from vqa_sft.errors import InputError
 from vqa_sft.images import open_image
 
@@ -22,14 +27,17 @@ def load(contest, **options):
 def test_a_csv_becomes_canonical_examples(contest):
     examples, columns = load(contest)
     row = rows_of(contest)[5]
+    assert examples.features == FEATURES
     assert examples[5] == {
         "id": "row_005",
         "images": [{"bytes": None, "path": str(contest / "images/005.png")}],
         "question": "Which colour has the square?",
         "choices": [row[letter] for letter in "abcd"],
         "answer": "abcd".index(row["answer"]),
+        "context": "",
+        "question_type": "colour",
     }
-    assert columns.choices == ("a", "b", "c", "d") and not columns.answers_are_upper
+    assert columns == Columns("id", ("path",), "question", ("a", "b", "c", "d"), "answer", None, "letter", False)
 
 
 def test_a_choice_may_read_none_or_look_like_a_number(contest):
@@ -62,7 +70,7 @@ def test_a_dataset_with_pictures_inside_gives_the_same_pixels(contest, tmp_path)
     inside.cast_column("image", datasets.Image()).to_parquet(tmp_path / "hub" / "train.parquet")
     for source in ("saved", "hub"):
         loaded, columns = load_examples(str(tmp_path / source))
-        assert columns.image == "image"
+        assert columns.image == ("image",)
         assert loaded["choices"][:] == examples["choices"][:] and loaded["answer"][:] == examples["answer"][:]
         for i in (0, 7):
             ours, theirs = open_image(loaded[i]["images"][0]), open_image(examples[i]["images"][0])
@@ -74,30 +82,197 @@ def test_every_bad_row_is_named_at_once(contest):
     rows[1]["answer"] = "z"
     rows[2]["answer"] = ""
     rows[4]["id"] = rows[3]["id"]
-    rows[6]["path"] = "images/nowhere.png"
-    (contest / "images/007.png").write_bytes(b"no picture")
-    (contest / "images/008.png").write_bytes((contest / "images/008.png").read_bytes()[:90])
     rows[9]["path"] = "../../outside.png"
-    rows[10] |= {"b": ""}
+    rows[10] |= {"b": "", "answer": "a"}
     rows[11] |= {"question": " "}
     rows[12] |= dict.fromkeys("abcd", "same")
-    Image.new("RGB", (1, 300)).save(contest / "images/013.png")
+    rows[13] |= {"b": "", "c": "", "d": "", "answer": "a"}
+    rows[14]["path"] = "https://example.org/cat.png"
+    rows[15]["id"] = ""
+    rows[16]["path"] = ""
     write_csv(contest / "train.csv", rows)
     with pytest.raises(InputError) as error:
         load(contest)
     message = str(error.value)
-    for part in ("a, b, c, d; got another: rows row_001 ('z'), row_002 ('') (2 of 24)", "duplicate `id`: row row_003"):
+    for part in (
+        "the answer is none of the choices: row row_001 ('z') (1 of 24)",
+        "the answer is empty: row row_002",
+        "duplicate id: row row_003",
+        "the picture lies outside the picture folder: row row_009 (../../outside.png)",
+        "the question is empty: row row_011",
+        "all choices are equal: row row_012",
+        "fewer than two choices: row row_013",
+        "the picture is an address on the web: row row_014 (https://example.org/cat.png)",
+        "the id is empty: row number 15",
+    ):
         assert part in message
-    for part in ("picture is missing: row", "row_006", "row_007", "row_008", "cannot be decoded", "leads out of"):
-        assert part in message
-    assert "an empty choice before a filled one: row row_010" in message
-    for part in ("`question` is empty: row row_011", "all choices are equal: row row_012", "200 times as long"):
-        assert part in message
+    assert "row_010" not in message and "row_016" not in message  # warnings do not stop a run
+
+
+def test_warnings_are_collected_and_the_rows_stay(contest):
+    rows = rows_of(contest)
+    rows[0] |= {"b": rows[0]["a"]}
+    rows[1] |= {"a": "", "answer": "b"}
+    rows[2]["path"] = ""
+    rows[3]["question"] = "why " * 6_000
+    write_csv(contest / "train.csv", rows)
+    loaded = read_examples(str(contest / "train.csv"))
+    found = {key: labels for key, _, labels in loaded.problems}
+    assert found == {
+        "equal_choices": ["row_000"],
+        "empty_choice": ["row_001"],
+        "no_picture": ["row_002"],
+        "long_text": ["row_003"],
+    }
+    assert loaded.examples[1]["choices"][0] == "" and loaded.examples[1]["answer"] == 1
+    assert loaded.examples[2]["images"] == [] and len(loaded.examples) == 24
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def question(**fields):
+    return {"id": "r", "image": "x.png", "question": "Which?", "choices": ["cat", "dog"], "answer": "a"} | fields
+
+
+@pytest.mark.parametrize(
+    ("cell", "choices"),
+    [
+        (["cat", "dog", "fox"], ["cat", "dog", "fox"]),
+        ('["cat", "dog"]', ["cat", "dog"]),
+        ("['cat', \"dog's\", 'fox']", ["cat", "dog's", "fox"]),
+        ({"A": "cat", "B": "dog"}, ["cat", "dog"]),
+        ([3, 4.5, "x"], ["3", "4.5", "x"]),
+        (["cat", "dog", None, ""], ["cat", "dog"]),
+    ],
+)
+def test_choices_in_one_column_are_a_list_or_a_text_that_spells_one(tmp_path, cell, choices):
+    source = write_jsonl(tmp_path / "rows.jsonl", [question(choices=cell)])
+    assert load_examples(source)[0][0]["choices"] == choices
+
+
+@pytest.mark.parametrize("cell", ["cat, dog", "[1, 2", "[" * 3_000, 7, None, {"cat": 1, "dog": 2}])
+def test_choices_that_are_no_list_name_their_row(tmp_path, cell):
+    source = write_jsonl(tmp_path / "rows.jsonl", [question(), question(id="bad", choices=cell)])
+    with pytest.raises(InputError, match="the choices are no list: row bad"):
+        load_examples(source)
+
+
+def test_rows_differ_in_their_number_of_choices_up_to_26(tmp_path):
+    many = [question(id=str(n), choices=[f"c{i}" for i in range(n)], answer="b") for n in (2, 5, 26)]
+    loaded = read_examples(write_jsonl(tmp_path / "rows.jsonl", many))
+    assert list(map(len, loaded.examples["choices"])) == [2, 5, 26] and loaded.num_choices == 26
+    source = write_jsonl(tmp_path / "more.jsonl", [*many, question(choices=[f"c{i}" for i in range(27)])])
+    with pytest.raises(InputError, match="more than 26 choices: row r"):
+        load_examples(source)
+
+
+@pytest.mark.parametrize(
+    ("answers", "answer_format", "indices"),
+    [
+        (["B", "a", "c"], "letter", [1, 0, 2]),
+        ([0, 2, 1], "index_from_0", [0, 2, 1]),
+        (["3", "1", "2"], "index_from_1", [2, 0, 1]),
+        (["fox", "cat", "dog"], "text", [2, 0, 1]),
+    ],
+)
+def test_the_way_in_which_answers_are_written_is_inferred(tmp_path, answers, answer_format, indices):
+    rows = [question(id=str(i), choices=["cat", "dog", "fox"], answer=cell) for i, cell in enumerate(answers)]
+    examples, columns = load_examples(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert columns.answer_format == answer_format and examples["answer"][:] == indices
+
+
+def test_class_labels_count_by_their_names(tmp_path):
+    features = datasets.Features({"answer": datasets.ClassLabel(names=["B", "A"])})
+    rows = datasets.Dataset.from_list([question(answer=0) for _ in range(3)])
+    rows.cast_column("answer", features["answer"]).remove_columns("id").save_to_disk(tmp_path / "saved")
+    examples, columns = load_examples(str(tmp_path / "saved"), image_root=str(tmp_path))
+    assert columns.answer_format == "letter" and examples["answer"][:] == [1, 1, 1]
+    assert examples["id"][:] == ["0", "1", "2"]  # without an id, rows are named by their number
+
+
+def test_the_context_is_kept_and_rows_can_be_left_out(tmp_path):
+    rows = [question(id=str(i), hint=f"hint {i}", kind="open" if i == 1 else "choice") for i in range(4)]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    loaded = read_examples(source, keep_rows={"kind": ["choice"]})
+    assert loaded.examples["context"][:] == ["hint 0", "hint 2", "hint 3"] and loaded.numbers == [0, 2, 3]
+    assert "(1 left out by keep_rows)" in loaded.notes[-1]
+    with pytest.raises(InputError, match="keep_rows names columns that are not in .*: sort"):
+        load_examples(source, keep_rows={"sort": "open"})
+    with pytest.raises(InputError, match="has no rows that keep_rows keeps"):
+        load_examples(source, keep_rows={"kind": "closed"})
+
+
+def picture_bytes(colour="red", size=(40, 30)):
+    file = io.BytesIO()
+    Image.new("RGB", size, colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_a_row_has_none_one_or_several_pictures(tmp_path):
+    several = [question(id="two", image=["1.png", "2.png"]), question(id="none", image=None), question(id="one")]
+    examples, _ = load_examples(write_jsonl(tmp_path / "rows.jsonl", several))
+    names = [[image["path"].rpartition("/")[2] for image in images] for images in examples["images"]]
+    assert names == [["1.png", "2.png"], [], ["x.png"]]
+
+
+def test_pictures_inside_a_dataset_may_be_missing_or_stand_in_several_columns(tmp_path):
+    rows = [question(id=str(i)) for i in range(3)]
+    for i, row in enumerate(rows):
+        del row["image"]
+        row |= {"image_1": {"bytes": picture_bytes("red"), "path": None} if i else None}
+        row |= {"image_2": {"bytes": picture_bytes("blue"), "path": None} if i == 2 else None}
+    features = datasets.Features(
+        {"image_1": datasets.Image(), "image_2": datasets.Image(), "choices": datasets.List(datasets.Value("string"))}
+        | {name: datasets.Value("string") for name in ("id", "question", "answer")}
+    )
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    loaded = read_examples(str(tmp_path / "saved"))
+    colours = [[open_image(image).getpixel((0, 0)) for image in images] for images in loaded.examples["images"]]
+    assert colours == [[], [(255, 0, 0)], [(255, 0, 0), (0, 0, 255)]]
+    assert loaded.problems.bad_rows("no_picture") == [0] and loaded.columns.image == ("image_1", "image_2")
+
+
+def test_a_list_of_pictures_and_plain_bytes_are_pictures(tmp_path):
+    rows = [question(image=[{"bytes": picture_bytes(), "path": None}] * 2)]
+    features = datasets.Features(
+        {"image": datasets.List(datasets.Image()), "choices": datasets.List(datasets.Value("string"))}
+        | {name: datasets.Value("string") for name in ("id", "question", "answer")}
+    )
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "lists")
+    datasets.Dataset.from_list([question(image=picture_bytes())]).to_parquet(tmp_path / "bytes.parquet")
+    for source, count in (("lists", 2), ("bytes.parquet", 1)):
+        images = load_examples(str(tmp_path / source))[0][0]["images"]
+        assert len(images) == count and open_image(images[0]).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_base64_pictures_of_benchmark_files_are_read(tmp_path):
+    text = base64.b64encode(picture_bytes(size=(400, 300))).decode()
+    (tmp_path / "bench.tsv").write_text(f"index\timage\tquestion\tA\tB\tanswer\n7\t{text}\tWhich?\tx\ty\tB\n")
+    examples, _ = load_examples(str(tmp_path / "bench.tsv"))
+    assert open_image(examples[0]["images"][0]).size == (400, 300) and examples[0]["answer"] == 1
+
+
+def test_a_source_without_any_picture_is_an_error_unless_it_is_meant(tmp_path):
+    source = write_jsonl(tmp_path / "rows.jsonl", [question(image=""), question(id="s", image=None)])
+    with pytest.raises(InputError, match="no row of .*rows.jsonl has a picture in image"):
+        load_examples(source)
+    assert load_examples(source, columns={"image": []})[0]["images"][:] == [[], []]
+
+
+def test_null_bytes_and_half_characters_name_their_row(tmp_path):
+    rows = [question(id="1", question="a\0b"), question(id="2", choices=["\ud800", "x"]), question(id="3")]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    with pytest.raises(InputError, match="null bytes, half a character or a list: rows 1 .*, 2 "):
+        load_examples(str(path))
 
 
 def test_missing_columns_are_listed_with_the_ones_found(contest):
-    write_csv(contest / "train.csv", [{"id": 1, "img": "x", "question": "?", "a": 1, "b": 2, "answer": "a"}])
-    with pytest.raises(InputError, match="missing columns: path; found: id, img, question, a, b, answer"):
+    write_csv(contest / "train.csv", [{"id": 1, "pic": "x", "question": "?", "a": 1, "b": 2, "answer": "a"}])
+    with pytest.raises(InputError, match="missing columns: image .*The data has: id, pic, question, a, b, answer"):
         load(contest)
 
 
@@ -114,11 +289,10 @@ def test_prediction_needs_no_answers_but_training_does(contest):
         ("nowhere.csv", None, "no such file"),
         ("empty.csv", b"", "cannot be read as CSV"),
         ("header.csv", b"id,path,question,a,b,answer\n", "has no rows"),
-        ("korean.csv", "id,질문\n".encode("cp949"), "not UTF-8"),
+        ("bytes.csv", b"id,\xff\xfe\xfd\n", "not UTF-8 or CP949 text"),
         ("data.txt", b"x", "not a CSV file"),
         ("twice.csv", b"id,path,question,a,a,answer\n1,x,q,y,z,a\n", "more than one column 'a'"),
-        ("gap.csv", b"id,path,question,a,b,d,answer\n1,x,q,y,z,w,a\n", "leave letters out"),
-        ("semicolon.csv", b"id;path;question\n1;x;q\n", "separated by ;"),
+        ("gap.csv", b"id,path,question,a,b,d,answer\n1,x,q,y,z,w,a\n", "a, b, d leave one out"),
         ("long.csv", b"id,path,question,a,b,answer\n1,x,q,y,z,a,\n2,x,q,y,z,a,\n", "rows longer than its header"),
     ],
 )
@@ -139,7 +313,40 @@ def test_limit_takes_the_first_rows_only(contest):
 
 
 def test_other_column_names_can_be_given(contest):
-    renamed = {"id": "key", "path": "img", "question": "q", "a": "o1", "b": "o2", "c": "o3", "d": "o4", "answer": "y"}
+    renamed = {"id": "key", "path": "pic", "question": "text", "answer": "y"} | {
+        "a": "o1",
+        "b": "o2",
+        "c": "o3",
+        "d": "o4",
+    }
     write_csv(contest / "train.csv", [{renamed[name]: row[name] for name in row} for row in rows_of(contest)])
-    columns = Columns("key", "img", "q", ("o1", "o2", "o3", "o4"), "y")
+    columns = {"id": "key", "image": "pic", "question": "text", "choices": ["o1", "o2", "o3", "o4"], "answer": "y"}
     assert load(contest, columns=columns)[0][0]["choices"] == [rows_of(contest)[0][f"o{i}"] for i in range(1, 5)]
+
+
+def test_a_stream_gives_the_rows_of_the_table(contest, tmp_path):
+    examples, columns = load(contest)
+    inside = examples.remove_columns(["answer", "context", "question_type", "images"])
+    inside = inside.add_column("image", [images[0]["path"] for images in examples["images"]])
+    inside = inside.add_column("answer", [int(answer) for answer in examples["answer"]])
+    (tmp_path / "hub").mkdir()
+    inside.cast_column("image", datasets.Image()).to_parquet(tmp_path / "hub/train.parquet")
+    for source in (str(contest / "train.csv"), str(tmp_path / "hub")):
+        stream = stream_examples(source)
+        rows = sorted(stream.examples, key=lambda row: row["id"])
+        assert [row["id"] for row in rows] == examples["id"][:] and stream.num_choices == 4
+        for name in ("question", "choices", "answer", "question_type"):
+            assert [row[name] for row in rows] == examples[name][:]
+        assert open_image(rows[3]["images"][0]).tobytes() == open_image(examples[3]["images"][0]).tobytes()
+
+
+def test_a_bad_row_of_a_stream_raises_when_it_comes(tmp_path):
+    rows = [question(id=str(i)) for i in range(1_500)]
+    rows[1_200]["answer"] = "q"
+    stream = stream_examples(write_jsonl(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(InputError, match="the answer is none of the choices: row 1200"):
+        list(stream.examples)
+    rows[1_200] = question(id="more", choices=["cat", "dog", "fox"])
+    with pytest.raises(InputError, match="more choices than the rows before: row more .*Set max_choices"):
+        list(stream_examples(write_jsonl(tmp_path / "rows.jsonl", rows)).examples)
+    assert len(list(stream_examples(str(tmp_path / "rows.jsonl"), max_choices=4).examples)) == 1_500

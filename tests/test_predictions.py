@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from vqa_sft.cli import score_table
-from vqa_sft.data import Columns
+from vqa_sft.columns import Columns
 from vqa_sft.errors import InputError
 from vqa_sft.predictions import (
     Predictions,
@@ -13,7 +15,11 @@ from vqa_sft.predictions import (
 )
 
 THREE = Predictions(
-    ["x", "y", "z"], [[-0.5, -1.0], [-2.0, -0.25, -3.0], [-0.75, -0.75]], [0, None, 1], {"run": "r", "한": "글"}
+    ["x", "y", "z"],
+    [[-0.5, -1.0], [-2.0, -0.25, -3.0], [-0.75, -0.75]],
+    [0, None, 1],
+    {"run": "r", "한": "글"},
+    [False, False, False],
 )
 
 
@@ -23,11 +29,29 @@ def test_a_prediction_file_gives_back_what_was_written(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["p.parquet"]
 
 
-def test_a_submission_is_written_in_the_letters_of_the_data(tmp_path):
-    write_submission(tmp_path / "s.csv", THREE, Columns(id="key", answer="label", choices=("a", "b", "c")))
-    assert (tmp_path / "s.csv").read_text() == "key,label\nx,a\ny,b\nz,a\n"
-    write_submission(tmp_path / "s.csv", THREE, Columns(answers_are_upper=True))
-    assert (tmp_path / "s.csv").read_text() == "id,answer\nx,A\ny,B\nz,A\n"
+CHOICES = [["cat", "dog"], ["1", "2", "3"], ["yes", "no"]]
+
+
+@pytest.mark.parametrize(
+    ("answer_format", "is_upper", "answers"),
+    [
+        (None, False, "aba"),
+        ("letter", True, "ABA"),
+        ("index_from_0", False, "010"),
+        ("index_from_1", False, "121"),
+        ("text", False, ["cat", "2", "yes"]),
+    ],
+)
+def test_a_submission_is_written_as_the_data_write_their_answers(tmp_path, answer_format, is_upper, answers):
+    columns = Columns("key", ("path",), "question", ("a", "b", "c"), "label", None, answer_format, is_upper)
+    write_submission(tmp_path / "s.csv", THREE, columns, CHOICES)
+    lines = [f"{row_id},{answer}" for row_id, answer in zip("xyz", answers, strict=True)]
+    assert (tmp_path / "s.csv").read_text().splitlines() == ["key,label", *lines]
+
+
+def test_rows_that_were_answered_without_their_picture_are_marked(tmp_path):
+    write_predictions(tmp_path / "p.parquet", replace(THREE, blanked=[False, True, False]))
+    assert read_predictions(tmp_path / "p.parquet").blanked == [False, True, False]
 
 
 def test_answers_are_matched_by_id_and_not_by_position(tmp_path):

@@ -93,14 +93,14 @@ def contest(contest):
 
 
 def test_columns_and_letter_case_of_the_training_data_serve_the_test_data(families, contest, sft, tmp_path):
-    renamed = {"a": "opt1", "b": "opt2", "c": "opt3", "d": "opt4"}
+    renamed = {"a": "first", "b": "second", "c": "third", "d": "fourth"}
     for name in ("train.csv", "test.csv"):
         with (contest / name).open() as file:
             rows = [{renamed.get(key, key): value for key, value in row.items()} for row in csv.DictReader(file)]
         write_csv(
             contest / name, [row | ({"answer": row["answer"].upper()} if "answer" in row else {}) for row in rows]
         )
-    columns = ["--choice_columns", "opt1", "opt2", "opt3", "opt4"]
+    columns = ["--columns", "{choices: [first, second, third, fourth]}"]
     run_script(
         "sft", "--model_name_or_path", families("qwen2_5_vl"), "--train_data", contest / "train.csv", "--max_steps", 1,
         "--output_dir", tmp_path / "run", "--use_cpu", "--dataloader_num_workers", 0, *columns,
@@ -187,7 +187,7 @@ def test_bad_input_to_training_ends_with_a_message_before_any_weight_is_loaded(f
     model, run = families("qwen2_5_vl"), tmp_path / "run"
     fails(sft, model, run, lora_rr=8, says="Did you mean `lora_r`")
     fails(sft, model, run, train_data=contest / "none.csv", says="no such file")
-    fails(sft, model, run, image_root=tmp_path, says="picture is missing: rows row_000, row_001")
+    fails(sft, model, run, image_root=tmp_path, says="picture is missing: rows row_000 (images/000.png), row_001")
     fails(sft, tmp_path / "no_model", run, says="cannot be loaded")
     fails(sft, families("llava"), run, max_pixels=9999, says="remove min_pixels and max_pixels")
 

@@ -14,11 +14,12 @@ byte for byte what is scored in prediction: both render with `render_prompt`.
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import datasets
 import torch
 from jinja2 import TemplateError
+from PIL import Image
 from transformers import ProcessorMixin
 
 from vqa_sft.errors import InputError, name_rows
@@ -27,13 +28,14 @@ from vqa_sft.mcq import choice_to_letter, draw_order, identity_order
 from vqa_sft.prompts import Prompts, render_messages
 
 _ANSWER = "Answer-of-a-row"  # stands in no template
+BLANK_SIZE = (448, 448)  # pixels
 # Keys of a batch that are ours and not the model's.
 TARGET_KEYS = ("answer_positions", "answers", "num_choices", "orders")
 
 
 def render_prompt(processor: ProcessorMixin, row: dict, order: Sequence[int], prompts: Prompts) -> str:
     """The text that the model reads before the letter, generation prompt included."""
-    messages = render_messages(row["question"], row["choices"], order, len(row["images"]), prompts)
+    messages = render_messages(row, order, prompts)
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return prompt + answer_prefix(processor)[0]
 
@@ -66,18 +68,28 @@ def answer_prefix(processor: ProcessorMixin) -> tuple[str, str]:
     return between[: len(between) - len(spaces)], spaces
 
 
+@functools.lru_cache
+def control_tokens(processor: ProcessorMixin) -> re.Pattern:
+    """Matches every control token of the model."""
+    tokens = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens) if token.strip()) or r"(?!)")
+
+
+def _texts_of(row: dict) -> str:
+    return "\n".join([row["context"], row["question"], *row["choices"]])
+
+
 def check_texts(processor: ProcessorMixin, examples: datasets.Dataset, prompts: Prompts) -> None:
     """Raises InputError for texts that hold a control token of this model ("<|image_pad|>", "<image>", "<|im_end|>"):
     the tokenizer would take it for the real one, and the row would be another prompt or none."""
-    tokens = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
-    control = re.compile("|".join(re.escape(token) for token in sorted(tokens) if token.strip()) or r"(?!)")
-    own = control.search(f"{prompts.system} {prompts.user} {prompts.choice}")
+    control = control_tokens(processor)
+    own = control.search(prompts.all_texts)
     if own:
         raise InputError(f"the prompt holds {own.group()!r}, a control token of this model. Take it out.")
     found = [
         row["id"]
-        for row in examples.select_columns(["id", "question", "choices"])
-        if control.search("\n".join([row["question"], *row["choices"]]))
+        for row in examples.select_columns(["id", "question", "context", "choices"])
+        if control.search(_texts_of(row))
     ]
     if found:
         raise InputError(
@@ -89,23 +101,34 @@ def check_texts(processor: ProcessorMixin, examples: datasets.Dataset, prompts: 
 class AnswerCollator:
     """For evaluation and prediction: every choice under its own letter.
 
-    `num_letters` is fixed for a run, so that letter logits of all batches and processes have one shape.
+    `num_letters` is fixed for a run, so that letter logits of all batches and processes have one shape. `blank` names
+    pictures that are shown as a white square: row id -> positions among the row's pictures.
     """
 
-    def __init__(self, processor: ProcessorMixin, prompts: Prompts, num_letters: int) -> None:
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        prompts: Prompts,
+        num_letters: int,
+        blank: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
         self.processor = processor
         self.prompts = prompts
         self.num_letters = num_letters
+        self.blank = blank or {}
 
     def order(self, row: dict) -> tuple[int, ...]:
         return identity_order(len(row["choices"]))
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        for row in rows:  # those of a stream were not checked before
+            if control_tokens(self.processor).search(_texts_of(row)):
+                raise InputError(f"the texts of row {row['id']} hold a control token of this model. Take it out.")
         orders = [self.order(row) for row in rows]
         texts = [
             render_prompt(self.processor, row, order, self.prompts) for row, order in zip(rows, orders, strict=True)
         ]
-        images = [[open_image(image) for image in row["images"]] for row in rows]
+        images = [self.images(row) for row in rows]
         bos = self.processor.tokenizer.bos_token
         batch = self.processor(
             text=texts,
@@ -124,6 +147,20 @@ class AnswerCollator:
             "num_choices": torch.tensor([len(order) for order in orders]),
             "orders": torch.tensor([order + identity_order(self.num_letters)[len(order) :] for order in orders]),
         }
+
+    def images(self, row: dict) -> list[Image.Image]:
+        """The row's pictures. Raises InputError for one that cannot be read, which a checked row does not have."""
+        blank = self.blank.get(row["id"], ())
+        try:
+            return [
+                Image.new("RGB", BLANK_SIZE, "white") if i in blank else open_image(image)
+                for i, image in enumerate(row["images"])
+            ]
+        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, DecompressionBombError, ...
+            raise InputError(
+                f"the picture of {name_rows([row['id']], 1)} cannot be read ({type(error).__name__}: {error}). "
+                "`vqa-sft check` names every such row."
+            ) from error
 
     @staticmethod
     def answer_letter(row: dict, order: Sequence[int]) -> int:

@@ -8,13 +8,14 @@ import math
 import os
 import typing
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal
 
-from vqa_sft.data import Columns
+from vqa_sft.columns import check_columns
+from vqa_sft.duplicates import DISTANCE, MAX_DISTANCE
 from vqa_sft.errors import InputError
 from vqa_sft.fields import Known, checked, from_tokens, read_command_line, read_yaml
-from vqa_sft.prompts import Prompts
+from vqa_sft.prompts import Prompts, builtin_prompts
 
 
 def _help(text: str, **kwargs: Any) -> Any:
@@ -25,31 +26,56 @@ def _help(text: str, **kwargs: Any) -> Any:
 class RecipeArguments:
     """Our own fields; model and data have no default."""
 
-    train_data: str = _help("CSV file, folder of a saved dataset, or Hub dataset to train on.")
+    train_data: str | list[str] = _help(
+        "File (CSV, TSV, JSONL, Parquet), several, a glob, a saved dataset, or a Hub dataset to train on."
+    )
     train_split: str = _help("Split of a Hub dataset to train on.", default="train")
-    validation_data: str | None = _help("Like train_data, for validation.", default=None)
+    validation_data: str | list[str] | None = _help("Like train_data, for validation.", default=None)
     validation_split: str = _help("Split of a Hub dataset to validate on.", default="validation")
     validation_fraction: float = _help(
         "Share of the training rows held out for validation when there is no validation_data; 0: none.", default=0.0
     )
-    data_config: str | None = _help("Configuration (subset) of a Hub dataset.", default=None)
-    image_root: str | None = _help(
-        "Folder that picture paths are relative to and stay in; default: the CSV's folder.", default=None
+    folds_file: str | None = _help("CSV of id and fold, as `vqa-sft folds` writes it.", default=None)
+    fold: int | None = _help("The fold of folds_file to validate on; the others are trained on.", default=None)
+    duplicate_distance: int | None = _help(
+        "Pictures whose hashes differ in at most so many bits count as one when rows are held out; null: exact only.",
+        default=DISTANCE,
     )
-    id_column: str = _help("Column with the id.", default="id")
-    image_column: str | None = _help("Column with the picture; default: path or image.", default=None)
-    question_column: str = _help("Column with the question.", default="question")
-    choice_columns: list[str] | None = _help("Columns with the choices; default: a, b, c, ...", default=None)
-    answer_column: str = _help("Column with the answer.", default="answer")
+    data_config: str | list[str] | None = _help("Configuration (subset) of a Hub dataset, or several.", default=None)
+    encoding: str | None = _help("Encoding of text files; default: detected.", default=None)
+    streaming: bool = _help("Read the training rows as they are needed; needs max_steps.", default=False)
+    image_root: str | None = _help(
+        "Folder that picture paths are relative to and stay in; default: the folder of the file.", default=None
+    )
+    columns: dict | None = _help(
+        "Columns that are not found by their names: {id, image, question, choices, answer, context}.", default=None
+    )
+    answer_format: Literal["letter", "index_from_0", "index_from_1", "text"] | None = _help(
+        "How the answers are written; default: inferred.", default=None
+    )
+    keep_rows: dict | None = _help("Keep only rows whose columns hold these values: {column: value}.", default=None)
+    empty_cells: list[str] | None = _help(
+        "Texts that mean an empty cell; pandas writes nan, which may also be a choice.", default=None
+    )
+    max_choices: int | None = _help(
+        "Most choices of a row; default: as the data has. A stream whose later rows have more needs it.", default=None
+    )
     limit: int | None = _help("Use only the first rows, to try a recipe out.", default=None)
     check_images: bool = _help("Decode every picture before the model is loaded.", default=True)
+    on_bad_image: Literal["error", "skip"] = _help(
+        "What to do with training rows whose pictures cannot be used: stop, or leave them out.", default="error"
+    )
 
     min_pixels: int | None = _help(
         "Smallest width x height of a picture, for models that keep its shape.", default=None
     )
     max_pixels: int | None = _help("Largest width x height of a picture, for models that keep its shape.", default=None)
-    system_prompt: str = _help("System text; empty: the model's own.", default=Prompts.system)
-    user_prompt: str = _help("User text with {question} and {choices}.", default=Prompts.user)
+    prompt_language: Literal["en", "ko", "both"] = _help("Language of the built-in prompts.", default="en")
+    type_prompts: dict | Literal["builtin"] | None = _help(
+        "User texts per question type: {counting: ...}, or builtin; default: one text for all.", default=None
+    )
+    system_prompt: str | None = _help("System text; empty: the model's own; default: built in.", default=None)
+    user_prompt: str | None = _help("User text with {question} and {choices}; default: built in.", default=None)
     choice_prompt: str = _help("One line of {choices}, with {letter} and {text}.", default=Prompts.choice)
 
     loss: Literal["letters", "vocabulary"] = _help(
@@ -66,16 +92,22 @@ class RecipeArguments:
         _check_bounds(vars(self))
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise InputError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}.")
+        check_columns(self.columns or {})
         self.prompts  # noqa: B018  raises for a template without its placeholders
 
     @property
-    def columns(self) -> Columns:
-        choices = tuple(self.choice_columns) if self.choice_columns else None
-        return Columns(self.id_column, self.image_column, self.question_column, choices, self.answer_column)
+    def data_options(self) -> dict[str, Any]:
+        """What `data.read_examples` and `stream_examples` take beside the source and its split."""
+        names = ("encoding", "image_root", "columns", "answer_format", "keep_rows", "empty_cells")
+        return {name: getattr(self, name) for name in names} | {"config": self.data_config}
 
     @property
     def prompts(self) -> Prompts:
-        return Prompts(system=self.system_prompt, user=self.user_prompt, choice=self.choice_prompt)
+        prompts = builtin_prompts(self.prompt_language, by_type=self.type_prompts == "builtin")
+        given = {"system": self.system_prompt, "user": self.user_prompt, "choice": self.choice_prompt}
+        if isinstance(self.type_prompts, dict):
+            given["types"] = self.type_prompts
+        return replace(prompts, **{name: text for name, text in given.items() if text is not None})
 
 
 # Where we differ from TRL's and transformers' defaults.
@@ -150,6 +182,9 @@ BOUNDS = {
     "global_batch_size": (1, None),
     "early_stopping_patience": (1, None),
     "validation_fraction": (0, 0.5),
+    "fold": (0, None),
+    "duplicate_distance": (0, MAX_DISTANCE),
+    "max_choices": (2, 26),
 }
 CHOSEN_BY = ("nll", "accuracy", "ece", "loss")
 
@@ -165,8 +200,8 @@ class Recipe:
     def inputs(self) -> list[str]:
         """What a run reads from disk, as far as it is on disk."""
         own = self.arguments
-        named = [self.path, own.train_data, own.validation_data, own.image_root, self.values["model_name_or_path"], "."]
-        return [name for name in named if name]
+        named = [self.path, own.image_root, own.folds_file, self.values["model_name_or_path"], "."]
+        return [name for name in named if name] + as_list(own.train_data) + as_list(own.validation_data)
 
     def model_args(self) -> Any:
         """TRL's ModelConfig."""
@@ -186,6 +221,9 @@ class Recipe:
         if self.validates and "greater_is_better" not in self.values:
             values["greater_is_better"] = metric.removeprefix("eval_") == "accuracy"
         values |= {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+        if self.arguments.streaming:
+            # Else accelerate collates in one process and cuts batches by rows; pixels of mixed sizes are no rows.
+            values["accelerator_config"] = {"dispatch_batches": False, "split_batches": False}
         # Pushing is ours, after the run is saved: a failed push must not lose it. The token would be saved as well.
         values |= {"push_to_hub": False, "hub_token": None}
         if not values["use_peft"] and "ddp_find_unused_parameters" not in self.values:
@@ -198,7 +236,8 @@ class Recipe:
 
     @property
     def validates(self) -> bool:
-        return self.arguments.validation_data is not None or self.arguments.validation_fraction > 0
+        own = self.arguments
+        return own.validation_data is not None or own.validation_fraction > 0 or own.folds_file is not None
 
 
 def read_recipe(argv: list[str]) -> Recipe:
@@ -273,12 +312,16 @@ def _check_combinations(recipe: Recipe) -> None:
             )
 
 
+def as_list(source: str | list[str] | None) -> list[str]:
+    """The names of a source that may be one, several or none."""
+    return source if isinstance(source, list) else [source] if source else []
+
+
 def _same_rows(own: RecipeArguments) -> bool:
-    if own.validation_data is None:
-        return False
-    if os.path.isfile(own.train_data):  # a file has no splits
-        return os.path.realpath(own.validation_data) == os.path.realpath(own.train_data)
-    return own.validation_data == own.train_data and own.validation_split == own.train_split
+    """Whether a file, or a split of a dataset, is both trained and validated on."""
+    train, validation = ({os.path.realpath(name) for name in as_list(s)} for s in (own.train_data, own.validation_data))
+    have_splits = not any(os.path.isfile(name) for name in train)
+    return bool(train & validation) and not (have_splits and own.validation_split != own.train_split)
 
 
 def _check_trackers(report_to: str | list[str]) -> None:
@@ -312,8 +355,23 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
             needs_validation and not validates,
         ),
         (
-            "validation_data and validation_fraction are both set. Keep one (--validation_fraction 0 takes it back).",
-            own.validation_data and own.validation_fraction,
+            "only one of validation_data, validation_fraction and folds_file can be set (--validation_fraction 0 takes "
+            "it back).",
+            sum(map(bool, (own.validation_data, own.validation_fraction, own.folds_file))) > 1,
+        ),
+        ("folds_file and fold go together; set both.", (own.folds_file is None) != (own.fold is None)),
+        (
+            "streaming needs max_steps: the number of rows is not known.",
+            own.streaming and values.get("max_steps", -1) <= 0,
+        ),
+        (
+            "streaming cannot hold rows out; validate on validation_data.",
+            own.streaming and (own.validation_fraction or own.folds_file),
+        ),
+        ("on_bad_image: skip cannot be had with streaming.", own.streaming and own.on_bad_image == "skip"),
+        (
+            "on_bad_image: skip needs check_images.",
+            own.on_bad_image == "skip" and not own.check_images,
         ),
         (
             "global_batch_size and gradient_accumulation_steps are both set. Keep global_batch_size.",

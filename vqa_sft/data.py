@@ -1,27 +1,36 @@
 """Any source -> canonical `datasets.Dataset`; every bad row named at once. No torch.
 
-    CSV or Hub row                                    canonical example
-    id    path       question  a    b    answer      id    images              question  choices       answer
-    t_1   img/1.png  What?     cat  dog  b      ->   t_1   [{path, bytes}]     What?     [cat, dog]    1
+    row of a CSV, JSONL, Parquet or Hub source         canonical example
+    id    path       question  a    b    answer   ->   id    images             question  choices     answer
+    t_1   img/1.png  What?     cat  dog  b             t_1   [{path, bytes}]    What?     [cat, dog]  1
 
-`images` holds what `datasets.Image(decode=False)` holds, so that nothing is decoded before a worker needs it.
+`images` holds what `datasets.Image(decode=False)` holds, so that nothing is decoded before a worker needs it; it is
+empty for a row without a picture. `context` is "" where there is none; `question_type` is found by rules.
 """
 
+import ast
+import base64
+import itertools
+import json
 import os
-import string
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
-import pandas
-from tqdm import tqdm
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from vqa_sft.errors import InputError, name_rows
-from vqa_sft.images import image_problem
+from vqa_sft.answers import UNKNOWN, infer_format, read_answer
+from vqa_sft.columns import Columns, find_columns
+from vqa_sft.errors import InputError
 from vqa_sft.mcq import LETTERS
+from vqa_sft.problems import Problems
+from vqa_sft.question_types import find_type
+from vqa_sft.sources import Source, open_source
 
 FEATURES = datasets.Features(
     {
@@ -30,272 +39,422 @@ FEATURES = datasets.Features(
         "question": datasets.Value("string"),
         "choices": datasets.List(datasets.Value("string")),
         "answer": datasets.Value("int64"),
+        "context": datasets.Value("string"),
+        "question_type": datasets.Value("string"),
     }
 )
-IMAGE_COLUMNS = ("path", "image")
+_READ_SCHEMA = FEATURES.arrow_schema.remove(4).append(pa.field("cell", pa.string()))  # before answers are understood
+_BATCH = 1_000  # rows turned into Arrow at a time
+_HEAD = 1_000  # rows of a stream that tell its columns, answer format and number of choices
+_PARTS = 16  # workers and processes among which a streamed text file can be dealt
+_LONG_TEXT = 20_000  # characters, some five thousand tokens
+# How JPEG, PNG, GIF and WebP begin in base64: benchmark files in TSV hold their pictures so.
+_BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Where a source keeps what we need. `image` and `choices` are found by name when they are None.
+@dataclass
+class Loaded:
+    """What was read from a source, and what is to be said about it.
 
-    `answers_are_upper` says how the source writes its answer letters, so that a submission can write them the same;
-    a source without answers leaves it as it was given.
+    `examples` holds every row that `keep_rows` did not leave out, those with problems too; `numbers[i]` is the number
+    of example i in the source, from 0. A row has at most `num_choices` choices.
     """
 
-    id: str = "id"
-    image: str | None = None
-    question: str = "question"
-    choices: tuple[str, ...] | None = None
-    answer: str = "answer"
-    answers_are_upper: bool | None = None
-
-    def found_in(self, names: Sequence[str], answers: str) -> "Columns":
-        """These columns with `image` and `choices` filled in from the column names of a source.
-
-        Raises InputError for columns that are missing; `answers` is "required" or "optional".
-        """
-        image = self.image or next((name for name in IMAGE_COLUMNS if name in names), IMAGE_COLUMNS[0])
-        choices = self.choices or find_choice_columns(names)
-        needed = [self.id, image, self.question, *choices] + ([self.answer] if answers == "required" else [])
-        missing = [name for name in needed if name not in names]
-        if len(choices) > len(LETTERS):
-            raise InputError(f"at most {len(LETTERS)} choices have letters; got {len(choices)} choice columns.")
-        if len(choices) < 2:
-            missing.append("at least two choices (a, b, ...)")
-        if missing:
-            raise InputError(
-                f"missing columns: {', '.join(missing)}; found: {', '.join(names) or 'none'}. Rename them, or name "
-                "yours in the recipe (id_column, image_column, question_column, choice_columns, answer_column)."
-            )
-        return replace(self, image=image, choices=tuple(choices))
+    name: str
+    examples: datasets.Dataset | datasets.IterableDataset
+    columns: Columns
+    problems: Problems
+    numbers: Sequence[int]
+    notes: list[str]
+    num_choices: int
 
 
-def find_choice_columns(names: Sequence[str]) -> list[str]:
-    """The longest run of columns a, b, c, ... (or A, B, C, ...) that starts at the first letter."""
-    for letters in (string.ascii_lowercase, string.ascii_uppercase):
-        found = []
-        for letter in letters:
-            if letter not in names:
-                break
-            found.append(letter)
-        if found:
-            # "x" or "y" may be anything; "d" after "a, b" is a choice.
-            beyond = [name for name in names if name in letters[len(found) : len(found) + 3]]
-            if beyond:
-                raise InputError(
-                    f"the choice columns {', '.join([*found, *beyond])} leave letters out. Rename them, or name yours "
-                    "in choice_columns."
-                )
-            return found
-    return []
+def load_examples(source: str | Sequence[str], **options: Any) -> tuple[datasets.Dataset, Columns]:
+    """The canonical examples of a source and the columns that they came from; `options` as in `read_examples`.
+
+    Raises InputError with every bad row at once.
+    """
+    loaded = read_examples(source, **options)
+    loaded.problems.raise_if_any(loaded.name)
+    return loaded.examples, loaded.columns
 
 
-def read_rows(source: str, split: str = "train", config: str | None = None) -> datasets.Dataset:
-    """Raw rows of a CSV file, of a dataset saved by `datasets`, or of a Hub dataset (a name or a local copy)."""
-    path = Path(source)
-    if path.suffix.lower() == ".csv":
-        if not path.is_file():
-            raise InputError(f"no such file: {source}. Check the path; it is relative to where you launched.")
-        return datasets.Dataset.from_pandas(read_csv(path), preserve_index=False)
-    if path.is_file():
-        raise InputError(f"{source} is not a CSV file. Give a .csv file, a saved dataset or a Hub dataset.")
-    try:
-        if (path / "dataset_info.json").is_file():
-            return datasets.load_from_disk(source)
-        return datasets.load_dataset(source, config, split=split)
-    except Exception as error:  # the library raises many kinds here: offline, no such dataset, no such split, ...
-        raise InputError(
-            f"{source!r} is neither a file, nor a folder with a saved dataset, nor a dataset that could be loaded "
-            f"from the Hub (config {config!r}, split {split!r}): {_first_line(error)}"
-        ) from error
-
-
-def read_csv(path: Path) -> pandas.DataFrame:
-    """A CSV file, every cell as text. Raises InputError when it is none."""
-    try:
-        # Everything stays text: "1" is no number, and a choice "None" or "NA" is no missing value.
-        options = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-        header = pandas.read_csv(path, header=None, nrows=1, **options).iloc[0].tolist()
-        rows = pandas.read_csv(path, on_bad_lines="error", **options)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
-    except (ValueError, pandas.errors.ParserError, pandas.errors.EmptyDataError) as error:
-        raise InputError(f"{path} cannot be read as CSV: {_first_line(error)}") from error
-    twice = sorted({name for name in header if header.count(name) > 1})
-    if twice:
-        raise InputError(f"{path} has more than one column {', '.join(map(repr, twice))}. Keep one of each.")
-    if not isinstance(rows.index, pandas.RangeIndex):  # pandas then takes the first columns for names of rows
-        raise InputError(f"{path} has rows longer than its header. Is a comma in a text that needs quotes?")
-    if len(header) == 1 and any(mark in header[0] for mark in ";\t"):
-        raise InputError(f"{path} seems to be separated by {';' if ';' in header[0] else 'tabs'}. Save it with commas.")
-    return rows
-
-
-def load_examples(
-    source: str,
+def read_examples(
+    source: str | Sequence[str],
     *,
     split: str = "train",
-    config: str | None = None,
-    columns: Columns = Columns(),
+    config: str | Sequence[str] | None = None,
+    encoding: str | None = None,
+    columns: Mapping[str, Any] | None = None,
+    answer_format: str | None = None,
+    keep_rows: Mapping[str, Any] | None = None,
+    empty_cells: Sequence[str] | None = None,
     image_root: str | None = None,
     answers: str = "required",
     limit: int | None = None,
-    check_images: bool = True,
-) -> tuple[datasets.Dataset, Columns]:
-    """Canonical examples of a source, checked, and the columns that they came from.
+) -> Loaded:
+    """Canonical examples of a source, and everything that is wrong with its texts; pictures are not opened.
 
-    `answers` is "required" (training) or "optional" (prediction). Picture paths are relative to `image_root` and must
-    stay in it; by default it is the folder of the CSV file.
+    `columns` names the columns that are not found by themselves; `answer_format` is inferred when it is None.
+    `keep_rows` keeps the rows whose columns hold the given value, or one of the given values. A cell that holds one of
+    `empty_cells` counts as empty. `answers` is "required" (training) or "optional" (prediction). Picture paths are
+    relative to `image_root` and must stay in it; by default it is the folder of the file.
 
-    Raises InputError with every bad row at once: missing columns, answers that are no letter, duplicate ids, pictures
-    that are missing or cannot be decoded.
+    Raises InputError when nothing can be read, a column is missing, or the answers can be read in two ways.
     """
-    rows = read_rows(source, split, config)
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    if len(rows) == 0:
-        raise InputError(f"{source} has no rows.")
-    columns = columns.found_in(rows.column_names, answers)
-    problems = Problems(total=len(rows))
-    texts = _read_texts(rows, columns, answers, problems)
-    columns = replace(columns, answers_are_upper=_answers_are_upper(rows, columns))
-    root = Path(image_root or (Path(source).parent if Path(source).is_file() else ".")).resolve()
-    images = _read_images(rows, columns.image, root, texts["id"], problems)
-    features = datasets.Features({name: FEATURES[name] for name in texts})
-    examples = datasets.concatenate_datasets([datasets.Dataset.from_dict(texts, features=features), images], axis=1)
-    if check_images:
-        find_bad_images(examples, problems)
-    problems.raise_if_any(source)
-    return examples, columns
+    opened = open_source(source, split=split, config=config, encoding=encoding)
+    reader = RowReader(opened, find_columns(opened.columns, columns or {}, answers), keep_rows, empty_cells, image_root)
+    numbers, tables = [], []
+    rows = itertools.islice(reader.rows(), limit)
+    while batch := list(itertools.islice(rows, _BATCH)):
+        numbers += [number for number, _, _ in batch]
+        tables.append(pa.Table.from_pylist([reader.read(*item) for item in batch], schema=_READ_SCHEMA))
+    if not numbers:
+        raise InputError(f"{opened.name} has no rows{' that keep_rows keeps' if keep_rows else ''}.")
+    reader.problems.total = len(numbers)
+    texts = pa.concat_tables(tables)
+    reader.settle_answers(partial(_cells_and_choices, texts), answer_format)
+    found = [
+        reader.answer(cell, choices, row_id.as_py(), number, answers)
+        for (cell, choices), row_id, number in zip(_cells_and_choices(texts), texts["id"], numbers, strict=True)
+    ]
+    texts = texts.append_column("answer", pa.array(found, pa.int64())).select(list(FEATURES))
+    examples = datasets.Dataset(datasets.table.InMemoryTable(texts.cast(FEATURES.arrow_schema)))
+    if reader.inside:
+        pictures = _pictures_inside(opened.table.select(numbers), reader.inside)
+        examples = datasets.concatenate_datasets([examples.remove_columns("images"), pictures], axis=1)
+        examples = examples.select_columns(list(FEATURES))
+        for i, count in enumerate(pc.list_value_length(pictures.data.column("images")).to_pylist()):
+            if not count:
+                reader.problems.add("no_picture", examples[i]["id"], numbers[i])
+    if reader.columns.image and len(reader.problems.bad_rows("no_picture")) == len(numbers):
+        raise InputError(
+            f"no row of {opened.name} has a picture in {', '.join(reader.columns.image)}. Name the column with the "
+            "pictures in the recipe (`columns: {image: ...}`; for none: `image: []`)."
+        )
+    notes = [*opened.notes, reader.describe(len(numbers))]
+    num_choices = pc.max(pc.list_value_length(texts["choices"])).as_py()
+    return Loaded(opened.name, examples, reader.columns, reader.problems, numbers, notes, num_choices)
 
 
-class Problems:
-    """What is wrong with which rows; collected first, raised together."""
-
-    def __init__(self, total: int) -> None:
-        self.total = total
-        self.rows: dict[str, list[str]] = {}
-
-    def add(self, kind: str, row_id: str) -> None:
-        self.rows.setdefault(kind, []).append(row_id)
-
-    def raise_if_any(self, source: str) -> None:
-        if not self.rows:
-            return
-        lines = [f"{kind}: {name_rows(ids, self.total)}" for kind, ids in self.rows.items()]
-        raise InputError("\n  ".join([f"{source} has rows that cannot be used:", *lines, "Mend or remove them."]))
+def _cells_and_choices(texts: pa.Table) -> Iterator[tuple[str, list[str]]]:
+    """The answer's cell and the choices of every row, a batch at a time."""
+    for batch in texts.select(["cell", "choices"]).to_batches(_BATCH):
+        yield from zip(batch["cell"].to_pylist(), batch["choices"].to_pylist(), strict=True)
 
 
-def _read_texts(rows: datasets.Dataset, columns: Columns, answers: str, problems: Problems) -> dict[str, list]:
-    names = [columns.id, columns.question, *columns.choices]
-    has_answers = columns.answer in rows.column_names
-    texts: dict[str, list] = {"id": [], "question": [], "choices": [], "answer": []}
-    for row in rows.select_columns(names + [columns.answer] * has_answers):
-        row_id = _text(row[columns.id])
-        cells = [_text(row[name]) for name in columns.choices]
-        choices = [cell for cell in cells if cell]
-        if cells[: len(choices)] != choices:
-            problems.add("an empty choice before a filled one", row_id)
-        if len(choices) < 2:
-            problems.add("fewer than two choices", row_id)
-        elif len(set(choices)) == 1:
-            problems.add("all choices are equal", row_id)
+def stream_examples(
+    source: str | Sequence[str],
+    *,
+    split: str = "train",
+    config: str | Sequence[str] | None = None,
+    encoding: str | None = None,
+    columns: Mapping[str, Any] | None = None,
+    answer_format: str | None = None,
+    keep_rows: Mapping[str, Any] | None = None,
+    empty_cells: Sequence[str] | None = None,
+    image_root: str | None = None,
+    max_choices: int | None = None,
+) -> Loaded:
+    """Training rows of a source as they are needed: `examples` is an `IterableDataset`, and nothing is held.
+
+    Columns, answer format and the most choices come from the first rows. A row with a problem raises InputError when it
+    comes, and so does one with more choices.
+    """
+    opened = open_source(source, split=split, config=config, encoding=encoding, streaming=True)
+    reader = RowReader(
+        opened, find_columns(opened.columns, columns or {}, "required"), keep_rows, empty_cells, image_root
+    )
+    head = [reader.read(*item) for item in itertools.islice(reader.rows(), _HEAD)]
+    reader.problems.total = len(head)
+    reader.problems.raise_if_any(opened.name)
+    if not head:
+        raise InputError(f"{opened.name} has no rows{' that keep_rows keeps' if keep_rows else ''}.")
+    reader.settle_answers(lambda: ((row["cell"], row["choices"]) for row in head), answer_format)
+    reader.max_choices = max_choices or max(len(row["choices"]) for row in head)
+    if isinstance(opened.table, datasets.IterableDataset):
+        examples = opened.table.filter(reader.keeps) if keep_rows else opened.table
+        examples = examples.map(
+            reader.example, with_indices=True, remove_columns=opened.columns, features=datasets.Features(FEATURES)
+        )
+    else:
+        # Every part reads the whole text and yields each sixteenth row: text is cheap, and workers share the pictures.
+        examples = datasets.IterableDataset.from_generator(
+            _stream_parts, features=FEATURES, gen_kwargs={"reader": reader, "parts": list(range(_PARTS))}
+        )
+    notes = [*opened.notes, f"{opened.name}: a stream; {reader.columns.describe()}"]
+    return Loaded(opened.name, examples, reader.columns, reader.problems, (), notes, reader.max_choices)
+
+
+def _stream_parts(reader: "RowReader", parts: list[int]) -> Iterator[dict]:
+    for part in parts:
+        for number, folder, row in reader.rows():
+            if number % _PARTS == part:
+                yield reader.example(row, number, folder)
+
+
+class RowReader:
+    """One raw row -> the texts and picture paths of an example; what is wrong with it goes to `problems`."""
+
+    def __init__(
+        self,
+        source: Source,
+        columns: Columns,
+        keep_rows: Mapping[str, Any] | None = None,
+        empty_cells: Sequence[str] | None = None,
+        image_root: str | None = None,
+    ) -> None:
+        self.source = source
+        self.columns = columns
+        self.keep_rows = {
+            name: [_text(value) for value in (values if isinstance(values, list) else [values])]
+            for name, values in (keep_rows or {}).items()
+        }
+        self.empty_cells = {*(empty_cells or ()), ""}
+        self.root = image_root
+        self.problems = Problems()
+        self.max_choices = len(LETTERS)
+        self.left_out = 0
+        self.inside = [name for name in columns.image if _holds_pictures(source.features, name)]
+        self._paths = [name for name in columns.image if name not in self.inside]
+        if self.inside and self._paths:
+            raise InputError(f"the columns {', '.join(columns.image)} hold both paths and pictures. Name one kind.")
+        self._seen: set[str] = set()
+        self._roots: dict[str | None, Path] = {}
+        missing = [name for name in self.keep_rows if name not in source.columns]
+        if missing:
+            raise InputError(f"keep_rows names columns that are not in {source.name}: {', '.join(missing)}.")
+
+    def rows(self) -> Iterator[tuple[int, str | None, dict]]:
+        """(number in the source, folder of its file, raw row) of every row that is kept."""
+        self.left_out = 0
+        for number, (folder, row) in enumerate(self.source.rows()):
+            if self.keeps(row):
+                yield number, folder, row
+            else:
+                self.left_out += 1
+
+    def keeps(self, row: dict) -> bool:
+        """Whether the row's columns hold what `keep_rows` asks for."""
+        return all(_text(row[name]) in values for name, values in self.keep_rows.items())
+
+    def example(self, row: dict, number: int, folder: str | None = None) -> dict:
+        """One row of a stream, whole. Raises InputError for a row with a problem."""
+        self.problems, self._seen = Problems(1), set()  # a stream is too long to remember its ids
+        texts = self.read(number, folder, row)
+        answer = self.answer(texts.pop("cell"), texts["choices"], texts["id"], number, "required")
+        if len(texts["choices"]) > self.max_choices:
+            self.problems.add("more_choices", texts["id"], number, f"{len(texts['choices'])}, not {self.max_choices}")
+        self.problems.raise_if_any(self.source.name)
+        inside = [picture for name in self.inside for picture in _pictures_of(row[name])]
+        return texts | {"answer": answer, "images": inside or texts["images"]}
+
+    def read(self, number: int, folder: str | None, row: dict) -> dict:
+        """The canonical fields of a row but for `answer`, whose cell stays text until its format is known."""
+        columns = self.columns
+        row_id = str(number) if columns.id is None else _text(row[columns.id])
+        texts = {"id": row_id, "question": row[columns.question], "cell": self._cell(row)}
+        texts["context"] = row[columns.context] if columns.context else None
+        listed = row[columns.choices] if isinstance(columns.choices, str) else [row[name] for name in columns.choices]
+        choices = _as_list(listed)
+        if choices is None:
+            self.problems.add("bad_choices", row_id, number, repr(listed)[:60])
+            choices = []
+        for name in ("question", "context", "cell"):
+            texts[name] = self._checked(texts[name], row_id, number)
+        choices = [self._checked(choice, row_id, number) for choice in choices]
+        while choices and not choices[-1]:
+            choices.pop()
+        self._check_texts(texts, choices, number)
+        images = [] if self.inside else self._pictures(row, folder, row_id, number)
+        kind = find_type(texts["question"], choices)
+        return texts | {"choices": choices, "images": images, "question_type": kind}
+
+    def settle_answers(
+        self, cells_and_choices: Callable[[], Iterator[tuple[str, list[str]]]], answer_format: str | None
+    ) -> None:
+        """Fix how the source writes its answers: as given, else as most of its rows do."""
+        is_upper = any(cell.isupper() for cell, _ in cells_and_choices())
+        if any(cell for cell, _ in cells_and_choices()):
+            answer_format = answer_format or infer_format(cells_and_choices())
+        else:
+            is_upper = not isinstance(self.columns.choices, str) and self.columns.choices[0].isupper()
+            answer_format = None  # nothing is known of a source without answers
+        self.columns = replace(self.columns, answer_format=answer_format, answers_are_upper=is_upper)
+
+    def answer(self, cell: str, choices: Sequence[str], row_id: str, number: int, answers: str) -> int | None:
+        """The index of the right choice. `answers` is "required" or "optional"."""
+        index = read_answer(cell, choices, self.columns.answer_format or "letter")
+        if index is None and not (answers == "optional" and cell.casefold() in UNKNOWN):
+            self.problems.add("bad_answer" if cell else "no_answer", row_id, number, repr(cell)[:60] if cell else "")
+        elif index is not None and not choices[index]:
+            self.problems.add("bad_answer", row_id, number, f"{cell!r}, which is empty")
+        return index
+
+    def describe(self, num_rows: int) -> str:
+        """One line: how many rows, and which column was taken for what."""
+        left_out = f" ({self.left_out:,} left out by keep_rows)" if self.left_out else ""
+        return f"{self.source.name}: {num_rows:,} rows{left_out}; {self.columns.describe()}"
+
+    def _cell(self, row: dict) -> object:
+        name = self.columns.answer
+        if name is None or name not in row:
+            return None
+        kind = (self.source.features or {}).get(name)
+        if isinstance(kind, datasets.ClassLabel) and isinstance(row[name], int) and 0 <= row[name] < kind.num_classes:
+            return kind.int2str(row[name])
+        return row[name]
+
+    def _checked(self, cell: object, row_id: str, number: int) -> str:
+        """The cell as text that every later stage can hold."""
+        text = _text(cell)
+        if isinstance(cell, list | dict | bytes):
+            self.problems.add("bad_text", row_id, number, f"{text[:40]!r} is a {type(cell).__name__}")
+        elif "\0" in text or not _is_whole(text):
+            self.problems.add("bad_text", row_id, number, repr(text[:40]))
+            text = text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+        return "" if text in self.empty_cells else text
+
+    def _check_texts(self, texts: dict, choices: list[str], number: int) -> None:
+        row_id = texts["id"]
+        add = self.problems.add
         if not row_id:
-            problems.add(f"`{columns.id}` is empty", "(empty)")
-        if not _text(row[columns.question]):
-            problems.add(f"`{columns.question}` is empty", row_id)
-        answer, problem = _read_answer(row.get(columns.answer), columns, len(choices), answers)
-        if problem:
-            problems.add(problem, f"{row_id} ({_text(row.get(columns.answer))!r})")
-        texts["id"].append(row_id)
-        texts["question"].append(_text(row[columns.question]))
-        texts["choices"].append(choices)
-        texts["answer"].append(answer)
-    for row_id, count in Counter(texts["id"]).items():
-        if count > 1:
-            problems.add(f"duplicate `{columns.id}`", row_id or "(empty)")
-    return texts
+            add("empty_id", row_id, number)
+        elif row_id in self._seen:
+            add("duplicate_id", row_id, number)
+        elif not _is_whole(row_id) or "\0" in row_id:
+            add("bad_text", repr(row_id)[:60], number, "the id")
+            texts["id"] = row_id.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+        self._seen.add(row_id)
+        if not texts["question"]:
+            add("empty_question", row_id, number)
+        if len(choices) < 2:
+            add("few_choices", row_id, number)
+        elif len(choices) > len(LETTERS):
+            add("many_choices", row_id, number, str(len(choices)))
+        elif len(set(choices)) == 1:
+            add("same_choices", row_id, number)
+        elif len(set(choices)) < len(choices):
+            add("equal_choices", row_id, number)
+        if "" in choices:
+            add("empty_choice", row_id, number)
+        if len(texts["question"]) + len(texts["context"]) + sum(map(len, choices)) > _LONG_TEXT:
+            add("long_text", row_id, number)
 
+    def _pictures(self, row: dict, folder: str | None, row_id: str, number: int) -> list[dict]:
+        """{bytes, path} of every picture that the row names; a path that leads out of the root is a problem."""
+        images = []
+        for cell in itertools.chain.from_iterable(_as_list(row[name], or_one=True) for name in self._paths):
+            text = _text(cell)
+            if not text:
+                continue
+            if text.startswith(_BASE64) and len(text) > 200 or text.startswith("data:image/"):
+                images.append({"bytes": _decode_base64(text), "path": None})
+            elif "://" in text[:10]:
+                self.problems.add("picture_address", row_id, number, text[:60])
+            elif "\0" in text or not _is_whole(text):
+                self.problems.add("missing_picture", row_id, number, repr(text)[:60])
+            else:
+                root = self._root_of(folder)
+                path = os.path.abspath(root / text)
+                if not Path(path).is_relative_to(root):
+                    self.problems.add("path_outside", row_id, number, text[:60])
+                images.append({"bytes": None, "path": path})
+        if not images and self._paths:
+            self.problems.add("no_picture", row_id, number)
+        return images
 
-def _read_answer(cell: object, columns: Columns, num_choices: int, answers: str) -> tuple[int | None, str | None]:
-    """The index of the right choice, or what is wrong with the cell. Letters count in either case."""
-    letters = list(LETTERS[:num_choices].lower())
-    answer = _text(cell).lower()
-    if answer in letters:
-        return letters.index(answer), None
-    if not answer and answers == "optional":
-        return None, None
-    return None, f"`{columns.answer}` must be one of {', '.join(letters)}; got another"
-
-
-def _answers_are_upper(rows: datasets.Dataset, columns: Columns) -> bool:
-    """As in the answers, where there are some; else as given; else as in the names of the choice columns."""
-    cells = [_text(cell) for cell in rows[columns.answer]] if columns.answer in rows.column_names else []
-    if any(cells):
-        return any(cell.isupper() for cell in cells)
-    return columns.choices[0].isupper() if columns.answers_are_upper is None else columns.answers_are_upper
+    def _root_of(self, folder: str | None) -> Path:
+        if folder not in self._roots:
+            self._roots[folder] = Path(self.root or folder or ".").resolve()
+        return self._roots[folder]
 
 
 def _text(cell: object) -> str:
-    return "" if cell is None else str(cell).strip()
+    return "" if cell is None or cell != cell else str(cell).strip()  # NaN is not equal to itself
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _is_whole(text: str) -> bool:
+    """Whether the text can be written; JSON may hold half a character ("\\ud800")."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _read_images(
-    rows: datasets.Dataset, column: str, root: Path, ids: Sequence[str], problems: Problems
-) -> datasets.Dataset:
-    """The column `images`: one {bytes, path} a picture, whatever the source holds (paths, bytes, the Image feature)."""
-    if isinstance(rows.features[column], datasets.Image):
-        rows = rows.cast_column(column, datasets.Image(decode=False))
-    cells = rows.select_columns([column])
-    if getattr(rows.features[column], "dtype", None) not in ("string", "large_string"):
-        if not isinstance(rows.features[column], datasets.Image):
-            raise InputError(
-                f"the column {column!r} must hold paths or pictures (the Image feature); got {rows.features[column]}."
-            )
-        features = datasets.Features({"images": FEATURES["images"]})
-        missing = [row_id for row_id, row in zip(ids, cells, strict=True) if row[column] is None]
-        for row_id in missing:
-            problems.add("picture is missing", row_id)
-        empty = {"bytes": None, "path": None}
-        return cells.map(lambda row: {"images": [row[column] or empty]}, remove_columns=[column], features=features)
-    images = []
-    for row_id, cell in zip(ids, cells[column], strict=True):
-        path = Path(os.path.abspath(root / _text(cell)))
-        if not path.is_relative_to(root):
-            problems.add(f"`{column}` leads out of the picture folder (set image_root to allow another)", row_id)
-        images.append([{"bytes": None, "path": str(path)}])
-    return datasets.Dataset.from_dict({"images": images}, features=datasets.Features({"images": FEATURES["images"]}))
+def _as_list(cell: object, or_one: bool = False) -> list | None:
+    """A list, or a text that spells one in JSON or Python, or {"A": ..., "B": ...}; None for anything else, or with
+    `or_one` the cell itself in a list."""
+    if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                cell = read(cell)
+                break
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    if isinstance(cell, dict) and list(map(str.upper, map(str, cell))) == list(LETTERS[: len(cell)]):
+        cell = list(cell.values())
+    if isinstance(cell, list | tuple):
+        return list(cell)
+    return [cell] if or_one else None
 
 
-def find_bad_images(examples: datasets.Dataset, problems: Problems) -> None:
-    """Decode every picture once, on all cores, so that the first bad one does not stop a run hours later."""
-    # Pillow releases the GIL while it decodes, so threads are enough; a bounded window keeps memory flat.
-    with ThreadPoolExecutor() as pool:
-        checks = pool.map(_check_example, _in_chunks(examples, 256))
-        with tqdm(total=len(examples), desc="Checking pictures", disable=None) as bar:
-            for found in checks:
-                for kind, row_id in found:
-                    problems.add(kind, row_id)
-                bar.update(min(256, bar.total - bar.n))
+def _decode_base64(text: str) -> bytes:
+    """The bytes of a picture in base64; empty when it is none, which is found when the picture is opened."""
+    try:
+        return base64.b64decode(text.partition("base64,")[2] or text, validate=True)
+    except ValueError:
+        return b""
 
 
-def _in_chunks(examples: datasets.Dataset, size: int) -> Iterator[tuple[datasets.Dataset, int, int]]:
-    for start in range(0, len(examples), size):
-        yield examples, start, min(start + size, len(examples))
+def _holds_pictures(features: datasets.Features | None, name: str) -> bool:
+    """Whether the column holds pictures themselves, and not paths."""
+    kind = (features or {}).get(name)
+    inner = getattr(kind, "feature", kind)  # of a list
+    is_binary = getattr(inner, "dtype", None) in ("binary", "large_binary")
+    is_struct = isinstance(inner, Mapping) and {"bytes", "path"} <= inner.keys()
+    return isinstance(inner, datasets.Image) or is_binary or is_struct
 
 
-def _check_example(chunk: tuple[datasets.Dataset, int, int]) -> list[tuple[str, str]]:
-    examples, start, stop = chunk
-    found = []
-    for i in range(start, stop):
-        row = examples[i]
-        for image in row["images"]:
-            problem = image_problem(image)
-            if problem:
-                found.append((problem, row["id"]))
-    return found
+def _pictures_inside(table: datasets.Dataset, names: Sequence[str]) -> datasets.Dataset:
+    """The column `images` from columns that hold pictures themselves. Bytes are not copied where every row has one
+    picture; else `datasets` writes the lists to its cache, so that they are not held in memory either."""
+    features = datasets.Features({"images": FEATURES["images"]})
+    column = table.data.column(names[0])
+    if len(names) == 1 and table._indices is None and _is_one_picture_a_row(column):
+        storage = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        chunks = [
+            pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk.cast(storage))
+            for chunk in column.chunks
+        ]
+        lists = pa.table({"images": pa.chunked_array(chunks, type=pa.list_(storage))})
+        return datasets.Dataset(datasets.table.InMemoryTable(lists.cast(features.arrow_schema)))
+    return table.select_columns(list(names)).map(
+        lambda row: {"images": [picture for name in names for picture in _pictures_of(row[name])]},
+        remove_columns=list(names),
+        features=features,
+        desc="Collecting pictures",
+    )
+
+
+def _is_one_picture_a_row(column: pa.ChunkedArray) -> bool:
+    is_struct = pa.types.is_struct(column.type) and {field.name for field in column.type} == {"bytes", "path"}
+    return is_struct and column.null_count == 0 and all(_count_pictures(chunk).all() for chunk in column.chunks)
+
+
+def _count_pictures(chunk: pa.StructArray) -> np.ndarray:
+    """1 for every struct that holds a picture; looks at validity only, not at bytes."""
+    has = [chunk.field(name).is_valid().to_numpy(zero_copy_only=False) for name in ("bytes", "path")]
+    return (has[0] | has[1]) & chunk.is_valid().to_numpy(zero_copy_only=False)
+
+
+def _pictures_of(cell: Any) -> list[dict]:
+    """{bytes, path} of what one cell of a picture column holds."""
+    if isinstance(cell, list):
+        return [picture for item in cell for picture in _pictures_of(item)]
+    if isinstance(cell, bytes):
+        return [{"bytes": cell, "path": None}]
+    if cell is None or (cell.get("bytes") is None and cell.get("path") is None):
+        return []
+    return [{"bytes": cell["bytes"], "path": cell["path"]}]

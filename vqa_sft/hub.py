@@ -42,11 +42,15 @@ def _card_text(folder: Path, run: dict[str, Any], metrics: dict[str, float], is_
         loading = f'base = AutoModelForImageTextToText.from_pretrained("{base}")'
         loading += "\nmodel = PeftModel.from_pretrained(base, folder)"
     imports = "from peft import PeftModel\n" * is_adapter
+    sources = recipe["train_data"] if isinstance(recipe["train_data"], list) else [recipe["train_data"]]
+    num_rows = run["num_rows"]["train"]
+    trained_on = f"{'a stream of' if num_rows is None else num_rows} rows of `{', '.join(sources)}`"
+    of_types = "".join(f"\nFor {kind} questions: `{text!r}`.\n" for kind, text in run["prompts"]["types"].items())
     rows = "\n".join(f"| {key} | {metrics[key]:.4f} |" for key in ("accuracy", "nll", "ece") if key in metrics)
     return f"""# {name}
 
 `{base}`, fine-tuned with vqa-sft to answer multiple-choice questions about pictures
-by the letter of the right choice. Trained on {run["num_rows"].get("train", "?")} rows of `{recipe["train_data"]}`.
+by the letter of the right choice. Trained on {trained_on}.
 
 ## Validation
 
@@ -71,7 +75,7 @@ processor = AutoProcessor.from_pretrained(folder)
 System: `{run["prompts"]["system"]}`
 
 User, after the picture: `{run["prompts"]["user"]!r}`, each choice as `{run["prompts"]["choice"]!r}`.
-
+{of_types}
 ## Recipe
 
 ```yaml

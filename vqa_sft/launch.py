@@ -1,10 +1,11 @@
 """How this process was launched, and on which device it loads."""
 
 import os
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 
 from vqa_sft.errors import InputError
 
@@ -37,6 +38,13 @@ def device_map() -> dict[str, int] | None:
     if state.device.type != "cuda" or sharded:
         return None
     return {"": state.local_process_index}
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value, in every process; waits for it."""
+    values = [value]
+    broadcast_object_list(values, from_process=0)
+    return values[0]
 
 
 def leave() -> None:

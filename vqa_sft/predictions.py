@@ -1,24 +1,34 @@
 """The prediction file and the submission file. No torch.
 
 A prediction file is Parquet: `id`, `choice_logits` (log-probabilities of the row's own choices, dataset order, ragged,
-no -inf) and `answer` (null where unknown), in the row order of the data. Its metadata say what made it.
+no -inf), `answer` (null where unknown) and `blanked` (answered without a picture that could not be used), in the row
+order of the data. Its metadata say what made it.
 """
 
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vqa_sft.data import Columns, read_csv
+from vqa_sft.answers import write_answer
+from vqa_sft.columns import Columns
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.mcq import LETTERS
+from vqa_sft.sources import open_source
 
-SCHEMA = pa.schema([("id", pa.string()), ("choice_logits", pa.list_(pa.float32())), ("answer", pa.int64())])
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("choice_logits", pa.list_(pa.float32())),
+        ("answer", pa.int64()),
+        ("blanked", pa.bool_()),
+    ]
+)
 METADATA_KEY = b"vqa_sft"
 
 
@@ -30,6 +40,7 @@ class Predictions:
     choice_logits: list[list[float]]
     answers: list[int | None]
     metadata: dict = field(default_factory=dict)
+    blanked: list[bool] = field(default_factory=list)  # empty: none
 
     @property
     def best(self) -> list[int]:
@@ -39,7 +50,8 @@ class Predictions:
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
     """Write `predictions` whole or not at all."""
-    columns = [predictions.ids, predictions.choice_logits, predictions.answers]
+    blanked = predictions.blanked or [False] * len(predictions.ids)
+    columns = [predictions.ids, predictions.choice_logits, predictions.answers, blanked]
     table = pa.Table.from_arrays([pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA)
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(predictions.metadata, ensure_ascii=False)})
     path = Path(path)
@@ -59,10 +71,11 @@ def read_predictions(path: str | Path) -> Predictions:
         metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).") from error
-    predictions = Predictions(*columns, metadata=metadata)
+    ids, choice_logits, answers, blanked = columns
+    predictions = Predictions(ids, choice_logits, answers, metadata, blanked)
     bad = [
         row_id
-        for row_id, logits, answer in zip(*columns, strict=True)
+        for row_id, logits, answer in zip(ids, choice_logits, answers, strict=True)
         if not logits or not np.isfinite(logits).all() or not (answer is None or 0 <= answer < len(logits))
     ]
     if bad or not predictions.ids:
@@ -70,33 +83,35 @@ def read_predictions(path: str | Path) -> Predictions:
     return predictions
 
 
-def write_submission(path: str | Path, predictions: Predictions, columns: Columns) -> None:
-    """A CSV of id and answer letter, in the names and the letter case of the data itself."""
-    letters = LETTERS if columns.answers_are_upper else LETTERS.lower()
+def write_submission(
+    path: str | Path, predictions: Predictions, columns: Columns, choices: Sequence[Sequence[str]]
+) -> None:
+    """A CSV of id and answer, in the names and the answer format of the data; `choices` are those of each row."""
+    best = zip(predictions.best, choices, strict=True)
+    answers = [write_answer(i, texts, columns.answer_format, columns.answers_are_upper) for i, texts in best]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".part")
     with unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([columns.id, columns.answer])
-        writer.writerows(zip(predictions.ids, (letters[choice] for choice in predictions.best), strict=True))
+        writer.writerows(zip(predictions.ids, answers, strict=True))
     unfinished.replace(path)
 
 
 def read_answers(path: str | Path) -> dict[str, int]:
     """Ids and answer indices of a CSV with columns `id` and `answer` (letters)."""
-    if not Path(path).is_file():
-        raise InputError(f"no such file: {path}.")
-    table = read_csv(Path(path))
-    if not {"id", "answer"} <= set(table.columns):
-        raise InputError(f"{path} must have the columns id and answer; found: {', '.join(table.columns)}.")
-    answers = dict(zip(table["id"].str.strip(), table["answer"].str.strip().str.upper(), strict=True))
-    if len(answers) < len(table):
-        raise InputError(f"{path} has ids more than once: {len(table)} rows, {len(answers)} ids.")
-    bad = [row_id for row_id, answer in answers.items() if len(answer) != 1 or answer not in LETTERS]
+    opened = open_source(str(path))
+    if not {"id", "answer"} <= set(opened.columns):
+        raise InputError(f"{path} must have the columns id and answer; found: {', '.join(opened.columns)}.")
+    rows = [(str(row["id"]).strip(), str(row["answer"]).strip().upper()) for _, row in opened.rows()]
+    answers = dict(rows)
+    if len(answers) < len(rows):
+        raise InputError(f"{path} has ids more than once: {len(rows)} rows, {len(answers)} ids.")
+    bad = [row_id for row_id, answer in rows if len(answer) != 1 or answer not in LETTERS]
     if bad:
-        raise InputError(f"{path}: `answer` is no letter in {name_rows(bad, len(answers))}.")
-    return {row_id: LETTERS.index(answer) for row_id, answer in answers.items()}
+        raise InputError(f"{path}: `answer` is no letter in {name_rows(bad, len(rows))}.")
+    return {row_id: LETTERS.index(answer) for row_id, answer in rows}
 
 
 def with_answers(predictions: Predictions, answers: dict[str, int]) -> Predictions:
@@ -112,4 +127,4 @@ def with_answers(predictions: Predictions, answers: dict[str, int]) -> Predictio
     ]
     if beyond:
         raise InputError(f"the answer is none of the row's choices in {name_rows(beyond, len(predictions.ids))}.")
-    return Predictions(predictions.ids, predictions.choice_logits, list(matched), predictions.metadata)
+    return replace(predictions, answers=list(matched))

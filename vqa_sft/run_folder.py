@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from vqa_sft.checkpoints import last_whole_checkpoint, remove_broken_checkpoints
-from vqa_sft.data import Columns
+from vqa_sft.columns import Columns
 from vqa_sft.errors import InputError
 from vqa_sft.prompts import Prompts
 
@@ -127,7 +127,7 @@ def describe(
     num_letters: int,
     prompts: Prompts,
     columns: Columns,
-    num_rows: dict[str, int],
+    num_rows: dict[str, int | None],
     num_processes: int,
 ) -> None:
     """Write run.json."""
@@ -161,8 +161,9 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         Prompts(**run["prompts"])
-        if not (isinstance(run["num_letters"], int) and len(Columns(**run["columns"]).choices) >= 2):
-            raise ValueError("num_letters or columns")
+        Columns(**run["columns"])
+        if not isinstance(run["num_letters"], int):
+            raise ValueError("num_letters")
         run["recipe"]["model_name_or_path"]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Train the run again.") from error

@@ -1,0 +1,93 @@
+"""Whatever a table holds, the loader gives canonical rows or an error with a name."""
+
+import csv
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from vqa_sft.columns import USUAL_NAMES
+from vqa_sft.data import FEATURES, load_examples, read_examples
+from vqa_sft.errors import InputError
+from vqa_sft.mcq import LETTERS
+from vqa_sft.question_types import TYPES
+
+NAMES = st.sampled_from(
+    [name for usual in USUAL_NAMES.values() for name in usual] + [*"abcdABC", "choice_1", "choice_2"]
+)
+WORDS = st.sampled_from(
+    ["", "a", "B", "0", "2", "cat", "[1, 2]", '["x", "y"]', "../x", "/x.png", "=1+1", "<b>", "예", "\0"]
+)
+TEXTS = WORDS | st.text(max_size=30)
+VALUES = st.recursive(
+    TEXTS | st.none() | st.booleans() | st.integers() | st.floats(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from("ABc"), inner, max_size=3),
+    max_leaves=6,
+)
+# Mostly rows as users have them, so that not every table stops at its columns and many rows are good.
+PLAIN = st.text("abcXYZ예 ?", min_size=3, max_size=9).map(lambda text: f"x{text}")
+MOSTLY = PLAIN | PLAIN | PLAIN | PLAIN | TEXTS
+USUAL = {"id": st.uuids().map(str) | TEXTS, "path": MOSTLY, "question": MOSTLY, "a": MOSTLY, "b": MOSTLY, "c": MOSTLY}
+USUAL |= {"answer": st.sampled_from("abcABC") | st.sampled_from("abcABC") | TEXTS}
+ODD = {name: VALUES for name in ("id", "image", "question", "choices", "answer", "hint")}
+TABLES = st.one_of(
+    st.lists(st.fixed_dictionaries(USUAL), min_size=1, max_size=8),
+    st.lists(st.fixed_dictionaries(ODD), min_size=1, max_size=8),
+    st.lists(st.dictionaries(NAMES | TEXTS, VALUES, max_size=8), max_size=5),
+)
+OPTIONS = {"answers": st.sampled_from(["required", "optional"]), "limit": st.none() | st.integers(1, 4)}
+QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path
+
+
+def check_that_it_is_canonical_or_named(source, folder, options):
+    try:
+        loaded = read_examples(str(source), **options)
+    except InputError as error:
+        assert len(str(error)) > 20
+        return
+    bad = set(loaded.problems.bad_rows())
+    assert loaded.examples.features == FEATURES and len(loaded.examples) == len(loaded.numbers) > 0
+    for number, row in zip(loaded.numbers, loaded.examples, strict=True):
+        assert row["question_type"] in TYPES and row["context"] is not None
+        if number in bad:
+            continue
+        assert row["id"] and row["question"] and 2 <= len(row["choices"]) <= len(LETTERS)
+        assert row["answer"] is None or row["choices"][row["answer"]]
+        assert row["answer"] is not None or options["answers"] == "optional"
+        assert all(image["bytes"] is not None or image["path"].startswith(str(folder)) for image in row["images"])
+    if bad:
+        with pytest.raises(InputError, match="has rows that cannot be used"):
+            load_examples(str(source), **options)
+
+
+@QUICK
+@given(table=TABLES, options=st.fixed_dictionaries(OPTIONS))
+def test_random_json_lines(folder, table, options):
+    source = folder / "rows.jsonl"
+    source.write_text("\n".join(json.dumps(row) for row in table), encoding="utf-8")
+    check_that_it_is_canonical_or_named(source, folder, options)
+
+
+@QUICK
+@given(table=TABLES, options=st.fixed_dictionaries(OPTIONS), separator=st.sampled_from(",;\t"))
+def test_random_csv_files(folder, table, options, separator):
+    source = folder / "rows.csv"
+    names = list(dict.fromkeys(name for row in table for name in row))
+    with source.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        writer = csv.writer(file, delimiter=separator)
+        writer.writerow(names)
+        writer.writerows([row.get(name) for name in names] for row in table)
+    check_that_it_is_canonical_or_named(source, folder, options)
+
+
+@QUICK
+@given(content=st.binary(max_size=300), suffix=st.sampled_from([".csv", ".tsv", ".jsonl", ".json", ".parquet"]))
+def test_random_bytes_of_any_name(folder, content, suffix):
+    source = folder / f"rows{suffix}"
+    source.write_bytes(content)
+    check_that_it_is_canonical_or_named(source, folder, {"answers": "required"})

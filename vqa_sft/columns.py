@@ -1,0 +1,194 @@
+"""Where a source keeps what we need: columns found by their usual names, or as the recipe says. No torch."""
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vqa_sft.errors import InputError
+from vqa_sft.mcq import LETTERS
+
+# Compared without case, spaces, "_" and "-"; the first that a source has is taken.
+USUAL_NAMES = {
+    "id": ("id", "question_id", "qid", "sample_id", "example_id", "row_id", "uid", "index", "idx", "번호"),
+    "image": (
+        *("path", "image", "image_path", "img", "img_path", "images", "file_name", "file", "image_file", "picture"),
+        *("photo", "이미지"),
+    ),
+    "question": ("question", "query", "question_text", "q", "prompt", "질문"),
+    "choices": ("choices", "options", "candidates", "answer_choices", "multiple_choices", "보기", "선택지"),
+    "answer": (
+        *("answer", "label", "gt", "ground_truth", "target", "correct_answer", "correct_choice", "correct_option"),
+        *("correct", "answer_idx", "answer_index", "correct_idx", "correct_index", "correct_choice_idx", "정답"),
+    ),
+    "context": ("context", "hint", "passage", "지문"),
+}
+# What stands before the letter or the number in choice_a, option1, ...
+CHOICE_PREFIXES = ("option", "opt", "choice", "candidate", "answer", "보기", "선택지")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one source. `choices` is the name of a list column, or one name a choice.
+
+    `id` None: rows are named by their number. `image` (): no pictures. `answer_format` and `answers_are_upper` say how
+    the source writes its answers, so that a submission can write them the same.
+    """
+
+    id: str | None
+    image: tuple[str, ...]
+    question: str
+    choices: str | tuple[str, ...]
+    answer: str | None
+    context: str | None = None
+    answer_format: str | None = None
+    answers_are_upper: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("image", "choices"):  # JSON knows lists only
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def names(self) -> list[str]:
+        """Every column that is read."""
+        choices = [self.choices] if isinstance(self.choices, str) else [*self.choices]
+        named = [self.id, *self.image, self.question, *choices, self.answer, self.context]
+        return [name for name in named if name is not None]
+
+    def describe(self) -> str:
+        """One line for the user: which column was taken for what."""
+        choices = self.choices if isinstance(self.choices, str) else f"{self.choices[0]} to {self.choices[-1]}"
+        parts = {
+            "id": self.id or "(row number)",
+            "pictures": ", ".join(self.image) or "(none)",
+            "question": self.question,
+            "choices": choices,
+            "answer": f"{self.answer} ({self.answer_format})" if self.answer and self.answer_format else self.answer,
+            "context": self.context,
+        }
+        return ", ".join(f"{key}: {value}" for key, value in parts.items() if value)
+
+
+def check_columns(given: Mapping[str, Any]) -> None:
+    """Raises InputError for what cannot stand under `columns` in a recipe."""
+    unknown = [str(key) for key in given if key not in USUAL_NAMES]
+    if unknown:
+        raise InputError(f"columns knows {', '.join(USUAL_NAMES)}; got {', '.join(unknown)}.")
+    for key, value in given.items():
+        names = value if key in ("image", "choices") and isinstance(value, list) else [value]
+        may_be_none = key in ("id", "context", "answer")
+        if not all(isinstance(name, str) and name or (name is None and may_be_none) for name in names):
+            raise InputError(f"columns: `{key}` must name a column of the data; got {value!r}.")
+
+
+def find_columns(names: Sequence[str], given: Mapping[str, Any], answers: str) -> Columns:
+    """The columns of a source with these names: as `given`, the rest found by their usual names.
+
+    `answers` is "required" or "optional". Raises InputError when a column is missing or there are too many choices.
+    """
+    found: dict[str, Any] = {key: _find(names, usual) for key, usual in USUAL_NAMES.items()}
+    found["choices"] = find_choice_columns(names) or found["choices"]
+    found["image"] = (found["image"],) if found["image"] else _numbered(names, ("image", "img", "picture"))
+    found |= given
+    for key in ("image", "choices"):
+        if isinstance(found[key], list):
+            found[key] = tuple(found[key])
+    if isinstance(found["image"], str):
+        found["image"] = (found["image"],)
+    _check_found(names, found, given, answers)
+    return Columns(**found)
+
+
+def _check_found(names: Sequence[str], found: dict[str, Any], given: Mapping[str, Any], answers: str) -> None:
+    missing = [f"{key} (usual names: {', '.join(USUAL_NAMES[key][:4])})" for key in ("question",) if not found[key]]
+    if not found["image"] and "image" not in given:
+        missing.append(f"image (usual names: {', '.join(USUAL_NAMES['image'][:4])}; for none: image: [])")
+    if not found["choices"]:
+        missing.append("choices (usual names: a, b, c, ...; option1, ...; choices)")
+    if not found["answer"] and answers == "required":
+        missing.append(f"answer (usual names: {', '.join(USUAL_NAMES['answer'][:4])})")
+    wanted = [value for value in found.values() if isinstance(value, str)] + [*found["image"]]
+    wanted += [] if isinstance(found["choices"], str | None) else found["choices"]
+    optional = () if answers == "required" else (found["answer"],)
+    missing += [name for name in wanted if name not in names and name not in optional]
+    if missing:
+        raise InputError(
+            f"missing columns: {'; '.join(missing)}. The data has: {', '.join(names) or 'none'}. Rename them, or name "
+            "yours in the recipe: `columns: {question: ..., choices: [...]}`."
+        )
+    if not isinstance(found["choices"], str):
+        if len(found["choices"]) > len(LETTERS):
+            raise InputError(f"at most {len(LETTERS)} choices have letters; got {len(found['choices'])} columns.")
+        if len(found["choices"]) < 2:
+            raise InputError(f"a question needs at least two choices; got the column {found['choices'][0]} alone.")
+    if found["answer"] not in names:  # a test set without answers; the submission still names the column
+        found["answer"] = given.get("answer")
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).casefold()
+
+
+def _find(names: Sequence[str], usual: Sequence[str]) -> str | None:
+    plain = {_plain(name): name for name in reversed(names)}
+    return next((plain[_plain(name)] for name in usual if _plain(name) in plain), None)
+
+
+def find_choice_columns(names: Sequence[str]) -> tuple[str, ...] | None:
+    """The columns a, b, c, ... or A, B, ..., or option1, option2, ..., choice_a, ..., in their order.
+
+    Raises InputError for a run that leaves one out: its answers would count other letters than ours.
+    """
+    for prefix in ("", *CHOICE_PREFIXES):
+        starts = [string.ascii_lowercase, string.ascii_uppercase] if not prefix else [string.ascii_lowercase]
+        for letters in starts:
+            ends = [*letters] if prefix else [*letters[:26]]
+            columns = _run(names, prefix, ends)
+            if columns:
+                return columns
+        if prefix:
+            for first in (0, 1):
+                columns = _run(names, prefix, [str(number) for number in range(first, first + 40)])
+                if columns:
+                    return columns
+    return None
+
+
+def _run(names: Sequence[str], prefix: str, ends: Sequence[str]) -> tuple[str, ...]:
+    """The longest run of columns that starts with the first end: prefix + "a", prefix + "b", ..."""
+    here = {name if not prefix else _plain(name): name for name in reversed(names)}
+    found = []
+    for end in ends:
+        if prefix + end not in here:
+            break
+        found.append(here[prefix + end])
+    if not found or (prefix and len(found) < 2):
+        return ()
+    # "x" or "y" may be anything; "d" after "a, b" is a choice.
+    beyond = [here[prefix + end] for end in ends[len(found) : len(found) + 3] if prefix + end in here]
+    if beyond:
+        raise InputError(
+            f"the choice columns {', '.join([*found, *beyond])} leave one out. Rename them, or name yours in the "
+            "recipe: `columns: {choices: [...]}`."
+        )
+    return tuple(found)
+
+
+def _numbered(names: Sequence[str], prefixes: Sequence[str]) -> tuple[str, ...]:
+    """The columns image_1, image_2, ..."""
+    plain = {_plain(name): name for name in names}
+    for prefix in prefixes:
+        for first in (0, 1):
+            found = []
+            while f"{prefix}{first + len(found)}" in plain:
+                found.append(plain[f"{prefix}{first + len(found)}"])
+            if found:
+                return tuple(found)
+    return ()
+
+
+def as_dict(columns: Columns) -> dict[str, Any]:
+    """For run.json."""
+    return asdict(columns)
