@@ -316,3 +316,46 @@ def test_a_run_is_asked_for_the_choices_and_the_adapter_that_it_was_trained_with
     with pytest.raises(SystemExit):
         predict(run, contest, tmp_path / "out.csv")
     assert "holds no adapter" in capsys.readouterr().err
+
+
+def test_a_stream_trains_like_any_data_and_validates_on_a_file(families, contest, sft, tmp_path):
+    run = sft(
+        families("qwen2_5_vl"), tmp_path / "run", streaming=True, max_steps=4, validation_data=contest / "validation.csv",
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, dataloader_num_workers=2,
+    )  # fmt: skip
+    description = json.loads((run / "run.json").read_text())
+    assert description["num_rows"] == {"train": None, "validation": 8} and description["num_letters"] == 4
+    assert "a stream of rows of" in (run / "README.md").read_text()
+    assert len(predict(run, contest, tmp_path / "out.csv").ids) == 24
+
+
+def test_a_bad_row_of_a_stream_ends_with_its_message_also_from_a_worker(families, contest, sft, tmp_path, capsys):
+    (contest / "images/007.png").write_bytes(b"no picture")
+    for workers in (0, 2):
+        values = {"streaming": True, "max_steps": 8, "dataloader_num_workers": workers}
+        with pytest.raises(SystemExit) as exit:
+            sft(families("qwen2_5_vl"), tmp_path / f"run{workers}", **values)
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and "the picture of row row_007" in error and "Traceback" not in error
+
+
+def test_rows_with_bad_pictures_are_left_out_of_training_where_the_recipe_says_so(families, contest, sft, tmp_path):
+    (contest / "images/003.png").write_bytes(b"no picture")
+    run = sft(families("qwen2_5_vl"), tmp_path / "run", on_bad_image="skip", validation_fraction=0.25, max_steps=1)
+    parts = [line.split(",") for line in (run / "rows.csv").read_text().splitlines()[1:]]
+    assert [row_id for part, row_id in parts if part == "left_out"] == ["row_003"]
+    assert json.loads((run / "run.json").read_text())["num_rows"]["train"] == sum(part == "train" for part, _ in parts)
+
+
+def test_prediction_answers_rows_with_bad_pictures_where_it_is_told_to(families, contest, tmp_path, capsys):
+    whole = predict("none", contest, tmp_path / "whole.csv", "--model", families("qwen2_5_vl"))
+    (contest / "images/003.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit) as exit:
+        predict("none", contest, tmp_path / "out.csv", "--model", families("qwen2_5_vl"))
+    assert exit.value.code == 2 and "the file is no picture that can be read: row row_003" in capsys.readouterr().err
+    arguments = ("--model", families("qwen2_5_vl"), "--on_bad_image", "blank")
+    blanked = predict("none", contest, tmp_path / "out.csv", *arguments)
+    assert [i for i, is_blank in enumerate(blanked.blanked) if is_blank] == [3] and not any(whole.blanked)
+    assert "Guessed without their pictures, which could not be used: row row_003 (1 of 24)" in capsys.readouterr().out
+    for i, (ours, theirs) in enumerate(zip(blanked.choice_logits, whole.choice_logits, strict=True)):
+        assert (ours == pytest.approx(theirs, abs=1e-4)) == (i != 3)
