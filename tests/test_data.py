@@ -119,7 +119,7 @@ def test_warnings_are_collected_and_the_rows_stay(contest):
     loaded = read_examples(str(contest / "train.csv"))
     found = {key: labels for key, _, labels in loaded.problems}
     assert found == {
-        "equal_choices": ["row_000"],
+        "equal_choices": [f"row_000 ({rows[0]['a']!r})"],
         "empty_choice": ["row_001"],
         "no_picture": ["row_002"],
         "long_text": ["row_003"],

@@ -25,6 +25,9 @@ WITHOUT_TORCH = (
     "prompts",
     "metrics",
     "predictions",
+    "check",
+    "fix",
+    "report",
     "config",
     "cli",
 )

@@ -320,8 +320,9 @@ def test_a_run_is_asked_for_the_choices_and_the_adapter_that_it_was_trained_with
 
 def test_a_stream_trains_like_any_data_and_validates_on_a_file(families, contest, sft, tmp_path):
     run = sft(
-        families("qwen2_5_vl"), tmp_path / "run", streaming=True, max_steps=4, validation_data=contest / "validation.csv",
-        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, dataloader_num_workers=2,
+        families("qwen2_5_vl"), tmp_path / "run", streaming=True, max_steps=4, dataloader_num_workers=2,
+        validation_data=contest / "validation.csv", eval_strategy="steps", eval_steps=2, save_strategy="steps",
+        save_steps=2,
     )  # fmt: skip
     description = json.loads((run / "run.json").read_text())
     assert description["num_rows"] == {"train": None, "validation": 8} and description["num_letters"] == 4

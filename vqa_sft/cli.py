@@ -1,17 +1,49 @@
-"""`vqa-sft score | push`: laptop tools, a thin shell over the modules."""
+"""`vqa-sft check | folds | score | push`: laptop tools, a thin shell over the modules."""
 
 import argparse
+import contextlib
+import json
+import sys
+import typing
+import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vqa_sft.errors import InputError, exits_with_message
+from vqa_sft.errors import InputError, exits_with_message, printable
 from vqa_sft.quiet import quiet
+
+if TYPE_CHECKING:
+    from vqa_sft.config import RecipeArguments
+    from vqa_sft.data import Loaded
+    from vqa_sft.folds import Deviation
+    from vqa_sft.problems import Problems
+
+# Options of SOURCE that a recipe has under the same names; a data file has only these.
+SOURCE_OPTIONS = (
+    "train_split",
+    "data_config",
+    "image_root",
+    "columns",
+    "answer_format",
+    "encoding",
+    "limit",
+    "duplicate_distance",
+)
+FOLDS_START = b'"id","fold"'  # how a folds file begins
+MAX_COMPARED = 20_000  # rows for which scikit-learn's folds are made too; it needs seconds
+JSON_START = '{\n "clean"'  # how a report begins
 
 
 @exits_with_message
 def main() -> None:
     quiet()
-    parser = argparse.ArgumentParser(prog="vqa-sft", description="Score prediction files; push runs to the Hub.")
+    parser = argparse.ArgumentParser(
+        prog="vqa-sft", description="Check data, make folds, score prediction files, push runs to the Hub."
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
+    _add_check(commands)
+    _add_folds(commands)
 
     score = commands.add_parser("score", help="accuracy, NLL and ECE of prediction files, as a table")
     score.add_argument("predictions", nargs="+", help="FILE.parquet or NAME=FILE.parquet")
@@ -24,8 +56,255 @@ def main() -> None:
     push.add_argument("--private", action="store_true", default=None)
     push.set_defaults(run=lambda args: print(_push(args)))
 
-    args = parser.parse_args()
+    args, args.rest = parser.parse_known_args()
+    if args.rest and not hasattr(args, "source"):
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     args.run(args)
+
+
+def _add_check(commands: Any) -> None:
+    check = commands.add_parser(
+        "check",
+        allow_abbrev=False,
+        help="read every row and every picture, and say what is there and what is wrong",
+        description="Read every row and every picture, and say what is there and what is wrong with it. Exit code: 0 "
+        "no errors, 1 rows with errors, 2 nothing could be read.",
+    )
+    _add_source(check)
+    check.add_argument("--test", metavar="FILE", help="also check a test set, and whether training has its pictures")
+    check.add_argument("--fix", metavar="OUT", help="write a copy of the training rows that can be used")
+    check.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to a file, or in place of the table")
+    check.add_argument("--html", metavar="OUT", help="write a page with plots and sample rows")
+    check.add_argument("--max-length", type=int, metavar="N", help="say what share of the prompts N tokens would cut")
+    check.set_defaults(run=_check)
+
+
+def _add_folds(commands: Any) -> None:
+    folds = commands.add_parser(
+        "folds",
+        allow_abbrev=False,
+        help="split rows into folds that share no picture",
+        description="Split rows into folds, balanced by answer, question type and number of choices. Rows with the "
+        "same or nearly the same picture stay together.",
+    )
+    _add_source(folds)
+    how = folds.add_mutually_exclusive_group(required=True)
+    how.add_argument("--num-folds", type=int, metavar="N")
+    how.add_argument("--holdout", type=float, metavar="SHARE", help="one split: fold 0 is held out, the rest is -1")
+    folds.add_argument("--output", required=True, metavar="FILE", help="CSV of id and fold")
+    folds.add_argument("--seed", type=int, help="default: the recipe's, else 42")
+    folds.add_argument("--overwrite", action="store_true", help="replace another FILE")
+    folds.set_defaults(run=_folds)
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a recipe (its fields may follow as --key value), a data file, a glob, a saved or Hub dataset",
+    )
+    parser.add_argument("--split", dest="train_split", help="split of a Hub dataset (default: train)")
+    parser.add_argument("--data-config", help="configuration of a Hub dataset")
+    parser.add_argument("--image-root", metavar="FOLDER", help="folder that picture paths are relative to")
+    parser.add_argument("--columns", help="as in a recipe: '{id: key, image: photo}'; default: found")
+    parser.add_argument("--answer-format", help="letter, index_from_0, index_from_1 or text; default: inferred")
+    parser.add_argument("--encoding", help="of text files; default: detected")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N rows only")
+    parser.add_argument(
+        "--distance",
+        dest="duplicate_distance",
+        metavar="BITS",
+        help="by which the hashes of nearly the same pictures may differ; null: equal files only",
+    )
+
+
+def _arguments(args: argparse.Namespace) -> "tuple[RecipeArguments, dict[str, Any]]":
+    """The fields of the recipe (or what a data file makes of them) and its values, which a data file has not."""
+    from vqa_sft.config import RecipeArguments, read_recipe
+    from vqa_sft.fields import checked, from_tokens
+
+    given = {name: str(getattr(args, name)) for name in SOURCE_OPTIONS if getattr(args, name, None) is not None}
+    if Path(args.source).suffix in (".yaml", ".yml"):
+        overrides = [f"--{name}={value}" for name, value in given.items()]
+        recipe = read_recipe(["--config", args.source, *overrides, *args.rest])
+        return recipe.arguments, recipe.values
+    if args.rest:
+        raise InputError(f"{printable(args.rest[0])} is no option for a data file; only a recipe has more fields.")
+    known = {name: (hint, None) for name, hint in typing.get_type_hints(RecipeArguments).items()}
+    values = {name: checked(name, from_tokens(name, [value], known), known) for name, value in given.items()}
+    return RecipeArguments(train_data=args.source, **values), {}
+
+
+def _check(args: argparse.Namespace) -> None:
+    from vqa_sft.check import as_dict, check
+    from vqa_sft.fix import check_copy
+    from vqa_sft.report import describe, write_page
+
+    with contextlib.redirect_stdout(sys.stderr):  # where libraries may say what they like
+        arguments, values = _arguments(args)
+        _check_outputs(args)
+        if args.fix:
+            if arguments.limit:
+                raise InputError("--fix copies the whole file, and limit checks its first rows only. Give one of them.")
+            check_copy(args.fix, arguments.train_data, arguments.image_root)
+        data = _read_data(arguments, args.test)
+        processor, tokens_note = _load_processor(arguments, values)
+        how = {"distance": arguments.duplicate_distance, "prompts": arguments.prompts, "max_length": args.max_length}
+        reports = check(data, processor=processor, tokens_note=tokens_note, **how)
+    # ASCII, for a terminal obeys some characters that JSON leaves as they are.
+    text = json.dumps(as_dict(reports), indent=1)
+    if args.json not in (None, "-"):
+        Path(args.json).write_text(text + "\n", encoding="utf-8")
+    print(text if args.json == "-" else describe(reports))
+    if args.html:
+        write_page(args.html, reports)
+    if args.fix:
+        print(_fix(args.fix, arguments, data[0][1].problems), file=sys.stderr if args.json == "-" else sys.stdout)
+    sys.exit(int(any(report.num_bad for report in reports)))
+
+
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Raises InputError, before everything is read, where the JSON or the page cannot be written."""
+    from vqa_sft.report import PAGE_START
+
+    for name, suffix, start in (("json", ".json", JSON_START), ("html", ".html", PAGE_START)):
+        if getattr(args, name) in (None, "-"):
+            continue
+        path = Path(getattr(args, name))
+        if path.suffix.lower() != suffix:
+            raise InputError(f"--{name} writes a {suffix} file; got {path}.")
+        if not path.parent.is_dir():
+            raise InputError(f"there is no folder {path.parent} to write {path.name} into.")
+        if path.exists() and not path.read_bytes().startswith(start.encode()):
+            raise InputError(f"{path} exists and is no report of `vqa-sft check`. Name another file.")
+
+
+def _read_data(arguments: "RecipeArguments", test: str | None = None) -> "list[tuple[str, Loaded]]":
+    """(role, rows) of the training, the validation and the test data; only texts are read."""
+    from vqa_sft.check import TEST, TRAINING, VALIDATION
+    from vqa_sft.data import read_examples
+
+    if arguments.streaming:
+        raise InputError(
+            "the recipe streams its rows, and they are only checked as a whole. Give --streaming false (a Hub dataset "
+            "is then downloaded), or a part of it: --streaming false --split 'train[:1000]'."
+        )
+    options = arguments.data_options
+    rows = read_examples(arguments.train_data, split=arguments.train_split, limit=arguments.limit, **options)
+    data = [(TRAINING, rows)]
+    # Few rows may not tell how their answers are written; the training rows have told.
+    options["answer_format"] = rows.columns.answer_format
+    if arguments.validation_data:
+        options["limit"] = arguments.limit
+        data.append((VALIDATION, read_examples(arguments.validation_data, split=arguments.validation_split, **options)))
+    if test:
+        # Test pictures lie where the test data say, not where training did.
+        options |= {"image_root": None, "limit": None}
+        data.append((TEST, read_examples(test, split="test", answers="optional", **options)))
+    return data
+
+
+def _load_processor(arguments: "RecipeArguments", values: dict[str, Any]) -> tuple[Any, str]:
+    """The processor of the recipe's model, or None and why there is none."""
+    if not values:
+        return None, "a data file names no model; check a recipe."
+    from vqa_sft.model import load_processor
+
+    try:
+        processor = load_processor(
+            values["model_name_or_path"],
+            min_pixels=arguments.min_pixels,
+            max_pixels=arguments.max_pixels,
+            revision=values.get("model_revision", "main"),
+            trust_remote_code=values.get("trust_remote_code", False),
+        )
+    except InputError as error:
+        return None, str(error)
+    return processor, ""
+
+
+def _fix(path: str, arguments: "RecipeArguments", problems: "Problems") -> str:
+    """Write the copy; returns what was left out."""
+    from vqa_sft.fix import describe_copy, write_copy
+    from vqa_sft.sources import open_source
+
+    options = {"config": arguments.data_config, "encoding": arguments.encoding}
+    source = open_source(arguments.train_data, split=arguments.train_split, **options)
+    num_rows = write_copy(path, source, problems.bad_rows())
+    return describe_copy(path, num_rows, arguments.train_data, arguments.image_root, problems)
+
+
+def _folds(args: argparse.Namespace) -> None:
+    from vqa_sft.duplicates import row_groups
+    from vqa_sft.folds import hold_out_rows, make_folds, max_deviation
+    from vqa_sft.report import describe_folds, printable_line
+    from vqa_sft.scan import scan_pictures
+    from vqa_sft.split import strata_of
+
+    arguments, values = _arguments(args)
+    _check_folds_file(args.output)
+    seed = args.seed if args.seed is not None else values.get("seed", 42)
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed must be between 0 and {2**32 - 1}; got {seed}.")
+    ((_, loaded),) = _read_data(replace(arguments, validation_data=None))
+    for note in loaded.notes:
+        print(printable_line(note))
+    loaded.problems.raise_if_any(loaded.name)
+    scan = scan_pictures(loaded.examples)
+    scan.add_problems(loaded.problems, loaded.examples["id"], loaded.numbers)
+    if arguments.on_bad_image == "error":
+        loaded.problems.raise_if_any(loaded.name)
+    groups, strata = row_groups(scan, arguments.duplicate_distance), strata_of(loaded.examples)
+    if args.holdout is None:
+        folds, shares = make_folds(strata, groups, args.num_folds, seed), [1 / args.num_folds] * args.num_folds
+        deviation, plain = max_deviation(strata, folds, shares), _plain_deviation(strata, groups, args.num_folds, seed)
+    else:
+        folds = [0 if held_out else -1 for held_out in hold_out_rows(strata, groups, args.holdout, seed)]
+        deviation, plain = max_deviation(strata, folds, [args.holdout, 1 - args.holdout]), None
+    _write_folds(args.output, loaded.examples["id"][:], folds, args.overwrite)
+    print(describe_folds(folds, groups, deviation, plain))
+    print(f"\nWrote {args.output}. To train without fold 0 and validate on it:\n  folds_file: {args.output}\n  fold: 0")
+
+
+def _plain_deviation(strata: list[tuple], groups: list[int], num_folds: int, seed: int) -> "Deviation | None":
+    """That of scikit-learn's folds, where they can be made and take no time."""
+    if len(strata) > MAX_COMPARED:
+        return None
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    from vqa_sft.folds import max_deviation
+
+    numbers: dict[tuple, int] = {}
+    labels = [numbers.setdefault(stratum, len(numbers)) for stratum in strata]
+    folds = [0] * len(strata)
+    splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # strata with fewer rows than folds
+            for fold, (_, rows) in enumerate(splitter.split(labels, labels, groups)):
+                for row in rows:
+                    folds[row] = fold
+    except ValueError:  # no stratum has as many rows as there are folds
+        return None
+    return max_deviation(strata, folds, [1 / num_folds] * num_folds)
+
+
+def _check_folds_file(path: str) -> None:
+    """Raises InputError for what cannot be, or must not be, written."""
+    if Path(path).suffix.lower() != ".csv":
+        raise InputError(f"folds are written as .csv; got --output {path}.")
+    if Path(path).exists() and not Path(path).read_bytes().startswith(FOLDS_START):
+        raise InputError(f"{path} exists and is no file of `vqa-sft folds`. Name another file.")
+
+
+def _write_folds(path: str, ids: list[str], folds: list[int], overwrite: bool) -> None:
+    from vqa_sft.folds import write_folds
+
+    new = Path(path).with_name(Path(path).name + ".new")
+    write_folds(new, ids, folds)
+    if Path(path).exists() and not overwrite and Path(path).read_bytes() != new.read_bytes():
+        new.unlink()
+        raise InputError(f"{path} holds other folds, which runs may rely on. Name another file, or give --overwrite.")
+    new.replace(path)
 
 
 def _push(args: argparse.Namespace) -> str:

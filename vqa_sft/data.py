@@ -335,7 +335,7 @@ class RowReader:
         elif len(set(choices)) == 1:
             add("same_choices", row_id, number)
         elif len(set(choices)) < len(choices):
-            add("equal_choices", row_id, number)
+            add("equal_choices", row_id, number, repr(max(choices, key=choices.count))[:60])
         if "" in choices:
             add("empty_choice", row_id, number)
         if len(texts["question"]) + len(texts["context"]) + sum(map(len, choices)) > _LONG_TEXT:
@@ -343,11 +343,12 @@ class RowReader:
 
     def _pictures(self, row: dict, folder: str | None, row_id: str, number: int) -> list[dict]:
         """{bytes, path} of every picture that the row names; a path that leads out of the root is a problem."""
-        images = []
+        images, num_named = [], 0
         for cell in itertools.chain.from_iterable(_as_list(row[name], or_one=True) for name in self._paths):
             text = _text(cell)
             if not text:
                 continue
+            num_named += 1
             if text.startswith(_BASE64) and len(text) > 200 or text.startswith("data:image/"):
                 images.append({"bytes": _decode_base64(text), "path": None})
             elif "://" in text[:10]:
@@ -357,10 +358,11 @@ class RowReader:
             else:
                 root = self._root_of(folder)
                 path = os.path.abspath(root / text)
-                if not Path(path).is_relative_to(root):
+                if Path(path).is_relative_to(root):
+                    images.append({"bytes": None, "path": path})
+                else:  # nobody opens it
                     self.problems.add("path_outside", row_id, number, text[:60])
-                images.append({"bytes": None, "path": path})
-        if not images and self._paths:
+        if not num_named and self._paths:
             self.problems.add("no_picture", row_id, number)
         return images
 

@@ -58,7 +58,7 @@ KINDS = {
     "tiny_picture": Kind("warning", "the picture is smaller than 28 pixels", "The model may see nothing on it."),
     # Between rows
     "answers_differ": Kind("warning", "the same picture and question with another answer", "One of them is wrong."),
-    "in_training": Kind("warning", "the test picture stands in the training set", "Its score will be too good."),
+    "in_training": Kind("warning", "the picture also stands in the training set", "Its score will be too good."),
     "near_training": Kind("warning", "nearly the same picture stands in the training set", "Look at the pair."),
 }
 
