@@ -1,5 +1,7 @@
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 from vqa_sft.config import read_recipe
@@ -29,6 +31,18 @@ def test_every_launch_line_of_the_readme_names_real_files_and_parses():
         assert words[2] == "--config_file" and (ROOT / words[3]).is_file() and (ROOT / words[4]).is_file()
         if words[4] == "recipes/sft.py":
             assert read_recipe([str(ROOT / word) if word.startswith("recipes/") else word for word in words[5:]])
+
+
+def test_every_command_of_ours_in_the_readme_exists():
+    ours = [words for words in commands() if words[0] == "vqa-sft"]
+    assert ours
+    for words in ours:
+        shown = subprocess.run(
+            [sys.executable, "-m", "vqa_sft.cli", words[1], "--help"], capture_output=True, text=True
+        )
+        assert shown.returncode == 0
+        assert all(word in shown.stdout for word in words if word.startswith("--"))
+        assert all((ROOT / word).is_file() for word in words if word.startswith("recipes/"))
 
 
 def test_every_link_and_every_file_of_the_map_exists_and_no_module_is_missing():
