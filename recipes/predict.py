@@ -24,7 +24,7 @@ quiet()
 
 from vqa_sft import run_folder
 from vqa_sft.answers import FORMATS
-from vqa_sft.columns import Columns, check_columns
+from vqa_sft.columns import Columns, check_columns, with_context_of
 from vqa_sft.config import Recipe, RecipeArguments
 from vqa_sft.data import Loaded, read_examples
 from vqa_sft.errors import InputError, exits_with_message, name_rows
@@ -181,16 +181,14 @@ def base_run(args: argparse.Namespace) -> dict:
 
 
 def data_options(args: argparse.Namespace, recipe: dict, trained: Columns | None) -> dict[str, Any]:
-    """How to read the data: as given here, else as the recipe of the run says, else found again.
-
-    A context is part of the prompt, so it is read where the run was trained with one, and nowhere else.
-    """
+    """How to read the data: as given here, else as the recipe of the run says, else found again."""
     names = ("columns", "keep_rows", "encoding", "image_root")
     options = {name: getattr(args, name) or recipe.get(name) for name in names}
+    options["columns"] = (recipe.get("columns") or {}) | (args.columns or {})
     options["empty_cells"] = recipe.get("empty_cells")
     options["image_root"] = args.image_root  # test pictures lie where the test data say, not where training did
     if trained is not None:
-        options["columns"] = {"context": trained.context} | (options["columns"] or {})
+        options["columns"] = with_context_of(trained, options["columns"])
     options["answer_format"] = args.answer_format or (trained and trained.answer_format)
     return options | {"split": args.split, "config": args.data_config, "limit": args.limit}
 
@@ -207,7 +205,7 @@ def find_blank(loaded: Loaded, on_bad_image: str) -> dict[str, tuple[int, ...]]:
 def submission_columns(columns: Columns, trained: Columns | None, answer_format: str | None) -> Columns:
     """The names and the answer format of a submission: the data's own, or those of training where it has no answers."""
     how = {"id": columns.id or "id", "answer": columns.answer or (trained and trained.answer) or "answer"}
-    if columns.answer_format is None and trained is not None:
+    if columns.answer_format is None and trained is not None:  # no row has an answer
         how |= {"answer_format": trained.answer_format, "answers_are_upper": trained.answers_are_upper}
     return replace(columns, **how | ({"answer_format": answer_format} if answer_format else {}))
 

@@ -18,6 +18,7 @@ from vqa_sft.quiet import quiet
 quiet()
 
 from vqa_sft import checkpoints, run_folder
+from vqa_sft.columns import with_context_of
 from vqa_sft.config import Recipe, describe_fields, read_recipe
 from vqa_sft.data import Loaded, read_examples, stream_examples
 from vqa_sft.errors import InputError, exits_with_message, explains
@@ -57,7 +58,8 @@ def main() -> None:
     parts = launch.from_main(parts)
     train, validation = select(loaded, parts, TRAIN), select(loaded, parts, VALIDATION)
     if args.streaming:
-        train = train.shuffle(seed=training_args.seed)
+        # Without an end, so that no process runs out of rows before the others; max_steps ends the training.
+        train = train.shuffle(seed=training_args.seed).repeat(None)
     num_letters = args.max_choices or max(data.num_choices for data in loaded)
 
     rows_a_step = training_args.per_device_train_batch_size * training_args.world_size
@@ -95,7 +97,12 @@ def main() -> None:
             eval_dataset=validation,
             processing_class=processor,
             data_collator=TrainCollator(
-                processor, args.prompts, num_letters, seed=training_args.seed, shuffle_choices=args.shuffle_choices
+                processor,
+                args.prompts,
+                num_letters,
+                seed=training_args.seed,
+                shuffle_choices=args.shuffle_choices,
+                counts_batches=args.streaming,
             ),
             eval_collator=AnswerCollator(processor, args.prompts, num_letters),
             letter_ids=letter_ids,
@@ -143,17 +150,24 @@ def load_data(recipe: Recipe, is_main: bool) -> list[Loaded]:
     """The training rows and, where the recipe names data for it, the validation rows; texts only."""
     args, options = recipe.arguments, recipe.arguments.data_options
     if args.streaming:
-        loaded = [stream_examples(args.train_data, split=args.train_split, max_choices=args.max_choices, **options)]
+        options |= {"max_choices": args.max_choices, "limit": args.limit}
+        loaded = [stream_examples(args.train_data, split=args.train_split, **options)]
+        del options["max_choices"]
     else:
         loaded = [read_examples(args.train_data, split=args.train_split, limit=args.limit, **options)]
     if args.validation_data is not None:
         # Few rows may not tell how their answers are written; the training rows have told.
-        options |= {"answer_format": loaded[0].columns.answer_format, "limit": args.limit}
+        trained = loaded[0].columns
+        options |= {"answer_format": trained.answer_format, "columns": with_context_of(trained, args.columns)}
+        options["limit"] = args.limit
         loaded.append(read_examples(args.validation_data, split=args.validation_split, **options))
     for data in loaded:
         for note in data.notes * is_main:
             print(note)
         data.problems.raise_if_any(data.name)
+    most = max(data.num_choices for data in loaded)
+    if most > (args.max_choices or most):
+        raise InputError(f"max_choices is {args.max_choices}, and the data have rows of {most} choices. Raise it.")
     return loaded
 
 

@@ -19,6 +19,7 @@ def run(monkeypatch, capsys):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["vqa-sft", *map(str, arguments)])
         code = 0
+        capsys.readouterr()  # what fixtures made libraries say
         try:
             main()
         except SystemExit as end:

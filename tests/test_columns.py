@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from vqa_sft.columns import Columns, as_dict, check_columns, find_columns
+from vqa_sft.columns import Columns, check_columns, find_columns, with_context_of
 from vqa_sft.errors import InputError
 
 
@@ -86,6 +86,11 @@ def test_what_cannot_stand_under_columns_is_refused(given):
         check_columns(given)
 
 
+def test_other_data_of_a_run_are_read_with_its_context_or_none():
+    assert with_context_of(found("id path question hint a b answer"), None) == {"context": "hint"}
+    assert with_context_of(found("id path question a b answer"), {"id": "key"}) == {"context": None, "id": "key"}
+
+
 def test_columns_survive_run_json():
     columns = found("id image_1 image_2 question a b answer")
-    assert Columns(**json.loads(json.dumps(as_dict(columns)))) == columns
+    assert Columns(**json.loads(json.dumps(vars(columns)))) == columns

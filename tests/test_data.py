@@ -69,7 +69,8 @@ def test_a_dataset_with_pictures_inside_gives_the_same_pixels(contest, tmp_path)
     (tmp_path / "hub").mkdir()
     inside.cast_column("image", datasets.Image()).to_parquet(tmp_path / "hub" / "train.parquet")
     for source in ("saved", "hub"):
-        loaded, columns = load_examples(str(tmp_path / source))
+        # `to_parquet` leaves the pictures where they are, and only their paths in the table.
+        loaded, columns = load_examples(str(tmp_path / source), image_root=str(contest))
         assert columns.image == ("image",)
         assert loaded["choices"][:] == examples["choices"][:] and loaded["answer"][:] == examples["answer"][:]
         for i in (0, 7):
@@ -145,6 +146,7 @@ def question(**fields):
         ("['cat', \"dog's\", 'fox']", ["cat", "dog's", "fox"]),
         ({"A": "cat", "B": "dog"}, ["cat", "dog"]),
         ([3, 4.5, "x"], ["3", "4.5", "x"]),
+        ("[2.50, 1e3]", ["2.50", "1e3"]),
         (["cat", "dog", None, ""], ["cat", "dog"]),
     ],
 )
@@ -233,6 +235,54 @@ def test_pictures_inside_a_dataset_may_be_missing_or_stand_in_several_columns(tm
     colours = [[open_image(image).getpixel((0, 0)) for image in images] for images in loaded.examples["images"]]
     assert colours == [[], [(255, 0, 0)], [(255, 0, 0), (0, 0, 255)]]
     assert loaded.problems.bad_rows("no_picture") == [0] and loaded.columns.image == ("image_1", "image_2")
+
+
+def test_paths_inside_a_table_must_stay_in_the_picture_folder_too(tmp_path):
+    for name in ("in", "out"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(picture_bytes())
+    rows = [question(image={"bytes": None, "path": path}) for path in ("x.png", str(tmp_path / "out/x.png"))]
+    rows[1]["id"] = "outside"
+    struct = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features(
+        {"image": struct, "choices": datasets.List(datasets.Value("string"))}
+        | {name: datasets.Value("string") for name in ("id", "question", "answer")}
+    )
+    source = str(tmp_path / "in/rows.parquet")
+    datasets.Dataset.from_list(rows, features=features).to_parquet(source)
+    with pytest.raises(InputError, match="outside the picture folder: row outside"):
+        load_examples(source)
+    with pytest.raises(InputError, match="outside the picture folder: row outside"):
+        list(stream_examples(source).examples)
+    examples, _ = load_examples(source, limit=1)
+    assert examples[0]["images"] == [{"bytes": None, "path": str(tmp_path / "in/x.png")}]
+
+
+def test_a_text_column_that_holds_bytes_is_an_error(tmp_path):
+    datasets.Dataset.from_list([question(question=b"Which?")]).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(InputError, match="question must hold text; got pictures or bytes"):
+        load_examples(str(tmp_path / "rows.parquet"))
+
+
+def test_ids_with_line_breaks_are_an_error(tmp_path):
+    source = write_jsonl(tmp_path / "rows.jsonl", [question(), question(id="a\rb")])
+    with pytest.raises(InputError, match="null bytes, half a character or a list: row 'a.*the id"):
+        load_examples(source)
+
+
+def test_unknown_answers_of_a_test_set_tell_nothing_about_how_answers_are_written(tmp_path):
+    rows = [question(id=str(i), answer="?") for i in range(3)]
+    _, columns = load_examples(write_jsonl(tmp_path / "rows.jsonl", rows), answers="optional")
+    assert columns.answer_format is None
+    rows = [question(id=str(i), answer="a" if i else "B") for i in range(3)]
+    assert not load_examples(write_jsonl(tmp_path / "rows.jsonl", rows))[1].answers_are_upper
+
+
+def test_a_cell_can_be_declared_empty(tmp_path):
+    rows = [question(id="1", image="nan", choices=["x", "y", "nan"], hint="nan"), question(id="2", hint="look")]
+    loaded = read_examples(write_jsonl(tmp_path / "rows.jsonl", rows), empty_cells=["nan"])
+    assert loaded.examples[0]["images"] == [] and loaded.examples[0]["choices"] == ["x", "y"]
+    assert loaded.examples["context"][:] == ["", "look"]
 
 
 def test_a_list_of_pictures_and_plain_bytes_are_pictures(tmp_path):
@@ -332,7 +382,7 @@ def test_a_stream_gives_the_rows_of_the_table(contest, tmp_path):
     (tmp_path / "hub").mkdir()
     inside.cast_column("image", datasets.Image()).to_parquet(tmp_path / "hub/train.parquet")
     for source in (str(contest / "train.csv"), str(tmp_path / "hub")):
-        stream = stream_examples(source)
+        stream = stream_examples(source, image_root=str(contest))
         rows = sorted(stream.examples, key=lambda row: row["id"])
         assert [row["id"] for row in rows] == examples["id"][:] and stream.num_choices == 4
         for name in ("question", "choices", "answer", "question_type"):

@@ -319,11 +319,14 @@ def test_a_run_is_asked_for_the_choices_and_the_adapter_that_it_was_trained_with
 
 
 def test_a_stream_trains_like_any_data_and_validates_on_a_file(families, contest, sft, tmp_path):
-    run = sft(
-        families("qwen2_5_vl"), tmp_path / "run", streaming=True, max_steps=4, dataloader_num_workers=2,
-        validation_data=contest / "validation.csv", eval_strategy="steps", eval_steps=2, save_strategy="steps",
-        save_steps=2,
-    )  # fmt: skip
+    values = {"streaming": True, "max_steps": 4, "dataloader_num_workers": 2, "save_strategy": "steps", "save_steps": 2}
+    values |= {"validation_data": contest / "validation.csv", "eval_strategy": "steps", "eval_steps": 2}
+    run = sft(families("qwen2_5_vl"), tmp_path / "run", **values)
+    # Killed after the first checkpoint, it goes on from there.
+    for path in (run / "run.json", *(run / "checkpoint-4").iterdir()):
+        path.unlink()
+    (run / "checkpoint-4").rmdir()
+    sft(families("qwen2_5_vl"), run, **values)
     description = json.loads((run / "run.json").read_text())
     assert description["num_rows"] == {"train": None, "validation": 8} and description["num_letters"] == 4
     assert "a stream of rows of" in (run / "README.md").read_text()

@@ -88,9 +88,17 @@ def test_a_run_keeps_its_rows_and_refuses_others(contest, tmp_path):
         read_parts(tmp_path, [read(contest), loaded[1]])
 
 
+def test_a_fold_that_holds_every_row_leaves_nothing_to_train_on(contest, tmp_path):
+    write_folds(tmp_path / "folds.csv", [f"row_{i:03d}" for i in range(24)], [0] * 24)
+    with pytest.raises(InputError, match="no row of .* is left to train on"):
+        choose_parts([read(contest)], folds_file=str(tmp_path / "folds.csv"), fold=0)
+
+
 def test_a_stream_has_no_parts(contest):
     loaded = [stream_examples(str(contest / "train.csv")), read(contest)]
     parts = choose_parts(loaded)
     assert parts == [None, [VALIDATION] * 24]
     assert isinstance(select(loaded, parts, TRAIN), datasets.IterableDataset)
     assert len(select(loaded, parts, VALIDATION)) == 24
+    write_parts(contest, loaded, parts)
+    assert read_parts(contest, loaded) == parts

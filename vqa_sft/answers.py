@@ -44,6 +44,12 @@ def write_answer(choice: int, choices: Sequence[str], answer_format: str | None,
     return LETTERS[choice] if is_upper else LETTERS[choice].lower()
 
 
+def is_upper_case(cells: Iterable[str]) -> bool:
+    """Whether most of the letters among the cells are upper case."""
+    letters = [match[1] for cell in cells if (match := _LETTER.fullmatch(cell))]
+    return sum(letter.isupper() for letter in letters) * 2 > len(letters)
+
+
 def infer_format(rows: Iterable[tuple[str, Sequence[str]]]) -> str:
     """The format in which the (answer, choices) are answers; cells that are one in no format do not count.
 

@@ -32,7 +32,6 @@ import numpy as np
 from PIL import Image
 from scipy.special import chdtrc
 
-from vqa_sft import columns
 from vqa_sft.data import Loaded
 from vqa_sft.duplicates import near_pairs, row_groups
 from vqa_sft.images import Picture
@@ -355,7 +354,7 @@ def _as_dict(report: Report) -> dict[str, Any]:
         "role": report.role,
         "name": report.loaded.name,
         "notes": report.loaded.notes,
-        "columns": columns.as_dict(report.loaded.columns),
+        "columns": vars(report.loaded.columns),
         "rows": report.num_rows,
         "usable_rows": report.num_rows - report.num_bad,
         "answers": _skew_as_dict(report.skew),

@@ -38,6 +38,7 @@ JSON_START = '{\n "clean"'  # how a report begins
 @exits_with_message
 def main() -> None:
     quiet()
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of the data
     parser = argparse.ArgumentParser(
         prog="vqa-sft", description="Check data, make folds, score prediction files, push runs to the Hub."
     )
@@ -72,6 +73,7 @@ def _add_check(commands: Any) -> None:
     )
     _add_source(check)
     check.add_argument("--test", metavar="FILE", help="also check a test set, and whether training has its pictures")
+    check.add_argument("--test-image-root", metavar="FOLDER", help="folder of its pictures; default: that of the file")
     check.add_argument("--fix", metavar="OUT", help="write a copy of the training rows that can be used")
     check.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to a file, or in place of the table")
     check.add_argument("--html", metavar="OUT", help="write a page with plots and sample rows")
@@ -147,7 +149,7 @@ def _check(args: argparse.Namespace) -> None:
             if arguments.limit:
                 raise InputError("--fix copies the whole file, and limit checks its first rows only. Give one of them.")
             check_copy(args.fix, arguments.train_data, arguments.image_root)
-        data = _read_data(arguments, args.test)
+        data = _read_data(arguments, args.test, args.test_image_root)
         processor, tokens_note = _load_processor(arguments, values)
         how = {"distance": arguments.duplicate_distance, "prompts": arguments.prompts, "max_length": args.max_length}
         reports = check(data, processor=processor, tokens_note=tokens_note, **how)
@@ -158,7 +160,9 @@ def _check(args: argparse.Namespace) -> None:
     print(text if args.json == "-" else describe(reports))
     if args.html:
         write_page(args.html, reports)
-    if args.fix:
+    if args.fix and reports[0].num_bad == reports[0].num_rows:
+        print(f"No row can be used, so {args.fix} was not written.")
+    elif args.fix:
         print(_fix(args.fix, arguments, data[0][1].problems), file=sys.stderr if args.json == "-" else sys.stdout)
     sys.exit(int(any(report.num_bad for report in reports)))
 
@@ -179,9 +183,12 @@ def _check_outputs(args: argparse.Namespace) -> None:
             raise InputError(f"{path} exists and is no report of `vqa-sft check`. Name another file.")
 
 
-def _read_data(arguments: "RecipeArguments", test: str | None = None) -> "list[tuple[str, Loaded]]":
+def _read_data(
+    arguments: "RecipeArguments", test: str | None = None, test_image_root: str | None = None
+) -> "list[tuple[str, Loaded]]":
     """(role, rows) of the training, the validation and the test data; only texts are read."""
     from vqa_sft.check import TEST, TRAINING, VALIDATION
+    from vqa_sft.columns import with_context_of
     from vqa_sft.data import read_examples
 
     if arguments.streaming:
@@ -192,6 +199,7 @@ def _read_data(arguments: "RecipeArguments", test: str | None = None) -> "list[t
     options = arguments.data_options
     rows = read_examples(arguments.train_data, split=arguments.train_split, limit=arguments.limit, **options)
     data = [(TRAINING, rows)]
+    options["columns"] = with_context_of(rows.columns, arguments.columns)
     # Few rows may not tell how their answers are written; the training rows have told.
     options["answer_format"] = rows.columns.answer_format
     if arguments.validation_data:
@@ -199,7 +207,7 @@ def _read_data(arguments: "RecipeArguments", test: str | None = None) -> "list[t
         data.append((VALIDATION, read_examples(arguments.validation_data, split=arguments.validation_split, **options)))
     if test:
         # Test pictures lie where the test data say, not where training did.
-        options |= {"image_root": None, "limit": None}
+        options |= {"image_root": test_image_root, "limit": None}
         data.append((TEST, read_examples(test, split="test", answers="optional", **options)))
     return data
 

@@ -168,18 +168,35 @@ class AnswerCollator:
 
 
 class TrainCollator(AnswerCollator):
-    """For training: with `shuffle_choices`, an order drawn for every row and epoch."""
+    """For training: with `shuffle_choices`, an order drawn for every row and epoch.
+
+    A stream has no epochs: with `counts_batches` the orders change with every batch that a worker makes.
+    """
 
     def __init__(
-        self, processor: ProcessorMixin, prompts: Prompts, num_letters: int, *, seed: int, shuffle_choices: bool = True
+        self,
+        processor: ProcessorMixin,
+        prompts: Prompts,
+        num_letters: int,
+        *,
+        seed: int,
+        shuffle_choices: bool = True,
+        counts_batches: bool = False,
     ) -> None:
         super().__init__(processor, prompts, num_letters)
         self.seed = seed
         self.shuffle_choices = shuffle_choices
         # Shared memory, because workers that are already running must see the new epoch.
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self.counts_batches = counts_batches
+        self.num_batches = 0
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        self.num_batches += 1
+        return super().__call__(rows)
 
     def order(self, row: dict) -> tuple[int, ...]:
         if not self.shuffle_choices:
             return super().order(row)
-        return draw_order(len(row["choices"]), self.seed, int(self.epoch), row["id"])
+        epoch = self.num_batches if self.counts_batches else int(self.epoch)
+        return draw_order(len(row["choices"]), self.seed, epoch, row["id"])

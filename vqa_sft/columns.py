@@ -3,7 +3,7 @@
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from vqa_sft.errors import InputError
@@ -189,6 +189,7 @@ def _numbered(names: Sequence[str], prefixes: Sequence[str]) -> tuple[str, ...]:
     return ()
 
 
-def as_dict(columns: Columns) -> dict[str, Any]:
-    """For run.json."""
-    return asdict(columns)
+def with_context_of(trained: Columns, given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`given` for other data of a run: a context is part of the prompt, so it is read where training had one and
+    nowhere else."""
+    return {"context": trained.context} | dict(given or {})

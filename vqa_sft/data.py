@@ -10,9 +10,11 @@ empty for a row without a picture. `context` is "" where there is none; `questio
 
 import ast
 import base64
+import hashlib
 import itertools
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,13 +26,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vqa_sft.answers import UNKNOWN, infer_format, read_answer
+from vqa_sft.answers import UNKNOWN, infer_format, is_upper_case, read_answer
 from vqa_sft.columns import Columns, find_columns
 from vqa_sft.errors import InputError
 from vqa_sft.mcq import LETTERS
 from vqa_sft.problems import Problems
 from vqa_sft.question_types import find_type
-from vqa_sft.sources import Source, open_source
+from vqa_sft.sources import Source, holds_pictures, open_source
 
 FEATURES = datasets.Features(
     {
@@ -108,6 +110,7 @@ def read_examples(
     rows = itertools.islice(reader.rows(), limit)
     while batch := list(itertools.islice(rows, _BATCH)):
         numbers += [number for number, _, _ in batch]
+        folder = batch[-1][1]
         tables.append(pa.Table.from_pylist([reader.read(*item) for item in batch], schema=_READ_SCHEMA))
     if not numbers:
         raise InputError(f"{opened.name} has no rows{' that keep_rows keeps' if keep_rows else ''}.")
@@ -121,12 +124,16 @@ def read_examples(
     texts = texts.append_column("answer", pa.array(found, pa.int64())).select(list(FEATURES))
     examples = datasets.Dataset(datasets.table.InMemoryTable(texts.cast(FEATURES.arrow_schema)))
     if reader.inside:
-        pictures = _pictures_inside(opened.table.select(numbers), reader.inside)
+        root = reader.root_of(folder)
+        pictures = _pictures_inside(opened.table.select(numbers), reader.inside, root)
         examples = datasets.concatenate_datasets([examples.remove_columns("images"), pictures], axis=1)
         examples = examples.select_columns(list(FEATURES))
-        for i, count in enumerate(pc.list_value_length(pictures.data.column("images")).to_pylist()):
-            if not count:
+        for i, paths in enumerate(_paths_only(pictures)):
+            if paths is None:
                 reader.problems.add("no_picture", examples[i]["id"], numbers[i])
+            for path in paths or ():
+                if not Path(path).is_relative_to(root):
+                    reader.problems.add("path_outside", examples[i]["id"], numbers[i], path[:60])
     if reader.columns.image and len(reader.problems.bad_rows("no_picture")) == len(numbers):
         raise InputError(
             f"no row of {opened.name} has a picture in {', '.join(reader.columns.image)}. Name the column with the "
@@ -155,6 +162,7 @@ def stream_examples(
     empty_cells: Sequence[str] | None = None,
     image_root: str | None = None,
     max_choices: int | None = None,
+    limit: int | None = None,
 ) -> Loaded:
     """Training rows of a source as they are needed: `examples` is an `IterableDataset`, and nothing is held.
 
@@ -165,14 +173,14 @@ def stream_examples(
     reader = RowReader(
         opened, find_columns(opened.columns, columns or {}, "required"), keep_rows, empty_cells, image_root
     )
-    head = [reader.read(*item) for item in itertools.islice(reader.rows(), _HEAD)]
+    head = [reader.read(*item) for item in itertools.islice(reader.rows(), min(_HEAD, limit or _HEAD))]
     reader.problems.total = len(head)
     reader.problems.raise_if_any(opened.name)
     if not head:
         raise InputError(f"{opened.name} has no rows{' that keep_rows keeps' if keep_rows else ''}.")
     reader.settle_answers(lambda: ((row["cell"], row["choices"]) for row in head), answer_format)
     reader.max_choices = max_choices or max(len(row["choices"]) for row in head)
-    if isinstance(opened.table, datasets.IterableDataset):
+    if reader.inside:
         examples = opened.table.filter(reader.keeps) if keep_rows else opened.table
         examples = examples.map(
             reader.example, with_indices=True, remove_columns=opened.columns, features=datasets.Features(FEATURES)
@@ -182,6 +190,8 @@ def stream_examples(
         examples = datasets.IterableDataset.from_generator(
             _stream_parts, features=FEATURES, gen_kwargs={"reader": reader, "parts": list(range(_PARTS))}
         )
+    if limit is not None:
+        examples = examples.take(limit)
     notes = [*opened.notes, f"{opened.name}: a stream; {reader.columns.describe()}"]
     return Loaded(opened.name, examples, reader.columns, reader.problems, (), notes, reader.max_choices)
 
@@ -204,6 +214,11 @@ class RowReader:
         empty_cells: Sequence[str] | None = None,
         image_root: str | None = None,
     ) -> None:
+        in_arrow = [name for name, kind in (source.features or {}).items() if holds_pictures(kind)]
+        texts = [name for name in [*columns.names, *(keep_rows or {})] if name not in columns.image]
+        wrong = [name for name in texts if name in in_arrow]
+        if wrong:
+            raise InputError(f"{source.name}: {', '.join(wrong)} must hold text; got pictures or bytes.")
         self.source = source
         self.columns = columns
         self.keep_rows = {
@@ -215,7 +230,7 @@ class RowReader:
         self.problems = Problems()
         self.max_choices = len(LETTERS)
         self.left_out = 0
-        self.inside = [name for name in columns.image if _holds_pictures(source.features, name)]
+        self.inside = [name for name in columns.image if name in in_arrow]
         self._paths = [name for name in columns.image if name not in self.inside]
         if self.inside and self._paths:
             raise InputError(f"the columns {', '.join(columns.image)} hold both paths and pictures. Name one kind.")
@@ -242,17 +257,26 @@ class RowReader:
         """One row of a stream, whole. Raises InputError for a row with a problem."""
         self.problems, self._seen = Problems(1), set()  # a stream is too long to remember its ids
         texts = self.read(number, folder, row)
+        if self.columns.id is None:  # workers that share a stream count from 0 each
+            named = "\n".join([texts["question"], texts["context"], *texts["choices"]])
+            texts["id"] = hashlib.sha256(named.encode()).hexdigest()[:16]
         answer = self.answer(texts.pop("cell"), texts["choices"], texts["id"], number, "required")
         if len(texts["choices"]) > self.max_choices:
             self.problems.add("more_choices", texts["id"], number, f"{len(texts['choices'])}, not {self.max_choices}")
         self.problems.raise_if_any(self.source.name)
-        inside = [picture for name in self.inside for picture in _pictures_of(row[name])]
-        return texts | {"answer": answer, "images": inside or texts["images"]}
+        if self.inside:
+            root = self.root_of(folder)
+            texts |= _collect_pictures(row, self.inside, str(root))
+            for picture in texts["images"]:
+                if picture["bytes"] is None and not Path(picture["path"]).is_relative_to(root):
+                    self.problems.add("path_outside", texts["id"], number, picture["path"][:60])
+            self.problems.raise_if_any(self.source.name)
+        return texts | {"answer": answer}
 
     def read(self, number: int, folder: str | None, row: dict) -> dict:
         """The canonical fields of a row but for `answer`, whose cell stays text until its format is known."""
         columns = self.columns
-        row_id = str(number) if columns.id is None else _text(row[columns.id])
+        row_id = str(number) if columns.id is None else self._value(row[columns.id])
         texts = {"id": row_id, "question": row[columns.question], "cell": self._cell(row)}
         texts["context"] = row[columns.context] if columns.context else None
         listed = row[columns.choices] if isinstance(columns.choices, str) else [row[name] for name in columns.choices]
@@ -274,12 +298,12 @@ class RowReader:
         self, cells_and_choices: Callable[[], Iterator[tuple[str, list[str]]]], answer_format: str | None
     ) -> None:
         """Fix how the source writes its answers: as given, else as most of its rows do."""
-        is_upper = any(cell.isupper() for cell, _ in cells_and_choices())
-        if any(cell for cell, _ in cells_and_choices()):
+        if any(cell.casefold() not in UNKNOWN for cell, _ in cells_and_choices()):
+            is_upper = is_upper_case(cell for cell, _ in cells_and_choices())
             answer_format = answer_format or infer_format(cells_and_choices())
-        else:
+        else:  # nothing is known of a source without answers
             is_upper = not isinstance(self.columns.choices, str) and self.columns.choices[0].isupper()
-            answer_format = None  # nothing is known of a source without answers
+            answer_format = None
         self.columns = replace(self.columns, answer_format=answer_format, answers_are_upper=is_upper)
 
     def answer(self, cell: str, choices: Sequence[str], row_id: str, number: int, answers: str) -> int | None:
@@ -307,12 +331,16 @@ class RowReader:
 
     def _checked(self, cell: object, row_id: str, number: int) -> str:
         """The cell as text that every later stage can hold."""
-        text = _text(cell)
+        text = self._value(cell)
         if isinstance(cell, list | dict | bytes):
             self.problems.add("bad_text", row_id, number, f"{text[:40]!r} is a {type(cell).__name__}")
         elif "\0" in text or not _is_whole(text):
             self.problems.add("bad_text", row_id, number, repr(text[:40]))
             text = text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+        return text
+
+    def _value(self, cell: object) -> str:
+        text = _text(cell)
         return "" if text in self.empty_cells else text
 
     def _check_texts(self, texts: dict, choices: list[str], number: int) -> None:
@@ -322,8 +350,8 @@ class RowReader:
             add("empty_id", row_id, number)
         elif row_id in self._seen:
             add("duplicate_id", row_id, number)
-        elif not _is_whole(row_id) or "\0" in row_id:
-            add("bad_text", repr(row_id)[:60], number, "the id")
+        if not _is_whole(row_id) or any(unicodedata.category(char) == "Cc" for char in row_id):
+            add("bad_text", repr(row_id)[:60], number, "the id")  # a line break in it would break files of ids
             texts["id"] = row_id.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
         self._seen.add(row_id)
         if not texts["question"]:
@@ -345,7 +373,7 @@ class RowReader:
         """{bytes, path} of every picture that the row names; a path that leads out of the root is a problem."""
         images, num_named = [], 0
         for cell in itertools.chain.from_iterable(_as_list(row[name], or_one=True) for name in self._paths):
-            text = _text(cell)
+            text = self._value(cell)
             if not text:
                 continue
             num_named += 1
@@ -356,7 +384,7 @@ class RowReader:
             elif "\0" in text or not _is_whole(text):
                 self.problems.add("missing_picture", row_id, number, repr(text)[:60])
             else:
-                root = self._root_of(folder)
+                root = self.root_of(folder)
                 path = os.path.abspath(root / text)
                 if Path(path).is_relative_to(root):
                     images.append({"bytes": None, "path": path})
@@ -366,7 +394,7 @@ class RowReader:
             self.problems.add("no_picture", row_id, number)
         return images
 
-    def _root_of(self, folder: str | None) -> Path:
+    def root_of(self, folder: str | None) -> Path:
         if folder not in self._roots:
             self._roots[folder] = Path(self.root or folder or ".").resolve()
         return self._roots[folder]
@@ -389,7 +417,8 @@ def _as_list(cell: object, or_one: bool = False) -> list | None:
     """A list, or a text that spells one in JSON or Python, or {"A": ..., "B": ...}; None for anything else, or with
     `or_one` the cell itself in a list."""
     if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
-        for read in (json.loads, ast.literal_eval):
+        # Numbers stay as they are written.
+        for read in (partial(json.loads, parse_float=str, parse_int=str), ast.literal_eval):
             try:
                 cell = read(cell)
                 break
@@ -410,16 +439,7 @@ def _decode_base64(text: str) -> bytes:
         return b""
 
 
-def _holds_pictures(features: datasets.Features | None, name: str) -> bool:
-    """Whether the column holds pictures themselves, and not paths."""
-    kind = (features or {}).get(name)
-    inner = getattr(kind, "feature", kind)  # of a list
-    is_binary = getattr(inner, "dtype", None) in ("binary", "large_binary")
-    is_struct = isinstance(inner, Mapping) and {"bytes", "path"} <= inner.keys()
-    return isinstance(inner, datasets.Image) or is_binary or is_struct
-
-
-def _pictures_inside(table: datasets.Dataset, names: Sequence[str]) -> datasets.Dataset:
+def _pictures_inside(table: datasets.Dataset, names: Sequence[str], root: Path) -> datasets.Dataset:
     """The column `images` from columns that hold pictures themselves. Bytes are not copied where every row has one
     picture; else `datasets` writes the lists to its cache, so that they are not held in memory either."""
     features = datasets.Features({"images": FEATURES["images"]})
@@ -432,23 +452,44 @@ def _pictures_inside(table: datasets.Dataset, names: Sequence[str]) -> datasets.
         ]
         lists = pa.table({"images": pa.chunked_array(chunks, type=pa.list_(storage))})
         return datasets.Dataset(datasets.table.InMemoryTable(lists.cast(features.arrow_schema)))
+    # Not beside a saved dataset, which may lie on a disk that cannot be written.
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "vqa_sft"
+    cache.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256(repr((table._fingerprint, names, str(root))).encode()).hexdigest()[:24]
     return table.select_columns(list(names)).map(
-        lambda row: {"images": [picture for name in names for picture in _pictures_of(row[name])]},
+        partial(_collect_pictures, names=list(names), root=str(root)),
         remove_columns=list(names),
         features=features,
+        cache_file_name=str(cache / f"pictures-{key}.arrow"),
         desc="Collecting pictures",
     )
 
 
+def _collect_pictures(row: dict, names: Sequence[str], root: str) -> dict:
+    pictures = [picture for name in names for picture in _pictures_of(row[name])]
+    for picture in pictures:
+        if picture["bytes"] is None:
+            picture["path"] = os.path.abspath(os.path.join(root, picture["path"]))
+    return {"images": pictures}
+
+
+def _paths_only(pictures: datasets.Dataset) -> Iterator[list[str] | None]:
+    """Of every row, the paths of the pictures whose bytes it does not hold; None for a row without pictures."""
+    for chunk in pictures.data.column("images").chunks:
+        paths = pc.if_else(chunk.flatten().field("bytes").is_valid(), None, chunk.flatten().field("path")).to_pylist()
+        lengths = pc.list_value_length(chunk).to_pylist()
+        start = 0
+        for length in lengths:
+            yield [path for path in paths[start : start + length] if path is not None] if length else None
+            start += length or 0
+
+
 def _is_one_picture_a_row(column: pa.ChunkedArray) -> bool:
+    """Whether every row holds the bytes of one picture."""
     is_struct = pa.types.is_struct(column.type) and {field.name for field in column.type} == {"bytes", "path"}
-    return is_struct and column.null_count == 0 and all(_count_pictures(chunk).all() for chunk in column.chunks)
-
-
-def _count_pictures(chunk: pa.StructArray) -> np.ndarray:
-    """1 for every struct that holds a picture; looks at validity only, not at bytes."""
-    has = [chunk.field(name).is_valid().to_numpy(zero_copy_only=False) for name in ("bytes", "path")]
-    return (has[0] | has[1]) & chunk.is_valid().to_numpy(zero_copy_only=False)
+    if not is_struct or column.null_count:
+        return False
+    return all(chunk.field("bytes").null_count == 0 for chunk in column.chunks)  # looks at validity, not at bytes
 
 
 def _pictures_of(cell: Any) -> list[dict]:

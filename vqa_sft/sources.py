@@ -470,10 +470,10 @@ def _undecoded(feature: object) -> object:
     return feature
 
 
-def _holds_pictures(feature: object) -> bool:
+def holds_pictures(feature: object) -> bool:
     """Whether a column holds pictures themselves, one or a list of them, and not paths."""
     if isinstance(feature, datasets.List | datasets.LargeList):
-        return _holds_pictures(feature.feature)
+        return holds_pictures(feature.feature)
     if isinstance(feature, dict):
         return {"bytes", "path"} <= feature.keys()
     return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
@@ -483,7 +483,7 @@ def _read_table(
     name: str, table: datasets.Dataset | datasets.IterableDataset, folders: list[tuple[str, int]]
 ) -> Iterator[tuple[str | None, dict]]:
     of_rows = itertools.chain(*itertools.starmap(itertools.repeat, folders), itertools.repeat(None))
-    texts = [column for column, feature in table.features.items() if not _holds_pictures(feature)]
+    texts = [column for column, feature in table.features.items() if not holds_pictures(feature)]
     with explains((pa.ArrowException, OSError, ValueError), f"{name} cannot be read"):
         for batch in table.select_columns(texts).iter(batch_size=_BATCH):
             for values in zip(*batch.values(), strict=True):

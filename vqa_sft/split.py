@@ -45,6 +45,8 @@ def choose_parts(
         validates = held_out(data, scan, **how) if data is loaded[0] else [True] * len(data.examples)
         parts.append([VALIDATION if yes else TRAIN for yes in validates])
         parts[-1] = [LEFT_OUT if row in bad else part for row, part in enumerate(parts[-1])]
+    if parts[0] is not None and TRAIN not in parts[0]:
+        raise InputError(f"no row of {loaded[0].name} is left to train on; all are held out or left out.")
     return parts
 
 
@@ -93,7 +95,8 @@ def _tell_apart(examples: datasets.Dataset) -> Scan:
     keys: dict[bytes, int] = {}
     of_row = []
     for images in examples["images"]:
-        parts = [hashlib.sha256(image["bytes"] or image["path"].encode()).digest() for image in images]
+        named = (image["path"].encode() if image["bytes"] is None else image["bytes"] for image in images)
+        parts = [hashlib.sha256(name).digest() for name in named]
         of_row.append(tuple(keys.setdefault(part, len(keys)) for part in parts))
     return Scan([Picture(None, digest=key) for key in keys], of_row)
 
@@ -124,10 +127,12 @@ def write_parts(folder: str | Path, loaded: Sequence[Loaded], parts: Sequence[li
             writer.writerows(zip(data_parts or [], data.examples["id"] if data_parts else [], strict=True))
 
 
-def read_parts(folder: str | Path, loaded: Sequence[Loaded]) -> list[list[str]]:
+def read_parts(folder: str | Path, loaded: Sequence[Loaded]) -> list[list[str] | None]:
     """The parts that a run in this folder began with. Raises InputError when the data have other rows by now."""
+    is_stream = isinstance(loaded[0].examples, datasets.IterableDataset)
     with (Path(folder) / ROWS).open(newline="", encoding="utf-8") as file:
         lines = list(csv.reader(file))[1:]
+    loaded = [data for data in loaded if not isinstance(data.examples, datasets.IterableDataset)]
     ids = [row_id for data in loaded for row_id in data.examples["id"]]
     if [row_id for _, row_id in lines] != ids:
         raise InputError(
@@ -135,4 +140,4 @@ def read_parts(folder: str | Path, loaded: Sequence[Loaded]) -> list[list[str]]:
             "Choose another output_dir, or give --overwrite to start anew."
         )
     parts = iter(part for part, _ in lines)
-    return [[next(parts) for _ in range(len(data.examples))] for data in loaded]
+    return [None] * is_stream + [[next(parts) for _ in range(len(data.examples))] for data in loaded]
