@@ -203,3 +203,13 @@ def test_zero_trains_as_plain_ddp_and_saves_an_adapter(
     assert_close(
         read_predictions(output.with_suffix(".parquet")).choice_logits, reference.choice_logits, atol=1e-2, rtol=0
     )
+
+
+def test_two_processes_share_a_stream_whose_rows_do_not_divide_and_which_comes_round_again(contest, launch, tmp_path):
+    # 23 rows among sixteen parts, 24 rows a process: one of them would run out first, were there an end.
+    lines = (contest / "train.csv").read_text().splitlines(keepends=True)
+    (contest / "odd.csv").write_text("".join(lines[:24]))
+    values = RECIPE | {"num_train_epochs": 1, "max_steps": 6, "streaming": True, "save_strategy": "steps", "save_steps": 3}
+    launch("multi_gpu", 2, "sft", **values, train_data=contest / "odd.csv", output_dir=tmp_path / "run")
+    found = losses(tmp_path / "run")
+    assert len(found) == 6 and min(found[3:]) < found[0]  # the same rows again and again are learned
