@@ -209,7 +209,8 @@ def test_two_processes_share_a_stream_whose_rows_do_not_divide_and_which_comes_r
     # 23 rows among sixteen parts, 24 rows a process: one of them would run out first, were there an end.
     lines = (contest / "train.csv").read_text().splitlines(keepends=True)
     (contest / "odd.csv").write_text("".join(lines[:24]))
-    values = RECIPE | {"num_train_epochs": 1, "max_steps": 6, "streaming": True, "save_strategy": "steps", "save_steps": 3}
+    values = RECIPE | {"num_train_epochs": 1, "max_steps": 6, "streaming": True}
+    values |= {"save_strategy": "steps", "save_steps": 3}
     launch("multi_gpu", 2, "sft", **values, train_data=contest / "odd.csv", output_dir=tmp_path / "run")
     found = losses(tmp_path / "run")
     assert len(found) == 6 and min(found[3:]) < found[0]  # the same rows again and again are learned

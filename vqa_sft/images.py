@@ -7,12 +7,15 @@ import io
 import os
 import re
 import stat
+import warnings
 from dataclasses import dataclass
 from pathlib import PurePath
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+# Above the limit Pillow warns, above twice the limit it refuses; we say the first ourselves.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 MAX_ASPECT = 200  # beyond it the Qwen-VL processors refuse a picture, in the middle of a run
 MIN_SIDE = 28  # pixels; one token of the Qwen-VL models
 MAX_FILE_BYTES = 512 * 2**20
@@ -159,6 +162,7 @@ def _find_warnings(opened: Image.Image, packed: list[str], path: str | None) -> 
         "cmyk": opened.mode == "CMYK",
         "sixteen_bit": opened.mode.startswith(("I", "F")) or any(";16" in how for how in packed),
         "rotated": _orientation(opened) in TURNS,
+        "huge_picture": opened.width * opened.height > Image.MAX_IMAGE_PIXELS,
     }
     return [kind for kind, found in checks.items() if found]
 

@@ -55,6 +55,7 @@ KINDS = {
     "cmyk": Kind("warning", "the picture is CMYK", "It is converted to RGB."),
     "sixteen_bit": Kind("warning", "the picture has 16 bits a channel", "It is scaled down to 8 bits."),
     "rotated": Kind("warning", "the picture is turned by its EXIF entry", "It is shown as the entry says."),
+    "huge_picture": Kind("warning", "the picture has over 89 million pixels", "Make it smaller; it is slow to read."),
     "tiny_picture": Kind("warning", "the picture is smaller than 28 pixels", "The model may see nothing on it."),
     # Between rows
     "answers_differ": Kind("warning", "the same picture and question with another answer", "One of them is wrong."),

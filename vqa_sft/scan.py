@@ -23,7 +23,7 @@ from vqa_sft.images import Picture, examine
 from vqa_sft.problems import Problems
 
 # Count up when the columns, or what `examine` and `make_miniature` find, change; another Pillow may read other files.
-TABLE = "pictures_1"
+TABLE = "pictures_2"
 VERSION = f"{TABLE} {PIL.__version__}"
 BLOCK_ROWS = 32
 BLOCKS_IN_FLIGHT = 3
