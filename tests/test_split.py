@@ -5,6 +5,7 @@ from conftest import write_csv
 from PIL import Image
 from test_data import rows_of
 
+from vqa_sft import scan
 from vqa_sft.data import read_examples, stream_examples
 from vqa_sft.errors import InputError
 from vqa_sft.folds import write_folds
@@ -102,3 +103,15 @@ def test_a_stream_has_no_parts(contest):
     assert len(select(loaded, parts, VALIDATION)) == 24
     write_parts(contest, loaded, parts)
     assert read_parts(contest, loaded) == parts
+
+
+def test_a_start_decodes_every_picture_once_and_the_next_start_none(contest, monkeypatch, tmp_path):
+    seen = []
+    examine = scan.examine
+    monkeypatch.setattr(scan, "examine", lambda image, **how: seen.append(image["path"]) or examine(image, **how))
+    monkeypatch.setattr(scan, "cache_path", lambda: tmp_path / "pictures.sqlite")
+    validation = [row | {"id": f"v_{row['id']}"} for row in rows_of(contest)[:6]]
+    write_csv(contest / "validation.csv", validation)
+    for _ in range(2):
+        choose_parts([read(contest), read(contest, "validation.csv")], validation_fraction=0.25)
+        assert len(seen) == len(set(seen)) == 24  # also those that training and validation share
