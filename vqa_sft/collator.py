@@ -23,7 +23,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from vqa_sft.errors import InputError, name_rows
-from vqa_sft.images import open_image
+from vqa_sft.images import MAX_ASPECT, open_image
 from vqa_sft.mcq import choice_to_letter, draw_order, identity_order
 from vqa_sft.prompts import Prompts, render_messages
 
@@ -152,10 +152,13 @@ class AnswerCollator:
         """The row's pictures. Raises InputError for one that cannot be read, which a checked row does not have."""
         blank = self.blank.get(row["id"], ())
         try:
-            return [
+            images = [
                 Image.new("RGB", BLANK_SIZE, "white") if i in blank else open_image(image)
                 for i, image in enumerate(row["images"])
             ]
+            if any(max(image.size) > MAX_ASPECT * min(image.size) for image in images):
+                raise ValueError(f"more than {MAX_ASPECT} times as long as wide")
+            return images
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, DecompressionBombError, ...
             raise InputError(
                 f"the picture of {name_rows([row['id']], 1)} cannot be read ({type(error).__name__}: {error}). "

@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 
 from vqa_sft.answers import UNKNOWN, infer_format, is_upper_case, read_answer
 from vqa_sft.columns import Columns, find_columns
-from vqa_sft.errors import InputError
+from vqa_sft.errors import InputError, safe
 from vqa_sft.mcq import LETTERS
 from vqa_sft.problems import Problems
 from vqa_sft.question_types import find_type
@@ -134,11 +134,9 @@ def read_examples(
             for path in paths or ():
                 if not Path(path).is_relative_to(root):
                     reader.problems.add("path_outside", examples[i]["id"], numbers[i], path[:60])
-    if reader.columns.image and len(reader.problems.bad_rows("no_picture")) == len(numbers):
-        raise InputError(
-            f"no row of {opened.name} has a picture in {', '.join(reader.columns.image)}. Name the column with the "
-            "pictures in the recipe (`columns: {image: ...}`; for none: `image: []`)."
-        )
+        if reader.problems.bad_rows("path_outside"):  # nobody opens them
+            examples = examples.map(partial(_drop_outside, root=str(root)), desc="Leaving pictures out")
+    reader.check_that_some_have_pictures(len(numbers))
     notes = [*opened.notes, reader.describe(len(numbers))]
     num_choices = pc.max(pc.list_value_length(texts["choices"])).as_py()
     return Loaded(opened.name, examples, reader.columns, reader.problems, numbers, notes, num_choices)
@@ -178,6 +176,8 @@ def stream_examples(
     reader.problems.raise_if_any(opened.name)
     if not head:
         raise InputError(f"{opened.name} has no rows{' that keep_rows keeps' if keep_rows else ''}.")
+    if not reader.inside:
+        reader.check_that_some_have_pictures(len(head))
     reader.settle_answers(lambda: ((row["cell"], row["choices"]) for row in head), answer_format)
     reader.max_choices = max_choices or max(len(row["choices"]) for row in head)
     if reader.inside:
@@ -192,7 +192,7 @@ def stream_examples(
         )
     if limit is not None:
         examples = examples.take(limit)
-    notes = [*opened.notes, f"{opened.name}: a stream; {reader.columns.describe()}"]
+    notes = [*opened.notes, safe(f"{opened.name}: a stream; {reader.columns.describe()}")]
     return Loaded(opened.name, examples, reader.columns, reader.problems, (), notes, reader.max_choices)
 
 
@@ -238,7 +238,7 @@ class RowReader:
         self._roots: dict[str | None, Path] = {}
         missing = [name for name in self.keep_rows if name not in source.columns]
         if missing:
-            raise InputError(f"keep_rows names columns that are not in {source.name}: {', '.join(missing)}.")
+            raise InputError(f"keep_rows names columns that are not in {source.name}: {', '.join(map(str, missing))}.")
 
     def rows(self) -> Iterator[tuple[int, str | None, dict]]:
         """(number in the source, folder of its file, raw row) of every row that is kept."""
@@ -283,13 +283,12 @@ class RowReader:
         choices = _as_list(listed)
         if choices is None:
             self.problems.add("bad_choices", row_id, number, repr(listed)[:60])
-            choices = []
         for name in ("question", "context", "cell"):
             texts[name] = self._checked(texts[name], row_id, number)
-        choices = [self._checked(choice, row_id, number) for choice in choices]
+        is_list, choices = choices is not None, [self._checked(choice, row_id, number) for choice in choices or []]
         while choices and not choices[-1]:
             choices.pop()
-        self._check_texts(texts, choices, number)
+        self._check_texts(texts, choices if is_list else None, number)
         images = [] if self.inside else self._pictures(row, folder, row_id, number)
         kind = find_type(texts["question"], choices)
         return texts | {"choices": choices, "images": images, "question_type": kind}
@@ -308,6 +307,8 @@ class RowReader:
 
     def answer(self, cell: str, choices: Sequence[str], row_id: str, number: int, answers: str) -> int | None:
         """The index of the right choice. `answers` is "required" or "optional"."""
+        if len(choices) < 2:  # said already
+            return None
         index = read_answer(cell, choices, self.columns.answer_format or "letter")
         if index is None and not (answers == "optional" and cell.casefold() in UNKNOWN):
             self.problems.add("bad_answer" if cell else "no_answer", row_id, number, repr(cell)[:60] if cell else "")
@@ -315,10 +316,18 @@ class RowReader:
             self.problems.add("bad_answer", row_id, number, f"{cell!r}, which is empty")
         return index
 
+    def check_that_some_have_pictures(self, num_rows: int) -> None:
+        """Raises InputError when the columns for pictures are empty in all of the rows."""
+        if self.columns.image and len(self.problems.bad_rows("no_picture")) == num_rows:
+            raise InputError(
+                f"no row of {self.source.name} has a picture in {', '.join(self.columns.image)}. Name the column with "
+                "the pictures in the recipe (`columns: {image: ...}`; for none: `image: []`)."
+            )
+
     def describe(self, num_rows: int) -> str:
         """One line: how many rows, and which column was taken for what."""
         left_out = f" ({self.left_out:,} left out by keep_rows)" if self.left_out else ""
-        return f"{self.source.name}: {num_rows:,} rows{left_out}; {self.columns.describe()}"
+        return safe(f"{self.source.name}: {num_rows:,} rows{left_out}; {self.columns.describe()}")
 
     def _cell(self, row: dict) -> object:
         name = self.columns.answer
@@ -343,7 +352,7 @@ class RowReader:
         text = _text(cell)
         return "" if text in self.empty_cells else text
 
-    def _check_texts(self, texts: dict, choices: list[str], number: int) -> None:
+    def _check_texts(self, texts: dict, choices: list[str] | None, number: int) -> None:
         row_id = texts["id"]
         add = self.problems.add
         if not row_id:
@@ -356,6 +365,8 @@ class RowReader:
         self._seen.add(row_id)
         if not texts["question"]:
             add("empty_question", row_id, number)
+        if choices is None:
+            return
         if len(choices) < 2:
             add("few_choices", row_id, number)
         elif len(choices) > len(LETTERS):
@@ -471,6 +482,11 @@ def _collect_pictures(row: dict, names: Sequence[str], root: str) -> dict:
         if picture["bytes"] is None:
             picture["path"] = os.path.abspath(os.path.join(root, picture["path"]))
     return {"images": pictures}
+
+
+def _drop_outside(row: dict, root: str) -> dict:
+    kept = [image for image in row["images"] if image["bytes"] is not None or Path(image["path"]).is_relative_to(root)]
+    return {"images": kept}
 
 
 def _paths_only(pictures: datasets.Dataset) -> Iterator[list[str] | None]:

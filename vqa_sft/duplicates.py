@@ -1,6 +1,6 @@
 """Rows and pictures that are nearly the same: re-encoded, resized, a little brighter or cropped. No torch.
 
-    Picture.miniature -> hashes of the whole and 143 windows -> pairs within `distance` -> laid over one another -> near
+    Picture.miniature -> hashes of the whole and 195 windows -> pairs within `distance` -> laid over one another -> near
 
 The hash is imagehash's `phash`: 64 bits, the signs of the lowest frequencies. Crops meet because the hash of a picture
 is compared with those of the windows of others. Hashes alone would join pages, charts and drawings of one style by the
@@ -20,15 +20,15 @@ from tqdm import tqdm
 from vqa_sft.images import COLOUR_PX, MINIATURE_PX, Picture
 from vqa_sft.scan import Scan, count_cores
 
-DISTANCE = 16  # of 64 bits; a crop that lies between two windows differs in up to so many
+DISTANCE = 14  # of 64 bits; a crop that lies between two windows differs in about as many
 MAX_DISTANCE = 20
 
 FREQUENCIES = 8  # a side; 64 bits
 # A window takes one of these parts (start, length) of either side, the whole first: crops keep at least 70% of it.
-NUM_STARTS = {1.0: 1, 0.9: 3, 0.8: 3, 0.7: 5}  # by length
+NUM_STARTS = {1.0: 1, 0.9: 3, 0.8: 5, 0.7: 5}  # by length
 PARTS = np.array([(at, length) for length, num in NUM_STARTS.items() for at in np.linspace(0, 1 - length, num)])
 ASPECT_TOLERANCE = 0.08  # natural logarithm; a crop has the aspect of its window
-MIN_COSINE = 0.75  # between the frequencies behind the hashes; cheaper than the check, and throws out most
+MIN_COSINE = 0.7  # between the frequencies behind the hashes; cheaper than the check, and throws out most
 
 # The check. Values of grey are 0 to 255, cells are those of a miniature.
 MARGIN = 2  # cells at the border are not compared: there the blur would need what was cropped
@@ -266,7 +266,7 @@ def _group_windows() -> list[tuple[float | None, np.ndarray]]:
     """Windows by width / height. The whole comes first, with None: it is compared with pictures of any aspect, for many
     sets squeeze their pictures into squares."""
     lengths = PARTS[:, 1]
-    # The number of a window is that of its part of the height x 12 + that of its part of the width.
+    # The number of a window is that of its part of the height x 14 + that of its part of the width.
     ratios = (lengths / lengths[:, None]).ravel().round(6)
     rest = np.arange(1, len(ratios))
     return [(None, np.array([0]))] + [(ratio, rest[ratios[1:] == ratio]) for ratio in sorted(set(ratios[1:]))]

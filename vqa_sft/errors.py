@@ -21,6 +21,11 @@ def name_rows(ids: Sequence[str], total: int) -> str:
     return f"row{'s' if len(ids) > 1 else ''} {shown} ({len(ids):,} of {total:,})"
 
 
+def safe(text: str) -> str:
+    """Text that may hold data, for a terminal: its own lines, and nothing else that a terminal would obey."""
+    return "\n".join(printable(line, limit=len(line)) for line in text.split("\n"))
+
+
 def printable(text: str, limit: int = 120) -> str:
     """Data in a message: one line, not endless, and nothing that a terminal would obey."""
     text = text if len(text) <= limit else text[:limit] + "..."
@@ -54,7 +59,7 @@ def exits_with_message(main: Callable[[], None]) -> Callable[[], None]:
             if os.environ.get("RANK", "0") == "0":
                 # What a data loader's worker raises comes with the worker's traceback before it.
                 text = str(error).rpartition("InputError: ")[2] if "Original Traceback" in str(error) else str(error)
-                print(f"error: {text}", file=sys.stderr)
+                print(safe(f"error: {text}"), file=sys.stderr)
             # A message is all that there is to say: skip the teardown of process groups, which prints warnings.
             sys.exit(2)
 

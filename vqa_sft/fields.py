@@ -75,7 +75,9 @@ def from_tokens(name: str, tokens: list[str], known: Known) -> Any:
 
 def _as_yaml(token: str) -> Any:
     try:
-        return yaml.safe_load(token)
+        value = yaml.safe_load(token)
+        # "part #2.csv" is no name with a comment.
+        return token if isinstance(value, str) and token[:1] not in ("'", '"') else value
     except (yaml.YAMLError, ValueError):  # "{question} {choices}" is fine text and no YAML
         return token
 
@@ -86,6 +88,8 @@ def checked(name: str, value: Any, known: Known) -> Any:
         near = difflib.get_close_matches(str(name), known, n=1)
         raise InputError(f"unknown key `{name}`." + (f" Did you mean `{near[0]}`?" if near else ""))
     hint, choices = known[name]
+    if isinstance(value, str) and "\0" in value:
+        raise InputError(f"`{name}` holds a null byte. Take it out; got {value!r}.")
     if value is False and not _fits(value, hint) and _fits("no", hint):
         value = "no"  # YAML reads a bare `no` as False
     if not _fits(value, hint):

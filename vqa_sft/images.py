@@ -57,6 +57,8 @@ class Picture:
 def open_image(image: dict) -> Image.Image:
     """The picture of one {bytes, path}, RGB, turned as its camera meant it, transparent parts on white."""
     source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
+    if image["bytes"] is None and os.path.exists(source) and not os.path.isfile(source):
+        raise OSError(f"{source} is no file")  # a pipe would be waited for
     with Image.open(source) as opened:
         return _to_rgb(opened)
 

@@ -92,6 +92,8 @@ def find_files(names: Sequence[str]) -> list[Path]:
     """The files that paths and globs name, those of a glob sorted; empty for a folder or a Hub dataset."""
     files = []
     for name in names:
+        if "\0" in str(name):
+            raise InputError(f"the name {str(name)!r} holds a null byte. Check the recipe.")
         path = Path(name)
         if any(mark in name for mark in "*?[") and not path.exists():
             found = sorted(found for found in map(Path, glob.glob(name, recursive=True)) if found.is_file())

@@ -47,6 +47,10 @@ def choose_parts(
         parts[-1] = [LEFT_OUT if row in bad else part for row, part in enumerate(parts[-1])]
     if parts[0] is not None and TRAIN not in parts[0]:
         raise InputError(f"no row of {loaded[0].name} is left to train on; all are held out or left out.")
+    for data, data_parts in zip(loaded, parts, strict=True):
+        validates = data is not loaded[0] or how.get("validation_fraction") or how.get("folds_file")
+        if data_parts is not None and validates and VALIDATION not in data_parts:
+            raise InputError(f"no row of {data.name} is left to validate on; all are trained on or left out.")
     return parts
 
 
