@@ -126,7 +126,7 @@ def _check_found(names: Sequence[str], found: dict[str, Any], given: Mapping[str
     roles = [name for key, value in found.items() for name in ([value] if isinstance(value, str) else value or ())]
     twice = sorted({name for name in roles if roles.count(name) > 1})
     if twice:
-        raise InputError(f"columns: {', '.join(twice)} would be read as two things. Name another column for one.")
+        raise InputError(f"columns: {', '.join(twice)} stands for two things. Name another column for one.")
     if found["answer"] not in names:  # a test set without answers; the submission still names the column
         found["answer"] = given.get("answer")
 
