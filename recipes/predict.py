@@ -163,7 +163,10 @@ def parse_args() -> argparse.Namespace:
 
 def mapping(text: str) -> dict:
     """A mapping in YAML's short form, as a recipe writes it."""
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(text) from error
     if not isinstance(value, dict):
         raise ValueError(text)
     return value

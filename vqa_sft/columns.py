@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vqa_sft.errors import InputError
+from vqa_sft.errors import InputError, printable
 from vqa_sft.mcq import LETTERS
 
 # Compared without case, spaces, "_" and "-"; the first that a source has is taken.
@@ -114,8 +114,9 @@ def _check_found(names: Sequence[str], found: dict[str, Any], given: Mapping[str
     optional = () if answers == "required" else (found["answer"],)
     missing += [name for name in wanted if name not in names and name not in optional]
     if missing:
+        has = printable(", ".join(names), limit=1_000) or "none"
         raise InputError(
-            f"missing columns: {'; '.join(missing)}. The data has: {', '.join(names) or 'none'}. Rename them, or name "
+            f"missing columns: {'; '.join(missing)}. The data has: {has}. Rename them, or name "
             "yours in the recipe: `columns: {question: ..., choices: [...]}`."
         )
     if not isinstance(found["choices"], str):
@@ -123,7 +124,8 @@ def _check_found(names: Sequence[str], found: dict[str, Any], given: Mapping[str
             raise InputError(f"at most {len(LETTERS)} choices have letters; got {len(found['choices'])} columns.")
         if len(found["choices"]) < 2:
             raise InputError(f"a question needs at least two choices; got the column {found['choices'][0]} alone.")
-    roles = [name for key, value in found.items() for name in ([value] if isinstance(value, str) else value or ())]
+    read = {key: value for key, value in found.items() if key != "id"}  # a file's name may well be the id
+    roles = [name for value in read.values() for name in ([value] if isinstance(value, str) else value or ())]
     twice = sorted({name for name in roles if roles.count(name) > 1})
     if twice:
         raise InputError(f"columns: {', '.join(twice)} stands for two things. Name another column for one.")

@@ -406,6 +406,8 @@ class RowReader:
         return images
 
     def root_of(self, folder: str | None) -> Path:
+        if self.root is not None and not os.path.isdir(self.root):
+            raise InputError(f"image_root is no folder: {self.root}. It is relative to where you launched.")
         if folder not in self._roots:
             self._roots[folder] = Path(self.root or folder or ".").resolve()
         return self._roots[folder]

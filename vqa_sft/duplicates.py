@@ -38,6 +38,7 @@ MIN_PART = 0.6  # of a side
 BEYOND = 1 / MINIATURE_PX  # of a side; a part may reach over the border, for frames of a film and pages scanned twice
 MAX_ERROR = 0.8  # at every cell, of ERROR_FLOOR + ERROR_SHARE * the contrast around it
 ERROR_FLOOR, ERROR_SHARE = 4.0, 0.25
+MAX_LOSS = 12.0
 MAX_UNEXPLAINED = 0.05  # of the variance
 GAINS = (0.72, 1.4)  # contrast, and brightness as a factor
 MAX_SHIFT, MAX_PLAIN_SHIFT = 40.0, 8.0  # of the mean; the latter for pictures of one colour
@@ -365,9 +366,14 @@ def _agree(
     """Whether the parts of the pictures agree with the others at every cell, but for a change of light."""
     seen, other = _sample(grey, parts, AT, BLUR), _blur(other_grey)
     gain, seen_mean, other_mean = _fit_light(seen, other)
-    error = other - np.clip(gain * (seen - seen_mean) + other_mean, 0, 255)
+    shown = gain * (seen - seen_mean) + other_mean
+    error = other - np.clip(shown, 0, 255)
     limit = MAX_ERROR * (ERROR_FLOOR + ERROR_SHARE * _contrast(other))
-    agrees = (np.abs(error) <= limit).all(axis=CELLS)
+    # More light or contrast cuts off what becomes whiter than white: a cell near it loses more than its mean shows.
+    lost_white, lost_black = (
+        np.where(gain > 1.02, (MAX_LOSS - 0.4 * np.abs(shown - end)).clip(0), 0) for end in (255, 0)
+    )
+    agrees = ((error <= limit + lost_black) & (error >= -limit - lost_white)).all(axis=CELLS)
     variance = other.var(axis=CELLS)
     agrees &= (error**2).mean(axis=CELLS) <= MAX_UNEXPLAINED * variance + 0.25
     agrees &= ((gain >= GAINS[0]) & (gain <= GAINS[1])).all(axis=CELLS)

@@ -162,9 +162,12 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         run = json.loads(path.read_text(encoding="utf-8"))
         Prompts(**run["prompts"])
         Columns(**run["columns"])
-        if not isinstance(run["num_letters"], int):
+        if type(run["num_letters"]) is not int or not 2 <= run["num_letters"] <= 26:
             raise ValueError("num_letters")
-        run["recipe"]["model_name_or_path"]
+        if not isinstance(run["recipe"]["model_name_or_path"], str):
+            raise ValueError("model_name_or_path")
+        if not all(isinstance(run["recipe"].get(name) or {}, dict) for name in ("columns", "keep_rows")):
+            raise ValueError("columns or keep_rows")
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Train the run again.") from error
     return run
