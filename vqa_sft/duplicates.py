@@ -135,7 +135,7 @@ def _find_near(
     distance: int,
     *,
     found: Callable[[int, int, int], None],
-    wanted: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda a, b: np.ones(len(a), dtype=bool),
+    wanted: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda a, b: np.ones(len(b), dtype=bool),
 ) -> None:
     """Call `found` (position of a picture, of an other, bits) for the others that are nearly a picture or a crop of it.
 
