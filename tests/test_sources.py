@@ -306,7 +306,7 @@ def test_names_that_lead_nowhere_say_so(tmp_path):
         ("", "no data is named"),
         ("nobody/nothing", "neither a file, nor a folder"),
         (str(tmp_path / "folder"), "neither a file, nor a folder"),
-        ("null\0byte", "neither a file, nor a folder"),
+        ("null\0byte", "holds a null byte"),
     ):
         assert part in error_of(source)
 
