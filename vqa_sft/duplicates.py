@@ -20,13 +20,15 @@ from tqdm import tqdm
 from vqa_sft.images import COLOUR_PX, MINIATURE_PX, Picture
 from vqa_sft.scan import Scan, count_cores
 
-DISTANCE = 14  # of 64 bits; a crop that lies between two windows differs in about as many
+DISTANCE = 16  # of 64 bits; a crop that lies between two windows differs in up to so many
 MAX_DISTANCE = 20
 
 FREQUENCIES = 8  # a side; 64 bits
 # A window takes one of these parts (start, length) of either side, the whole first: crops keep at least 70% of it.
 NUM_STARTS = {1.0: 1, 0.9: 3, 0.8: 5, 0.7: 5}  # by length
-PARTS = np.array([(at, length) for length, num in NUM_STARTS.items() for at in np.linspace(0, 1 - length, num)])
+PARTS = np.array([(at, length) for length, num in NUM_STARTS.items() for at in np.linspace(0, 1 - length, num)]).round(
+    6
+)
 ASPECT_TOLERANCE = 0.08  # natural logarithm; a crop has the aspect of its window
 MIN_COSINE = 0.7  # between the frequencies behind the hashes; cheaper than the check, and throws out most
 
@@ -38,7 +40,7 @@ MIN_PART = 0.6  # of a side
 BEYOND = 1 / MINIATURE_PX  # of a side; a part may reach over the border, for frames of a film and pages scanned twice
 MAX_ERROR = 0.8  # at every cell, of ERROR_FLOOR + ERROR_SHARE * the contrast around it
 ERROR_FLOOR, ERROR_SHARE = 4.0, 0.25
-MAX_LOSS = 12.0
+MAX_LOSS = 12.0  # at a cell that more light or contrast has cut off
 MAX_UNEXPLAINED = 0.05  # of the variance
 GAINS = (0.72, 1.4)  # contrast, and brightness as a factor
 MAX_SHIFT, MAX_PLAIN_SHIFT = 40.0, 8.0  # of the mean; the latter for pictures of one colour
@@ -239,7 +241,7 @@ def _hash(pictures: Sequence[Picture], num_parts: int) -> tuple[np.ndarray, np.n
     values = values.reshape(len(grey), num_parts, FREQUENCIES, num_parts, FREQUENCIES).swapaxes(2, 3)
     values = values.reshape(len(grey), num_parts**2, FREQUENCIES**2)
     # Rounded, for values that should be equal, as the zeros of a plain picture are, differ a little.
-    values = values.round(4).astype(np.float32)
+    values = values.round(6).astype(np.float32)
     half = FREQUENCIES**2 // 2
     bits = values > np.sort(values, axis=2)[..., half - 1 : half + 1].mean(axis=2, keepdims=True)
     hashes = np.packbits(bits, axis=2).view(np.uint64)[..., 0]
