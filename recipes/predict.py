@@ -52,7 +52,7 @@ def main() -> None:
 
     from accelerate import PartialState
 
-    from vqa_sft import launch, model as models
+    from vqa_sft import launch, model as models, speed
     from vqa_sft.collator import AnswerCollator, check_texts
     from vqa_sft.scoring import find_letter_ids, score_examples
 
@@ -70,10 +70,14 @@ def main() -> None:
     check_texts(processor, examples, prompts)
     precision = models.choose_precision(recipe.values, trained=run.get("precision"))
     model = models.load_trained(args.run, model_args, precision, device_map=launch.device_map(), **trust)
-    model.to(state.device).eval()
+    model.to(state.device).eval().requires_grad_(False)
+    packer = None
+    if run["recipe"].get("fast", True):
+        packer = speed.pack_rows(model, precision)
+        speed.speed_up(model, compile_layers=speed.pays_compilation(len(examples), run["recipe"].get("compile_layers")))
 
     # Score
-    collator = AnswerCollator(processor, prompts, num_letters, blank)
+    collator = AnswerCollator(processor, prompts, num_letters, blank, packer)
     choice_logits = score_examples(
         model, examples, collator, letter_ids, args.batch_size, precision, args.num_workers, state
     )

@@ -46,7 +46,7 @@ def main() -> None:
     from accelerate import PartialState
     from transformers import EarlyStoppingCallback
 
-    from vqa_sft import hub, launch, model as models
+    from vqa_sft import hub, launch, model as models, speed
     from vqa_sft.collator import AnswerCollator, TrainCollator, check_texts
     from vqa_sft.predictions import write_predictions
     from vqa_sft.scoring import find_letter_ids
@@ -83,6 +83,7 @@ def main() -> None:
         write_parts(output_dir, loaded, parts)
     PartialState().wait_for_everyone()
     model = models.load_model(model_args, precision, device_map=launch.device_map(), **trust)
+    packer = speed.pack_rows(model, precision) if args.fast else None
 
     # Trainer
     callbacks = [checkpoints.MarkWholeCheckpoints()]
@@ -103,12 +104,18 @@ def main() -> None:
                 seed=training_args.seed,
                 shuffle_choices=args.shuffle_choices,
                 counts_batches=args.streaming,
+                packer=packer,
             ),
-            eval_collator=AnswerCollator(processor, args.prompts, num_letters),
+            eval_collator=AnswerCollator(processor, args.prompts, num_letters, packer=packer),
             letter_ids=letter_ids,
             loss_over=args.loss,
             callbacks=callbacks,
         )
+    if args.fast:
+        num_rows = training_args.max_steps * rows_a_step
+        if num_rows <= 0:
+            num_rows = len(train) * training_args.num_train_epochs
+        speed.speed_up_training(trainer, num_rows, compile_layers=args.compile_layers)
 
     # Train, from the last whole checkpoint if there is one
     checkpoint = checkpoints.last_whole_checkpoint(output_dir)

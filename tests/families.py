@@ -73,7 +73,7 @@ def _qwen3_vl(tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
     token_id = tokenizer.convert_tokens_to_ids
     config = Qwen3VLConfig(
         text_config=TEXT
-        | {"vocab_size": len(tokenizer), "head_dim": 8, "pad_token_id": tokenizer.pad_token_id}
+        | {"vocab_size": len(tokenizer), "head_dim": 8, "pad_token_id": tokenizer.pad_token_id, "num_hidden_layers": 3}
         | {
             "rope_parameters": {
                 "rope_type": "default",

@@ -14,7 +14,7 @@ byte for byte what is scored in prediction: both render with `render_prompt`.
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import datasets
 import torch
@@ -102,7 +102,8 @@ class AnswerCollator:
     """For evaluation and prediction: every choice under its own letter.
 
     `num_letters` is fixed for a run, so that letter logits of all batches and processes have one shape. `blank` names
-    pictures that are shown as a white square: row id -> positions among the row's pictures.
+    pictures that are shown as a white square: row id -> positions among the row's pictures. `packer` makes one row
+    without padding of the batch (packing.py).
     """
 
     def __init__(
@@ -111,11 +112,13 @@ class AnswerCollator:
         prompts: Prompts,
         num_letters: int,
         blank: Mapping[str, Sequence[int]] | None = None,
+        packer: Callable[[dict], dict] | None = None,
     ) -> None:
         self.processor = processor
         self.prompts = prompts
         self.num_letters = num_letters
         self.blank = blank or {}
+        self.packer = packer
 
     def order(self, row: dict) -> tuple[int, ...]:
         return identity_order(len(row["choices"]))
@@ -139,14 +142,16 @@ class AnswerCollator:
             add_special_tokens=not (bos and texts[0].startswith(bos)),
         )
         num_tokens = torch.arange(batch["input_ids"].shape[1])
-        return {
+        batch = {
+            # First, for libraries take the length of the first tensor for the number of rows.
+            "answers": torch.tensor([self.answer_letter(row, order) for row, order in zip(rows, orders, strict=True)]),
             **batch,
             # The last real token, whichever side is padded.
             "answer_positions": (batch["attention_mask"] * num_tokens).argmax(dim=1),
-            "answers": torch.tensor([self.answer_letter(row, order) for row, order in zip(rows, orders, strict=True)]),
             "num_choices": torch.tensor([len(order) for order in orders]),
             "orders": torch.tensor([order + identity_order(self.num_letters)[len(order) :] for order in orders]),
         }
+        return self.packer(batch) if self.packer else batch
 
     def images(self, row: dict) -> list[Image.Image]:
         """The row's pictures. Raises InputError for one that cannot be read, which a checked row does not have."""
@@ -185,8 +190,9 @@ class TrainCollator(AnswerCollator):
         seed: int,
         shuffle_choices: bool = True,
         counts_batches: bool = False,
+        packer: Callable[[dict], dict] | None = None,
     ) -> None:
-        super().__init__(processor, prompts, num_letters)
+        super().__init__(processor, prompts, num_letters, packer=packer)
         self.seed = seed
         self.shuffle_choices = shuffle_choices
         # Shared memory, because workers that are already running must see the new epoch.

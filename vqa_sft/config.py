@@ -85,6 +85,14 @@ class RecipeArguments:
     global_batch_size: int | None = _help(
         "Rows per optimiser step over all processes; accumulation follows from it.", default=None
     )
+    fast: bool = _help(
+        "Rows without padding and a faster picture tower, where the model allows it; false: the libraries' own paths.",
+        default=True,
+    )
+    compile_layers: bool | None = _help(
+        "Compile the layers: about a minute at the start; default: for runs that are long enough, on newer GPUs.",
+        default=None,
+    )
     early_stopping_patience: int | None = _help("Stop after so many evaluations without a better one.", default=None)
     overwrite: bool = _help("Move an earlier run in output_dir to output_dir.old first.", default=False)
 

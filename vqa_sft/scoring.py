@@ -3,7 +3,7 @@
 import datasets
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from jinja2 import TemplateError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -43,6 +43,9 @@ def find_letter_ids(processor: ProcessorMixin, num_letters: int, prompts: Prompt
 def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits (B, V), float32, at the last prompt position. Only that position goes through `lm_head`."""
     inputs = {key: value for key, value in batch.items() if key not in TARGET_KEYS}
+    if "cu_seq_lens_q" in batch:  # packed rows: the answers stand in one row
+        keep = 0 if "keep_positions" in batch else batch["answer_positions"][None]
+        return model(**inputs, logits_to_keep=keep, use_cache=False).logits[0].float()
     positions = batch["answer_positions"][:, None]  # (B, 1)
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
     if logits.ndim != 3 or logits.shape[:2] != positions.shape:
@@ -89,7 +92,7 @@ def score_examples(
     autocast = torch.autocast(state.device.type, DTYPES[precision], enabled=precision != "fp32")
     scored = {}
     for i, batch in zip(own, tqdm(loader, desc="Scoring", disable=not state.is_main_process), strict=True):
-        batch = {key: value.to(state.device) for key, value in batch.items()}
+        batch = send_to_device(batch, state.device)
         with autocast:
             logits = letter_logits(model, batch, letter_ids)
         scored[i] = to_choice_logits(logits, batch["orders"], batch["num_choices"])

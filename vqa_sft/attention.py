@@ -1,0 +1,126 @@
+"""Attention over rows that stand one after another in one long row, without padding.
+
+    lengths 5, 3, 4 -> q, k, v (1, H, 12, D), cu_seq_lens [0, 5, 8, 12] -> every row attends to itself alone
+
+Registered with transformers' AttentionInterface under two names, so that no forward of the libraries is replaced. The
+picture tower asks for `TOWER`, whose name holds "flash": then the library makes one call a layer, where it else loops
+over windows in Python, hundreds of calls a layer. On a GPU of compute capability 8.0 or newer, in half precision, the
+call goes to `torch.nn.attention.varlen`; elsewhere to one sdpa call for all rows of one length. Without `cu_seq_lens_q`
+it is the library's own sdpa, masks and all. Goes when the library's sdpa learns `cu_seq_lens`.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+DECODER = "vqa_sft_packed"
+TOWER = "vqa_sft_packed_flash"
+
+_PARAMETERS = inspect.signature(varlen_attn).parameters if varlen_attn else {}
+# torch 2.10 says is_causal=True, later releases window_size=(-1, 0).
+_CAUSAL = {True: {"window_size": (-1, 0)}, False: {}} if "window_size" in _PARAMETERS else None
+_CAUSAL = _CAUSAL or {True: {"is_causal": True}, False: {}}
+_GQA = {"enable_gqa": True} if "enable_gqa" in _PARAMETERS else {}
+
+_lengths: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def can_use_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `torch.nn.attention.varlen` works there."""
+    return (
+        varlen_attn is not None
+        and device.type == "cuda"
+        and torch.version.hip is None
+        and dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and torch.backends.cuda.flash_sdp_enabled()
+    )
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`query` (1, H, T, D), `key` and `value` (1, H_kv, T, D), `cu_seq_lens_q` (rows + 1,) int32, `max_length_q` at
+    least the longest row -> (1, T, H, D)."""
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
+        )
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    if query.dtype != value.dtype:  # under autocast the rotation of fp32 tables may leave fp32
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    if getattr(module, "use_varlen", False) and value.dtype != torch.float32:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, H, D)
+        gqa = _GQA if q.shape[1] != k.shape[1] else {}
+        length = max_length_q
+        # One tensor for both: some kernels take causal rows only if queries and keys have the same.
+        cu = cu_seq_lens_q
+        output = varlen_attn(q, k, v, cu, cu, length, length, scale=scaling, **_CAUSAL[bool(is_causal)], **gqa)
+        return output[None], None
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    return _by_length(query, key, value, cu_seq_lens_q, scaling, bool(is_causal)), None
+
+
+def _by_length(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_lens: torch.Tensor, scaling: float, causal: bool
+) -> torch.Tensor:
+    """One sdpa call for all rows of one length: (1, H, T, D) -> (1, T, H, D)."""
+    num_heads, num_tokens, head_dim = query.shape[1:]
+    outputs, places = [], []
+    for length, starts in _starts_of_length(cu_seq_lens).items():
+        if len(starts) * length == num_tokens:  # all of one length, as the windows of most pictures are
+            rows, place = [x[0].view(num_heads, -1, length, head_dim) for x in (query, key, value)], None
+        else:
+            place = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()
+            rows = [x[0][:, place].view(num_heads, -1, length, head_dim) for x in (query, key, value)]
+        rows = [x.transpose(0, 1) for x in rows]  # (rows, H, length, D)
+        output = F.scaled_dot_product_attention(*rows, scale=scaling, is_causal=causal)
+        outputs.append(output.transpose(1, 2).reshape(-1, num_heads, head_dim))  # (rows * length, H, D)
+        places.append(place)
+    if len(outputs) == 1 and places[0] is None:
+        return outputs[0][None]
+    back = torch.empty(num_tokens, dtype=torch.int64, device=query.device)
+    back[torch.cat(places)] = torch.arange(num_tokens, device=query.device)
+    return torch.cat(outputs)[back][None]
+
+
+def _starts_of_length(cu_seq_lens: torch.Tensor) -> dict[int, torch.Tensor]:
+    """Where the rows of every length start; kept as long as the tensor lives, for every layer asks."""
+    known = _lengths.get(cu_seq_lens)
+    if known is None:
+        edges = cu_seq_lens.tolist()
+        starts: dict[int, list[int]] = {}
+        for start, end in zip(edges, edges[1:], strict=False):
+            starts.setdefault(end - start, []).append(start)
+        known = {length: torch.tensor(found, device=cu_seq_lens.device) for length, found in starts.items()}
+        _lengths[cu_seq_lens] = known
+    return known
+
+
+for _name in (DECODER, TOWER):
+    AttentionInterface.register(_name, packed_attention)
+    AttentionMaskInterface.register(_name, sdpa_mask)

@@ -1,0 +1,127 @@
+"""A padded batch -> one row without padding, with everything that the model would else compute on the GPU.
+
+    input_ids (B, T), attention_mask, mm_token_type_ids, pixel_values, image_grid_thw
+        -> input_ids (1, N), position_ids (3, 1, N), cu_seq_lens_q, max_length_q, answer_positions (B,), ...
+           pixel_values in the precision of the tower, and the tower's positions, windows and lengths
+
+N is the number of tokens without padding. Made in the data loader's workers, by the library's own functions, so that
+neither a forward nor a copy waits for the GPU. For Qwen2.5-VL and Qwen3-VL.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
+
+MODELS = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
+# What the packed row makes needless.
+DROPPED = ("attention_mask", "mm_token_type_ids")
+
+
+def can_pack(config: PreTrainedConfig) -> bool:
+    return config.model_type in MODELS and not getattr(config.text_config, "attention_dropout", 0)
+
+
+class Packer:
+    """`Packer(config, dtype)(batch)`; `dtype` is that of the picture tower's weights.
+
+    With `keeps_answers` the model's last layer looks for `keep_positions` and gives the answer positions alone.
+    """
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, *, keeps_answers: bool = False) -> None:
+        # Only what `get_rope_index` asks of a model: no weights.
+        model_class = MODELS[config.model_type]
+        shell = model_class.__new__(model_class)
+        nn.Module.__init__(shell)
+        shell.config = config
+        self.rope_index: Callable = shell.get_rope_index
+        self.tower_inputs = partial(_TOWER_INPUTS[config.model_type], config.vision_config)
+        self.dtype = dtype
+        self.keeps_answers = keeps_answers
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        is_token = batch["attention_mask"].bool()
+        grid = batch.get("image_grid_thw")
+        if grid is None:
+            positions = (batch["attention_mask"].cumsum(dim=1) - 1).expand(3, -1, -1)
+        else:
+            positions, _ = self.rope_index(
+                batch["input_ids"], batch["mm_token_type_ids"], image_grid_thw=grid, attention_mask=is_token
+            )
+        lengths = is_token.sum(dim=1)
+        cu_seq_lens = _edges(lengths)
+        packed = {key: value for key, value in batch.items() if key not in DROPPED}
+        packed |= {
+            "input_ids": batch["input_ids"][is_token][None],
+            "position_ids": positions[:, is_token][:, None],
+            "answer_positions": cu_seq_lens[1:].long() - 1,  # the prompt ends where the letter begins
+            "cu_seq_lens_q": cu_seq_lens,
+            "max_length_q": round_up(int(lengths.max())),
+        }
+        if self.keeps_answers:
+            packed["keep_positions"] = packed["answer_positions"]
+        if grid is not None:
+            packed["pixel_values"] = batch["pixel_values"].to(self.dtype)
+            packed |= {f"image_{name}": value for name, value in self.tower_inputs(grid).items()}
+        return packed
+
+
+def round_up(length: int) -> int:
+    """The next power of two: kernels take any number that is large enough, and compiled code is made for few."""
+    return max(64, 1 << (length - 1).bit_length())
+
+
+def _edges(lengths: torch.Tensor) -> torch.Tensor:
+    return F.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
+
+
+def _longest(cu_seqlens: torch.Tensor) -> int:
+    return round_up(int(cu_seqlens.diff().max()))
+
+
+def _qwen2_5_tower_inputs(config: PreTrainedConfig, grid: torch.Tensor) -> dict[str, Any]:
+    cu_seqlens = get_vision_cu_seqlens(grid)
+    window_index, cu_window_seqlens = get_vision_window_index(
+        grid, config.spatial_merge_size, config.window_size, config.patch_size
+    )
+    return {
+        "position_ids": get_vision_position_ids(grid, config.spatial_merge_size),
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": _longest(cu_seqlens),
+        "window_index": window_index,
+        "cu_window_seqlens": cu_window_seqlens,
+        "max_window_seqlen": _longest(cu_window_seqlens),
+    }
+
+
+def _qwen3_tower_inputs(config: PreTrainedConfig, grid: torch.Tensor) -> dict[str, Any]:
+    cu_seqlens = get_vision_cu_seqlens(grid)
+    indices, weights = get_vision_interpolation_indices_and_weights(
+        grid,
+        num_grid_per_side=int(config.num_position_embeddings**0.5),
+        mode="bilinear",
+        align_corners=True,
+        spatial_merge_size=config.spatial_merge_size,
+    )
+    return {
+        "interp_indices": indices,
+        "interp_weights": weights,
+        "position_ids": get_vision_position_ids(grid, config.spatial_merge_size),
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": _longest(cu_seqlens),
+    }
+
+
+_TOWER_INPUTS = {"qwen2_5_vl": _qwen2_5_tower_inputs, "qwen3_vl": _qwen3_tower_inputs}

@@ -1,0 +1,134 @@
+"""Which speed-ups a model gets, each exact to the library's own path; where one cannot be had, a line says so.
+
+    packer = pack_rows(model, precision)      before the trainer is built: rows without padding
+    speed_up(model, compile_layers=...)       after it: tower, last layer, compiled layers
+
+Nothing here changes what is saved. `fast: false` in a recipe leaves the libraries' paths as they are.
+"""
+
+import types
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+
+from vqa_sft import attention, packing, vision
+from vqa_sft.model import DTYPES
+
+# Graphs of one layer: with and without gradients, first layer (its input has none) and others, training and scoring.
+MAX_GRAPHS = 32
+# Compilation takes about a minute; a run of fewer rows is over sooner without it.
+MIN_ROWS_TO_COMPILE = 3000
+
+
+def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) -> packing.Packer | None:
+    """Let `model` take packed rows; what packs a batch for it, or None where the family or its attention cannot."""
+    model = _base(model)
+    config = model.config
+    own = getattr(config, "text_config", config)._attn_implementation
+    if not packing.can_pack(config):
+        say(f"rows are padded: packing is not known for {config.model_type}")
+        return None
+    if own not in ("sdpa", attention.DECODER):
+        say(f"rows are padded: attn_implementation is {own}, and packing needs sdpa")
+        return None
+    config.text_config._attn_implementation = attention.DECODER
+    config.vision_config._attn_implementation = attention.TOWER
+    device = next(model.parameters()).device
+    if device.type == "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    use_varlen = attention.can_use_varlen(device, DTYPES[precision])
+    if device.type == "cuda" and not use_varlen:
+        say("attention goes row by row: this GPU or precision has no kernel for rows of different lengths")
+    for module in model.modules():
+        if hasattr(module, "num_key_value_groups"):
+            module.use_varlen = use_varlen
+    layers = model.get_decoder().layers
+    # Qwen3-VL adds picture features after its first layers, at every place.
+    num_deepstack = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    keeps = answers_only and num_deepstack < len(layers) and keep_only_answers(layers[-1])
+    return packing.Packer(config, model.model.visual.dtype, keeps_answers=keeps)
+
+
+def keep_only_answers(layer: nn.Module) -> bool:
+    """Let the last decoder `layer` do the rest of its work only at `keep_positions` (B,), once attention is done: what
+    comes after it looks at no other place. Whether the layer is of the kind that is known."""
+    parts = {name for name, _ in layer.named_children()}
+    if parts != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+        return False
+    whole = layer.forward
+
+    def forward(
+        self: nn.Module,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        keep_positions: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        if keep_positions is None:
+            return whole(hidden_states, *args, **kwargs)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = (hidden_states + attended)[:, keep_positions]
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    layer.forward = types.MethodType(forward, layer)
+    return True
+
+
+def speed_up(model: nn.Module, *, compile_layers: bool = False) -> None:
+    """Speed up the picture tower, and compile its blocks and the decoder's layers if asked and able."""
+    base = _base(model)
+    if base.config.model_type not in packing.MODELS:
+        return
+    tower = base.model.visual
+    say("picture tower: " + ", ".join(vision.speed_up_tower(tower)))
+    if compile_layers and can_compile():
+        torch._dynamo.config.recompile_limit = MAX_GRAPHS
+        # A shape that does not compile runs uncompiled.
+        torch._dynamo.config.suppress_errors = True
+        layers = [*base.get_decoder().layers, *(tower.blocks if vision.is_frozen(tower) else ())]
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=True)
+        say(f"{len(layers)} layers are compiled; the first steps are slow")
+
+
+def speed_up_training(trainer: Trainer, num_rows: int, *, compile_layers: bool | None) -> None:
+    """`speed_up` of a trainer's model, as far as its weights stand whole on every process."""
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        say("picture tower and layers stay the library's: their weights are spread over processes")
+        return
+    speed_up(trainer.model, compile_layers=pays_compilation(num_rows, compile_layers))
+
+
+def pays_compilation(num_rows: float, asked: bool | None) -> bool:
+    return num_rows >= MIN_ROWS_TO_COMPILE if asked is None else asked
+
+
+def _base(model: nn.Module) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def can_compile() -> bool:
+    """Whether something small compiles here: a C compiler and Triton are needed. Says why not."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return False
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device="cuda"))
+    except Exception as error:  # whatever the tool chain raises
+        say(f"layers are not compiled: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        return False
+    return True
+
+
+def num_compilations() -> int:
+    """Graphs compiled so far in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def say(line: str) -> None:
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        print(f"Speed: {line}.")
