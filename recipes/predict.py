@@ -52,7 +52,7 @@ def main() -> None:
 
     from accelerate import PartialState
 
-    from vqa_sft import launch, model as models, speed
+    from vqa_sft import cache, launch, model as models, speed
     from vqa_sft.collator import AnswerCollator, check_texts
     from vqa_sft.scoring import find_letter_ids, score_examples
 
@@ -71,13 +71,18 @@ def main() -> None:
     precision = models.choose_precision(recipe.values, trained=run.get("precision"))
     model = models.load_trained(args.run, model_args, precision, device_map=launch.device_map(), **trust)
     model.to(state.device).eval().requires_grad_(False)
-    packer = None
+    packer = features = None
     if run["recipe"].get("fast", True):
         packer = speed.pack_rows(model, precision)
-        speed.speed_up(model, compile_layers=speed.pays_compilation(len(examples), run["recipe"].get("compile_layers")))
+        if run["recipe"].get("cache_image_features"):
+            features = cache.open_store(model, processor, packer, precision)
+        compile_layers = speed.pays_compilation(len(examples), args.compile_layers)
+        speed.speed_up(model, compile_layers=compile_layers)
 
     # Score
-    collator = AnswerCollator(processor, prompts, num_letters, blank, packer)
+    collator = AnswerCollator(processor, prompts, num_letters, blank, packer, features)
+    if features is not None:
+        cache.fill_store(model, collator, [examples], precision, args.batch_size, args.num_workers)
     choice_logits = score_examples(
         model, examples, collator, letter_ids, args.batch_size, precision, args.num_workers, state
     )
@@ -148,6 +153,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--batch_size", type=int, default=16, help="rows per forward and process")
     parser.add_argument("--num_workers", type=int, default=2, help="processes that read pictures")
+    parser.add_argument(
+        "--compile_layers",
+        action=argparse.BooleanOptionalAction,
+        help="compile the layers, about a minute at the start; default: for thousands of rows",
+    )
     parser.add_argument("--limit", type=int, help="only the first rows")
     parser.add_argument("--min_pixels", type=int, help="with --run none; a run has its own")
     parser.add_argument("--max_pixels", type=int, help="with --run none; a run has its own")

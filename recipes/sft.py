@@ -46,7 +46,7 @@ def main() -> None:
     from accelerate import PartialState
     from transformers import EarlyStoppingCallback
 
-    from vqa_sft import hub, launch, model as models, speed
+    from vqa_sft import cache, hub, launch, model as models, speed
     from vqa_sft.collator import AnswerCollator, TrainCollator, check_texts
     from vqa_sft.predictions import write_predictions
     from vqa_sft.scoring import find_letter_ids
@@ -84,6 +84,8 @@ def main() -> None:
     PartialState().wait_for_everyone()
     model = models.load_model(model_args, precision, device_map=launch.device_map(), **trust)
     packer = speed.pack_rows(model, precision) if args.fast else None
+    # Now, for the tower's weights change their shapes when it is sped up.
+    features = cache.open_store(model, processor, packer, precision) if args.cache_image_features else None
 
     # Trainer
     callbacks = [checkpoints.MarkWholeCheckpoints()]
@@ -105,8 +107,9 @@ def main() -> None:
                 shuffle_choices=args.shuffle_choices,
                 counts_batches=args.streaming,
                 packer=packer,
+                features=features,
             ),
-            eval_collator=AnswerCollator(processor, args.prompts, num_letters, packer=packer),
+            eval_collator=AnswerCollator(processor, args.prompts, num_letters, packer=packer, features=features),
             letter_ids=letter_ids,
             loss_over=args.loss,
             callbacks=callbacks,
@@ -116,6 +119,10 @@ def main() -> None:
         if num_rows <= 0:
             num_rows = len(train) * training_args.num_train_epochs
         speed.speed_up_training(trainer, num_rows, compile_layers=args.compile_layers)
+    if features is not None:
+        seen = [rows for rows in (train, validation) if rows is not None]
+        batch_size, num_workers = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
+        cache.fill_store(trainer.model, trainer.eval_collator, seen, precision, batch_size, num_workers)
 
     # Train, from the last whole checkpoint if there is one
     checkpoint = checkpoints.last_whole_checkpoint(output_dir)

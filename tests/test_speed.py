@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 from trl import ModelConfig
 
-from vqa_sft import speed
+from vqa_sft import speed, vision
 from vqa_sft.collator import AnswerCollator
 from vqa_sft.data import load_examples
 from vqa_sft.loss import vocabulary_loss
@@ -60,6 +60,18 @@ def test_packed_rows_give_the_logits_and_gradients_of_padded_rows(road, answers_
     batch = AnswerCollator(processor, Prompts(), 4, packer=packer)(rows)
     assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch
     assert_same(gradients_of(model, batch, letter_ids), plain)
+
+
+def test_a_padded_mlp_gives_the_features_of_its_own_width(road):
+    model, processor, _, rows = road
+    tower = model.get_base_model().model.visual
+    batch = AnswerCollator(processor, Prompts(), 4)(rows)
+    pictures = batch["pixel_values"], batch["image_grid_thw"]
+    with torch.no_grad():
+        expected = tower(*pictures).pooler_output
+        widths = [vision.pad_mlp(module) for module in tower.modules()]
+        assert {None, (52, 64)} >= set(widths) and vision.embed_patches_by_product(tower)
+        torch.testing.assert_close(tower(*pictures).pooler_output, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_everything_together_gives_the_logits_and_gradients_of_the_library(road):

@@ -1,11 +1,16 @@
-"""Runs recipes on random weights in the true shapes of the models, and says what they need.
+"""One table: examples/s, memory, share of the GPU's peak and idle share of our recipes, beside plain TRL in one run.
 
-    python -m vqa_sft.benchmark recipes/qwen7b.yaml recipes/qwen3b_t4.yaml --steps 8
-    python -m vqa_sft.benchmark recipes/qwen3b_t4.yaml --as-t4
+    python -m vqa_sft.benchmark                                    # the standard cases, on one GPU
+    python -m vqa_sft.benchmark --only 7B --steps 20
+    python -m vqa_sft.benchmark recipes/qwen3b_t4.yaml --as-t4     # recipes as they stand
+    python -m vqa_sft.benchmark --tiny                             # every kind of case, on a CPU in about a minute
 
-Weights are drawn on the GPU and saved under --work, pictures are noise of mixed sizes, and then the recipe itself runs:
-`recipes/sft.py` and `recipes/predict.py`, each in a process of its own. Speed and memory do not depend on what the
-weights are; accuracy means nothing here.
+Weights are random in the true shapes of the models, drawn on the GPU and saved under --work; pictures are noise. Every
+case is a process of its own that runs `recipes/sft.py`, `recipes/predict.py` or TRL's SFTTrainer with its own collator.
+Speed and memory do not depend on what the weights are; accuracy means nothing here.
+
+The share of peak counts needed work only (`needed_tflop`): never padding or what is computed twice. The peak is that of
+a bf16 matrix product on the same GPU. The idle share is what is left of the wall time without the kernels' own.
 
 `--as-t4` shows a recipe what a T4 shows it: an allocator that ends at 13.8 GiB (14.56 less its context), compute
 capability 7.5, neither flash nor cuDNN attention. Its speed cannot be had that way.
@@ -13,15 +18,29 @@ capability 7.5, neither flash nor cuDNN attention. Its speed cannot be had that 
 
 import argparse
 import csv
+import io
 import json
 import os
 import random
 import runpy
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 T4_GIB = 13.8
+WARM_UP, PROFILED = 6, 3  # steps before and after those that are timed
+QWEN_7B, QWEN_3B, QWEN3_8B = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7B", "2.5-VL-3B", "3-VL-8B"))
+# Pictures of 448 px a side and texts of about 174 tokens with the template: 430 tokens a row; then of 80 to 310 tokens.
+# A word is one token of the random models.
+FIXED = {"num_words": (95, 95), "side_px": (448, 448)}
+MIXED = {"num_words": (5, 235), "side_px": (160, 1280)}
 # Published configurations of the models, as far as they set a shape.
 SHAPES = {
     "Qwen/Qwen2.5-VL-3B-Instruct": (
@@ -42,77 +61,418 @@ SHAPES = {
         | {"head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False},
         {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096},
     ),
+    # For a CPU.
+    "tiny": (
+        "qwen2_5_vl",
+        {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
+        | {"intermediate_size": 128, "vocab_size": 2000, "tie_word_embeddings": True},
+        {"depth": 2, "hidden_size": 32, "intermediate_size": 52, "num_heads": 2, "out_hidden_size": 128}
+        | {"fullatt_block_indexes": [1]},
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
+
+    name: str
+    kind: str  # "train", "score" or "trl"
+    shape: str
+    recipe: str = ""
+    data: dict = field(default_factory=lambda: FIXED)
+    batch_size: int = 16
+    options: dict[str, Any] = field(default_factory=dict)  # of the recipe
+    cap_gib: float | None = None
+    baseline: str | None = None  # the case whose examples/s are 1.0
+    scores: str = ""  # the case whose run is scored
+
+
+def standard_cases() -> list[Case]:
+    cached = {"cache_image_features": True}
+    cases = []
+    for size, shape, recipe, rows in (
+        ("7B", QWEN_7B, "qwen7b", 16),
+        ("3B", QWEN_3B, "qwen7b", 32),
+        ("Qwen3-VL-8B", QWEN3_8B, "qwen3vl8b_a100", 16),
+    ):
+        trl = f"{size} TRL as it comes"
+        ours = {"shape": shape, "recipe": f"recipes/{recipe}.yaml", "batch_size": rows, "baseline": trl}
+        if shape == QWEN3_8B:
+            ours["options"] = {"max_pixels": 200704}
+        cases.append(Case(trl, "trl", shape, batch_size=8))
+        cases.append(Case(f"{size} train", "train", **ours))
+        if shape == QWEN_7B:
+            cases.append(Case(f"{size} train, mixed sizes", "train", **ours | {"data": MIXED}))
+            cases.append(Case(f"{size} train, cached features", "train", **ours | {"options": cached}))
+            cases.append(Case(f"{size} train, within 24 GiB", "train", **ours | {"batch_size": 4, "cap_gib": 24}))
+            score = {"kind": "score", "shape": shape, "batch_size": 32, "scores": f"{size} train"}
+            cases.append(Case(f"{size} score", **score))
+    return cases
+
+
+def tiny_cases() -> list[Case]:
+    data = {"num_words": (5, 20), "side_px": (60, 120)}
+    ours = {"shape": "tiny", "recipe": "recipes/demo.yaml", "data": data, "batch_size": 4, "baseline": "TRL"}
+    return [
+        Case("TRL", "trl", "tiny", data=data, batch_size=4),
+        Case("train", "train", **ours),
+        Case("cached features", "train", **ours | {"options": {"cache_image_features": True}}),
+        Case("score", "score", "tiny", data=data, batch_size=4, scores="train"),
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="+", help="recipe files")
-    parser.add_argument("--steps", type=int, default=8, help="optimiser steps per recipe")
-    parser.add_argument("--rows", type=int, default=160, help="rows of the data")
+    parser.add_argument("recipes", nargs="*", help="recipe files, run as they stand; default: the standard cases")
+    parser.add_argument("--only", action="append", help="standard cases whose names hold this text")
+    parser.add_argument("--steps", type=int, default=16, help="timed steps per case")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark"), help="folder for models, data and runs")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the recipes")
     parser.add_argument("--as-t4", action="store_true", help="show the recipes a T4")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU")
     args = parser.parse_args()
 
-    data = write_data(args.work / "data", args.rows)
-    results = []
-    for recipe in map(Path, args.recipes):
-        run, model = args.work / recipe.stem, None
+    cases = tiny_cases() if args.tiny else standard_cases()
+    if args.recipes:
+        mixed = {"data": {"num_words": (10, 60), "side_px": (320, 1280)}}
+        cases = [
+            Case(Path(name).stem, "train", _model_name(name), name, batch_size=0, **mixed) for name in args.recipes
+        ]
+    if args.only:
+        cases = [case for case in cases if any(text in case.name for text in args.only)]
+    results: dict[str, dict] = {}
+    peak = None if args.tiny else _in_own_process(measure_peak_tflops)
+    for case in cases:
         try:
-            model = save_random_model(_model_name(recipe), args.work / "model")
-            common = ["--as-t4"] if args.as_t4 else []
-            train = ["--config", str(recipe), "--model_name_or_path", str(model), "--output_dir", str(run)]
-            train += ["--train_data", str(data / "train.csv"), "--max_steps", str(args.steps), "--overwrite"]
-            _run("recipes/sft.py", train, common)
-            scored = run / "submission.csv"
-            _run(
-                "recipes/predict.py",
-                ["--run", str(run), "--data", str(data / "test.csv"), "--output", str(scored)],
-                common,
-            )
-            results.append((recipe.stem, json.loads((run / "metrics.json").read_text())))
+            results[case.name] = run_case(case, args)
         except subprocess.CalledProcessError as error:
-            results.append((recipe.stem, {"failed": error.returncode}))
-        print(results[-1], flush=True)
-    print(table(results))
+            results[case.name] = {"failed": error.returncode}
+        print(json.dumps({case.name: results[case.name]}), flush=True)
+    print(
+        f"Peak: {peak:.0f} TFLOP/s, a bf16 product of 8192 x 8192 matrices." if peak else "On a CPU: no share of peak."
+    )
+    print(table(cases, results, peak))
 
 
-def _model_name(recipe: Path) -> str:
-    import yaml
+def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """What the case's own process measured; raises CalledProcessError when it failed."""
+    work = args.work
+    model = save_random_model(case.shape, work / "model")
+    rows = max(case.batch_size, 16) * (WARM_UP + args.steps + PROFILED)
+    low, high = case.data["num_words"]
+    data = work / f"data_{low}_{high}_{rows}"
+    if not (data / "test.csv").is_file():
+        write_data(data, rows, **case.data)
+    run, result = work / case.name, work / "result.json"
+    result.unlink(missing_ok=True)
+    recipe = ["--config", case.recipe, "--model_name_or_path", str(model)]
+    options = {"train_data": data / "train.csv", "output_dir": run, "overwrite": True, "validation_fraction": 0}
+    options |= {"max_steps": WARM_UP + args.steps + PROFILED, "save_strategy": "no", "eval_strategy": "no"}
+    options |= {"load_best_model_at_end": False, "early_stopping_patience": "null", "check_images": False}
+    options |= {"max_pixels": 200704}
+    if case.batch_size:
+        options |= {"per_device_train_batch_size": case.batch_size, "global_batch_size": case.batch_size}
+        options |= {"compile_layers": not args.tiny}
+    if args.tiny:
+        options |= {"use_cpu": True, "dataloader_num_workers": 0, "max_pixels": 7056, "min_pixels": 7056}
+    if not case.batch_size:  # a recipe as it stands
+        options = {name: options[name] for name in ("train_data", "output_dir", "overwrite", "max_steps")}
+    options |= case.options | dict(text.split("=", 1) for text in args.set)
+    recipe += [token for name, value in options.items() for token in (f"--{name}", str(value))]
+    inside = {"result": str(result), "steps": args.steps, "as_t4": args.as_t4, "cap_gib": case.cap_gib}
+    if case.kind == "trl":
+        pixels = options["max_pixels"]
+        _inside("trl", [str(model), str(data), str(case.batch_size), str(pixels), str(options["max_steps"])], inside)
+    elif case.kind == "train":
+        _inside("recipes/sft.py", recipe, inside)
+    else:  # scores the run that an earlier case trained
+        scored = ["--run", str(work / case.scores), "--data", str(data / "test.csv")]
+        scored += ["--output", str(run / "submission.csv"), "--batch_size", str(case.batch_size)]
+        scored += ["--num_workers", "0", "--use_cpu"] if args.tiny else ["--num_workers", "8", "--compile_layers"]
+        _inside("recipes/predict.py", scored, inside)
+    found = json.loads(result.read_text())
+    found["tflop"] = mean_tflop(model, data, options["max_pixels"], case) if case.batch_size else None
+    return found
 
-    return yaml.safe_load(recipe.read_text(encoding="utf-8"))["model_name_or_path"]
 
-
-def table(results: list[tuple[str, dict]]) -> str:
-    """A Markdown table, one line a recipe."""
-    lines = ["| recipe | precision | examples/s | peak GiB |", "|---|---|---|---|"]
-    for name, metrics in results:
-        if "failed" in metrics:
-            lines.append(f"| {name} | failed with exit code {metrics['failed']} | | |")
-        else:
-            speed, memory = metrics["train_examples_per_s"], metrics["peak_memory_gib"]
-            lines.append(f"| {name} | {metrics['precision']} | {speed:.1f} | {memory:.1f} |")
-    return "\n".join(lines)
-
-
-def _run(script: str, arguments: list[str], options: list[str]) -> None:
-    command = [sys.executable, "-m", "vqa_sft.benchmark", "--inside", script, *options, "--", *arguments]
+def _inside(script: str, arguments: list[str], how: dict) -> None:
+    command = [sys.executable, "-m", "vqa_sft.benchmark", "--inside", script, json.dumps(how), *arguments]
     subprocess.run(command, check=True)
 
 
-def run_inside(argv: list[str]) -> None:
-    """`--inside SCRIPT [--as-t4] -- arguments`: run a recipe script in this process, as on a T4 if asked."""
-    script, options, arguments = argv[0], argv[1 : argv.index("--")], argv[argv.index("--") + 1 :]
-    if "--as-t4" in options:
+def _in_own_process(function: Callable[[], float]) -> float | None:
+    """What a function of this module prints, run in a process of its own: the GPU stays free."""
+    code = f"from vqa_sft import benchmark; print(benchmark.{function.__name__}())"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def measure_peak_tflops() -> float:
+    """TFLOP/s of a bf16 product of two 8192 x 8192 matrices: the best of twenty, before the GPU is warm and slower."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in "ab")
+    times_ms = []
+    for _ in range(25):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        a @ b
+        end.record()
+        end.synchronize()
+        times_ms.append(start.elapsed_time(end))
+    return 2 * 8192**3 / min(times_ms[5:]) / 1e9
+
+
+def table(cases: list[Case], results: dict[str, dict], peak_tflops: float | None) -> str:
+    """A Markdown table, one line a case."""
+    lines = ["| | rows a step | examples/s | ratio | peak GiB | share of peak | compilations | GPU idle |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for case in cases:
+        found = results[case.name]
+        if "failed" in found:
+            lines.append(f"| {case.name} | | failed with exit code {found['failed']} | | | | | |")
+            continue
+        speed, base = found["examples_per_s"], results.get(case.baseline or "", {}).get("examples_per_s")
+        ratio = f"{speed / base:.1f}" if base else ""
+        share = f"{speed * found['tflop'] / peak_tflops:.0%}" if peak_tflops and found.get("tflop") else ""
+        idle = f"{found['idle']:.0%}" if found.get("idle") is not None else ""
+        memory = f"{found['peak_gib']:.1f}" if found.get("peak_gib") else ""
+        lines.append(
+            f"| {case.name} | {found['rows_a_step']} | {speed:.1f} | {ratio} | {memory} | {share} "
+            f"| {found['compilations']} | {idle} |"
+        )
+    return "\n".join(lines)
+
+
+# --- Needed work ------------------------------------------------------------------------------------------------------
+
+
+def mean_tflop(model: Path, data: Path, max_pixels: int, case: Case) -> float:
+    """Needed work of one example of the data, in TFLOP, by its real tokens and patches."""
+    from PIL import Image
+    from transformers import AutoConfig
+
+    from vqa_sft.collator import render_prompt
+    from vqa_sft.data import load_examples
+    from vqa_sft.mcq import identity_order
+    from vqa_sft.model import load_processor
+    from vqa_sft.prompts import builtin_prompts
+
+    processor = load_processor(str(model), min_pixels=min(50176, max_pixels), max_pixels=max_pixels)
+    config, prompts = AutoConfig.from_pretrained(model), builtin_prompts("en", by_type=True)
+    examples, _ = load_examples(str(data / "train.csv"))
+    cached = bool(case.options.get("cache_image_features"))
+    total = 0.0
+    for row in examples:
+        with Image.open(row["images"][0]["path"] or io.BytesIO(row["images"][0]["bytes"])) as picture:
+            sizes = [(picture.height, picture.width)]
+        counted = processor._get_num_multimodal_tokens(image_sizes=sizes)
+        prompt = render_prompt(processor, row, identity_order(4), prompts)
+        num_tokens = len(processor.tokenizer(prompt)["input_ids"]) - 1 + counted.num_image_tokens[0]
+        num_patches = 0 if cached else counted.num_image_patches[0]
+        total += needed_tflop(config, num_tokens, num_patches, trains=case.kind != "score")
+    return total / len(examples)
+
+
+def needed_tflop(config: Any, num_tokens: int, num_patches: int, *, trains: bool) -> float:
+    """TFLOP of one example: two for every weight that a token meets, and attention; nothing for norms and activations.
+
+    Training adds the gradient of the decoder's activations, as much again as its forward; the tower is frozen. The last
+    layer's MLP and `lm_head` are needed at the answer alone. LoRA (1%) is left out.
+    """
+    text, vision = config.text_config, config.vision_config
+    hidden, head_dim = text.hidden_size, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    projections = hidden * (2 * queries + 2 * keys)
+    mlp = 3 * hidden * text.intermediate_size
+    weights = num_tokens * (text.num_hidden_layers * projections + (text.num_hidden_layers - 1) * mlp)
+    weights += mlp + hidden * text.vocab_size
+    # Causal: half of all pairs, for the products with keys and with values.
+    decoder = 2 * weights + text.num_hidden_layers * 2 * num_tokens**2 * queries
+    width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
+    gates = 3 if config.model_type == "qwen2_5_vl" else 2
+    block = 4 * width**2 + gates * width * vision.intermediate_size
+    mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+    merger = merged * (merged + vision.out_hidden_size) / vision.spatial_merge_size**2 * mergers
+    patch = 3 * vision.temporal_patch_size * vision.patch_size**2 * width
+    whole = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
+    windows = getattr(vision, "window_size", vision.patch_size) ** 2 / vision.patch_size**2
+    pairs = whole * num_patches + (vision.depth - whole) * windows
+    tower = num_patches * (2 * (vision.depth * block + merger + patch) + 4 * pairs * width)
+    return ((2 if trains else 1) * decoder + tower) / 1e12
+
+
+# --- Inside a case ----------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Times steps: `WARM_UP` without, `steps` with the clock, `PROFILED` under the profiler for the idle share."""
+
+    def __init__(self, steps: int, result: str | None) -> None:
+        self.steps, self.result = steps, result
+        self.num_steps = self.num_rows = 0
+        self.values: dict[str, Any] = {}
+        self.profiler = None
+
+    def tick(self, num_rows: int) -> None:
+        """A step of so many rows has ended."""
         import torch
 
+        self.num_steps += 1
+        self.num_rows += num_rows
+        on_gpu = torch.cuda.is_available()
+        if self.num_steps in (WARM_UP, WARM_UP + self.steps, WARM_UP + self.steps + PROFILED):
+            if on_gpu:
+                torch.cuda.synchronize()
+            now_s = time.perf_counter()
+        if self.num_steps == WARM_UP:
+            self.start_s, self.num_rows = now_s, 0
+        elif self.num_steps == WARM_UP + self.steps:
+            self.values["examples_per_s"] = self.num_rows / (now_s - self.start_s)
+            self.values["rows_a_step"] = num_rows
+            if on_gpu:
+                self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                self.profiler.start()
+                self.start_s = time.perf_counter()
+        elif self.num_steps == WARM_UP + self.steps + PROFILED and self.profiler:
+            self.profiler.stop()
+            kernels_s = sum(event.self_device_time_total for event in self.profiler.key_averages()) / 1e6
+            self.values["idle"] = max(0.0, 1 - kernels_s / (now_s - self.start_s))
+
+    def finish(self) -> None:
+        import torch
+
+        from vqa_sft.speed import num_compilations
+
+        if torch.cuda.is_available():
+            self.values["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        self.values["compilations"] = num_compilations()
+        if self.result:
+            Path(self.result).write_text(json.dumps(self.values))
+
+
+def run_inside(argv: list[str]) -> None:
+    """`--inside SCRIPT HOW ARGUMENTS...`: run a script of recipes/, or TRL, in this process under a `Watch`."""
+    import torch
+    import transformers
+
+    script, how, arguments = argv[0], json.loads(argv[1]), argv[2:]
+    cap_gib = T4_GIB if how["as_t4"] else how["cap_gib"]
+    if cap_gib:
         total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-        torch.cuda.set_per_process_memory_fraction(T4_GIB / total_gib)
+        torch.cuda.set_per_process_memory_fraction(cap_gib / total_gib)
+    if how["as_t4"]:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.get_device_capability = lambda device=None: (7, 5)
-    sys.argv = [script, *arguments]
-    runpy.run_path(script, run_name="__main__")
+    watch = Watch(how["steps"], how["result"])
+
+    class StepsOfTrainer(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            watch.tick(args.per_device_train_batch_size * args.gradient_accumulation_steps)
+
+    build = transformers.Trainer.__init__
+
+    def build_watched(self: transformers.Trainer, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        self.add_callback(StepsOfTrainer())
+
+    transformers.Trainer.__init__ = build_watched
+    if script == "recipes/predict.py":
+        _watch_scoring(watch)
+    if script == "trl":
+        run_trl(*arguments)
+    else:
+        # A recipe ends its process without a clean-up; what was measured must be written before.
+        from vqa_sft import launch
+
+        leave = launch.leave
+        launch.leave = lambda: (watch.finish(), leave())
+        sys.argv = [script, *arguments]
+        runpy.run_path(script, run_name="__main__")
+    watch.finish()
+
+
+def _watch_scoring(watch: Watch) -> None:
+    from vqa_sft import scoring
+
+    score = scoring.letter_logits
+
+    def score_watched(model: Any, batch: dict, letter_ids: Any) -> Any:
+        logits = score(model, batch, letter_ids)
+        watch.tick(len(batch["answers"]))
+        return logits
+
+    scoring.letter_logits = score_watched
+
+
+def run_trl(model: str, data: str, batch_size: str, max_pixels: str, max_steps: str) -> None:
+    """TRL's SFTTrainer with its own collator and its defaults, on the same rows and the seven usual LoRA layers."""
+    import torch
+    from datasets import Dataset, Features, Image, List, Value
+    from peft import LoraConfig
+    from transformers import AutoProcessor
+    from trl import SFTConfig, SFTTrainer
+
+    with (Path(data) / "train.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    texts = [row["question"] + "".join(f"\n{letter.upper()}. {row[letter]}" for letter in "abcd") for row in rows]
+    message = [{"role": Value("string"), "content": Value("string")}]
+    columns = {
+        "prompt": [[{"role": "user", "content": text}] for text in texts],
+        "completion": [[{"role": "assistant", "content": row["answer"].upper()}] for row in rows],
+        "images": [[str(Path(data) / row["path"])] for row in rows],
+    }
+    features = Features({"prompt": message, "completion": message, "images": List(Image())})
+    processor = AutoProcessor.from_pretrained(model)
+    processor.image_processor.size = {"shortest_edge": min(50176, int(max_pixels)), "longest_edge": int(max_pixels)}
+    on_gpu = torch.cuda.is_available()
+    args = SFTConfig(
+        output_dir=str(Path(data).parent / "trl"),
+        per_device_train_batch_size=int(batch_size),
+        max_steps=int(max_steps),
+        max_length=None,
+        model_init_kwargs={"dtype": "bfloat16" if on_gpu else "float32"},
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        save_strategy="no",
+        report_to="none",
+    )
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    trainer = SFTTrainer(
+        model,
+        args=args,
+        train_dataset=Dataset.from_dict(columns, features=features),
+        processing_class=processor,
+        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=layers),
+    )
+    trainer.train()
+
+
+# --- Models and data --------------------------------------------------------------------------------------------------
+
+
+def _model_name(recipe: str) -> str:
+    import yaml
+
+    return yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))["model_name_or_path"]
+
+
+def shape_config(name: str, pad_token_id: int | None = None, **token_ids: int) -> "PreTrainedConfig":
+    """The configuration of `name` from its published shape."""
+    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+
+    family, text, vision = SHAPES[name]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    if family == "qwen3_vl":
+        rope |= {"rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+    kind = Qwen2_5_VLConfig if family == "qwen2_5_vl" else Qwen3VLConfig
+    return kind(
+        text_config=text | {"rope_parameters": rope, "pad_token_id": pad_token_id},
+        vision_config=vision,
+        tie_word_embeddings=text["tie_word_embeddings"],
+        **token_ids,
+    )
 
 
 def save_random_model(name: str, folder: Path) -> Path:
@@ -121,9 +481,7 @@ def save_random_model(name: str, folder: Path) -> Path:
     from transformers import (
         AutoModelForImageTextToText as Auto,
         AutoProcessor,
-        Qwen2_5_VLConfig,
         Qwen2VLImageProcessor,
-        Qwen3VLConfig,
         Qwen3VLProcessor,
     )
 
@@ -131,30 +489,20 @@ def save_random_model(name: str, folder: Path) -> Path:
 
     if (folder / "name").is_file() and (folder / "name").read_text() == name:
         return folder
-    family, text, vision = SHAPES[name]
     processor = AutoProcessor.from_pretrained(TINY_PATH)
     tokens = {
         f"{key}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{token}|>")
         for key, token in (("image", "image_pad"), ("video", "video_pad"))
         + (("vision_start", "vision_start"), ("vision_end", "vision_end"))
     }
-    sections = [16, 24, 24] if family == "qwen2_5_vl" else [24, 20, 20]
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
-    if family == "qwen3_vl":
-        rope |= {"rope_theta": 5e6, "mrope_interleaved": True}
+    config = shape_config(name, pad_token_id=processor.tokenizer.pad_token_id, **tokens)
+    if config.model_type == "qwen3_vl":
         processor = Qwen3VLProcessor(
             image_processor=Qwen2VLImageProcessor(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3),
             tokenizer=processor.tokenizer,
             video_processor=processor.video_processor,
             chat_template=processor.chat_template,
         )
-    kind = Qwen2_5_VLConfig if family == "qwen2_5_vl" else Qwen3VLConfig
-    config = kind(
-        text_config=text | {"rope_parameters": rope, "pad_token_id": processor.tokenizer.pad_token_id},
-        vision_config=vision,
-        tie_word_embeddings=text["tie_word_embeddings"],
-        **tokens,
-    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     with torch.device(device):
@@ -167,8 +515,18 @@ def save_random_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def write_data(folder: Path, num_rows: int, seed: int = 0) -> Path:
-    """Noise pictures of mixed sizes and aspects with questions of 10 to 60 words; train.csv and test.csv."""
+def write_data(
+    folder: Path,
+    num_rows: int,
+    *,
+    num_words: tuple[int, int] = (10, 60),
+    side_px: tuple[int, int] = (320, 1280),
+    seed: int = 0,
+) -> Path:
+    """Noise pictures with sides and questions with numbers of words drawn from the two ranges; train.csv and test.csv.
+
+    A word is one token of the random models.
+    """
     from PIL import Image
 
     rng = random.Random(seed)
@@ -191,9 +549,9 @@ def write_data(folder: Path, num_rows: int, seed: int = 0) -> Path:
     rows = []
     for i in range(num_rows):
         path = f"images/{i:05d}.jpg"
-        width, height = rng.randint(320, 1280), rng.randint(320, 1280)
+        width, height = rng.randint(*side_px), rng.randint(*side_px)
         Image.effect_noise((width, height), 80).convert("RGB").save(folder / path, quality=90)
-        question = " ".join(rng.choices(words, k=rng.randint(10, 60))) + "?"
+        question = " ".join(rng.choices(words, k=rng.randint(*num_words))) + "?"
         row = {"id": f"row_{i:05d}", "path": path, "question": question}
         rows.append(row | {letter: " ".join(rng.choices(words, k=rng.randint(1, 6))) for letter in "abcd"})
     for name, extra in (("train.csv", True), ("test.csv", False)):

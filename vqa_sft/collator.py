@@ -13,8 +13,10 @@ byte for byte what is scored in prediction: both render with `render_prompt`.
 """
 
 import functools
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import datasets
 import torch
@@ -23,12 +25,16 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from vqa_sft.errors import InputError, name_rows
-from vqa_sft.images import MAX_ASPECT, open_image
+from vqa_sft.images import MAX_ASPECT, digest_of, open_image
 from vqa_sft.mcq import choice_to_letter, draw_order, identity_order
 from vqa_sft.prompts import Prompts, render_messages
 
+if TYPE_CHECKING:
+    from vqa_sft.cache import FeatureStore
+
 _ANSWER = "Answer-of-a-row"  # stands in no template
 BLANK_SIZE = (448, 448)  # pixels
+BLANK_DIGEST = hashlib.sha256(f"blank {BLANK_SIZE}".encode()).hexdigest()
 # Keys of a batch that are ours and not the model's.
 TARGET_KEYS = ("answer_positions", "answers", "num_choices", "orders")
 
@@ -103,7 +109,8 @@ class AnswerCollator:
 
     `num_letters` is fixed for a run, so that letter logits of all batches and processes have one shape. `blank` names
     pictures that are shown as a white square: row id -> positions among the row's pictures. `packer` makes one row
-    without padding of the batch (packing.py).
+    without padding of the batch (packing.py). With `features`, pictures whose features are all stored are not opened:
+    the batch holds `image_features` (cache.py) in place of pixels.
     """
 
     def __init__(
@@ -113,12 +120,14 @@ class AnswerCollator:
         num_letters: int,
         blank: Mapping[str, Sequence[int]] | None = None,
         packer: Callable[[dict], dict] | None = None,
+        features: "FeatureStore | None" = None,
     ) -> None:
         self.processor = processor
         self.prompts = prompts
         self.num_letters = num_letters
         self.blank = blank or {}
         self.packer = packer
+        self.features = features
 
     def order(self, row: dict) -> tuple[int, ...]:
         return identity_order(len(row["choices"]))
@@ -131,16 +140,16 @@ class AnswerCollator:
         texts = [
             render_prompt(self.processor, row, order, self.prompts) for row, order in zip(rows, orders, strict=True)
         ]
-        images = [self.images(row) for row in rows]
         bos = self.processor.tokenizer.bos_token
-        batch = self.processor(
-            text=texts,
-            images=images if any(images) else None,
-            padding=True,
-            return_tensors="pt",
-            # Some templates write the beginning-of-sequence token themselves; twice would be a different prompt.
-            add_special_tokens=not (bos and texts[0].startswith(bos)),
-        )
+        how = {"padding": True, "return_tensors": "pt"}
+        # Some templates write the beginning-of-sequence token themselves; twice would be a different prompt.
+        how["add_special_tokens"] = not (bos and texts[0].startswith(bos))
+        stored = self.stored(rows)
+        if stored is not None:
+            batch = self.tokenize(texts, stored["image_grid_thw"], **how) | stored
+        else:
+            images = [self.images(row) for row in rows]
+            batch = self.processor(text=texts, images=images if any(images) else None, **how)
         num_tokens = torch.arange(batch["input_ids"].shape[1])
         batch = {
             # First, for libraries take the length of the first tensor for the number of rows.
@@ -153,17 +162,40 @@ class AnswerCollator:
         }
         return self.packer(batch) if self.packer else batch
 
+    def stored(self, rows: list[dict]) -> dict[str, torch.Tensor] | None:
+        """Features of the rows' pictures and their grids; None where there are no pictures, or not all are stored."""
+        if self.features is None or not self.features.is_filled:
+            return None
+        return self.features.find([self.digest(row, i) for row in rows for i in range(len(row["images"]))])
+
+    def tokenize(self, texts: list[str], grids: torch.Tensor, **how: object) -> dict[str, torch.Tensor]:
+        """As the processor does it for pictures that it sees, from their grids (pictures, 3) alone."""
+        places = [self.processor.replace_image_token({"image_grid_thw": grids}, i) for i in range(len(grids))]
+        texts, _ = self.processor.get_text_with_replacements(list(texts), places)
+        tokens = self.processor.tokenizer(texts, **how)
+        types = self.processor.create_mm_token_type_ids(tokens["input_ids"])
+        kept = {name: tokens[name] for name in ("input_ids", "attention_mask")}
+        return kept | {"mm_token_type_ids": torch.tensor(types)}
+
     def images(self, row: dict) -> list[Image.Image]:
         """The row's pictures. Raises InputError for one that cannot be read, which a checked row does not have."""
-        blank = self.blank.get(row["id"], ())
+        return [self.image(row, i) for i in range(len(row["images"]))]
+
+    def is_blank(self, row: dict, position: int) -> bool:
+        return position in self.blank.get(row["id"], ())
+
+    def digest(self, row: dict, position: int) -> str | None:
+        """The name of the picture's features (cache.py); None for a picture that cannot be read."""
+        return BLANK_DIGEST if self.is_blank(row, position) else digest_of(row["images"][position])
+
+    def image(self, row: dict, position: int) -> Image.Image:
+        if self.is_blank(row, position):
+            return Image.new("RGB", BLANK_SIZE, "white")
         try:
-            images = [
-                Image.new("RGB", BLANK_SIZE, "white") if i in blank else open_image(image)
-                for i, image in enumerate(row["images"])
-            ]
-            if any(max(image.size) > MAX_ASPECT * min(image.size) for image in images):
+            image = open_image(row["images"][position])
+            if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"more than {MAX_ASPECT} times as long as wide")
-            return images
+            return image
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, DecompressionBombError, ...
             raise InputError(
                 f"the picture of {name_rows([row['id']], 1)} cannot be read ({type(error).__name__}: {error}). "
@@ -191,8 +223,9 @@ class TrainCollator(AnswerCollator):
         shuffle_choices: bool = True,
         counts_batches: bool = False,
         packer: Callable[[dict], dict] | None = None,
+        features: "FeatureStore | None" = None,
     ) -> None:
-        super().__init__(processor, prompts, num_letters, packer=packer)
+        super().__init__(processor, prompts, num_letters, packer=packer, features=features)
         self.seed = seed
         self.shuffle_choices = shuffle_choices
         # Shared memory, because workers that are already running must see the new epoch.

@@ -89,6 +89,10 @@ class RecipeArguments:
         "Rows without padding and a faster picture tower, where the model allows it; false: the libraries' own paths.",
         default=True,
     )
+    cache_image_features: bool = _help(
+        "Keep what the frozen picture tower makes of each picture on disk, for all epochs, folds and runs.",
+        default=False,
+    )
     compile_layers: bool | None = _help(
         "Compile the layers: about a minute at the start; default: for runs that are long enough, on newer GPUs.",
         default=None,
@@ -129,6 +133,8 @@ DEFAULTS = {
     "dataloader_num_workers": 2,
     # Every weight of an adapter takes part in every row, so DDP need not search; TRL turns the search on for pictures.
     "ddp_find_unused_parameters": False,
+    # A loss that is no number is shown, and no step waits for the GPU to look whether it is one.
+    "logging_nan_inf_filter": False,
     "restore_callback_states_from_checkpoint": True,  # else early stopping forgets its patience on resume
 }
 VALIDATION_DEFAULTS = {
@@ -377,6 +383,18 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
             own.streaming and (own.validation_fraction or own.folds_file),
         ),
         ("on_bad_image: skip cannot be had with streaming.", own.streaming and own.on_bad_image == "skip"),
+        (
+            "cache_image_features needs rows that are known before they are trained on; remove streaming.",
+            own.cache_image_features and own.streaming,
+        ),
+        (
+            "cache_image_features needs a picture tower that stays as it is; remove use_peft: false.",
+            own.cache_image_features and values.get("use_peft") is False,
+        ),
+        (
+            "cache_image_features needs rows without padding; remove fast: false.",
+            own.cache_image_features and not own.fast,
+        ),
         (
             "on_bad_image: skip needs check_images.",
             own.on_bad_image == "skip" and not own.check_images,

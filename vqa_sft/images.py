@@ -63,6 +63,18 @@ def open_image(image: dict) -> Image.Image:
         return _to_rgb(opened)
 
 
+def digest_of(image: dict) -> str | None:
+    """SHA-256 of the file of one {bytes, path}, which is not decoded, in hex; None where there is none to read."""
+    data, _, problem = _read(image)
+    return None if problem else hashlib.sha256(data).hexdigest()
+
+
+def size_of(image: dict) -> tuple[int, int]:
+    """Width and height as the header of one {bytes, path} says; nothing is decoded. Raises what Pillow raises."""
+    with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
+        return opened.size
+
+
 def examine(image: dict, *, miniature: bool = True) -> Picture:
     """The facts of one {bytes, path}, read and decoded once; never raises for what a file can hold."""
     data, num_bytes, problem = _read(image)

@@ -29,13 +29,17 @@ def check_processes(use_cpu: bool) -> None:
         )
 
 
+def is_sharded() -> bool:
+    """Whether FSDP or DeepSpeed deals with the weights."""
+    # They announce themselves to `PartialState` only later; the launcher's variables come first.
+    named = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    return named or PartialState().distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+
 def device_map() -> dict[str, int] | None:
     """This process's own GPU, so that weights are loaded right onto it; None where sharding or a CPU decides."""
     state = PartialState()
-    sharded = state.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
-    # FSDP and DeepSpeed announce themselves to `PartialState` only later; the launcher's variables come first.
-    sharded = sharded or any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
-    if state.device.type != "cuda" or sharded:
+    if state.device.type != "cuda" or is_sharded():
         return None
     return {"": state.local_process_index}
 

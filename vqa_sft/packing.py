@@ -72,10 +72,14 @@ class Packer:
         }
         if self.keeps_answers:
             packed["keep_positions"] = packed["answer_positions"]
-        if grid is not None:
-            packed["pixel_values"] = batch["pixel_values"].to(self.dtype)
-            packed |= {f"image_{name}": value for name, value in self.tower_inputs(grid).items()}
+        if "pixel_values" in batch:
+            packed |= self.pictures(batch["pixel_values"], grid)
         return packed
+
+    def pictures(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> dict[str, Any]:
+        """What the tower is given: pixels in its precision, positions, windows and lengths."""
+        computed = {f"image_{name}": value for name, value in self.tower_inputs(grid).items()}
+        return {"pixel_values": pixel_values.to(self.dtype)} | computed
 
 
 def round_up(length: int) -> int:

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
+from vqa_sft.cache import encoder_outputs
 from vqa_sft.collator import TARGET_KEYS, AnswerCollator, answer_prefix, render_prompt
 from vqa_sft.errors import InputError, explains
 from vqa_sft.mcq import LETTERS
@@ -43,6 +44,8 @@ def find_letter_ids(processor: ProcessorMixin, num_letters: int, prompts: Prompt
 def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits (B, V), float32, at the last prompt position. Only that position goes through `lm_head`."""
     inputs = {key: value for key, value in batch.items() if key not in TARGET_KEYS}
+    if "image_features" in inputs:  # from the cache, in place of pixels
+        inputs["mm_encoder_outputs"] = {"image": encoder_outputs(inputs.pop("image_features"))}
     if "cu_seq_lens_q" in batch:  # packed rows: the answers stand in one row
         keep = 0 if "keep_positions" in batch else batch["answer_positions"][None]
         return model(**inputs, logits_to_keep=keep, use_cache=False).logits[0].float()

@@ -21,11 +21,12 @@ from vqa_sft.model import DTYPES
 MAX_GRAPHS = 32
 # Compilation takes about a minute; a run of fewer rows is over sooner without it.
 MIN_ROWS_TO_COMPILE = 3000
+MEMORY_BUDGET = 0.7  # of what a compiled layer would keep by itself
 
 
 def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) -> packing.Packer | None:
     """Let `model` take packed rows; what packs a batch for it, or None where the family or its attention cannot."""
-    model = _base(model)
+    model = base_of(model)
     config = model.config
     own = getattr(config, "text_config", config)._attn_implementation
     if not packing.can_pack(config):
@@ -79,15 +80,20 @@ def keep_only_answers(layer: nn.Module) -> bool:
 
 def speed_up(model: nn.Module, *, compile_layers: bool = False) -> None:
     """Speed up the picture tower, and compile its blocks and the decoder's layers if asked and able."""
-    base = _base(model)
+    base = base_of(model)
     if base.config.model_type not in packing.MODELS:
         return
     tower = base.model.visual
     say("picture tower: " + ", ".join(vision.speed_up_tower(tower)))
-    if compile_layers and can_compile():
+    if compile_layers and getattr(base, "is_quantized", False):
+        say("layers are not compiled: the base is quantised")
+    elif compile_layers and can_compile():
         torch._dynamo.config.recompile_limit = MAX_GRAPHS
         # A shape that does not compile runs uncompiled.
         torch._dynamo.config.suppress_errors = True
+        # Compiled layers keep less for the backward pass and compute again what is cheap: on an H200 a fifth less
+        # memory at the same speed (docs/measured.md).
+        torch._functorch.config.activation_memory_budget = MEMORY_BUDGET
         layers = [*base.get_decoder().layers, *(tower.blocks if vision.is_frozen(tower) else ())]
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=True)
@@ -106,7 +112,8 @@ def pays_compilation(num_rows: float, asked: bool | None) -> bool:
     return num_rows >= MIN_ROWS_TO_COMPILE if asked is None else asked
 
 
-def _base(model: nn.Module) -> PreTrainedModel:
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The model itself, or the one under its adapter."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
