@@ -9,6 +9,7 @@ where a killed run stopped. Mistakes in the recipe or the data end with exit cod
 launcher itself then ends with 1).
 """
 
+import functools
 import os
 import sys
 from collections import Counter
@@ -46,7 +47,7 @@ def main() -> None:
     from accelerate import PartialState
     from transformers import EarlyStoppingCallback
 
-    from vqa_sft import cache, hub, launch, model as models, speed
+    from vqa_sft import cache, hub, launch, memory, model as models, speed
     from vqa_sft.collator import AnswerCollator, TrainCollator, check_texts
     from vqa_sft.predictions import write_predictions
     from vqa_sft.scoring import find_letter_ids
@@ -65,6 +66,9 @@ def main() -> None:
     rows_a_step = training_args.per_device_train_batch_size * training_args.world_size
     if training_args.dataloader_drop_last and not args.streaming and len(train) < rows_a_step:
         raise InputError(f"dataloader_drop_last drops all {len(train)} rows: a step takes {rows_a_step}. Remove it.")
+    num_rows = training_args.max_steps * rows_a_step * training_args.gradient_accumulation_steps
+    if num_rows <= 0:
+        num_rows = len(train) * training_args.num_train_epochs
 
     # Model
     trust = {"trust_remote_code": training_args.trust_remote_code}
@@ -78,6 +82,21 @@ def main() -> None:
     letter_ids = find_letter_ids(processor, num_letters, args.prompts)
     for part in [validation] * (validation is not None) + [train] * (not args.streaming):
         check_texts(processor, part, args.prompts)
+    needs = functools.partial(
+        memory.read_needs,
+        training_args,
+        model_args,
+        processor,
+        None if args.streaming else train,
+        args.prompts,
+        precision=precision,
+        fast=args.fast,
+        compiles=speed.pays_compilation(num_rows, args.compile_layers),
+    )
+    if args.auto_batch:
+        chosen = memory.choose_batch(training_args, needs)
+        if is_main:
+            print(chosen)
     if is_main:
         run_folder.start(output_dir, recipe.values, args.overwrite)
         write_parts(output_dir, loaded, parts)
@@ -115,9 +134,6 @@ def main() -> None:
             callbacks=callbacks,
         )
     if args.fast:
-        num_rows = training_args.max_steps * rows_a_step
-        if num_rows <= 0:
-            num_rows = len(train) * training_args.num_train_epochs
         speed.speed_up_training(trainer, num_rows, compile_layers=args.compile_layers)
     if features is not None:
         seen = [rows for rows in (train, validation) if rows is not None]
@@ -128,7 +144,15 @@ def main() -> None:
     checkpoint = checkpoints.last_whole_checkpoint(output_dir)
     if checkpoint is not None and is_main:
         print(f"Going on from {checkpoint}.")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with memory.explains_out_of_memory(
+        training_args,
+        needs,
+        is_evaluating=lambda: not trainer.model.training,
+        last_checkpoint=lambda: checkpoints.last_whole_checkpoint(output_dir),
+        states_global_batch=args.global_batch_size is not None,
+        auto_batch=args.auto_batch,
+    ):
+        trainer.train(resume_from_checkpoint=checkpoint)
 
     # Evaluate and save
     metrics = {"precision": precision} | trainer.speed.metrics()

@@ -119,6 +119,9 @@ def test_accumulation_follows_from_the_global_batch(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="4 x 3 processes = 12"):
         read(tmp_path, text)
+    monkeypatch.setenv("WORLD_SIZE", "16")  # each has two rows of the step
+    args = read(tmp_path, text).training_args("fp32")
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 1)
 
 
 def test_validation_rows_switch_on_evaluation_and_the_best_checkpoint(tmp_path):

@@ -173,7 +173,8 @@ def test_training_on_two_processes_is_training_on_one(contest, launch, one_proce
     reference = losses(one_process)
     assert len(reference) == 6 and reference[-1] < 0.5 * reference[0]
     assert losses(run) == pytest.approx(reference, abs=1e-5)
-    assert_close(adapter(run), adapter(one_process), atol=1e-4, rtol=0)
+    # Adam's first steps are as long for a gradient of rounding as for any other.
+    assert_close(adapter(run), adapter(one_process), atol=2e-4, rtol=0)
 
 
 def adapter(run):

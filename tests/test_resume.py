@@ -9,6 +9,8 @@ import time
 
 import pytest
 from conftest import RECIPES, run_script, write_hard_contest
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from vqa_sft import checkpoints, run_folder
 from vqa_sft.predictions import read_predictions
@@ -117,6 +119,20 @@ def test_a_checkpoint_without_its_marker_is_passed_over_and_removed(train, capsy
     assert "checkpoint-9 was not finished when the run stopped; it is removed" in output
     assert f"Going on from {run / 'checkpoint-6'}." in output
     assert (run / "checkpoint-9" / checkpoints.MARKER).is_file()
+
+
+def test_a_run_that_goes_on_with_smaller_micro_batches_and_recomputation_ends_as_it_would_have(train):
+    """As the message says that is printed where a GPU's memory runs out."""
+    run = train(save_total_limit=3)
+    before = load_file(run / "adapter_model.safetensors")
+    (run / run_folder.RUN).unlink()
+    for step in (6, 9):  # killed in the second epoch
+        shutil.rmtree(run / f"checkpoint-{step}")
+    train(save_total_limit=3, per_device_train_batch_size=2, gradient_checkpointing=True)
+    after = load_file(run / "adapter_model.safetensors")
+    assert steps(run) == [3, 6, 9] and after.keys() == before.keys()
+    for name, weight in before.items():
+        assert_close(after[name], weight, rtol=1e-3, atol=1e-3)
 
 
 def test_the_newest_whole_checkpoint_is_the_one_with_the_most_steps(tmp_path):

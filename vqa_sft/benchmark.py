@@ -125,7 +125,7 @@ def tiny_cases() -> list[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", help="recipe files, run as they stand; default: the standard cases")
-    parser.add_argument("--only", action="append", help="standard cases whose names hold this text")
+    parser.add_argument("--only", action="append", help="the case of this name, or all whose names hold it")
     parser.add_argument("--steps", type=int, default=16, help="timed steps per case")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark"), help="folder for models, data and runs")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the recipes")
@@ -140,7 +140,12 @@ def main() -> None:
             Case(Path(name).stem, "train", _model_name(name), name, batch_size=0, **mixed) for name in args.recipes
         ]
     if args.only:
-        cases = [case for case in cases if any(text in case.name for text in args.only)]
+        names = {case.name for case in cases}
+        cases = [
+            case
+            for case in cases
+            if any(text == case.name or text not in names and text in case.name for text in args.only)
+        ]
     results: dict[str, dict] = {}
     peak = None if args.tiny else _in_own_process(measure_peak_tflops)
     for case in cases:
@@ -346,6 +351,7 @@ class Watch:
 
         if torch.cuda.is_available():
             self.values["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            self.values["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.values["compilations"] = num_compilations()
         if self.result:
             Path(self.result).write_text(json.dumps(self.values))
@@ -353,6 +359,9 @@ class Watch:
 
 def run_inside(argv: list[str]) -> None:
     """`--inside SCRIPT HOW ARGUMENTS...`: run a script of recipes/, or TRL, in this process under a `Watch`."""
+    from vqa_sft.quiet import quiet
+
+    quiet()  # as the recipes do, before torch is imported
     import torch
     import transformers
 

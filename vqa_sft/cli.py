@@ -1,4 +1,4 @@
-"""`vqa-sft check | folds | score | push`: laptop tools, a thin shell over the modules."""
+"""`vqa-sft check | folds | memory | score | push`: laptop tools, a thin shell over the modules."""
 
 import argparse
 import contextlib
@@ -45,6 +45,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_check(commands)
     _add_folds(commands)
+    _add_memory(commands)
 
     score = commands.add_parser("score", help="accuracy, NLL and ECE of prediction files, as a table")
     score.add_argument("predictions", nargs="+", help="FILE.parquet or NAME=FILE.parquet")
@@ -97,6 +98,21 @@ def _add_folds(commands: Any) -> None:
     folds.add_argument("--seed", type=int, help="default: the recipe's, else 42")
     folds.add_argument("--overwrite", action="store_true", help="replace another FILE")
     folds.set_defaults(run=_folds)
+
+
+def _add_memory(commands: Any) -> None:
+    memory = commands.add_parser(
+        "memory",
+        allow_abbrev=False,
+        help="say what a recipe needs of a GPU's memory",
+        description="Say what a recipe needs of one GPU's memory, from the shape of its model: without weights and "
+        "without a GPU. Exit code: 0, or 1 where it does not fit --gpu-gib, 2 where it cannot be said.",
+    )
+    memory.add_argument("source", metavar="RECIPE", help="a recipe; its fields may follow as --key value")
+    memory.add_argument("--gpu-gib", type=float, metavar="GIB", help="a GPU's memory: say whether and what fits")
+    memory.add_argument("--text-tokens", type=int, default=160, metavar="N", help="of a row, with the template")
+    memory.add_argument("--pictures", type=int, default=1, metavar="N", help="of a row, each of max_pixels")
+    memory.set_defaults(run=_memory)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -313,6 +329,33 @@ def _write_folds(path: str, ids: list[str], folds: list[int], overwrite: bool) -
         new.unlink()
         raise InputError(f"{path} holds other folds, which runs may rely on. Name another file, or give --overwrite.")
     new.replace(path)
+
+
+def _memory(args: argparse.Namespace) -> None:
+    for name, value in (("gpu-gib", args.gpu_gib), ("text-tokens", args.text_tokens), ("pictures", args.pictures)):
+        if value is not None and not 0 < value < 1e9:
+            raise InputError(f"--{name} must be above 0; got {value}.")
+    if Path(args.source).suffix not in (".yaml", ".yml"):
+        raise InputError(f"memory needs a recipe (.yaml); got {args.source}.")
+    from vqa_sft import memory
+    from vqa_sft.config import read_recipe
+
+    with contextlib.redirect_stdout(sys.stderr):  # where libraries may say what they like
+        recipe = read_recipe(["--config", args.source, *args.rest])
+        text, fits = memory.describe_recipe(
+            recipe.values,
+            recipe.training_args("fp32"),  # the precision is that of the GPU, not of this machine
+            recipe.model_args(),
+            fast=recipe.arguments.fast,
+            compile_layers=recipe.arguments.compile_layers,
+            max_pixels=recipe.arguments.max_pixels,
+            states_global_batch=recipe.arguments.global_batch_size is not None,
+            text_tokens=args.text_tokens,
+            pictures=args.pictures,
+            gpu_gib=args.gpu_gib,
+        )
+    print(text)
+    sys.exit(int(not fits))
 
 
 def _push(args: argparse.Namespace) -> str:

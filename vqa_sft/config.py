@@ -97,6 +97,10 @@ class RecipeArguments:
         "Compile the layers: about a minute at the start; default: for runs that are long enough, on newer GPUs.",
         default=None,
     )
+    auto_batch: bool = _help(
+        "Choose micro-batch, accumulation and gradient_checkpointing for the GPU's memory; rows per step stay.",
+        default=False,
+    )
     early_stopping_patience: int | None = _help("Stop after so many evaluations without a better one.", default=None)
     overwrite: bool = _help("Move an earlier run in output_dir to output_dir.old first.", default=False)
 
@@ -231,20 +235,23 @@ class Recipe:
         metric = self.values.get("metric_for_best_model") or "nll"
         on_gpu = torch.cuda.is_available() and not self.values.get("use_cpu")
         values = {"dataloader_pin_memory": on_gpu}  # without a GPU torch warns once an epoch
+        # Else every step waits until its batch is copied, and the GPU then waits for the next kernels.
+        values |= {"accelerator_config": {"non_blocking": True}} if on_gpu else {}
         values |= DEFAULTS | (VALIDATION_DEFAULTS if self.validates else {}) | self.values | FIXED
         if self.validates and "greater_is_better" not in self.values:
             values["greater_is_better"] = metric.removeprefix("eval_") == "accuracy"
         values |= {"bf16": precision == "bf16", "fp16": precision == "fp16"}
         if self.arguments.streaming:
             # Else accelerate collates in one process and cuts batches by rows; pixels of mixed sizes are no rows.
-            values["accelerator_config"] = {"dispatch_batches": False, "split_batches": False}
+            own = values.get("accelerator_config") or {}
+            values["accelerator_config"] = own | {"dispatch_batches": False, "split_batches": False}
         # Pushing is ours, after the run is saved: a failed push must not lose it. The token would be saved as well.
         values |= {"push_to_hub": False, "hub_token": None}
         if not values["use_peft"] and "ddp_find_unused_parameters" not in self.values:
             # A whole tower may hold weights that no row reaches (LLaVA's last layer), which DDP must then search for.
             values.pop("ddp_find_unused_parameters")
         if self.arguments.global_batch_size is not None:
-            micro_batch = values.get("per_device_train_batch_size", 8)
+            micro_batch = values["per_device_train_batch_size"] = _micro_batch(values, self.arguments.global_batch_size)
             values["gradient_accumulation_steps"] = self.arguments.global_batch_size // (micro_batch * _num_processes())
         return _build(SFTConfig, values)
 
@@ -317,13 +324,21 @@ def _check_combinations(recipe: Recipe) -> None:
             raise InputError(problem)
     _check_trackers(values.get("report_to") or "none")
     if own.global_batch_size is not None:
-        micro_batch = values.get("per_device_train_batch_size", 8)
+        micro_batch = _micro_batch(values, own.global_batch_size)
         step = micro_batch * _num_processes()
         if own.global_batch_size % step:
             raise InputError(
                 f"global_batch_size {own.global_batch_size} is no multiple of per_device_train_batch_size "
                 f"{micro_batch} x {_num_processes()} processes = {step}. Change one of them."
             )
+
+
+def _micro_batch(values: dict[str, Any], global_batch_size: int) -> int:
+    """Rows of a process at a time; on several processes no more than its share of the global batch, so that a recipe
+    for one GPU runs on more."""
+    micro_batch, num_processes = values.get("per_device_train_batch_size", 8), _num_processes()
+    share = global_batch_size // num_processes
+    return min(micro_batch, share) if num_processes > 1 and share * num_processes == global_batch_size else micro_batch
 
 
 def as_list(source: str | list[str] | None) -> list[str]:

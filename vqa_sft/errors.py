@@ -15,6 +15,10 @@ class InputError(ValueError):
     """Something in the recipe, the data or the machine that the user can mend: what, what was got, how to mend it."""
 
 
+class ProcessError(InputError):
+    """What one process met and perhaps no other: it says so itself, and does not wait for the others."""
+
+
 def name_rows(ids: Sequence[str], total: int) -> str:
     """The first five ids and the count: ``'rows 17, 203 (2 of 7,990)'``."""
     shown = ", ".join(map(printable, ids[:5])) + (", ..." if len(ids) > 5 else "")
@@ -46,7 +50,7 @@ def explains(kinds: type[Exception] | tuple[type[Exception], ...], what: str) ->
 def exits_with_message(main: Callable[[], None]) -> Callable[[], None]:
     """End with exit code 2 and the message, without a traceback, when `main` raises an InputError.
 
-    Under a launcher every process meets the same error; only the main one prints it.
+    Under a launcher every process meets the same error; only the main one prints it. A ProcessError is the exception.
     """
 
     @functools.wraps(main)
@@ -56,10 +60,15 @@ def exits_with_message(main: Callable[[], None]) -> Callable[[], None]:
         except (InputError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in MACHINE_ERRORS:
                 raise
-            if os.environ.get("RANK", "0") == "0":
+            alone = isinstance(error, ProcessError)
+            if os.environ.get("RANK", "0") == "0" or alone:
                 # What a data loader's worker raises comes with the worker's traceback before it.
                 text = str(error).rpartition("InputError: ")[2] if "Original Traceback" in str(error) else str(error)
-                print(safe(f"error: {text}"), file=sys.stderr)
+                print(safe(f"error: {text}"), file=sys.stderr, flush=True)
+            if alone and os.environ.get("WORLD_SIZE", "1") != "1":
+                # The others wait for this process in a collective, and leaving in good order would wait for them. The
+                # launcher ends them when it sees this end.
+                os._exit(2)
             # A message is all that there is to say: skip the teardown of process groups, which prints warnings.
             sys.exit(2)
 

@@ -14,12 +14,11 @@ Qwen3-VL. Not known here: weights spread over GPUs (FSDP, DeepSpeed); features f
 """
 
 import bisect
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import datasets
 import torch
@@ -29,25 +28,28 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, PreTrainedConfig, ProcessorMixin
 from trl import ModelConfig, SFTConfig
 
-from vqa_sft import benchmark, launch, packing
+from vqa_sft import attention, benchmark, launch, packing, speed
 from vqa_sft.collator import render_prompt
 from vqa_sft.errors import InputError, ProcessError, explains
-from vqa_sft.model import LOADING_ERRORS, decoder_name, lora_config
+from vqa_sft.model import DTYPES, LOADING_ERRORS, decoder_name, lora_config
 from vqa_sft.prompts import Prompts
 
 GIB = 2**30
-# Fitted, each to one number, to peaks of torch.cuda.max_memory_allocated on one H200 (torch 2.11, transformers 5.23,
-# trl 1.16): the points in tests/test_memory.py. What layers keep is not fitted, it is counted (`kept_by_layer`).
-# Temporaries of one decoder layer's backward pass, in tensors of (N, intermediate size): the gradients of the MLP's
-# three wide tensors, LoRA's share of them, fp32 copies.
-BACKWARD = {"eager": 6.0, "compiled": 4.0}
+# Fitted to peaks of torch.cuda.max_memory_allocated on one H200 (torch 2.11, transformers 5.23, trl 1.16): the points
+# in tests/test_memory.py. What layers keep is not fitted, it is counted (`kept_by_layer`).
+# Temporaries of one decoder layer, forward or backward, in tensors of (N, intermediate size): the gradients of the
+# MLP's three wide tensors and LoRA's share of them; in the forward pass a wide tensor and its fp32 copy.
+LAYER = 4.0
 # Libraries' workspaces, small tensors, rounding.
 LIBRARIES_GIB = 0.4
 # Not fitted: temporaries of one block of the picture tower, in tensors of (patches, hidden size); the rotation of
 # queries and keys in fp32 is the widest moment. Counted in the library's forward on fake tensors.
 TOWER = 15.0
-# Guessed: what torch reserves beyond what it hands out, as a share of what comes and goes.
-FRAGMENTATION = 0.03
+# What torch reserves beyond what it hands out, as a share of what comes and goes: 37.7 to 36.7 GiB, docs/speed.md.
+FRAGMENTATION = 0.05
+# Copies of the attention weights (T, T) that sdpa keeps where it has no fused kernel; with a mask and grouped heads it
+# has none. From 59.8 GiB of the libraries' path to 51.5 with packed rows, docs/speed.md.
+WEIGHTS_KEPT = 3
 # The CUDA context lies outside of what torch counts: 14.56 GiB of a T4 leave 13.8.
 CONTEXT_GIB = 0.76
 # What a choice for the user leaves free.
@@ -100,8 +102,10 @@ class Plan:
     pictures: int = 1  # of a row
     checkpointing: bool = False
     compiled: bool = False
+    keeps_less: bool = True  # compiled layers under speed.MEMORY_BUDGET
     fast: bool = True
-    groups_heads: bool = True  # the attention kernel takes fewer keys than queries; old GPUs repeat them
+    # The kernel takes fewer keys than queries; keys are "repeated" for it (old GPUs); "unfused": (T, T) is kept.
+    attention: Literal["grouped", "repeated", "unfused"] = "grouped"
     lora_dropout: float = 0.0
     value_bytes: int = 2  # of an activation
     weight_bytes: int = 2  # of a weight that is not quantised
@@ -175,19 +179,19 @@ def read_shape(model_args: ModelConfig, config: PreTrainedConfig) -> Shape:
 
 def read_plan(training_args: SFTConfig, model_args: ModelConfig, *, precision: str, **more: Any) -> Plan:
     """The plan of a recipe; `more` are fields of Plan that these two do not know."""
-    adam = next((size for name, size in OPTIMIZER_BYTES.items() if name in str(training_args.optim)), 8)
+    optimizer = next((size for name, size in OPTIMIZER_BYTES.items() if name in training_args.optim.value), 8)
     # As load_model has it: the gradient scaler refuses fp16 weights.
     weights = "fp32" if precision == "fp16" and not model_args.use_peft else model_args.dtype or precision
     return Plan(
         micro_batch=training_args.per_device_train_batch_size,
-        eval_batch=training_args.per_device_eval_batch_size if str(training_args.eval_strategy) != "no" else 0,
+        eval_batch=training_args.per_device_eval_batch_size if training_args.eval_strategy != "no" else 0,
         checkpointing=training_args.gradient_checkpointing,
         lora_dropout=model_args.lora_dropout if model_args.use_peft else 0.0,
         value_bytes=4 if precision == "fp32" else 2,
         weight_bytes=4 if weights in ("fp32", "float32") else 2,
         bits=4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 16,
         nested=model_args.use_bnb_nested_quant,
-        optimizer_bytes=adam,
+        optimizer_bytes=optimizer,
         processes=training_args.world_size,
         **more,
     )
@@ -200,6 +204,40 @@ def pixel_limit(model_args: ModelConfig) -> int:
         return processor.size["longest_edge"]
     except (*LOADING_ERRORS, AttributeError):
         return MAX_PIXELS
+
+
+def read_needs(
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    processor: ProcessorMixin,
+    examples: datasets.Dataset | None,
+    prompts: Prompts,
+    *,
+    precision: str,
+    fast: bool,
+    compiles: bool,
+) -> tuple[Shape, Plan]:
+    """Shape and plan of a run that is about to start: its longest row, pixels, and what this GPU can do."""
+    config, _ = read_config(model_args, trust_remote_code=training_args.trust_remote_code)
+    shape = read_shape(model_args, config)
+    plan = read_plan(
+        training_args,
+        model_args,
+        precision=precision,
+        fast=fast,
+        attention=attention_of(training_args.device, precision, fast),
+        max_pixels=processor.image_processor.size["longest_edge"],
+    )
+    compiles = compiles and fast and plan.bits == 16 and speed.can_compile()
+    return shape, replace(plan, compiled=compiles, **(measure_rows(processor, examples, prompts) if examples else {}))
+
+
+def attention_of(device: torch.device, precision: str, fast: bool) -> str:
+    """How a GPU goes about attention, as a field of Plan."""
+    if fast and attention.can_use_varlen(device, DTYPES[precision]):
+        return "grouped"
+    old = device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)
+    return "repeated" if fast or old else "unfused"
 
 
 def measure_rows(
@@ -221,9 +259,13 @@ def picture_tokens(shape: Shape, plan: Plan) -> int:
     return plan.max_pixels // (shape.patch_px * shape.merge) ** 2
 
 
+def row_tokens(shape: Shape, plan: Plan) -> int:
+    return plan.pictures * picture_tokens(shape, plan) + plan.text_tokens
+
+
 def num_tokens(shape: Shape, plan: Plan) -> int:
     """Tokens of a micro-batch."""
-    return plan.micro_batch * (plan.pictures * picture_tokens(shape, plan) + plan.text_tokens)
+    return plan.micro_batch * row_tokens(shape, plan)
 
 
 def weight_bytes(shape: Shape, plan: Plan) -> tuple[float, float]:
@@ -253,38 +295,45 @@ def trained_bytes(shape: Shape, plan: Plan) -> float:
 def kept_by_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes per token that one decoder layer keeps for its backward pass: its attention's, its MLP's.
 
-    Uncompiled is what autograd saves in the library's forward (tests/test_memory.py counts it there). Compiled is what
-    torch.compile's partitioner saves: norms, rotations and activations are computed again. Frozen linear layers keep
-    nothing; their adapters keep their input, because PEFT converts it to the adapter's fp32 and autocast back: a copy
-    for each. Without that conversion (4 and 8 bit) layers share one.
+    Uncompiled is what autograd saves in the library's forward (tests/test_memory.py counts it there). Frozen linear
+    layers keep nothing; their adapters keep their input, because PEFT converts it to the adapter's fp32 and autocast
+    back: a copy for each. Without that conversion (4 and 8 bit) layers share one. Compiled is what torch.compile's
+    partitioner saves: norms, rotations and activations are computed again, layers share inputs; and if it
+    `keeps_less`, inputs of linear layers are computed again too.
     """
     size, hidden, wide = plan.value_bytes, shape.hidden, shape.intermediate
     query, key = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
-    keys = key if plan.groups_heads else query
-    copies = {"q_proj k_proj v_proj": 0, "o_proj": 0, "gate_proj up_proj": 0, "down_proj": 0}
-    for names in copies:
-        num = sum(name in shape.adapted or shape.trains_base for name in names.split())
-        separate = _converts(shape, plan) or plan.lora_dropout > 0
-        copies[names] = num if separate and not plan.compiled else min(num, 1)
-    for_qkv, for_o, for_wide, for_down = copies.values()
+    keys = key if plan.attention == "grouped" else query
+    separate = _converts(shape, plan) or plan.lora_dropout > 0
     copied = size + 1 if plan.lora_dropout else size  # dropout keeps a mask beside every copy
-    narrow = size * shape.rank * len(shape.adapted & set("q_proj k_proj v_proj o_proj".split()))
-    narrow_mlp = size * shape.rank * len(shape.adapted & set("gate_proj up_proj down_proj".split()))
+
+    def copies(*names: str) -> int:
+        """How many times the one input of these linear layers is kept."""
+        num = sum(name in shape.adapted or shape.trains_base for name in names)
+        if plan.compiled:
+            return min(num, 0 if plan.keeps_less and not shape.trains_base else 1)
+        return num if separate else min(num, 1)
+
+    def narrow(*names: str) -> int:
+        return size * shape.rank * len(shape.adapted & set(names))
+
     attention = {
-        "inputs of q, k, v": for_qkv * copied * hidden,
+        "inputs of q, k, v": copies("q_proj", "k_proj", "v_proj") * copied * hidden,
         "q, k, v": size * (query + 2 * keys),
         "attention output": size * query,
         # What attention keeps is the same tensor where nothing is converted.
-        "input of o": for_o * copied * query if _converts(shape, plan) or plan.lora_dropout else 0,
+        "input of o": copies("o_proj") * copied * query if separate else 0,
         "log-sum-exp": 4 * shape.heads,
-        "narrow outputs of adapters": narrow,
+        "narrow outputs of adapters": narrow("q_proj", "k_proj", "v_proj", "o_proj"),
     }
     mlp = {
-        "inputs of gate and up": for_wide * copied * hidden,
+        "inputs of gate and up": copies("gate_proj", "up_proj") * copied * hidden,
         "gate and up": size * 2 * wide,
-        "input of down": for_down * copied * wide,
-        "narrow outputs of adapters": narrow_mlp,
+        "input of down": copies("down_proj") * copied * wide,
+        "narrow outputs of adapters": narrow("gate_proj", "up_proj", "down_proj"),
     }
+    if plan.attention == "unfused":
+        attention["attention weights"] = WEIGHTS_KEPT * size * shape.heads * row_tokens(shape, plan)
     if plan.compiled:
         attention["norm: input, 1 / rms"] = size * hidden + 4
         mlp["norm: input, 1 / rms"] = size * hidden + 4
@@ -297,7 +346,8 @@ def kept_by_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], dict[str,
     if shape.normalises_heads:
         attention["norms of q and k"] = heads + 4 * (shape.heads + shape.key_heads)
     if shape.trains_base and not plan.compiled:  # a norm whose weight is trained keeps what it is multiplied with
-        attention["normed"], mlp["normed"] = size * hidden, size * hidden
+        attention["normed"] = size * (hidden + (query + key if shape.normalises_heads else 0))
+        mlp["normed"] = size * hidden
     return attention, mlp
 
 
@@ -332,7 +382,7 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, float]:
         kept = shape.layers * attention + num_mlps * mlp
         kept += size * shape.trained if _converts(shape, plan) else 0  # autocast's copies of the trained weights
         kept_tower = shape.tower_layers * block
-    temporaries = size * tokens * shape.intermediate * BACKWARD["compiled" if plan.compiled else "eager"]
+    temporaries = size * tokens * shape.intermediate * LAYER
     if plan.bits < 16:  # the largest layer in half precision
         temporaries += size * shape.hidden * shape.intermediate
     # The tower's temporaries come and go before the decoder keeps anything.
@@ -341,10 +391,10 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, float]:
 
 
 def scoring_gib(shape: Shape, plan: Plan) -> float:
-    """GiB at the peak of an evaluation: nothing is kept, and the picture tower's temporaries are the largest."""
+    """GiB at the peak of an evaluation: nothing is kept; a decoder layer's temporaries, or the picture tower's."""
     plan = replace(plan, micro_batch=plan.eval_batch)
     patches = plan.micro_batch * plan.pictures * picture_tokens(shape, plan) * shape.merge**2
-    wide = num_tokens(shape, plan) * shape.intermediate * BACKWARD["eager"]
+    wide = num_tokens(shape, plan) * shape.intermediate * LAYER
     temporaries = plan.value_bytes * max(wide, patches * shape.tower_hidden * TOWER)
     return sum(_parts(shape, plan, kept=0, kept_tower=0, temporaries=temporaries).values())
 
@@ -394,9 +444,286 @@ def largest_micro_batch(shape: Shape, plan: Plan, gib: float, rows: int | None =
     return sizes[fitting - 1] if fitting else 0
 
 
+def largest_eval_batch(shape: Shape, plan: Plan, gib: float) -> int:
+    """The largest batch below the plan's own whose evaluation needs at most `gib`; 0: none."""
+    sizes = range(1, plan.eval_batch)
+    fitting = bisect.bisect_right(sizes, gib, key=lambda size: scoring_gib(shape, replace(plan, eval_batch=size)))
+    return sizes[fitting - 1] if fitting else 0
+
+
 def largest_max_pixels(shape: Shape, plan: Plan, gib: float) -> int:
     """The largest max_pixels that needs at most `gib`, a whole number of tokens; 0: none that is of use."""
     token_px = (shape.patch_px * shape.merge) ** 2
     sizes = range(MIN_PICTURE_TOKENS * token_px, MAX_PIXELS + 1, token_px)
     fitting = bisect.bisect_right(sizes, gib, key=lambda pixels: need_gib(shape, replace(plan, max_pixels=pixels)))
     return sizes[fitting - 1] if fitting else 0
+
+
+def remedies(shape: Shape, plan: Plan, gib: float, rows: int) -> list[dict[str, Any]]:
+    """Settings with which `plan`, which needs more, needs at most `gib`: each of them is enough. Empty: none is known.
+
+    Micro-batches are divisors of `rows`, the rows of one process and optimiser step.
+    """
+    recompute, quantise = {"gradient_checkpointing": True}, {"load_in_4bit": True}
+    can_recompute, can_quantise = not plan.checkpointing, plan.bits == 16 and not shape.trains_base
+    recomputed = replace(plan, checkpointing=True)
+    variants = [({}, plan)]
+    variants += [(recompute, recomputed)] * can_recompute
+    variants += [(quantise, replace(plan, bits=4, compiled=False))] * can_quantise
+    batches = [(settings, _smaller_batches(shape, variant, gib, rows)) for settings, variant in variants]
+    found = [settings | smaller for settings, smaller in batches if smaller is not None]
+    if (pixels := largest_max_pixels(shape, plan, gib)) and pixels < plan.max_pixels:
+        found.append({"max_pixels": pixels})
+    if found:
+        return found
+    together, smallest = recompute if can_recompute else {}, replace(recomputed, micro_batch=1, eval_batch=0)
+    if can_quantise:
+        together, smallest = together | quantise, replace(smallest, bits=4, compiled=False)
+    if need_gib(shape, smallest) > gib:
+        smallest = replace(smallest, max_pixels=largest_max_pixels(shape, smallest, gib))
+        together = together | {"max_pixels": smallest.max_pixels}
+    if not smallest.max_pixels:
+        return []
+    asked = replace(smallest, micro_batch=plan.micro_batch, eval_batch=plan.eval_batch)
+    smaller = _smaller_batches(shape, asked, gib, rows)
+    return [] if smaller is None else [together | smaller]
+
+
+def _smaller_batches(shape: Shape, plan: Plan, gib: float, rows: int) -> dict[str, Any] | None:
+    """The largest batches up to the plan's own that need at most `gib`, as far as they are smaller; None: none do."""
+    found = {}
+    training = replace(plan, eval_batch=0)
+    if need_gib(shape, training) > gib:
+        found["per_device_train_batch_size"] = largest_micro_batch(shape, training, gib, rows)
+    if plan.eval_batch and scoring_gib(shape, plan) > gib:
+        found["per_device_eval_batch_size"] = largest_eval_batch(shape, plan, gib)
+    return found if all(found.values()) else None
+
+
+def as_options(settings: dict[str, Any], rows: int | None = None) -> str:
+    """Settings as a command line has them; with `rows` of a process and step, accumulation as well."""
+    if rows and "per_device_train_batch_size" in settings:
+        size = settings["per_device_train_batch_size"]
+        settings = settings | {"gradient_accumulation_steps": rows // size}
+    return " ".join(f"--{name} {str(value).lower()}" for name, value in settings.items())
+
+
+def fit_batch(shape: Shape, plan: Plan, gib: float, rows: int) -> Plan | None:
+    """The plan with the largest micro-batch that divides `rows` and needs at most `gib`: without recomputation if one
+    does, for it costs a third of the speed; None if nothing fits."""
+    for checkpointing in (False, True):
+        candidate = replace(plan, checkpointing=checkpointing)
+        if size := largest_micro_batch(shape, candidate, gib, rows):
+            return replace(candidate, micro_batch=size)
+    return None
+
+
+# --- for `vqa-sft memory` ---------------------------------------------------------------------------------------------
+
+
+def expected_precision(values: dict[str, Any]) -> str:
+    """The precision that a recipe's `values` come to on a GPU that is not at hand: bf16 unless they say otherwise."""
+    if values.get("bf16") is False and values.get("fp16") is False:
+        return "fp32"
+    return "fp16" if values.get("fp16") else "bf16"
+
+
+def describe_recipe(
+    values: dict[str, Any],
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    *,
+    fast: bool,
+    compile_layers: bool | None,
+    max_pixels: int | None,
+    states_global_batch: bool,
+    text_tokens: int,
+    pictures: int,
+    gpu_gib: float | None,
+) -> tuple[str, bool]:
+    """What `vqa-sft memory` prints, and whether the recipe fits; `values` are those of the recipe."""
+    config, note = read_config(model_args, trust_remote_code=training_args.trust_remote_code)
+    shape, precision = read_shape(model_args, config), expected_precision(values)
+    plan = read_plan(
+        training_args,
+        model_args,
+        precision=precision,
+        max_pixels=max_pixels or pixel_limit(model_args),
+        fast=fast,
+        # fp16 is for GPUs before compute capability 8.0.
+        attention="repeated" if precision == "fp16" else "grouped" if fast and precision == "bf16" else "unfused",
+        text_tokens=text_tokens,
+        pictures=pictures,
+    )
+    plans = {"uncompiled": plan, "compiled": replace(plan, compiled=True)}
+    if not fast or plan.bits < 16 or precision != "bf16" or compile_layers is False:
+        del plans["compiled"]
+    elif compile_layers:
+        del plans["uncompiled"]
+    lines = [note] * bool(note)
+    if training_args.use_cpu:
+        lines.append("The recipe says use_cpu; this is what it would need on a GPU.")
+    if launch.is_sharded():
+        lines.append("This is what one GPU would need; what FSDP and DeepSpeed save is not known.")
+    lines.append(f"{model_args.model_name_or_path}, {plan.bits} bit, computing in {precision}.")
+    if precision == "bf16":
+        lines[-1] += " For GPUs before Ampere: --fp16 true."
+    lines.append(describe(shape, plans))
+    fits = True
+    if gpu_gib is not None:
+        rows = plan.micro_batch * training_args.gradient_accumulation_steps
+        first = next(iter(plans.values()))  # that which needs more
+        accumulated = None if states_global_batch else rows
+        fits, said = describe_fit(shape, first, gpu_gib, rows=rows, accumulated=accumulated, is_open=len(plans) > 1)
+        lines.append(said)
+    return "\n".join(lines), fits
+
+
+def describe(shape: Shape, plans: dict[str, Plan]) -> str:
+    """A table with a column of GiB for each of the plans, which do the same with the same rows."""
+    plan = next(iter(plans.values()))
+    columns = [estimate(shape, plan) for plan in plans.values()]
+    lines = [("", *plans)] if len(plans) > 1 else []
+    lines += [(part, *(f"{column[part]:.2f}" for column in columns)) for part in columns[0]]
+    lines.append(("peak that torch reserves", *(f"{sum(column.values()):.2f}" for column in columns)))
+    if plan.eval_batch:
+        scoring = (f"{scoring_gib(shape, plan):.2f}" for plan in plans.values())
+        lines.append((f"in evaluations, {plan.eval_batch} rows at a time", *scoring))
+    pictures = f"{plan.pictures} picture{'s' * (plan.pictures > 1)} of {plan.max_pixels:,} px"
+    rows = [
+        f"{plan.micro_batch} rows of {pictures} ({picture_tokens(shape, plan):,} tokens) and {plan.text_tokens} tokens "
+        f"of text: {num_tokens(shape, plan):,} tokens.",
+        f"{shape.trained / 1e6:,.1f} million trained weights, "
+        f"{'with' if plan.checkpointing else 'without'} gradient_checkpointing. In GiB:",
+    ]
+    table = ["  " + line[0].ljust(34) + "".join(cell.rjust(12) for cell in line[1:]) for line in lines]
+    return "\n".join([*rows, *table])
+
+
+def describe_fit(
+    shape: Shape, plan: Plan, gpu_gib: float, *, rows: int, accumulated: int | None, is_open: bool
+) -> tuple[bool, str]:
+    """Whether the plan fits a GPU of so many GiB, and in words: what is the most that fits, and what to change.
+
+    `rows` of one process and optimiser step; `accumulated` the same where the recipe states accumulation itself;
+    `is_open`: layers may yet be compiled.
+    """
+    gib = (gpu_gib - CONTEXT_GIB) / (1 + MARGIN)
+    need = need_gib(shape, plan)
+    what = "Uncompiled, it" if is_open else "It"
+    of = f"{need:.1f} of {gpu_gib:g} GiB, of which the CUDA context takes {CONTEXT_GIB} and {MARGIN:.0%} stay free"
+    lines = [f"{what} {'fits' if need <= gib else 'does not fit'}: {of}."]
+    training = replace(plan, eval_batch=0)
+    size, pixels = largest_micro_batch(shape, training, gib), largest_max_pixels(shape, training, gib)
+    lines.append(f"Largest micro-batch at {plan.max_pixels:,} px: {size or 'none'}.")
+    lines.append(f"Largest max_pixels at {plan.micro_batch} rows: {f'{pixels:,}' if pixels else 'none of use'}.")
+    if need > gib:
+        changes = remedies(shape, plan, gib, rows)
+        lines.append("What fits, each line alone:" if changes else "Nothing known makes it fit; take a smaller model.")
+        lines += [f"  {as_options(settings, accumulated)}" for settings in changes]
+    return need <= gib, "\n".join(lines)
+
+
+# --- for recipes/sft.py -----------------------------------------------------------------------------------------------
+
+
+def choose_batch(training_args: SFTConfig, needs: Callable[[], tuple[Shape, Plan]]) -> str:
+    """`auto_batch`: set micro-batch, accumulation and recomputation so that training fits the GPU with the smallest
+    free memory; the rows of an optimiser step stay. Says what and why. `needs()` is `read_needs` of the run.
+
+    Called by every process before it loads weights; all come to the same. Raises InputError where nothing fits.
+    """
+    if not torch.cuda.is_available() or training_args.use_cpu:
+        return "auto_batch: there is no GPU; nothing is changed."
+    if launch.is_sharded():
+        return "auto_batch: what FSDP and DeepSpeed spread over GPUs cannot be estimated; nothing is changed."
+    shape, plan = needs()
+    seen = gather_object([(torch.cuda.mem_get_info()[0], plan.compiled)])
+    free_gib, compiled = min(free for free, _ in seen) / GIB, all(compiles for _, compiles in seen)
+    rows = plan.micro_batch * training_args.gradient_accumulation_steps
+    gib, plan = free_gib / (1 + MARGIN), replace(plan, compiled=compiled)
+    chosen = fit_batch(shape, plan, gib, rows)
+    if chosen is None:
+        least = replace(plan, micro_batch=1, checkpointing=True)
+        changes = " or ".join(map(as_options, remedies(shape, least, gib, 1))) or "a smaller model"
+        raise InputError(
+            f"one row with gradient_checkpointing needs about {need_gib(shape, least):.1f} GiB, and {free_gib:.1f} GiB "
+            f"of the GPU are free. What fits by estimate: {changes}."
+        )
+    training_args.per_device_train_batch_size = chosen.micro_batch
+    training_args.gradient_accumulation_steps = rows // chosen.micro_batch
+    # transformers 5.23 reads the second name, trl 1.16 the first.
+    training_args.gradient_checkpointing = training_args.activation_checkpointing = chosen.checkpointing
+    recomputation = "with" if chosen.checkpointing else "without"
+    return (
+        f"auto_batch: {rows} rows a step and process as {rows // chosen.micro_batch} x {chosen.micro_batch} "
+        f"{recomputation} gradient_checkpointing, about {need_gib(shape, chosen):.1f} of {free_gib:.1f} GiB."
+    )
+
+
+@contextmanager
+def explains_out_of_memory(
+    training_args: SFTConfig,
+    needs: Callable[[], tuple[Shape, Plan]],
+    *,
+    is_evaluating: Callable[[], bool],
+    last_checkpoint: Callable[[], str | None],
+    states_global_batch: bool,
+    auto_batch: bool,
+) -> Iterator[None]:
+    """Where the GPU's memory runs out: a ProcessError that says what to change, and where the run goes on."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError:
+        evaluating, checkpoint = is_evaluating(), last_checkpoint()
+        changes = []
+        if not launch.is_sharded():
+            with suppress(InputError):  # a family whose memory is not known here
+                shape, plan = needs()
+                rows = plan.micro_batch * training_args.gradient_accumulation_steps
+                changes = _changes(
+                    shape,
+                    plan,
+                    rows,
+                    evaluating=evaluating,
+                    accumulated=None if states_global_batch else rows,
+                    auto_batch=auto_batch,
+                )
+        changes = changes or ["lower per_device_train_batch_size or max_pixels, or set gradient_checkpointing: true"]
+        if training_args.process_index:  # where all run out, the main process is the one to say so
+            time.sleep(2)
+        raise ProcessError(
+            f"the memory of GPU {training_args.local_process_index} ran out in "
+            f"{'evaluation' if evaluating else 'training'}. What fits by estimate, each line alone:\n"
+            + "\n".join(f"  {change}" for change in changes)
+            + "\nThe same command with it "
+            + (f"goes on from {checkpoint}." if checkpoint else "starts anew: no checkpoint is whole yet.")
+        ) from None
+
+
+def _changes(
+    shape: Shape, plan: Plan, rows: int, *, evaluating: bool, accumulated: int | None, auto_batch: bool
+) -> list[str]:
+    """What to put behind the command; `accumulated` as in `describe_fit`."""
+    # The estimate may have been too low; whatever it says, the next run needs less than this one.
+    gib = scoring_gib(shape, plan) if evaluating else sum(estimate(shape, plan).values())
+    if torch.cuda.is_available():
+        gib = min(gib, (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB)
+    gib /= 1 + MARGIN
+    if evaluating:
+        size = largest_eval_batch(shape, plan, gib)
+        found = [{"per_device_eval_batch_size": size}] if size else []
+    else:
+        found = remedies(shape, replace(plan, eval_batch=0), gib, rows)
+    # Else auto_batch would choose the same again.
+    chosen = {
+        "auto_batch": False,
+        "per_device_train_batch_size": plan.micro_batch,
+        "gradient_checkpointing": plan.checkpointing,
+    }
+    lines = []
+    for settings in found:
+        line = as_options((chosen if auto_batch else {}) | settings, accumulated)
+        is_other = bool(settings.keys() & {"max_pixels", "load_in_4bit"})
+        lines.append(line + " (another run: with another --output_dir)" * is_other)
+    return lines

@@ -32,7 +32,9 @@ MARKER = ".vqa-sft"  # only we write it, so only such a folder is ever resumed, 
 _FREE = {
     "output_dir", "overwrite", "push_to_hub", "hub_model_id", "hub_private_repo", "report_to", "logging_steps",
     "dataloader_num_workers", "disable_tqdm", "run_name", "check_images",
+    "auto_batch", "gradient_checkpointing", "activation_checkpointing", "per_device_eval_batch_size",
 }  # fmt: skip
+_MICRO_BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "vqa-sft")
 
 
@@ -111,12 +113,21 @@ def _check_same(folder: Path, now: dict[str, Any]) -> None:
         raise InputError(f"{folder / RECIPE} cannot be read. Choose another output_dir.") from error
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     changed = [key for key in changed if key not in _FREE]
+    if _rows_a_step(before) == _rows_a_step(now):
+        changed = [key for key in changed if key not in _MICRO_BATCH]
     if changed:
         lines = [f"  {key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed]
         raise InputError(
             f"{folder} holds a run of another recipe:\n" + "\n".join(lines) + "\nChoose another output_dir, or give "
             "--overwrite to move that run aside."
         )
+
+
+def _rows_a_step(values: dict[str, Any]) -> tuple[int | None, int]:
+    """What the global batch is made of, whatever the micro-batches are."""
+    if (stated := values.get("global_batch_size")) is not None:
+        return stated, 0
+    return None, values.get("per_device_train_batch_size", 8) * values.get("gradient_accumulation_steps", 1)
 
 
 def describe(

@@ -90,15 +90,31 @@ def score_examples(
     starts = range(0, len(examples), batch_size)
     batches = [list(range(start, min(start + batch_size, len(examples)))) for start in starts]
     own = range(state.process_index, len(batches), state.num_processes)
-    loader = DataLoader(examples, batch_sampler=[batches[i] for i in own], collate_fn=collator, num_workers=num_workers)
+    on_gpu = state.device.type == "cuda"
+    loader = DataLoader(
+        examples,
+        batch_sampler=[batches[i] for i in own],
+        collate_fn=collator,
+        num_workers=num_workers,
+        pin_memory=on_gpu,
+    )
     letter_ids = letter_ids.to(state.device)
     autocast = torch.autocast(state.device.type, DTYPES[precision], enabled=precision != "fp32")
-    scored = {}
+    scored, waiting = {}, []
+
+    def read(limit: int) -> None:
+        """Read what the GPU has done, but for the last batches: it computes them while the next is made ready."""
+        while len(waiting) > limit:
+            i, *values = waiting.pop(0)
+            scored[i] = to_choice_logits(*(value.cpu() for value in values))
+
     for i, batch in zip(own, tqdm(loader, desc="Scoring", disable=not state.is_main_process), strict=True):
-        batch = send_to_device(batch, state.device)
+        batch = send_to_device(batch, state.device, non_blocking=on_gpu)
         with autocast:
             logits = letter_logits(model, batch, letter_ids)
-        scored[i] = to_choice_logits(logits, batch["orders"], batch["num_choices"])
+        waiting.append((i, logits, batch["orders"], batch["num_choices"]))
+        read(limit=2)
+    read(limit=0)
     for other in gather_object([scored]):
         scored |= other
     return [row for i in range(len(batches)) for row in scored[i]]

@@ -6,6 +6,7 @@
 Nothing here changes what is saved. `fast: false` in a recipe leaves the libraries' paths as they are.
 """
 
+import functools
 import types
 from typing import Any
 
@@ -117,6 +118,7 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+@functools.cache
 def can_compile() -> bool:
     """Whether something small compiles here: a C compiler and Triton are needed. Says why not."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):

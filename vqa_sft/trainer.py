@@ -60,6 +60,8 @@ class AnswerTrainer(SFTTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_rows = sum(len(batch["answers"]) for batch in batches)
         self.speed.num_rows += num_rows * self.accelerator.num_processes
+        if self.accelerator.num_processes == 1:  # on the CPU: a copy to the GPU may wait for all that it has to do
+            return batches, torch.tensor(num_rows)
         return batches, self.accelerator.reduce(torch.tensor(num_rows, device=device), "sum")
 
     def compute_loss(
