@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vqa_sft import benchmark
+from vqa_sft import benchmark, shapes
 from vqa_sft.config import read_recipe
 from vqa_sft.model import load_processor, load_trained
 from vqa_sft.scoring import find_letter_ids
@@ -12,11 +12,11 @@ def test_random_models_of_a_true_shape_load_as_the_real_ones_do(tmp_path, monkey
     # The same keys with small numbers: the true ones fill a GPU.
     small = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
     small |= {"intermediate_size": 64, "vocab_size": 2000, "head_dim": 128}
-    family, text, vision = benchmark.SHAPES[name]
+    family, text, vision = shapes.SHAPES[name]
     vision = vision | {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128}
     if family == "qwen3_vl":
         vision |= {"deepstack_visual_indexes": [0, 1]}
-    monkeypatch.setitem(benchmark.SHAPES, name, (family, text | small, vision))
+    monkeypatch.setitem(shapes.SHAPES, name, (family, text | small, vision))
     folder = benchmark.save_random_model(name, tmp_path / "model")
     processor = load_processor(str(folder), max_pixels=200704)
     assert len(find_letter_ids(processor, 4)) == 4
@@ -40,7 +40,7 @@ def test_needed_work_is_that_of_the_weights_a_token_meets():
     """Against the weights of a real model, counted one by one."""
     from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-    _, text, vision = benchmark.SHAPES["tiny"]
+    _, text, vision = shapes.SHAPES["tiny"]
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config).model

@@ -18,7 +18,7 @@ from test_cli import run  # noqa: F401  a fixture
 from transformers import AttentionInterface, AutoModelForImageTextToText
 from trl import ModelConfig, SFTConfig
 
-from vqa_sft import benchmark, memory, run_folder
+from vqa_sft import memory, run_folder, shapes
 from vqa_sft.errors import InputError
 from vqa_sft.memory import Plan, estimate, need_gib
 from vqa_sft.model import load_model, lora_config
@@ -31,7 +31,7 @@ B7, B3, B8 = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7B", "2.5-VL-3B",
 def shape_of(name, rank=32, **values):
     args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=rank, lora_dropout=0.0, dtype=None)
     args = replace(args, **values)
-    return memory.read_shape(args, benchmark.shape_config(name))
+    return memory.read_shape(args, shapes.shape_config(name))
 
 
 def allocated_gib(shape, plan):
@@ -173,7 +173,7 @@ def small(request, monkeypatch):
     if request.param == "qwen3_vl":
         text["num_attention_heads"] = 3
         vision["deepstack_visual_indexes"] = [0]
-    monkeypatch.setitem(benchmark.SHAPES, "small", (request.param, text, vision))
+    monkeypatch.setitem(shapes.SHAPES, "small", (request.param, text, vision))
     return "small"
 
 
@@ -181,7 +181,7 @@ def saved_bytes(name, how, num_tokens=40):
     """What autograd saves for one decoder layer, per token: counted, under autocast to bf16, without the weights."""
     args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=8, lora_dropout=0.0)
     args = replace(args, **{key: value for key, value in how.items() if key != "compiled"})
-    model = AutoModelForImageTextToText.from_config(benchmark.shape_config(name), dtype=torch.bfloat16)
+    model = AutoModelForImageTextToText.from_config(shapes.shape_config(name), dtype=torch.bfloat16)
     adapter = lora_config(args, model)
     if adapter is not None:
         get_peft_model(model, adapter)
@@ -226,7 +226,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves(small, how):
 def shape_of_small(name, how):
     args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=8, lora_dropout=0.0)
     args = replace(args, **{key: value for key, value in how.items() if key != "compiled"})
-    return memory.read_shape(args, benchmark.shape_config(name))
+    return memory.read_shape(args, shapes.shape_config(name))
 
 
 # --- what follows from what -------------------------------------------------------------------------------------------

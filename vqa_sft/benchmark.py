@@ -29,10 +29,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from typing import Any
 
 T4_GIB = 13.8
 WARM_UP, PROFILED = 6, 3  # steps before and after those that are timed
@@ -41,35 +38,6 @@ QWEN_7B, QWEN_3B, QWEN3_8B = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7
 # A word is one token of the random models.
 FIXED = {"num_words": (95, 95), "side_px": (448, 448)}
 MIXED = {"num_words": (5, 235), "side_px": (160, 1280)}
-# Published configurations of the models, as far as they set a shape.
-SHAPES = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": (
-        "qwen2_5_vl",
-        {"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2}
-        | {"intermediate_size": 11008, "vocab_size": 151936, "tie_word_embeddings": True},
-        {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048},
-    ),
-    "Qwen/Qwen2.5-VL-7B-Instruct": (
-        "qwen2_5_vl",
-        {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
-        | {"intermediate_size": 18944, "vocab_size": 152064, "tie_word_embeddings": False},
-        {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584},
-    ),
-    "Qwen/Qwen3-VL-8B-Instruct": (
-        "qwen3_vl",
-        {"hidden_size": 4096, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
-        | {"head_dim": 128, "intermediate_size": 12288, "vocab_size": 151936, "tie_word_embeddings": False},
-        {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "out_hidden_size": 4096},
-    ),
-    # For a CPU.
-    "tiny": (
-        "qwen2_5_vl",
-        {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
-        | {"intermediate_size": 128, "vocab_size": 2000, "tie_word_embeddings": True},
-        {"depth": 2, "hidden_size": 32, "intermediate_size": 52, "num_heads": 2, "out_hidden_size": 128}
-        | {"fullatt_block_indexes": [1]},
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -467,23 +435,6 @@ def _model_name(recipe: str) -> str:
     return yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))["model_name_or_path"]
 
 
-def shape_config(name: str, pad_token_id: int | None = None, **token_ids: int) -> "PreTrainedConfig":
-    """The configuration of `name` from its published shape."""
-    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
-
-    family, text, vision = SHAPES[name]
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    if family == "qwen3_vl":
-        rope |= {"rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
-    kind = Qwen2_5_VLConfig if family == "qwen2_5_vl" else Qwen3VLConfig
-    return kind(
-        text_config=text | {"rope_parameters": rope, "pad_token_id": pad_token_id},
-        vision_config=vision,
-        tie_word_embeddings=text["tie_word_embeddings"],
-        **token_ids,
-    )
-
-
 def save_random_model(name: str, folder: Path) -> Path:
     """Random weights in the shape of `name`, bf16, with a processor whose vocabulary is the tiny base's."""
     import torch
@@ -494,6 +445,7 @@ def save_random_model(name: str, folder: Path) -> Path:
         Qwen3VLProcessor,
     )
 
+    from vqa_sft.shapes import shape_config
     from vqa_sft.tiny import TINY_PATH
 
     if (folder / "name").is_file() and (folder / "name").read_text() == name:

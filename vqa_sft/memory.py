@@ -28,11 +28,12 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, PreTrainedConfig, ProcessorMixin
 from trl import ModelConfig, SFTConfig
 
-from vqa_sft import attention, benchmark, launch, packing, speed
+from vqa_sft import attention, launch, packing, speed
 from vqa_sft.collator import render_prompt
 from vqa_sft.errors import InputError, ProcessError, explains
 from vqa_sft.model import DTYPES, LOADING_ERRORS, decoder_name, lora_config
 from vqa_sft.prompts import Prompts
+from vqa_sft.shapes import SHAPES, shape_config
 
 GIB = 2**30
 # Fitted to peaks of torch.cuda.max_memory_allocated on one H200 (torch 2.11, transformers 5.23, trl 1.16): the points
@@ -125,8 +126,8 @@ def read_config(model_args: ModelConfig, *, trust_remote_code: bool = False) -> 
     try:
         return AutoConfig.from_pretrained(name, local_files_only=True, **source), ""
     except LOADING_ERRORS:  # not on this machine
-        if name in benchmark.SHAPES:
-            return benchmark.shape_config(name), f"{name} is not on this machine; its published shape is used."
+        if name in SHAPES:
+            return shape_config(name), f"{name} is not on this machine; its published shape is used."
     with explains(LOADING_ERRORS, f"the configuration of {name!r} cannot be loaded"):
         return AutoConfig.from_pretrained(name, **source), ""
 

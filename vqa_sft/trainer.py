@@ -21,6 +21,7 @@ from vqa_sft.collator import AnswerCollator, TrainCollator
 from vqa_sft.loss import letters_loss, vocabulary_loss
 from vqa_sft.predictions import Predictions
 from vqa_sft.scoring import answer_logits, to_choice_logits
+from vqa_sft.speed import num_compilations
 
 
 class AnswerTrainer(SFTTrainer):
@@ -176,6 +177,7 @@ class Speed(TrainerCallback):
         values = {"train_examples_per_s": self.examples_per_s} if self.examples_per_s else {}
         if torch.cuda.is_available():
             values["peak_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            values["compilations"] = num_compilations()
         return values
 
 
