@@ -11,6 +11,7 @@ import types
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -38,9 +39,7 @@ def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) ->
         return None
     config.text_config._attn_implementation = attention.DECODER
     config.vision_config._attn_implementation = attention.TOWER
-    device = next(model.parameters()).device
-    if device.type == "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = PartialState().device  # where the model will be, if it is not there yet
     use_varlen = attention.can_use_varlen(device, DTYPES[precision])
     if device.type == "cuda" and not use_varlen:
         say("attention goes row by row: this GPU or precision has no kernel for rows of different lengths")
@@ -137,7 +136,5 @@ def num_compilations() -> int:
 
 
 def say(line: str) -> None:
-    from accelerate import PartialState
-
     if PartialState().is_main_process:
         print(f"Speed: {line}.")
