@@ -124,6 +124,15 @@ def test_accumulation_follows_from_the_global_batch(tmp_path, monkeypatch):
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 1)
 
 
+@pytest.mark.parametrize(
+    ("text", "searches"), [("", False), ("use_peft: false\n", True), ("lora_target_modules: [fc1]\n", True)]
+)
+def test_weights_that_a_row_may_not_reach_are_searched_for(tmp_path, text, searches):
+    assert read(tmp_path, text).training_args("fp32").ddp_find_unused_parameters in (
+        (None, True) if searches else (False,)
+    )
+
+
 def test_validation_rows_switch_on_evaluation_and_the_best_checkpoint(tmp_path):
     args = read(tmp_path, "validation_fraction: 0.1\n").training_args("fp32")
     assert args.eval_strategy == "epoch" and args.load_best_model_at_end

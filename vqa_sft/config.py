@@ -247,8 +247,12 @@ class Recipe:
             values["accelerator_config"] = own | {"dispatch_batches": False, "split_batches": False}
         # Pushing is ours, after the run is saved: a failed push must not lose it. The token would be saved as well.
         values |= {"push_to_hub": False, "hub_token": None}
-        if not values["use_peft"] and "ddp_find_unused_parameters" not in self.values:
-            # A whole tower may hold weights that no row reaches (LLaVA's last layer), which DDP must then search for.
+        reaches_tower = (
+            not values["use_peft"] or values.get("lora_target_modules") or values.get("lora_modules_to_save")
+        )
+        if reaches_tower and "ddp_find_unused_parameters" not in self.values:
+            # A whole tower may hold weights that no row reaches (LLaVA's last layer), and an adapter on it is reached by
+            # no row without a picture; DDP must search for such weights, or it waits for their gradients for ever.
             values.pop("ddp_find_unused_parameters")
         if self.arguments.global_batch_size is not None:
             micro_batch = values["per_device_train_batch_size"] = _micro_batch(values, self.arguments.global_batch_size)
