@@ -251,8 +251,8 @@ class Recipe:
             not values["use_peft"] or values.get("lora_target_modules") or values.get("lora_modules_to_save")
         )
         if reaches_tower and "ddp_find_unused_parameters" not in self.values:
-            # A whole tower may hold weights that no row reaches (LLaVA's last layer), and an adapter on it is reached by
-            # no row without a picture; DDP must search for such weights, or it waits for their gradients for ever.
+            # A whole tower may hold weights that no row reaches (LLaVA's last layer), and an adapter on it is reached
+            # by no row without a picture; DDP must search for such weights, or it waits for their gradients for ever.
             values.pop("ddp_find_unused_parameters")
         if self.arguments.global_batch_size is not None:
             micro_batch = values["per_device_train_batch_size"] = _micro_batch(values, self.arguments.global_batch_size)
