@@ -150,6 +150,7 @@ VALIDATION_DEFAULTS = {
 FIXED = {"remove_unused_columns": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
 REFUSED = {
     "label_smoothing_factor": "it trains the wrong token on vision models; it is no field of ours yet",
+    "neftune_noise_alpha": "its noise depends on the length of a row, and rows are packed",
     "packing": "pictures cannot be packed here yet",
     "padding_free": "pictures cannot be packed here yet",
     "assistant_only_loss": "only the answer letter is supervised, always",

@@ -31,7 +31,9 @@ DROPPED = ("attention_mask", "mm_token_type_ids")
 
 
 def can_pack(config: PreTrainedConfig) -> bool:
-    return config.model_type in MODELS and not getattr(config.text_config, "attention_dropout", 0)
+    text = config.text_config
+    plain = "sliding_attention" not in (getattr(text, "layer_types", None) or ())  # packed rows know no windows
+    return config.model_type in MODELS and plain and not getattr(text, "attention_dropout", 0)
 
 
 class Packer:
