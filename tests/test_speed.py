@@ -7,7 +7,7 @@ from torch import nn
 from trl import ModelConfig
 
 from vqa_sft import speed, vision
-from vqa_sft.collator import AnswerCollator
+from vqa_sft.collator import AnswerCollator, render_prompt
 from vqa_sft.data import load_examples
 from vqa_sft.loss import vocabulary_loss
 from vqa_sft.model import load_model, load_processor, lora_config
@@ -60,6 +60,26 @@ def test_packed_rows_give_the_logits_and_gradients_of_padded_rows(road, answers_
     batch = AnswerCollator(processor, Prompts(), 4, packer=packer)(rows)
     assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch
     assert_same(gradients_of(model, batch, letter_ids), plain)
+
+
+def test_tokens_that_all_rows_begin_with_stand_once(road):
+    model, processor, letter_ids, rows = road
+    plain = AnswerCollator(processor, Prompts(), 4)
+    packed = AnswerCollator(processor, Prompts(), 4, packer=speed.pack_rows(model.get_base_model(), "fp32"))
+    system = processor.tokenizer(render_prompt(processor, rows[2], range(4), Prompts()).split(rows[2]["question"])[0])
+    batch = packed(rows)
+    places, own, copies = batch["shared_prefix"]
+    # Up to the user's turn, for one of the rows has no picture.
+    assert copies.shape == (5, len(system["input_ids"])) and copies.shape[1] > 10
+    assert batch["input_ids"].numel() == plain(rows)["attention_mask"].sum() - 4 * copies.shape[1]
+    assert torch.equal(places[own], torch.arange(len(own)))
+    # One prompt three times: shared up to its picture, or else up to the answer position.
+    up_to_picture, up_to_answer = copies.shape[1] + 1, int(plain(rows[2:3])["answer_positions"])
+    for same, num_shared in (([rows[0]] * 3, up_to_picture), ([rows[2]] * 3, up_to_answer)):
+        batch, padded = packed(same), plain(same)
+        assert batch["shared_prefix"][2].shape == (3, num_shared)
+        assert_same(gradients_of(model, batch, letter_ids), gradients_of(model, padded, letter_ids))
+    assert "shared_prefix" not in packed(rows[:1])
 
 
 def test_a_padded_mlp_gives_the_features_of_its_own_width(road):

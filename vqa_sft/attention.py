@@ -2,6 +2,9 @@
 
     lengths 5, 3, 4 -> q, k, v (1, H, 12, D), cu_seq_lens [0, 5, 8, 12] -> every row attends to itself alone
 
+With a `shared_prefix` (packing.py) the tokens that all rows begin with stand once in q, k and v; the rows are written
+out for the attention alone.
+
 Registered with transformers' AttentionInterface under two names, so that no forward of the libraries is replaced. The
 picture tower asks for `TOWER`, whose name holds "flash": then the library makes one call a layer, where it else loops
 over windows in Python, hundreds of calls a layer. On a GPU of compute capability 8.0 or newer, in half precision, the
@@ -59,10 +62,17 @@ def packed_attention(
     is_causal: bool | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    shared_prefix: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """`query` (1, H, T, D), `key` and `value` (1, H_kv, T, D), `cu_seq_lens_q` (rows + 1,) int32, `max_length_q` at
     least the longest row -> (1, T, H, D)."""
+    if shared_prefix is not None:
+        query, key, value = (WriteOut.apply(x, *shared_prefix) for x in (query, key, value))
+        output, _ = packed_attention(
+            module, query, key, value, None, scaling, dropout, is_causal, cu_seq_lens_q, max_length_q
+        )
+        return TakeOwn.apply(output, *shared_prefix[:2]), None
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **kwargs
@@ -83,6 +93,44 @@ def packed_attention(
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     return _by_length(query, key, value, cu_seq_lens_q, scaling, bool(is_causal)), None
+
+
+def tower_attention(*args: Any, shared_prefix: Any = None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    """The prefix is the decoder's, though it reaches every module."""
+    return packed_attention(*args, **kwargs)
+
+
+class WriteOut(torch.autograd.Function):
+    """Packed row (1, H, N, D) -> rows written out (1, H, M, D). Backward, the copies of a token are summed, in fp32 and
+    in an order of their own: indexing would add them as they come, in the precision of the row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, row: torch.Tensor, places: torch.Tensor, own: torch.Tensor, copies: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(own, copies)
+        return row[:, :, places]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        own, copies = ctx.saved_tensors
+        shared = grad[:, :, copies].sum(dim=2, dtype=torch.float32).to(grad.dtype)  # (1, H, B, P, D) -> (1, H, P, D)
+        return torch.cat([shared, grad[:, :, own[copies.shape[1] :]]], dim=2), None, None, None
+
+
+class TakeOwn(torch.autograd.Function):
+    """Rows written out (1, M, H, D) -> packed row (1, N, H, D); of a shared token, its first copy."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places, own)
+        return rows[:, own]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        places, own = ctx.saved_tensors
+        is_first = own[places] == torch.arange(len(places), device=places.device)
+        return grad[:, places] * is_first[:, None, None], None, None
 
 
 def _by_length(
@@ -121,6 +169,6 @@ def _starts_of_length(cu_seq_lens: torch.Tensor) -> dict[int, torch.Tensor]:
     return known
 
 
-for _name in (DECODER, TOWER):
-    AttentionInterface.register(_name, packed_attention)
+for _name, _attention in ((DECODER, packed_attention), (TOWER, tower_attention)):
+    AttentionInterface.register(_name, _attention)
     AttentionMaskInterface.register(_name, sdpa_mask)

@@ -4,8 +4,14 @@
         -> input_ids (1, N), position_ids (3, 1, N), cu_seq_lens_q, max_length_q, answer_positions (B,), ...
            pixel_values in the precision of the tower, and the tower's positions, windows and lengths
 
-N is the number of tokens without padding. Made in the data loader's workers, by the library's own functions, so that
-neither a forward nor a copy waits for the GPU. For Qwen2.5-VL and Qwen3-VL.
+N is the number of tokens without padding, where those that all rows begin with (the system prompt) stand once:
+
+    rows  s s a a a | s s b b | s s c c c c   ->   s s a a a b b c c c c
+    shared_prefix = places (M,), own (N,), copies (B, P)      M tokens in the rows written out, P of them shared
+
+Attention alone sees the rows written out (attention.py), for which `cu_seq_lens_q` holds. Made in the
+data loader's workers, by the library's own functions, so that neither a forward nor a copy waits for the GPU. For
+Qwen2.5-VL and Qwen3-VL.
 """
 
 from collections.abc import Callable
@@ -52,6 +58,7 @@ class Packer:
         self.tower_inputs = partial(_TOWER_INPUTS[config.model_type], config.vision_config)
         self.dtype = dtype
         self.keeps_answers = keeps_answers
+        self.image_token_id = config.image_token_id
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         is_token = batch["attention_mask"].bool()
@@ -64,24 +71,51 @@ class Packer:
             )
         lengths = is_token.sum(dim=1)
         cu_seq_lens = _edges(lengths)
+        num_shared = self.num_shared(batch["input_ids"], lengths)
+        kept = is_token.clone()
+        kept[1:, :num_shared] = False
         packed = {key: value for key, value in batch.items() if key not in DROPPED}
         packed |= {
-            "input_ids": batch["input_ids"][is_token][None],
-            "position_ids": positions[:, is_token][:, None],
-            "answer_positions": cu_seq_lens[1:].long() - 1,  # the prompt ends where the letter begins
+            "input_ids": batch["input_ids"][kept][None],
+            "position_ids": positions[:, kept][:, None],
+            "answer_positions": kept.sum(dim=1).cumsum(dim=0) - 1,  # the prompt ends where the letter begins
             "cu_seq_lens_q": cu_seq_lens,
             "max_length_q": round_up(int(lengths.max())),
         }
+        if num_shared:
+            packed["shared_prefix"] = _shared_prefix(is_token, kept, cu_seq_lens[:-1], num_shared)
         if self.keeps_answers:
             packed["keep_positions"] = packed["answer_positions"]
         if "pixel_values" in batch:
             packed |= self.pictures(batch["pixel_values"], grid)
         return packed
 
+    def num_shared(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> int:
+        """How many tokens all rows begin with, before any picture; 0 where it is not worth the trouble."""
+        if len(input_ids) == 1:
+            return 0
+        differs = (input_ids != input_ids[0]).any(dim=0) | (input_ids == self.image_token_id).any(dim=0)
+        differs[int(lengths.min()) - 1 :] = True  # every row keeps its answer position
+        num_shared = int(differs.int().argmax())
+        return num_shared if num_shared > 1 else 0
+
     def pictures(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> dict[str, Any]:
         """What the tower is given: pixels in its precision, positions, windows and lengths."""
         computed = {f"image_{name}": value for name, value in self.tower_inputs(grid).items()}
         return {"pixel_values": pixel_values.to(self.dtype)} | computed
+
+
+def _shared_prefix(
+    is_token: torch.Tensor, kept: torch.Tensor, starts: torch.Tensor, num_shared: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From masks (B, T) of the rows' tokens and of those that stand in the packed row, and where the rows written out
+    start (B,): for each token written out, its place in the packed row; for each of the packed row, its (first) place
+    in the rows written out; where the shared ones stand there."""
+    shared = torch.arange(num_shared)
+    place = (kept.flatten().cumsum(dim=0) - 1).view(kept.shape)
+    place[:, :num_shared] = shared
+    written = (is_token.flatten().cumsum(dim=0) - 1).view(kept.shape)
+    return place[is_token], written[kept], starts.long()[:, None] + shared
 
 
 def round_up(length: int) -> int:

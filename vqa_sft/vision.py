@@ -95,8 +95,8 @@ def _is_zero_at_zero(module: nn.Module) -> bool:
 
 
 def without_gradients(forward: Callable) -> Callable:
-    def run(*args: Any, keep_positions: None | torch.Tensor = None, **kwargs: Any) -> Any:
-        """`keep_positions` is meant for the language model and reaches every module."""
+    def run(*args: Any, keep_positions: Any = None, shared_prefix: Any = None, **kwargs: Any) -> Any:
+        """Two things that are meant for the language model and reach every module."""
         with torch.no_grad():
             return forward(*args, **kwargs)
 
