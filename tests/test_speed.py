@@ -1,12 +1,14 @@
 """Every speed-up against the library's own path, in fp32: same logits, same gradients."""
 
+import copy
+
 import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
 from trl import ModelConfig
 
-from vqa_sft import speed, vision
+from vqa_sft import lora, speed, vision
 from vqa_sft.collator import AnswerCollator, render_prompt
 from vqa_sft.data import load_examples
 from vqa_sft.loss import vocabulary_loss
@@ -92,6 +94,39 @@ def test_a_padded_mlp_gives_the_features_of_its_own_width(road):
         widths = [vision.pad_mlp(module) for module in tower.modules()]
         assert {None, (52, 64)} >= set(widths) and vision.embed_patches_by_product(tower)
         torch.testing.assert_close(tower(*pictures).pooler_output, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "traced"])
+def test_adapters_that_ride_on_the_base_give_its_logits_and_gradients(road, compiled):
+    model, processor, letter_ids, rows = road
+    batch = AnswerCollator(processor, Prompts(), 4)(rows)
+    plain = gradients_of(model, batch, letter_ids)
+    decoder = model.get_base_model().get_decoder()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert lora.ride_on_base(decoder) == len(decoder.layers)
+    for layer in decoder.layers if compiled else []:
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend="aot_eager")
+    assert_same(gradients_of(model, batch, letter_ids), plain)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+    # An optimiser's step is seen, and so is a copy of the model.
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.mul_(0.5)
+        changed = answer_logits(model, batch)
+        torch.testing.assert_close(answer_logits(copy.deepcopy(model), batch), changed)
+        assert (changed - plain[0]).abs().max() > 1e-3
+
+
+OTHER_KINDS = [{"lora_dropout": 0.1}, {"use_dora": True}, {"lora_target_modules": ["q_proj", "up_proj"]}]
+
+
+@pytest.mark.parametrize("how", OTHER_KINDS)
+def test_adapters_of_another_kind_stay_as_they_are(families, how):
+    how = {"use_peft": True, "lora_dropout": 0.0} | how
+    args = ModelConfig(model_name_or_path=families("qwen2_5_vl"), dtype=None, **how)
+    base = load_model(args, "fp32")
+    assert lora.ride_on_base(get_peft_model(base, lora_config(args, base)).get_base_model().get_decoder()) == 0
 
 
 def test_everything_together_gives_the_logits_and_gradients_of_the_library(road):

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
-from vqa_sft import attention, packing, vision
+from vqa_sft import attention, lora, packing, vision
 from vqa_sft.model import DTYPES
 
 # Graphs of one layer: with and without gradients, first layer (its input has none) and others, training and scoring.
@@ -85,6 +85,9 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False) -> None:
         return
     tower = base.model.visual
     say("picture tower: " + ", ".join(vision.speed_up_tower(tower)))
+    # On a CPU the wide tensors are not what takes the time.
+    if tower.device.type == "cuda" and (num_mlps := lora.ride_on_base(base.get_decoder())):
+        say(f"{num_mlps} MLPs have their adapters inside the base's products")
     if compile_layers and getattr(base, "is_quantized", False):
         say("layers are not compiled: the base is quantised")
     elif compile_layers and can_compile():
