@@ -63,6 +63,7 @@ def main() -> None:
         train = train.shuffle(seed=training_args.seed).repeat(None)
     num_letters = args.max_choices or max(data.num_choices for data in loaded)
 
+    launch.check_pictures([part for part in (train, validation) if part is not None and not args.streaming])
     rows_a_step = training_args.per_device_train_batch_size * training_args.world_size
     if training_args.dataloader_drop_last and not args.streaming and len(train) < rows_a_step:
         raise InputError(f"dataloader_drop_last drops all {len(train)} rows: a step takes {rows_a_step}. Remove it.")

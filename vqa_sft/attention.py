@@ -13,41 +13,35 @@ it is the library's own sdpa, masks and all. Goes when the library's sdpa learns
 """
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # torch before 2.10
-    varlen_attn = None
-
 DECODER = "vqa_sft_packed"
 TOWER = "vqa_sft_packed_flash"
 
-_PARAMETERS = inspect.signature(varlen_attn).parameters if varlen_attn else {}
-# torch 2.10 says is_causal=True, later releases window_size=(-1, 0).
-_CAUSAL = {True: {"window_size": (-1, 0)}, False: {}} if "window_size" in _PARAMETERS else None
-_CAUSAL = _CAUSAL or {True: {"is_causal": True}, False: {}}
-_GQA = {"enable_gqa": True} if "enable_gqa" in _PARAMETERS else {}
+_CAUSAL = {True: {"window_size": (-1, 0)}, False: {}}
+_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # not in torch 2.11
 
 _lengths: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def can_use_varlen(device: torch.device, dtype: torch.dtype) -> bool:
+def can_use_varlen(device: torch.device, dtype: torch.dtype, head_dims: Iterable[int] = ()) -> bool:
     """Whether `torch.nn.attention.varlen` works there."""
     return (
-        varlen_attn is not None
-        and device.type == "cuda"
+        device.type == "cuda"
         and torch.version.hip is None
         and dtype in (torch.float16, torch.bfloat16)
         and torch.cuda.get_device_capability(device) >= (8, 0)
         and torch.backends.cuda.flash_sdp_enabled()
+        and all(dim <= 256 and dim % 8 == 0 for dim in head_dims)  # as flash attention has kernels for
     )
 
 

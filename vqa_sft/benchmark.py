@@ -31,6 +31,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vqa_sft.errors import InputError, exits_with_message
+from vqa_sft.fields import read_yaml
+
 T4_GIB = 13.8
 WARM_UP, PROFILED = 6, 3  # steps before and after those that are timed
 QWEN_7B, QWEN_3B, QWEN3_8B = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7B", "2.5-VL-3B", "3-VL-8B"))
@@ -90,6 +93,7 @@ def tiny_cases() -> list[Case]:
     ]
 
 
+@exits_with_message
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", help="recipe files, run as they stand; default: the standard cases")
@@ -100,6 +104,13 @@ def main() -> None:
     parser.add_argument("--as-t4", action="store_true", help="show the recipes a T4")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU")
     args = parser.parse_args()
+    if args.steps < 1:
+        raise InputError(f"--steps must be at least 1; got {args.steps}.")
+    if not args.tiny:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError("there is no GPU here. Try --tiny, which runs every kind of case on a CPU.")
 
     cases = tiny_cases() if args.tiny else standard_cases()
     if args.recipes:
@@ -114,6 +125,8 @@ def main() -> None:
             for case in cases
             if any(text == case.name or text not in names and text in case.name for text in args.only)
         ]
+        if not cases:
+            raise InputError(f"--only {' '.join(args.only)} names no case; there are: {', '.join(sorted(names))}.")
     results: dict[str, dict] = {}
     peak = None if args.tiny else _in_own_process(measure_peak_tflops)
     for case in cases:
@@ -133,8 +146,7 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     work = args.work
     model = save_random_model(case.shape, work / "model")
     rows = max(case.batch_size, 16) * (WARM_UP + args.steps + PROFILED)
-    low, high = case.data["num_words"]
-    data = work / f"data_{low}_{high}_{rows}"
+    data = work / "_".join(["data", *(str(number) for limits in case.data.values() for number in limits), str(rows)])
     if not (data / "test.csv").is_file():
         write_data(data, rows, **case.data)
     run, result = work / case.name, work / "result.json"
@@ -156,22 +168,24 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     inside = {"result": str(result), "steps": args.steps, "as_t4": args.as_t4, "cap_gib": case.cap_gib}
     if case.kind == "trl":
         pixels = options["max_pixels"]
-        _inside("trl", [str(model), str(data), str(case.batch_size), str(pixels), str(options["max_steps"])], inside)
+        arguments = [str(model), str(data), str(case.batch_size), str(pixels), str(options["max_steps"])]
+        _inside("trl", arguments, inside, work)
     elif case.kind == "train":
-        _inside("recipes/sft.py", recipe, inside)
+        _inside("recipes/sft.py", recipe, inside, work)
     else:  # scores the run that an earlier case trained
         scored = ["--run", str(work / case.scores), "--data", str(data / "test.csv")]
         scored += ["--output", str(run / "submission.csv"), "--batch_size", str(case.batch_size)]
         scored += ["--num_workers", "0", "--use_cpu"] if args.tiny else ["--num_workers", "8", "--compile_layers"]
-        _inside("recipes/predict.py", scored, inside)
+        _inside("recipes/predict.py", scored, inside, work)
     found = json.loads(result.read_text())
     found["tflop"] = mean_tflop(model, data, options["max_pixels"], case) if case.batch_size else None
     return found
 
 
-def _inside(script: str, arguments: list[str], how: dict) -> None:
+def _inside(script: str, arguments: list[str], how: dict, work: Path) -> None:
     command = [sys.executable, "-m", "vqa_sft.benchmark", "--inside", script, json.dumps(how), *arguments]
-    subprocess.run(command, check=True)
+    # What is kept of noise pictures is of no use to anybody else.
+    subprocess.run(command, check=True, env=os.environ | {"HF_HOME": str(work.resolve() / "cache")})
 
 
 def _in_own_process(function: Callable[[], float]) -> float | None:
@@ -235,20 +249,25 @@ def mean_tflop(model: Path, data: Path, max_pixels: int, case: Case) -> float:
     config, prompts = AutoConfig.from_pretrained(model), builtin_prompts("en", by_type=True)
     examples, _ = load_examples(str(data / "train.csv"))
     cached = bool(case.options.get("cache_image_features"))
+    prompts_of = [render_prompt(processor, row, identity_order(4), prompts) for row in examples]
+    # What all begin with is needed once a step, not once a row.
+    start = os.path.commonprefix(prompts_of).partition(processor.image_token)[0]
+    num_spared = len(processor.tokenizer(start)["input_ids"]) * (1 - 1 / case.batch_size)
     total = 0.0
-    for row in examples:
+    for row, prompt in zip(examples, prompts_of, strict=True):
         with Image.open(row["images"][0]["path"] or io.BytesIO(row["images"][0]["bytes"])) as picture:
             sizes = [(picture.height, picture.width)]
         counted = processor._get_num_multimodal_tokens(image_sizes=sizes)
-        prompt = render_prompt(processor, row, identity_order(4), prompts)
         num_tokens = len(processor.tokenizer(prompt)["input_ids"]) - 1 + counted.num_image_tokens[0]
         num_patches = 0 if cached else counted.num_image_patches[0]
-        total += needed_tflop(config, num_tokens, num_patches, trains=case.kind != "score")
+        trains = case.kind != "score"
+        total += needed_tflop(config, num_tokens, num_patches, trains=trains, num_spared=num_spared)
     return total / len(examples)
 
 
-def needed_tflop(config: Any, num_tokens: int, num_patches: int, *, trains: bool) -> float:
+def needed_tflop(config: Any, num_tokens: int, num_patches: int, *, trains: bool, num_spared: float = 0.0) -> float:
     """TFLOP of one example: two for every weight that a token meets, and attention; nothing for norms and activations.
+    Of `num_spared` tokens only the keys and values are needed: another row has computed them.
 
     Training adds the gradient of the decoder's activations, as much again as its forward; the tower is frozen. The last
     layer's MLP and `lm_head` are needed at the answer alone. LoRA (1%) is left out.
@@ -258,7 +277,7 @@ def needed_tflop(config: Any, num_tokens: int, num_patches: int, *, trains: bool
     queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
     projections = hidden * (2 * queries + 2 * keys)
     mlp = 3 * hidden * text.intermediate_size
-    weights = num_tokens * (text.num_hidden_layers * projections + (text.num_hidden_layers - 1) * mlp)
+    weights = (num_tokens - num_spared) * (text.num_hidden_layers * projections + (text.num_hidden_layers - 1) * mlp)
     weights += mlp + hidden * text.vocab_size
     # Causal: half of all pairs, for the products with keys and with values.
     decoder = 2 * weights + text.num_hidden_layers * 2 * num_tokens**2 * queries
@@ -430,9 +449,12 @@ def run_trl(model: str, data: str, batch_size: str, max_pixels: str, max_steps: 
 
 
 def _model_name(recipe: str) -> str:
-    import yaml
+    from vqa_sft.shapes import SHAPES
 
-    return yaml.safe_load(Path(recipe).read_text(encoding="utf-8"))["model_name_or_path"]
+    name = read_yaml(recipe).get("model_name_or_path")
+    if name not in SHAPES:
+        raise InputError(f"{recipe} is of the model {name}; shapes are known of: {', '.join(SHAPES)}.")
+    return name
 
 
 def save_random_model(name: str, folder: Path) -> Path:

@@ -92,14 +92,14 @@ class FeatureStore:
     def read(self, digest: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Features and grid of a picture, mapped into memory; None, and the file removed, where they are damaged."""
         path = self.path(digest)
-        try:
-            with safe_open(path, framework="pt") as file:
-                features, grid = file.get_tensor("features"), file.get_tensor("grid")
-                if file.metadata() == self._metadata(digest, features, grid):
-                    return features, grid
-        except (OSError, SafetensorError):
-            pass
-        with suppress(OSError):
+        with suppress(OSError):  # gone, or a disk that does not answer now
+            try:
+                with safe_open(path, framework="pt") as file:
+                    features, grid = file.get_tensor("features"), file.get_tensor("grid")
+                    if file.metadata() == self._metadata(digest, features, grid):
+                        return features, grid
+            except SafetensorError:
+                pass
             path.unlink()  # the next run computes it
         if not self._has_said:  # in a worker, which must not ask for the state of the processes
             print(f"Speed: {path} is damaged or gone; pictures go through the tower where features are missing.")
@@ -160,7 +160,7 @@ def open_store(
             "cache_image_features is known for Qwen2.5-VL and Qwen3-VL with attn_implementation sdpa; this model is "
             f"{base.config.model_type}, or its attention another. Remove cache_image_features."
         )
-    if launch.is_sharded():
+    if launch.shards_weights():
         say("pictures go through the tower every time: its weights are spread over processes")
         return None
     # One process names the folder, so that all have the same.

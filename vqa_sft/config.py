@@ -4,11 +4,13 @@ A recipe is one yaml: our fields (`RecipeArguments`), TRL's model fields (`Model
 (`SFTConfig`), in one flat mapping; any of them can be given again on the command line.
 """
 
+import json
 import math
 import os
 import typing
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from vqa_sft.columns import check_columns
@@ -236,16 +238,15 @@ class Recipe:
         metric = self.values.get("metric_for_best_model") or "nll"
         on_gpu = torch.cuda.is_available() and not self.values.get("use_cpu")
         values = {"dataloader_pin_memory": on_gpu}  # without a GPU torch warns once an epoch
-        # Else every step waits until its batch is copied, and the GPU then waits for the next kernels.
-        values |= {"accelerator_config": {"non_blocking": True}} if on_gpu else {}
         values |= DEFAULTS | (VALIDATION_DEFAULTS if self.validates else {}) | self.values | FIXED
         if self.validates and "greater_is_better" not in self.values:
             values["greater_is_better"] = metric.removeprefix("eval_") == "accuracy"
         values |= {"bf16": precision == "bf16", "fp16": precision == "fp16"}
+        # Else every step waits until its batch is copied, and the GPU then waits for the next kernels.
+        values["accelerator_config"] = {"non_blocking": on_gpu} | _accelerator_config(values)
         if self.arguments.streaming:
             # Else accelerate collates in one process and cuts batches by rows; pixels of mixed sizes are no rows.
-            own = values.get("accelerator_config") or {}
-            values["accelerator_config"] = own | {"dispatch_batches": False, "split_batches": False}
+            values["accelerator_config"] |= {"dispatch_batches": False, "split_batches": False}
         # Pushing is ours, after the run is saved: a failed push must not lose it. The token would be saved as well.
         values |= {"push_to_hub": False, "hub_token": None}
         reaches_tower = (
@@ -310,6 +311,21 @@ def _build(kind: type, values: dict[str, Any]) -> Any:
         raise InputError(" ".join(str(error).split())) from error
 
 
+def _accelerator_config(values: dict[str, Any]) -> dict[str, Any]:
+    """What is given for accelerate, there or in a JSON file. Raises InputError."""
+    own = values.get("accelerator_config") or {}
+    if isinstance(own, str):
+        try:
+            own = json.loads(Path(own).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"accelerator_config: {own} cannot be read: {error}") from error
+    if not isinstance(own, dict):
+        raise InputError(f"accelerator_config must be a mapping, or a JSON file with one; got {own!r}.")
+    if own.get("dispatch_batches"):
+        raise InputError("accelerator_config: dispatch_batches cuts batches by rows; pictures are no rows. Remove it.")
+    return own
+
+
 def _num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -328,6 +344,7 @@ def _check_combinations(recipe: Recipe) -> None:
         if applies:
             raise InputError(problem)
     _check_trackers(values.get("report_to") or "none")
+    _accelerator_config(values)
     if own.global_batch_size is not None:
         micro_batch = _micro_batch(values, own.global_batch_size)
         step = micro_batch * _num_processes()
@@ -415,6 +432,7 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
             "cache_image_features needs rows without padding; remove fast: false.",
             own.cache_image_features and not own.fast,
         ),
+        ("compile_layers needs fast; remove fast: false.", own.compile_layers and not own.fast),
         (
             "on_bad_image: skip needs check_images.",
             own.on_bad_image == "skip" and not own.check_images,

@@ -1,13 +1,16 @@
 """How this process was launched, and on which device it loads."""
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
+from datasets import Dataset
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from vqa_sft.errors import InputError
+from vqa_sft.errors import InputError, name_rows
 
 
 def check_processes(use_cpu: bool) -> None:
@@ -34,6 +37,28 @@ def is_sharded() -> bool:
     # They announce themselves to `PartialState` only later; the launcher's variables come first.
     named = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
     return named or PartialState().distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+
+
+def shards_weights() -> bool:
+    """Whether each process holds a part of the weights alone: FSDP, or DeepSpeed's stage 3. Known once the training
+    arguments are built."""
+    return is_sharded() and (os.environ.get("ACCELERATE_USE_FSDP") == "true" or is_deepspeed_zero3_enabled())
+
+
+def check_pictures(parts: Iterable[Dataset]) -> None:
+    """Raises InputError where rows have no picture and weights are spread over processes: a process whose rows have
+    none would not fetch the picture tower's, for which the others wait."""
+    if not shards_weights():
+        return
+    for part in parts:
+        rows = part.with_format(None).select_columns(["id", "images"])
+        bare = [row["id"] for row in rows if not row["images"]]
+        if bare:
+            raise InputError(
+                "FSDP and DeepSpeed's stage 3 need a picture in every row; there is none in "
+                f"{name_rows(bare, len(part))}. Take accelerate_configs/multi_gpu.yaml or zero2.yaml, or leave those "
+                "rows out."
+            )
 
 
 def device_map() -> dict[str, int] | None:

@@ -229,7 +229,7 @@ def read_needs(
         attention=attention_of(training_args.device, precision, fast),
         max_pixels=processor.image_processor.size["longest_edge"],
     )
-    compiles = compiles and fast and plan.bits == 16 and speed.can_compile()
+    compiles = compiles and plan.bits == 16 and plan.attention == "grouped" and speed.can_compile()
     return shape, replace(plan, compiled=compiles, **(measure_rows(processor, examples, prompts) if examples else {}))
 
 

@@ -36,10 +36,15 @@ MODELS = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
 DROPPED = ("attention_mask", "mm_token_type_ids")
 
 
-def can_pack(config: PreTrainedConfig) -> bool:
-    text = config.text_config
-    plain = "sliding_attention" not in (getattr(text, "layer_types", None) or ())  # packed rows know no windows
-    return config.model_type in MODELS and plain and not getattr(text, "attention_dropout", 0)
+def why_not(config: PreTrainedConfig) -> str | None:
+    """Why rows of this model cannot be packed, if they cannot."""
+    if config.model_type not in MODELS:
+        return f"packing is not known for {config.model_type}"
+    if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
+        return "packed rows know no sliding windows, which this model has"
+    if getattr(config.text_config, "attention_dropout", 0):
+        return "packed rows know no attention_dropout, which this model has"
+    return None
 
 
 class Packer:

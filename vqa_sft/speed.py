@@ -14,9 +14,9 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
-from vqa_sft import attention, lora, packing, vision
+from vqa_sft import attention, launch, lora, packing, vision
 from vqa_sft.model import DTYPES
 
 # Graphs of one layer: with and without gradients, first layer (its input has none) and others, training and scoring.
@@ -31,8 +31,8 @@ def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) ->
     model = base_of(model)
     config = model.config
     own = getattr(config, "text_config", config)._attn_implementation
-    if not packing.can_pack(config):
-        say(f"rows are padded: packing is not known for {config.model_type}")
+    if reason := packing.why_not(config):
+        say(f"rows are padded: {reason}")
         return None
     if own not in ("sdpa", attention.DECODER):
         say(f"rows are padded: attn_implementation is {own}, and packing needs sdpa")
@@ -40,7 +40,7 @@ def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) ->
     config.text_config._attn_implementation = attention.DECODER
     config.vision_config._attn_implementation = attention.TOWER
     device = PartialState().device  # where the model will be, if it is not there yet
-    use_varlen = attention.can_use_varlen(device, DTYPES[precision])
+    use_varlen = attention.can_use_varlen(device, DTYPES[precision], head_dims_of(config))
     if device.type == "cuda" and not use_varlen:
         say("attention goes row by row: this GPU or precision has no kernel for rows of different lengths")
     for module in model.modules():
@@ -59,38 +59,45 @@ def keep_only_answers(layer: nn.Module) -> bool:
     parts = {name for name, _ in layer.named_children()}
     if parts != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return False
-    whole = layer.forward
-
-    def forward(
-        self: nn.Module,
-        hidden_states: torch.Tensor,
-        *args: Any,
-        keep_positions: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        if keep_positions is None:
-            return whole(hidden_states, *args, **kwargs)
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = (hidden_states + attended)[:, keep_positions]
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-    layer.forward = types.MethodType(forward, layer)
+    layer.forward = types.MethodType(_forward_keeping, layer)
     return True
+
+
+def _forward_keeping(
+    layer: nn.Module,
+    hidden_states: torch.Tensor,
+    *args: Any,
+    keep_positions: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    if keep_positions is None:
+        return type(layer).forward(layer, hidden_states, *args, **kwargs)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+    hidden_states = (hidden_states + attended)[:, keep_positions]
+    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
 def speed_up(model: nn.Module, *, compile_layers: bool = False) -> None:
     """Speed up the picture tower, and compile its blocks and the decoder's layers if asked and able."""
     base = base_of(model)
     if base.config.model_type not in packing.MODELS:
+        if compile_layers:
+            say(f"layers are not compiled: that is not known for {base.config.model_type}")
         return
     tower = base.model.visual
-    say("picture tower: " + ", ".join(vision.speed_up_tower(tower)))
+    if done := vision.speed_up_tower(tower):
+        say("picture tower: " + ", ".join(done))
     # On a CPU the wide tensors are not what takes the time.
     if tower.device.type == "cuda" and (num_mlps := lora.ride_on_base(base.get_decoder())):
         say(f"{num_mlps} MLPs have their adapters inside the base's products")
-    if compile_layers and getattr(base, "is_quantized", False):
+    if not compile_layers:
+        return
+    if getattr(base, "is_quantized", False):
         say("layers are not compiled: the base is quantised")
-    elif compile_layers and can_compile():
+    elif not any(getattr(module, "use_varlen", False) for module in base.modules()):
+        # Row by row, every mixture of lengths would be compiled anew.
+        say("layers are not compiled: that needs a GPU of compute capability 8.0 or newer, and half precision")
+    elif can_compile():
         torch._dynamo.config.recompile_limit = MAX_GRAPHS
         # A shape that does not compile runs uncompiled.
         torch._dynamo.config.suppress_errors = True
@@ -99,16 +106,19 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False) -> None:
         torch._functorch.config.activation_memory_budget = MEMORY_BUDGET
         layers = [*base.get_decoder().layers, *(tower.blocks if vision.is_frozen(tower) else ())]
         for layer in layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True)
+            layer.compile(dynamic=True)  # in place: names stay, and a copy of the model is not compiled
         say(f"{len(layers)} layers are compiled; the first steps are slow")
 
 
 def speed_up_training(trainer: Trainer, num_rows: int, *, compile_layers: bool | None) -> None:
     """`speed_up` of a trainer's model, as far as its weights stand whole on every process."""
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    if launch.shards_weights():
         say("picture tower and layers stay the library's: their weights are spread over processes")
         return
-    speed_up(trainer.model, compile_layers=pays_compilation(num_rows, compile_layers))
+    compiles = pays_compilation(num_rows, compile_layers)
+    if compiles and trainer.is_deepspeed_enabled:
+        say("layers are not compiled: DeepSpeed moves their weights")
+    speed_up(trainer.model, compile_layers=compiles and not trainer.is_deepspeed_enabled)
 
 
 def pays_compilation(num_rows: float, asked: bool | None) -> bool:
@@ -120,11 +130,16 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def head_dims_of(config: PreTrainedConfig) -> set[int]:
+    """Of the language model and of the picture tower."""
+    text, tower = config.text_config, config.vision_config
+    decoder = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return {decoder, tower.hidden_size // tower.num_heads}
+
+
 @functools.cache
 def can_compile() -> bool:
-    """Whether something small compiles here: a C compiler and Triton are needed. Says why not."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
-        return False
+    """Whether something small compiles on the GPU: a C compiler and Triton are needed. Says why not."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device="cuda"))
     except Exception as error:  # whatever the tool chain raises

@@ -4,20 +4,24 @@ What is ours: the loss at the answer position, its count of rows over the global
 the letters. Everything else (loop, distribution, checkpoints, logging) is the libraries'.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import datasets
 import evaluate
 import torch
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 from trl import SFTTrainer
 
 from vqa_sft import metrics
 from vqa_sft.collator import AnswerCollator, TrainCollator
+from vqa_sft.errors import InputError
 from vqa_sft.loss import letters_loss, vocabulary_loss
 from vqa_sft.predictions import Predictions
 from vqa_sft.scoring import answer_logits, to_choice_logits
@@ -136,10 +140,31 @@ class AnswerTrainer(SFTTrainer):
     @contextmanager
     def _evaluation_collator(self) -> Iterator[None]:
         train_collator, self.data_collator = self.data_collator, self.eval_collator
+        drops_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # every row is evaluated
         try:
             yield
         finally:
-            self.data_collator = train_collator
+            self.data_collator, self.args.dataloader_drop_last = train_collator, drops_last
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Checkpoints hold the model's own names. `save_pretrained` writes those of the hub, which the Trainer
+        (transformers 5.23) does not find again when it resumes or takes the best: it would load nothing."""
+        if isinstance(self.model, PeftModel) or not str(output_dir).startswith(self.args.output_dir + os.sep):
+            return super()._save(output_dir, state_dict)
+        self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del self.model.save_pretrained
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raises InputError where the Trainer would warn, and train on from other weights than those of the file."""
+        missing = set(load_result.missing_keys) - set(getattr(self.model, "all_tied_weights_keys", ()))
+        if missing or load_result.unexpected_keys:
+            raise InputError(
+                f"a checkpoint in {self.args.output_dir} is of another model: {len(missing)} of the weights are not in "
+                f"it, {len(load_result.unexpected_keys)} others are. Start anew with --overwrite."
+            )
 
 
 class EpochForCollator(TrainerCallback):

@@ -10,7 +10,7 @@ For Qwen2.5-VL and Qwen3-VL; each step looks at what it changes and leaves alone
 length in one call: attention.py. Positions and windows computed in the workers: packing.py.
 """
 
-from collections.abc import Callable
+import types
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def speed_up_tower(tower: nn.Module) -> list[str]:
     widths = {pad_mlp(module) for module in tower.modules()} - {None} if on_gpu else set()
     if widths:
         done.append("MLP padded from " + ", ".join(f"{old:,} to {new:,}" for old, new in sorted(widths)))
-    tower.forward = without_gradients(tower.forward)
+    tower.forward = types.MethodType(without_gradients, tower)
     done.append("no gradients")
     return done
 
@@ -50,13 +50,14 @@ def embed_patches_by_product(tower: nn.Module) -> bool:
     if not isinstance(conv, nn.Conv3d) or conv.kernel_size != conv.stride or any(conv.padding) or conv.groups != 1:
         return False
 
-    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
-        """(patches, channels x frames x height x width) -> (patches, dim)"""
-        weight = conv.weight
-        return F.linear(hidden_states.to(weight.dtype), weight.view(weight.shape[0], -1), conv.bias)
-
-    embed.forward = forward
+    embed.forward = types.MethodType(_embed_by_product, embed)
     return True
+
+
+def _embed_by_product(embed: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """(patches, channels x frames x height x width) -> (patches, dim)"""
+    weight = embed.proj.weight
+    return F.linear(hidden_states.to(weight.dtype), weight.view(weight.shape[0], -1), embed.proj.bias)
 
 
 def pad_mlp(module: nn.Module) -> tuple[int, int] | None:
@@ -94,10 +95,9 @@ def _is_zero_at_zero(module: nn.Module) -> bool:
     return activation is not None and float(activation(torch.zeros(1))) == 0
 
 
-def without_gradients(forward: Callable) -> Callable:
-    def run(*args: Any, keep_positions: Any = None, shared_prefix: Any = None, **kwargs: Any) -> Any:
-        """Two things that are meant for the language model and reach every module."""
-        with torch.no_grad():
-            return forward(*args, **kwargs)
-
-    return run
+def without_gradients(
+    tower: nn.Module, *args: Any, keep_positions: Any = None, shared_prefix: Any = None, **kwargs: Any
+) -> Any:
+    """The tower's own forward; two arguments are meant for the language model and reach every module."""
+    with torch.no_grad():
+        return type(tower).forward(tower, *args, **kwargs)
