@@ -154,6 +154,20 @@ def test_a_damaged_file_is_noticed_and_computed_again(road, home, opened, capsys
     assert torch.equal(collator(rows)["image_features"], expected["image_features"])
 
 
+def test_a_disk_that_does_not_answer_now_loses_nothing(road, home, monkeypatch):  # noqa: F811
+    model, processor, _, rows = road
+    _, collator = collators_of(model, processor)
+    fill(model, collator, rows)
+    stored = files(home)
+
+    def fails(*args, **kwargs):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(cache, "safe_open", fails)
+    assert "image_features" not in collator(rows)
+    assert files(home) == stored
+
+
 def test_a_start_finds_files_that_are_cut_off_or_stand_in_the_wrong_place(road, home, capsys):  # noqa: F811
     model, processor, _, rows = road
     _, collator = collators_of(model, processor)

@@ -79,6 +79,9 @@ def test_a_number_may_be_the_text_of_a_text_field(tmp_path):
         ("streaming: true\n", "streaming needs max_steps"),
         ("streaming: true\nmax_steps: 9\nvalidation_fraction: 0.1\n", "streaming cannot hold rows out"),
         ("on_bad_image: skip\ncheck_images: false\n", "on_bad_image: skip needs check_images"),
+        ("fast: false\ncompile_layers: true\n", "compile_layers needs fast"),
+        ("accelerator_config: none.json\n", "accelerator_config: none.json cannot be read"),
+        ("accelerator_config: {dispatch_batches: true}\n", "dispatch_batches cuts batches by rows"),
         ("on_bad_image: blank\n", "must be 'error' or 'skip'; got 'blank'"),
         ("global_batch_size: 12\n", "no multiple of per_device_train_batch_size 8 x 1 processes"),
         ("global_batch_size: 8\ngradient_accumulation_steps: 2\n", "both set"),
@@ -131,6 +134,13 @@ def test_weights_that_a_row_may_not_reach_are_searched_for(tmp_path, text, searc
     assert read(tmp_path, text).training_args("fp32").ddp_find_unused_parameters in (
         (None, True) if searches else (False,)
     )
+
+
+def test_a_stream_keeps_what_accelerate_is_told_in_a_file(tmp_path):
+    (tmp_path / "accelerate.json").write_text('{"even_batches": false, "split_batches": true}')
+    stream = f"streaming: true\nmax_steps: 9\naccelerator_config: {tmp_path / 'accelerate.json'}\n"
+    config = read(tmp_path, stream).training_args("fp32").accelerator_config
+    assert (config.even_batches, config.split_batches, config.dispatch_batches) == (False, False, False)
 
 
 def test_validation_rows_switch_on_evaluation_and_the_best_checkpoint(tmp_path):

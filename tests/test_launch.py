@@ -13,7 +13,10 @@ from conftest import run_script, write_hard_contest
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from vqa_sft import launch as processes
 from vqa_sft.config import read_recipe
+from vqa_sft.data import load_examples
+from vqa_sft.errors import InputError
 from vqa_sft.predictions import read_predictions
 from vqa_sft.tiny import TINY_PATH
 
@@ -45,6 +48,16 @@ def parse_launch(*arguments):
     """The arguments of `accelerate launch`, as it sees them after it has read the yaml."""
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(list(arguments)))
     return args
+
+
+def test_rows_without_a_picture_are_refused_where_weights_are_spread(contest, monkeypatch):
+    examples, _ = load_examples(str(contest / "train.csv"))
+    bare = examples.map(lambda row, i: {"images": row["images"] if i % 8 else []}, with_indices=True)
+    processes.check_pictures([bare])
+    monkeypatch.setattr(processes, "shards_weights", lambda: True)
+    processes.check_pictures([examples])
+    with pytest.raises(InputError, match=r"a picture in every row; there is none in rows row_000, row_008"):
+        processes.check_pictures([examples, bare])
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)

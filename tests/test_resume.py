@@ -1,15 +1,18 @@
 """A run that was killed goes on by the same command, and ends as the run that was not killed."""
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import RECIPES, run_script, write_hard_contest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from vqa_sft import checkpoints, run_folder
@@ -104,6 +107,37 @@ def test_a_run_killed_after_its_last_checkpoint_has_nothing_left_to_train(train)
     for name in (run_folder.RUN, run_folder.VALIDATION, "adapter_model.safetensors"):
         (run / name).unlink()
     assert result(train()) == before
+
+
+def test_a_run_of_all_weights_finds_them_again_in_its_checkpoints(train, capsys):
+    values = {"use_peft": False, "learning_rate": 1e-3, "save_total_limit": 3}
+    run = train(**values)
+    before = load_file(run / "model.safetensors")
+    assert any(name.startswith("visual.") for name in before)  # as the hub names them
+    best = json.loads((run / "checkpoint-9" / "trainer_state.json").read_text())["best_model_checkpoint"]
+    checkpoint = load_file(Path(best) / "model.safetensors")
+    assert torch.equal(before["model.norm.weight"], checkpoint["model.language_model.norm.weight"])
+    for name in (run_folder.RUN, "model.safetensors"):
+        (run / name).unlink()
+    for step in (6, 9):  # killed in the second epoch
+        shutil.rmtree(run / f"checkpoint-{step}")
+    train(**values)
+    assert f"Going on from {run / 'checkpoint-3'}." in capsys.readouterr().out
+    after = load_file(run / "model.safetensors")
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(train, capsys):
+    run = train(use_peft=False, max_steps=6)
+    (run / run_folder.RUN).unlink()
+    weights = load_file(run / "checkpoint-3" / "model.safetensors")
+    del weights["model.language_model.norm.weight"]
+    save_file(weights, run / "checkpoint-3" / "model.safetensors", {"format": "pt"})
+    shutil.rmtree(run / "checkpoint-6")
+    with pytest.raises(SystemExit) as stop:
+        train(use_peft=False, max_steps=6)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "1 of the weights are not in it" in error and "Traceback" not in error
 
 
 def test_a_checkpoint_without_its_marker_is_passed_over_and_removed(train, capsys):

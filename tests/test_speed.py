@@ -129,6 +129,16 @@ def test_adapters_of_another_kind_stay_as_they_are(families, how):
     assert lora.ride_on_base(get_peft_model(base, lora_config(args, base)).get_base_model().get_decoder()) == 0
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
+def test_layers_that_are_not_compiled_say_why(families, family, capsys):
+    args = ModelConfig(model_name_or_path=families(family), dtype=None)
+    model = load_model(args, "fp32")
+    speed.pack_rows(model, "fp32")
+    speed.speed_up(model, compile_layers=True)
+    said = {"qwen2_5_vl": "needs a GPU of compute capability 8.0", "llava": "not known for llava"}
+    assert f"layers are not compiled: that {'is ' * (family == 'llava')}{said[family]}" in capsys.readouterr().out
+
+
 def test_everything_together_gives_the_logits_and_gradients_of_the_library(road):
     model, processor, letter_ids, rows = road
     plain = gradients_of(model, AnswerCollator(processor, Prompts(), 4)(rows), letter_ids)

@@ -54,6 +54,13 @@ def full_sequence_loss(model, processor, row, order, spelling):
     return F.cross_entropy(logits[0, :-1], labels[0, 1:], ignore_index=-100, reduction="sum")
 
 
+def test_dropping_the_last_batch_drops_no_row_of_an_evaluation(families, contest, tmp_path):
+    values = {"dataloader_drop_last": True, "per_device_eval_batch_size": 4}
+    trainer, examples, _ = build_trainer(families("qwen2_5_vl"), contest, tmp_path, num_rows=7, **values)
+    predictions, _ = predict_examples(trainer, examples)
+    assert predictions.ids == list(examples["id"]) and "eval_nll" in trainer.evaluate()
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
 def test_one_accumulated_step_is_the_gradient_of_the_full_sequence_loss(families, contest, tmp_path, family):
     # Seven rows in micro-batches of three: 3 + 3 + 1. A mean of micro-batch means would weigh the last row triply.
