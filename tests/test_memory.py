@@ -18,7 +18,7 @@ from test_cli import run  # noqa: F401  a fixture
 from transformers import AttentionInterface, AutoModelForImageTextToText
 from trl import ModelConfig, SFTConfig
 
-from vqa_sft import memory, run_folder, shapes
+from vqa_sft import lora, memory, run_folder, shapes
 from vqa_sft.errors import InputError
 from vqa_sft.memory import Plan, estimate, need_gib
 from vqa_sft.model import load_model, lora_config
@@ -46,8 +46,9 @@ def allocated_gib(shape, plan):
 # max_memory_allocated in GiB (docs/speed.md holds most). Compiled layers keep all that the compiler chooses to keep,
 # or less: speed.MEMORY_BUDGET.
 ALL = {"compiled": True, "keeps_less": False}
+OLD = {"rides": False}  # before adapters rode on the base
 H200 = [
-    (B7, Plan(16, text_tokens=75), 5296, 50.3),
+    (B7, Plan(16, text_tokens=75, **OLD), 5296, 50.3),
     (B7, Plan(16, text_tokens=75, fast=False), 5296, 51.5),  # packed, with the MLP of the last layer at all places
     (B7, Plan(16, text_tokens=75, fast=False, attention="unfused"), 5296, 59.8),
     (B7, Plan(16, text_tokens=75, **ALL), 5296, 40.4),
@@ -56,6 +57,8 @@ H200 = [
     (B7, Plan(32, text_tokens=219, **ALL), 15209, 83.5),
     (B7, Plan(16, text_tokens=167, compiled=True), 6768, 36.7),
     (B3, Plan(32, text_tokens=219, **ALL), 15209, 57.6),
+    (B7, Plan(16, text_tokens=167, shared_tokens=22, compiled=True), 6438, 36.9),
+    (B7, Plan(4, text_tokens=167, shared_tokens=22, compiled=True), 1626, 21.8),
 ]
 
 
@@ -177,7 +180,7 @@ def small(request, monkeypatch):
     return "small"
 
 
-def saved_bytes(name, how, num_tokens=40):
+def saved_bytes(name, how, num_tokens=40, *, rides=False):
     """What autograd saves for one decoder layer, per token: counted, under autocast to bf16, without the weights."""
     args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=8, lora_dropout=0.0)
     args = replace(args, **{key: value for key, value in how.items() if key != "compiled"})
@@ -185,6 +188,8 @@ def saved_bytes(name, how, num_tokens=40):
     adapter = lora_config(args, model)
     if adapter is not None:
         get_peft_model(model, adapter)
+    if rides:
+        assert lora.ride_on_base(model.get_decoder())
     layer, text = model.get_decoder().layers[1], model.config.text_config
     text._attn_implementation = "keeps_like_flash"
     hidden = torch.randn(1, num_tokens, text.hidden_size, dtype=torch.bfloat16, requires_grad=True)
@@ -216,11 +221,13 @@ def saved_bytes(name, how, num_tokens=40):
     ],
     ids=["LoRA", "LoRA on some", "all weights", "compiled"],
 )
-def test_what_a_layer_keeps_is_what_autograd_saves(small, how):
+@pytest.mark.parametrize("rides", [False, True])
+def test_what_a_layer_keeps_is_what_autograd_saves(small, how, rides):
     shape = shape_of_small(small, how)
-    plan = Plan(1, compiled=how.get("compiled", False), keeps_less=False)
+    plan = Plan(1, compiled=how.get("compiled", False), keeps_less=False, rides=rides)
     attention, mlp = memory.kept_by_layer(shape, plan)
-    assert sum(attention.values()) + sum(mlp.values()) == saved_bytes(small, how)
+    rides = rides and how in ({}, {"compiled": True})
+    assert sum(attention.values()) + sum(mlp.values()) == saved_bytes(small, how, rides=rides)
 
 
 def shape_of_small(name, how):

@@ -60,7 +60,6 @@ class Case:
 
 
 def standard_cases() -> list[Case]:
-    cached = {"cache_image_features": True}
     cases = []
     for size, shape, recipe, rows in (
         ("7B", QWEN_7B, "qwen7b", 16),
@@ -75,7 +74,8 @@ def standard_cases() -> list[Case]:
         cases.append(Case(f"{size} train", "train", **ours))
         if shape == QWEN_7B:
             cases.append(Case(f"{size} train, mixed sizes", "train", **ours | {"data": MIXED}))
-            cases.append(Case(f"{size} train, cached features", "train", **ours | {"options": cached}))
+            cached = {"options": {"cache_image_features": True}, "batch_size": 32}
+            cases.append(Case(f"{size} train, cached features", "train", **ours | cached))
             cases.append(Case(f"{size} train, within 24 GiB", "train", **ours | {"batch_size": 4, "cap_gib": 24}))
             score = {"kind": "score", "shape": shape, "batch_size": 32, "scores": f"{size} train"}
             cases.append(Case(f"{size} score", **score))

@@ -25,7 +25,11 @@ NAMES = ("gate_proj", "up_proj", "down_proj")
 
 def ride_on_base(decoder: nn.Module) -> int:
     """Change the MLPs of a decoder's layers in place; how many. Nothing of it is saved."""
-    num_changed = sum(widen(layer.mlp) for layer in decoder.layers if hasattr(layer, "mlp"))
+    num_changed = 0
+    for layer in decoder.layers:
+        num_changed += hasattr(layer, "mlp") and widen(layer.mlp)
+        # Buffers are a little larger than the weights whose place the allocator would else keep for others.
+        torch.cuda.empty_cache()
     if num_changed:
         decoder.register_forward_pre_hook(refresh)
     return num_changed

@@ -14,6 +14,7 @@ Qwen3-VL. Not known here: weights spread over GPUs (FSDP, DeepSpeed); features f
 """
 
 import bisect
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, PreTrainedConfig, ProcessorMixin
 from trl import ModelConfig, SFTConfig
 
-from vqa_sft import attention, launch, packing, speed
+from vqa_sft import attention, launch, lora, packing, speed
 from vqa_sft.collator import render_prompt
 from vqa_sft.errors import InputError, ProcessError, explains
 from vqa_sft.model import DTYPES, LOADING_ERRORS, decoder_name, lora_config
@@ -57,6 +58,7 @@ CONTEXT_GIB = 0.76
 MARGIN = 0.08
 
 TEXT_TOKENS = 160  # of a row, template included
+SHARED_TOKENS = 20  # Qwen's template with our own prompt in English: 22
 MAX_PIXELS = 12_845_056  # the processors' own limit, where a recipe sets none and the processor is not at hand
 MIN_PICTURE_TOKENS = 64  # 224 x 224 px: below it nothing can be read, and it is not offered
 # Bytes of the optimiser per trained fp32 value: AdamW keeps two fp32 values; what is not named here, as AdamW.
@@ -100,11 +102,13 @@ class Plan:
     eval_batch: int = 0  # 0: no validation
     max_pixels: int = MAX_PIXELS
     text_tokens: int = TEXT_TOKENS
+    shared_tokens: int = 0  # of the text: all rows begin with them, and packed rows hold them once
     pictures: int = 1  # of a row
     checkpointing: bool = False
     compiled: bool = False
     keeps_less: bool = True  # compiled layers under speed.MEMORY_BUDGET
     fast: bool = True
+    rides: bool = True  # lora.py, where it can be had
     # The kernel takes fewer keys than queries; keys are "repeated" for it (old GPUs); "unfused": (T, T) is kept.
     attention: Literal["grouped", "repeated", "unfused"] = "grouped"
     lora_dropout: float = 0.0
@@ -244,12 +248,17 @@ def attention_of(device: torch.device, precision: str, fast: bool) -> str:
 def measure_rows(
     processor: ProcessorMixin, examples: datasets.Dataset, prompts: Prompts, most: int = 200
 ) -> dict[str, int]:
-    """The most text tokens and the most pictures among the first rows, as fields of a Plan."""
+    """The most text tokens and pictures among the first rows, and how many tokens they share, as fields of a Plan."""
     rows = list(examples.select(range(min(most, len(examples)))))
     texts = [render_prompt(processor, row, range(len(row["choices"])), prompts) for row in rows]
     # The place of a picture is one token here.
-    longest = max(len(ids) for ids in processor.tokenizer(texts, add_special_tokens=False)["input_ids"])
-    return {"text_tokens": longest, "pictures": max(len(row["images"]) for row in rows)}
+    start = os.path.commonprefix(texts).partition(getattr(processor, "image_token", "\0"))[0]
+    shared, *lengths = (len(ids) for ids in processor.tokenizer([start, *texts], add_special_tokens=False)["input_ids"])
+    return {
+        "text_tokens": max(lengths),
+        "shared_tokens": shared if len(rows) > 1 else 0,
+        "pictures": max(len(row["images"]) for row in rows),
+    }
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
@@ -265,8 +274,9 @@ def row_tokens(shape: Shape, plan: Plan) -> int:
 
 
 def num_tokens(shape: Shape, plan: Plan) -> int:
-    """Tokens of a micro-batch."""
-    return plan.micro_batch * row_tokens(shape, plan)
+    """Tokens of a micro-batch, as all but attention see it."""
+    spared = (plan.micro_batch - 1) * plan.shared_tokens if plan.fast else 0
+    return plan.micro_batch * row_tokens(shape, plan) - spared
 
 
 def weight_bytes(shape: Shape, plan: Plan) -> tuple[float, float]:
@@ -327,8 +337,11 @@ def kept_by_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], dict[str,
         "log-sum-exp": 4 * shape.heads,
         "narrow outputs of adapters": narrow("q_proj", "k_proj", "v_proj", "o_proj"),
     }
+    inputs = copies("gate_proj", "up_proj")
+    if _rides(shape, plan):  # one, with the narrow outputs beside it
+        inputs = min(inputs, 1)
     mlp = {
-        "inputs of gate and up": copies("gate_proj", "up_proj") * copied * hidden,
+        "inputs of gate and up": inputs * copied * hidden,
         "gate and up": size * 2 * wide,
         "input of down": copies("down_proj") * copied * wide,
         "narrow outputs of adapters": narrow("gate_proj", "up_proj", "down_proj"),
@@ -352,6 +365,12 @@ def kept_by_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], dict[str,
     return attention, mlp
 
 
+def _rides(shape: Shape, plan: Plan) -> bool:
+    """Whether the MLP's adapters are inside the products of their base (lora.py)."""
+    possible = plan.fast and plan.bits == 16 and not plan.lora_dropout and not shape.trains_base
+    return plan.rides and possible and shape.adapted >= set(lora.NAMES)
+
+
 def _converts(shape: Shape, plan: Plan) -> bool:
     """Whether inputs are converted for every linear layer: fp32 weights that are trained, in half precision."""
     fp32 = not shape.trains_base or plan.weight_bytes == 4
@@ -370,7 +389,8 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, float]:
     """GiB of every part at the peak of a training step; their sum is what torch reserves."""
     size, tokens = plan.value_bytes, num_tokens(shape, plan)
     patches = plan.micro_batch * plan.pictures * picture_tokens(shape, plan) * shape.merge**2
-    attention, mlp = (tokens * sum(part.values()) for part in kept_by_layer(shape, plan))
+    attention, mlp = (sum(part.values()) for part in kept_by_layer(shape, plan))
+    attention, mlp = attention * plan.micro_batch * row_tokens(shape, plan), mlp * tokens
     # speed.keep_only_answers: the last layer's MLP sees the answers alone.
     num_mlps = shape.layers - 1 if plan.fast else shape.layers
     # The libraries let the gradients begin at every embedding when they recompute, the tower's too.
@@ -554,6 +574,7 @@ def describe_recipe(
         # fp16 is for GPUs before compute capability 8.0.
         attention="repeated" if precision == "fp16" else "grouped" if fast and precision == "bf16" else "unfused",
         text_tokens=text_tokens,
+        shared_tokens=min(SHARED_TOKENS, text_tokens),
         pictures=pictures,
     )
     plans = {"uncompiled": plan, "compiled": replace(plan, compiled=True)}
