@@ -131,7 +131,8 @@ def main() -> None:
             ),
             eval_collator=AnswerCollator(processor, args.prompts, num_letters, packer=packer, features=features),
             letter_ids=letter_ids,
-            loss_over=args.loss,
+            vocabulary_weight=args.vocabulary_weight,
+            letter_smoothing=args.letter_smoothing,
             callbacks=callbacks,
         )
     if args.fast:

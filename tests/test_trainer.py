@@ -16,7 +16,7 @@ from vqa_sft.trainer import AnswerTrainer, letter_metrics, predict_examples
 SPELLING = {"qwen2_5_vl": "{}", "llava": " {}", "qwen3_vl": "{}", "smolvlm": " {}"}
 
 
-def build_trainer(folder, contest, output_dir, num_rows, loss_over="vocabulary", **values):
+def build_trainer(folder, contest, output_dir, num_rows, shuffle_choices=True, own=None, **values):
     """A trainer over the first rows of the contest, whose adapter is random on both sides."""
     values = {"model_name_or_path": folder, "output_dir": output_dir, "train_data": contest / "train.csv"} | values
     values |= {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0, "gradient_checkpointing": False}
@@ -31,10 +31,10 @@ def build_trainer(folder, contest, output_dir, num_rows, loss_over="vocabulary",
         train_dataset=examples,
         eval_dataset=examples,
         processing_class=processor,
-        data_collator=TrainCollator(processor, Prompts(), 4, seed=42),
+        data_collator=TrainCollator(processor, Prompts(), 4, seed=42, shuffle_choices=shuffle_choices),
         eval_collator=AnswerCollator(processor, Prompts(), 4),
         letter_ids=find_letter_ids(processor, 4),
-        loss_over=loss_over,
+        **({"vocabulary_weight": 1.0} if own is None else own),
     )
     torch.manual_seed(1)
     for name, parameter in trainer.model.named_parameters():
@@ -94,6 +94,33 @@ def test_one_accumulated_step_is_the_gradient_of_the_full_sequence_loss(families
     for name, parameter in trained.items():
         torch.testing.assert_close(before[name] - parameter, gradients[name], atol=1e-5, rtol=1e-3)
     assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_smoothing_spreads_over_the_letters_and_trains_the_right_one(families, contest, tmp_path):
+    """The experiment in which `label_smoothing_factor` of the libraries trains another token: every answer is B. There
+    P(B) ends at 0.999 without smoothing and at 0.000 with 0.1."""
+    ended = {}
+    for smoothing in (0.0, 0.1):
+        trainer, examples, _ = build_trainer(
+            families("qwen2_5_vl"),
+            contest,
+            tmp_path / str(smoothing),
+            num_rows=8,
+            shuffle_choices=False,
+            own={"letter_smoothing": smoothing},
+            max_steps=80,
+            learning_rate=1e-2,
+            lr_scheduler_type="constant",
+            save_strategy="no",
+        )
+        trainer.train_dataset = examples.map(lambda row: {"answer": 1})
+        trainer.train()
+        with torch.no_grad():
+            logits = answer_logits(trainer.model.eval(), trainer.eval_collator(list(examples)))
+        ended[smoothing] = logits[:, trainer.letter_ids].softmax(dim=1).mean(dim=0)
+    assert ended[0.0][1] > 0.98
+    # A tenth of the target lies on the four letters, a quarter of that on each.
+    torch.testing.assert_close(ended[0.1], torch.tensor([0.025, 0.925, 0.025, 0.025]), atol=0.01, rtol=0)
 
 
 def test_one_forward_gives_loss_and_metrics_in_training_and_evaluation(families, contest, tmp_path, monkeypatch):

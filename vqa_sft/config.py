@@ -83,6 +83,11 @@ class RecipeArguments:
     loss: Literal["letters", "vocabulary"] = _help(
         "Cross-entropy over the row's own letters, or over the whole vocabulary.", default="letters"
     )
+    vocabulary_weight: float | None = _help(
+        "Between the two: weight of the letters' share in the whole vocabulary; 0 is `letters`, 1 is `vocabulary`.",
+        default=None,
+    )
+    letter_smoothing: float = _help("So much of the target is spread over the row's own letters.", default=0.0)
     shuffle_choices: bool = _help("Draw a new order of the choices for every row and epoch.", default=True)
     global_batch_size: int | None = _help(
         "Rows per optimiser step over all processes; accumulation follows from it.", default=None
@@ -108,6 +113,8 @@ class RecipeArguments:
 
     def __post_init__(self) -> None:
         _check_bounds(vars(self))
+        if self.vocabulary_weight is None:
+            self.vocabulary_weight = 1.0 if self.loss == "vocabulary" else 0.0
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise InputError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}.")
         check_columns(self.columns or {})
@@ -151,7 +158,7 @@ VALIDATION_DEFAULTS = {
 # What the collator and the trainer rely on.
 FIXED = {"remove_unused_columns": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
 REFUSED = {
-    "label_smoothing_factor": "it trains the wrong token on vision models; it is no field of ours yet",
+    "label_smoothing_factor": "it trains the wrong token on vision models; use `letter_smoothing`",
     "neftune_noise_alpha": "its noise depends on the length of a row, and rows are packed",
     "packing": "pictures cannot be packed here yet",
     "padding_free": "pictures cannot be packed here yet",
@@ -203,6 +210,8 @@ BOUNDS = {
     "global_batch_size": (1, None),
     "early_stopping_patience": (1, None),
     "validation_fraction": (0, 0.5),
+    "vocabulary_weight": (0, 1),
+    "letter_smoothing": (0, 0.5),
     "fold": (0, None),
     "duplicate_distance": (0, MAX_DISTANCE),
     "max_choices": (2, 26),
@@ -431,6 +440,10 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
         (
             "cache_image_features needs rows without padding; remove fast: false.",
             own.cache_image_features and not own.fast,
+        ),
+        (
+            "loss: vocabulary is vocabulary_weight: 1. Keep one of the two.",
+            own.loss == "vocabulary" and own.vocabulary_weight != 1,
         ),
         ("compile_layers needs fast; remove fast: false.", own.compile_layers and not own.fast),
         (

@@ -22,14 +22,14 @@ from trl import SFTTrainer
 from vqa_sft import metrics
 from vqa_sft.collator import AnswerCollator, TrainCollator
 from vqa_sft.errors import InputError
-from vqa_sft.loss import letters_loss, vocabulary_loss
+from vqa_sft.loss import answer_loss, letter_targets, own_logits
 from vqa_sft.predictions import Predictions
 from vqa_sft.scoring import answer_logits, to_choice_logits
 from vqa_sft.speed import num_compilations
 
 
 class AnswerTrainer(SFTTrainer):
-    """`letter_ids` (L,) are the run's letters; `loss_over` is "letters" or "vocabulary"."""
+    """`letter_ids` (L,) are the run's letters; `vocabulary_weight` and `letter_smoothing` are those of loss.py."""
 
     # `compute_loss` divides by the rows of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -40,14 +40,15 @@ class AnswerTrainer(SFTTrainer):
         data_collator: TrainCollator,
         eval_collator: AnswerCollator,
         letter_ids: torch.Tensor,
-        loss_over: str = "letters",
+        vocabulary_weight: float = 0.0,
+        letter_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("compute_metrics", letter_metrics)
         super().__init__(*args, data_collator=data_collator, **kwargs)
         self.eval_collator = eval_collator
         self.letter_ids = letter_ids.to(self.args.device)
-        self.loss_over = loss_over
+        self.vocabulary_weight, self.letter_smoothing = vocabulary_weight, letter_smoothing
         self.speed = Speed()
         self.add_callback(self.speed)
         self.add_callback(EpochForCollator(data_collator))
@@ -80,10 +81,9 @@ class AnswerTrainer(SFTTrainer):
         logits = answer_logits(model, inputs)  # (B, V)
         letter_logits = logits[:, self.letter_ids]  # (B, L)
         answers, num_choices = inputs["answers"], inputs["num_choices"]
-        if self.loss_over == "letters":
-            losses = letters_loss(letter_logits, answers, num_choices)
-        else:
-            losses = vocabulary_loss(logits, answers, self.letter_ids)
+        smoothing = self.letter_smoothing if self.model.training else 0.0  # evaluations compare with other runs
+        targets = letter_targets(answers, num_choices, letter_logits.shape[1], smoothing)
+        losses = answer_loss(logits, letter_logits, targets, num_choices, self.vocabulary_weight)
         self._log_letters(logits.detach(), letter_logits.detach(), answers, num_choices)
         if num_items_in_batch is None:
             loss = losses.mean()
@@ -95,9 +95,7 @@ class AnswerTrainer(SFTTrainer):
     def _log_letters(
         self, logits: torch.Tensor, letter_logits: torch.Tensor, answers: torch.Tensor, num_choices: torch.Tensor
     ) -> None:
-        used = torch.arange(letter_logits.shape[1], device=letter_logits.device) < num_choices[:, None]  # (B, L)
-        lowest = torch.finfo(letter_logits.dtype).min
-        own = letter_logits.masked_fill(~used, lowest)
+        own = own_logits(letter_logits, num_choices)
         logged = self._metrics["train" if self.model.training else "eval"]
         if self.model.training:  # evaluation has its own, over all rows at once
             logged["accuracy"].append((own.argmax(dim=1) == answers).float().mean())
