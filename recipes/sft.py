@@ -47,7 +47,7 @@ def main() -> None:
     from accelerate import PartialState
     from transformers import EarlyStoppingCallback
 
-    from vqa_sft import cache, hub, launch, memory, model as models, speed
+    from vqa_sft import averaging, cache, hub, launch, memory, model as models, speed
     from vqa_sft.collator import AnswerCollator, TrainCollator, check_texts
     from vqa_sft.predictions import write_predictions
     from vqa_sft.scoring import find_letter_ids
@@ -63,6 +63,8 @@ def main() -> None:
         train = train.shuffle(seed=training_args.seed).repeat(None)
     num_letters = args.max_choices or max(data.num_choices for data in loaded)
 
+    if args.averaging and launch.shards_weights():
+        raise InputError("averaging needs whole weights on every process: launch by DDP or ZeRO-2, or remove it.")
     launch.check_pictures([part for part in (train, validation) if part is not None and not args.streaming])
     rows_a_step = training_args.per_device_train_batch_size * training_args.world_size
     if training_args.dataloader_drop_last and not args.streaming and len(train) < rows_a_step:
@@ -108,7 +110,10 @@ def main() -> None:
     features = cache.open_store(model, processor, packer, precision) if args.cache_image_features else None
 
     # Trainer
-    callbacks = [checkpoints.MarkWholeCheckpoints()]
+    average = None
+    if args.averaging:
+        average = averaging.AdapterAverage(args.averaging, decay=args.ema_decay, start=args.swa_start)
+    callbacks = [average] * (average is not None) + [checkpoints.MarkWholeCheckpoints()]  # the marker comes last
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     with explains(ValueError, "the recipe does not fit the model"):
@@ -134,6 +139,7 @@ def main() -> None:
             vocabulary_weight=args.vocabulary_weight,
             letter_smoothing=args.letter_smoothing,
             callbacks=callbacks,
+            average=average,
         )
     if args.fast:
         speed.speed_up_training(trainer, num_rows, compile_layers=args.compile_layers)
@@ -160,7 +166,16 @@ def main() -> None:
     metrics = {"precision": precision} | trainer.speed.metrics()
     if validation is not None:
         predictions, validation_metrics = predict_examples(trainer, validation)
+        if average is not None and average.best:
+            with averaging.swapped(trainer.model, average.best):
+                averaged = predict_examples(trainer, validation)
+            metrics |= {"nll_raw": validation_metrics["nll"], "nll_average": averaged[1]["nll"]}
+            if averaged[1]["nll"] < validation_metrics["nll"]:
+                averaging.put(trainer.model, average.best)
+                predictions, validation_metrics = averaged
         metrics |= validation_metrics
+    elif average is not None and average.weights:
+        averaging.put(trainer.model, average.weights)
     metrics = {name: round(value, 6) if isinstance(value, float) else value for name, value in metrics.items()}
     trainer.save_model(output_dir)
     if trainer.is_world_process_zero():

@@ -88,6 +88,11 @@ class RecipeArguments:
         default=None,
     )
     letter_smoothing: float = _help("So much of the target is spread over the row's own letters.", default=0.0)
+    averaging: Literal["ema", "swa"] | None = _help(
+        "Average the adapter over steps, and end with the average where validation NLL says so.", default=None
+    )
+    ema_decay: float = _help("How much of the average a step of ema keeps, once it is warm.", default=0.99)
+    swa_start: float = _help("Steps before swa begins; below 1: a share of all.", default=0.5)
     shuffle_choices: bool = _help("Draw a new order of the choices for every row and epoch.", default=True)
     global_batch_size: int | None = _help(
         "Rows per optimiser step over all processes; accumulation follows from it.", default=None
@@ -211,6 +216,8 @@ BOUNDS = {
     "early_stopping_patience": (1, None),
     "validation_fraction": (0, 0.5),
     "vocabulary_weight": (0, 1),
+    "ema_decay": (0, 0.99999),
+    "swa_start": (0, None),
     "letter_smoothing": (0, 0.5),
     "fold": (0, None),
     "duplicate_distance": (0, MAX_DISTANCE),
@@ -445,6 +452,7 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
             "loss: vocabulary is vocabulary_weight: 1. Keep one of the two.",
             own.loss == "vocabulary" and own.vocabulary_weight != 1,
         ),
+        ("averaging is of adapters; remove use_peft: false.", own.averaging and values.get("use_peft") is False),
         ("compile_layers needs fast; remove fast: false.", own.compile_layers and not own.fast),
         (
             "on_bad_image: skip needs check_images.",

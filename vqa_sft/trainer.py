@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 from trl import SFTTrainer
 
-from vqa_sft import metrics
+from vqa_sft import averaging, metrics
+from vqa_sft.averaging import AdapterAverage
 from vqa_sft.collator import AnswerCollator, TrainCollator
 from vqa_sft.errors import InputError
 from vqa_sft.loss import answer_loss, letter_targets, own_logits
@@ -29,7 +30,8 @@ from vqa_sft.speed import num_compilations
 
 
 class AnswerTrainer(SFTTrainer):
-    """`letter_ids` (L,) are the run's letters; `vocabulary_weight` and `letter_smoothing` are those of loss.py."""
+    """`letter_ids` (L,) are the run's letters; `vocabulary_weight` and `letter_smoothing` are those of loss.py. An
+    `average`, one of the callbacks, is scored by every evaluation as well."""
 
     # `compute_loss` divides by the rows of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -42,6 +44,7 @@ class AnswerTrainer(SFTTrainer):
         letter_ids: torch.Tensor,
         vocabulary_weight: float = 0.0,
         letter_smoothing: float = 0.0,
+        average: AdapterAverage | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("compute_metrics", letter_metrics)
@@ -49,6 +52,7 @@ class AnswerTrainer(SFTTrainer):
         self.eval_collator = eval_collator
         self.letter_ids = letter_ids.to(self.args.device)
         self.vocabulary_weight, self.letter_smoothing = vocabulary_weight, letter_smoothing
+        self.average = average
         self.speed = Speed()
         self.add_callback(self.speed)
         self.add_callback(EpochForCollator(data_collator))
@@ -123,6 +127,20 @@ class AnswerTrainer(SFTTrainer):
         if prediction_loss_only:
             return loss, None, None
         return loss, letter_logits, torch.stack([inputs["answers"], inputs["num_choices"]], dim=1)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        if self.average is not None and self.average.weights and self.state.global_step:
+            start_s = _now_s()
+            with averaging.swapped(self.model, self.average.weights):
+                found = self.evaluation_loop(
+                    self.get_eval_dataloader(), "Evaluation of the average", metric_key_prefix="eval_average"
+                ).metrics
+            self.speed.start_s += _now_s() - start_s
+            self.average.keep_if_best(found["eval_average_nll"])
+            self.log(found)
+            metrics |= found
+        return metrics
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: TRL would write one with every checkpoint; ours is written when there are metrics."""
