@@ -1,4 +1,4 @@
-"""`vqa-sft check | folds | memory | score | push`: laptop tools, a thin shell over the modules."""
+"""`vqa-sft check | folds | memory | score | soup | push`: laptop tools, a thin shell over the modules."""
 
 import argparse
 import contextlib
@@ -40,7 +40,8 @@ def main() -> None:
     quiet()
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of the data
     parser = argparse.ArgumentParser(
-        prog="vqa-sft", description="Check data, make folds, score prediction files, push runs to the Hub."
+        prog="vqa-sft",
+        description="Check data, make folds, score prediction files, average runs, push them to the Hub.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_check(commands)
@@ -51,6 +52,13 @@ def main() -> None:
     score.add_argument("predictions", nargs="+", help="FILE.parquet or NAME=FILE.parquet")
     score.add_argument("--answers", help="CSV with id and answer; default: the answers in the prediction files")
     score.set_defaults(run=lambda args: print(score_table(args.predictions, args.answers)))
+
+    soup = commands.add_parser("soup", help="one adapter from several runs: the mean of what they change in the base")
+    soup.add_argument("run_folders", nargs="+", metavar="RUN", help="folders of finished runs on one base")
+    soup.add_argument("--output", required=True, metavar="FOLDER", help="a new run folder, for predict")
+    soup.add_argument("--weights", nargs="+", type=float, metavar="W", help="of the runs; default: equal")
+    soup.add_argument("--rank", type=int, metavar="R", help="at most; default: as many as the mean has")
+    soup.set_defaults(run=lambda args: print(_soup(args)))
 
     push = commands.add_parser("push", help="upload a finished run to the Hub")
     push.add_argument("run_folder")
@@ -356,6 +364,14 @@ def _memory(args: argparse.Namespace) -> None:
         )
     print(text)
     sys.exit(int(not fits))
+
+
+def _soup(args: argparse.Namespace) -> str:
+    from vqa_sft.soup import make_soup
+
+    if args.rank is not None and args.rank < 1:
+        raise InputError(f"--rank must be at least 1; got {args.rank}.")
+    return make_soup(args.run_folders, args.output, weights=args.weights, rank=args.rank)
 
 
 def _push(args: argparse.Namespace) -> str:
