@@ -41,7 +41,7 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of the data
     parser = argparse.ArgumentParser(
         prog="vqa-sft",
-        description="Check data, make folds, score prediction files, average runs, push them to the Hub.",
+        description="Check data, make folds, score prediction files, average and push runs.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_check(commands)

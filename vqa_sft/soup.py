@@ -35,8 +35,10 @@ Tensors = dict[str, torch.Tensor]
 def make_soup(
     folders: Sequence[str], output: str, *, weights: Sequence[float] | None = None, rank: int | None = None
 ) -> str:
-    """Write the mean of the runs' adapters to `output`, a run folder for predict; what was done, in words. `weights` are
-    those of the runs, by default equal; they are divided by their sum. Raises InputError."""
+    """Write the mean of the runs' adapters to `output`, a run folder for predict; what was done, in words.
+
+    `weights` are those of the runs, by default equal; they are divided by their sum. Raises InputError.
+    """
     weights = _shares(folders, weights)
     target = Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
