@@ -10,8 +10,10 @@ launcher itself then ends with 1).
 """
 
 import functools
+import gc
 import os
 import sys
+import time
 from collections import Counter
 
 from vqa_sft.quiet import quiet
@@ -23,7 +25,10 @@ from vqa_sft.columns import with_context_of
 from vqa_sft.config import Recipe, describe_fields, read_recipe
 from vqa_sft.data import Loaded, read_examples, stream_examples
 from vqa_sft.errors import InputError, exits_with_message, explains
+from vqa_sft.out_of_fold import write_out_of_fold
 from vqa_sft.split import TRAIN, VALIDATION, choose_parts, read_parts, select, write_parts
+
+STARTED_S = time.monotonic()
 
 
 @exits_with_message
@@ -32,14 +37,34 @@ def main() -> None:
         print(f"{__doc__}\nOur fields, beside those of trl.SFTConfig and trl.ModelConfig:\n{describe_fields()}")
         return
     is_main = os.environ.get("RANK", "0") == "0"
-
-    # The recipe and the data are checked before torch touches a device.
     recipe = read_recipe(sys.argv[1:])
+    runs = recipe.runs()
+    folders = [run.values["output_dir"] for run in runs]
+    for number, run in enumerate(runs):
+        if len(runs) > 1 and is_main:
+            print(f"\nFold {number + 1} of {len(runs)}: {folders[number]}")
+        if not train(run, is_main):
+            left = ", then " * (number + 1 < len(runs)) + ", ".join(folders[number + 1 :])
+            if is_main:
+                print(f"Time is up. {folders[number]} goes on by the same command{left}.")
+            break
+        free_memory()
+    else:
+        if recipe.arguments.fold == "all" and is_main:
+            print(write_out_of_fold(recipe.values["output_dir"], folders))
+    from vqa_sft import launch
+
+    launch.leave()
+
+
+def train(recipe: Recipe, is_main: bool) -> bool:
+    """One run from its data to its folder; whether it is finished, and not only out of time."""
+    # The recipe and the data are checked before torch touches a device.
     args, output_dir = recipe.arguments, recipe.values["output_dir"]
     run_folder.check(output_dir, recipe.values, args.overwrite, inputs=recipe.inputs())
     if run_folder.is_finished(output_dir) and not args.overwrite:
         print(f"{output_dir} is finished. Give --overwrite to train it again.")
-        return
+        return True
     loaded = load_data(recipe, is_main)
     # One process looks at the pictures and splits the rows; the others are told.
     parts = split(recipe, loaded) if is_main else None
@@ -56,6 +81,11 @@ def main() -> None:
     launch.check_processes(use_cpu=bool(recipe.values.get("use_cpu")))
     precision = models.choose_precision(recipe.values)
     training_args, model_args = recipe.training_args(precision), recipe.model_args()
+    budget = None
+    if args.time_budget_h is not None:
+        budget = checkpoints.TimeBudget(3600 * args.time_budget_h, STARTED_S)
+        if launch.from_main(budget.is_over()):
+            return False
     parts = launch.from_main(parts)
     train, validation = select(loaded, parts, TRAIN), select(loaded, parts, VALIDATION)
     if args.streaming:
@@ -113,7 +143,9 @@ def main() -> None:
     average = None
     if args.averaging:
         average = averaging.AdapterAverage(args.averaging, decay=args.ema_decay, start=args.swa_start)
-    callbacks = [average] * (average is not None) + [checkpoints.MarkWholeCheckpoints()]  # the marker comes last
+    callbacks = [average] * (average is not None)
+    callbacks += [budget] * (budget is not None)
+    callbacks.append(checkpoints.MarkWholeCheckpoints())  # after what else is saved
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     with explains(ValueError, "the recipe does not fit the model"):
@@ -161,6 +193,8 @@ def main() -> None:
         auto_batch=args.auto_batch,
     ):
         trainer.train(resume_from_checkpoint=checkpoint)
+    if budget is not None and budget.has_stopped:
+        return False
 
     # Evaluate and save
     metrics = {"precision": precision} | trainer.speed.metrics()
@@ -198,7 +232,17 @@ def main() -> None:
 
         if recipe.values.get("push_to_hub"):
             push(recipe)
-    launch.leave()
+    return True
+
+
+def free_memory() -> None:
+    """Before the next fold, what the last one left."""
+    import torch
+
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_data(recipe: Recipe, is_main: bool) -> list[Loaded]:

@@ -2,11 +2,14 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainerCallback
+
+from vqa_sft.launch import from_main
 
 MARKER = "complete"
 
@@ -23,6 +26,35 @@ class MarkWholeCheckpoints(TrainerCallback):
         if state.is_world_process_zero:
             with (Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER).open("w") as file:
                 os.fsync(file.fileno())
+
+
+class TimeBudget(TrainerCallback):
+    """Saves and stops in time. `started_s` is the `time.monotonic()` from which `budget_s` counts.
+
+    The main process's clock decides for all, every `INTERVAL` steps where there are others to tell.
+    """
+
+    INTERVAL = 10
+
+    def __init__(self, budget_s: float, started_s: float) -> None:
+        self.ends_s = started_s + budget_s
+        self.reserved_s = min(60.0, 0.1 * budget_s)  # to load the best weights, and for what ends a process
+        self.longest_pause_s = 0.0  # from a step to its checkpoint, evaluation included
+        self.has_stopped = False
+        self._step_s = started_s
+
+    def is_over(self) -> bool:
+        """Whether there is no time for another step, by this process's clock."""
+        return time.monotonic() + self.reserved_s + 2 * self.longest_pause_s > self.ends_s
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._step_s = time.monotonic()
+        is_told = args.world_size == 1 or state.global_step % self.INTERVAL == 0
+        if is_told and state.global_step < state.max_steps and from_main(self.is_over()):
+            self.has_stopped = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.longest_pause_s = max(self.longest_pause_s, time.monotonic() - self._step_s)
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:

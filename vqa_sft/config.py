@@ -17,6 +17,7 @@ from vqa_sft.columns import check_columns
 from vqa_sft.duplicates import DISTANCE, MAX_DISTANCE
 from vqa_sft.errors import InputError
 from vqa_sft.fields import Known, checked, from_tokens, read_command_line, read_yaml
+from vqa_sft.folds import fold_numbers
 from vqa_sft.prompts import Prompts, builtin_prompts
 
 
@@ -38,7 +39,12 @@ class RecipeArguments:
         "Share of the training rows held out for validation when there is no validation_data; 0: none.", default=0.0
     )
     folds_file: str | None = _help("CSV of id and fold, as `vqa-sft folds` writes it.", default=None)
-    fold: int | None = _help("The fold of folds_file to validate on; the others are trained on.", default=None)
+    fold: int | Literal["all"] | None = _help(
+        "The fold of folds_file to validate on; the others are trained on. all: each in turn.", default=None
+    )
+    time_budget_h: float | None = _help(
+        "Hours after which to save and stop; the same command goes on later.", default=None
+    )
     duplicate_distance: int | None = _help(
         "Pictures whose hashes differ in at most so many bits count as one when rows are held out; null: exact only.",
         default=DISTANCE,
@@ -220,6 +226,7 @@ BOUNDS = {
     "swa_start": (0, None),
     "letter_smoothing": (0, 0.5),
     "fold": (0, None),
+    "time_budget_h": (0.001, None),
     "duplicate_distance": (0, MAX_DISTANCE),
     "max_choices": (2, 26),
 }
@@ -233,6 +240,20 @@ class Recipe:
     values: dict[str, Any]
     arguments: RecipeArguments
     path: str | None = None
+
+    def runs(self) -> "list[Recipe]":
+        """This recipe; with `fold: all`, one for each fold, in folders of their own. Raises InputError."""
+        if self.arguments.fold != "all":
+            return [self]
+        found = [(fold, f"{self.values['output_dir']}/fold{fold}") for fold in fold_numbers(self.arguments.folds_file)]
+        return [
+            replace(
+                self,
+                values=self.values | {"fold": fold, "output_dir": folder},
+                arguments=replace(self.arguments, fold=fold),
+            )
+            for fold, folder in found
+        ]
 
     def inputs(self) -> list[str]:
         """What a run reads from disk, as far as it is on disk."""
@@ -349,6 +370,8 @@ def _num_processes() -> int:
 def _check_bounds(values: dict[str, Any]) -> None:
     for name, (low, high) in BOUNDS.items():
         value = values.get(name)
+        if isinstance(value, str):  # of the words that a field may hold
+            continue
         if value is not None and not (low <= value <= (math.inf if high is None else high) and math.isfinite(value)):
             limits = f"at least {low}" if high is None else f"between {low} and {high}"
             raise InputError(f"{name} must be {limits}; got {value}.")

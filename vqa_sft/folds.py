@@ -175,6 +175,18 @@ def read_folds(path: str | Path, ids: Sequence[str], whole: bool = True) -> list
 
     `whole` is False where `ids` are only a part of the data, as under a limit: then the file may have others.
     """
+    fold_of = _read(path)
+    _check_ids(path, ids, fold_of, whole)
+    return [fold_of[row_id] for row_id in ids]
+
+
+def fold_numbers(path: str | Path) -> list[int]:
+    """The folds of a file, fewest first, without that of the rows that are always trained on. Raises InputError."""
+    return sorted(set(_read(path).values()) - {-1})
+
+
+def _read(path: str | Path) -> dict[str, int]:
+    """Id -> fold. Raises InputError."""
     if not Path(path).is_file():
         raise InputError(f"no such file: {path}. `vqa-sft folds` writes one.")
     opened = open_source(str(path))
@@ -187,9 +199,7 @@ def read_folds(path: str | Path, ids: Sequence[str], whole: bool = True) -> list
     bad = [f"{row_id} ({fold!r})" for row_id, fold in rows if not re.fullmatch("-1|[0-9]{1,9}", fold)]
     if bad:
         raise InputError(f"{path}: `fold` must be 0, 1, ... or -1; got another in {name_rows(bad, len(rows))}.")
-    fold_of = {row_id: int(fold) for row_id, fold in rows}
-    _check_ids(path, ids, fold_of, whole)
-    return [fold_of[row_id] for row_id in ids]
+    return {row_id: int(fold) for row_id, fold in rows}
 
 
 def _check_ids(path: str | Path, ids: Sequence[str], found: dict[str, int], whole: bool) -> None:

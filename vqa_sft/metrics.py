@@ -12,8 +12,11 @@ def accuracy(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> float:
 
 def nll(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> float:
     """Mean negative log-likelihood of the answers, in nats."""
+    return _nll(np.array([row[answer] for row, answer in zip(probs, answers, strict=True)]))
+
+
+def _nll(of_answer: np.ndarray) -> float:
     # A probability that underflowed to 0 would make the mean infinite and hide everything else.
-    of_answer = np.array([row[answer] for row, answer in zip(probs, answers, strict=True)])
     return float(-np.log(np.maximum(of_answer, np.finfo(np.float32).tiny)).mean())
 
 
@@ -21,14 +24,14 @@ def ece(probs: Sequence[Sequence[float]], answers: Sequence[int], num_bins: int 
     """Expected calibration error with equal-width bins of the top probability (Guo et al. 2017, arXiv 1706.04599)."""
     confidence = np.array([max(row) for row in probs])
     correct = np.array([int(np.argmax(row)) == answer for row, answer in zip(probs, answers, strict=True)])
+    return _ece(confidence, correct, num_bins)
+
+
+def _ece(confidence: np.ndarray, correct: np.ndarray, num_bins: int) -> float:
     # Bins are (low, high]: a confidence of exactly 1 belongs to the last one.
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    gaps = [
-        (bins == b).mean() * abs(confidence[bins == b].mean() - correct[bins == b].mean())
-        for b in range(num_bins)
-        if (bins == b).any()
-    ]
-    return float(sum(gaps))
+    gaps = np.bincount(bins, weights=confidence - correct, minlength=num_bins)  # sums, of which the means differ so
+    return float(np.abs(gaps).sum() / len(confidence))
 
 
 def softmax(logits: Sequence[Sequence[float]]) -> list[np.ndarray]:
@@ -39,3 +42,24 @@ def softmax(logits: Sequence[Sequence[float]]) -> list[np.ndarray]:
 
 def all_metrics(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> dict[str, float]:
     return {"accuracy": accuracy(probs, answers), "nll": nll(probs, answers), "ece": ece(probs, answers)}
+
+
+def bootstrap(
+    probs: Sequence[Sequence[float]], answers: Sequence[int], num_resamples: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """The middle 95% of every metric over rows drawn anew with replacement (Efron 1979, the percentile interval).
+
+    Rows count as independent; several questions about one picture are not quite.
+    """
+    rng = np.random.default_rng(seed)
+    confidence = np.array([max(row) for row in probs])
+    correct = np.array([int(np.argmax(row)) == answer for row, answer in zip(probs, answers, strict=True)])
+    of_answer = np.array([row[answer] for row, answer in zip(probs, answers, strict=True)])
+    found: dict[str, list[float]] = {"accuracy": [], "nll": [], "ece": []}
+    for _ in range(num_resamples):
+        rows = rng.integers(len(correct), size=len(correct))
+        found["accuracy"].append(float(correct[rows].mean()))
+        found["nll"].append(_nll(of_answer[rows]))
+        found["ece"].append(_ece(confidence[rows], correct[rows], 15))
+    low_high = {name: np.percentile(values, [2.5, 97.5]) for name, values in found.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in low_high.items()}

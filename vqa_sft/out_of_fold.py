@@ -1,0 +1,41 @@
+"""One prediction file, and its metrics, from those of all folds: every row by the run that did not see it."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from vqa_sft import run_folder
+from vqa_sft.errors import InputError, name_rows
+from vqa_sft.metrics import all_metrics, bootstrap, softmax
+from vqa_sft.predictions import Predictions, read_predictions, write_predictions
+from vqa_sft.split import ROWS
+
+OUT_OF_FOLD, METRICS = "out_of_fold.parquet", "out_of_fold.json"
+
+
+def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
+    """Write both files into `folder`, rows in the order of the data; a table of the folds' metrics and all together."""
+    parts = {Path(run).name: read_predictions(Path(run) / run_folder.VALIDATION) for run in runs}
+    row_of: dict[str, tuple[list[float], int | None]] = {}
+    for part in parts.values():
+        twice = [row_id for row_id in part.ids if row_id in row_of]
+        if twice:
+            raise InputError(f"rows are validated on in two folds: {name_rows(twice, len(part.ids))}. Train them anew.")
+        row_of |= zip(part.ids, zip(part.choice_logits, part.answers, strict=True), strict=True)
+    with (Path(runs[0]) / ROWS).open(newline="", encoding="utf-8") as file:
+        ids = [row_id for _, row_id in list(csv.reader(file))[1:] if row_id in row_of]
+    logits, answers = zip(*(row_of[row_id] for row_id in ids), strict=True)
+    metadata = next(iter(parts.values())).metadata | {"run": str(folder), "split": "out-of-fold", "folds": [*parts]}
+    write_predictions(Path(folder) / OUT_OF_FOLD, Predictions(ids, [*logits], [*answers], metadata))
+
+    probs = softmax(logits)
+    values, intervals = all_metrics(probs, answers), bootstrap(probs, answers)
+    content = {"rows": len(ids)} | values | {f"{name}_95": [*interval] for name, interval in intervals.items()}
+    content["folds"] = {name: all_metrics(softmax(part.choice_logits), part.answers) for name, part in parts.items()}
+    run_folder.write_json(Path(folder) / METRICS, content)
+    lines = [("", "rows", *values)]
+    for name, part in parts.items():
+        lines.append((name, f"{len(part.ids):,}", *(f"{value:.4f}" for value in content["folds"][name].values())))
+    lines.append(("out of fold", f"{len(ids):,}", *(f"{value:.4f}" for value in values.values())))
+    lines.append(("95% of resamples", "", *(f"{low:.4f}-{high:.4f}" for low, high in intervals.values())))
+    return "\n".join(line[0].ljust(18) + "".join(cell.rjust(16) for cell in line[1:]) for line in lines)
