@@ -125,6 +125,15 @@ def bad_object(**cells: Any) -> Callable[[Path], str]:
     return file("data.jsonl", as_jsonl([*GOOD_LISTED, listed(NUM_GOOD, **{"id": "bad"} | cells)]))
 
 
+TARGETS = {"columns": {"targets": "votes"}}
+
+
+def bad_targets(cell: str) -> Callable[[Path], str]:
+    """Votes of annotators beside every row, four numbers each but in the last one."""
+    good = [cells | {"votes": "[3, 1, 0, 0]" if i else ""} for i, cells in enumerate(GOOD)]
+    return table([*good, row(NUM_GOOD, id="bad", votes=cell)])
+
+
 def without(*names: str) -> Callable[[Path], str]:
     return table([{key: cell for key, cell in cells.items() if key not in names} for cells in GOOD])
 
@@ -412,6 +421,11 @@ ROWS = {
     "empty_id": Broken(bad_row(id=" "), "empty_id"),
     "duplicate_id": Broken(bad_row(id="good_2"), "duplicate_id"),
     "empty_question": Broken(bad_row(question=" "), "empty_question"),
+    "targets_too_few": Broken(bad_targets("[0.5, 0.5]"), "bad_targets", recipe=TARGETS),
+    "targets_negative": Broken(bad_targets("[2, -1, 0, 0]"), "bad_targets", recipe=TARGETS),
+    "targets_all_zero": Broken(bad_targets("[0, 0, 0, 0]"), "bad_targets", recipe=TARGETS),
+    "targets_no_numbers": Broken(bad_targets("[yes, no, no, no]"), "bad_targets", recipe=TARGETS),
+    "targets_no_list": Broken(bad_targets("0.7"), "bad_targets", recipe=TARGETS),
     "choices_no_list": Broken(bad_object(choices="cat, dog"), "bad_choices"),
     "choices_of_other_keys": Broken(bad_object(choices={"cat": 1, "dog": 2}), "bad_choices"),
     "deep_choices": Broken(bad_object(choices=DEEP), "bad_choices"),

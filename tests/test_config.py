@@ -74,7 +74,10 @@ def test_a_number_may_be_the_text_of_a_text_field(tmp_path):
         ("validation_fraction: 0.1\nvalidation_data: v.csv\n", "only one of validation_data, validation_fraction"),
         ("folds_file: folds.csv\n", "folds_file and fold go together"),
         ("folds_file: folds.csv\nfold: 0\nvalidation_fraction: 0.1\n", "only one of"),
-        ("columns: {picture: x}\n", "columns knows id, image, question, choices, answer, context; got picture"),
+        (
+            "columns: {picture: x}\n",
+            "columns knows id, image, question, choices, answer, context, targets; got picture",
+        ),
         ("columns: path\n", "must be a mapping; got 'path'"),
         ("answer_format: number\n", "must be 'letter' or 'index_from_0' or 'index_from_1' or 'text'; got 'number'"),
         ("type_prompts: {shape: '{question} {choices}'}\n", "shape"),

@@ -7,6 +7,7 @@ What a batch of two rows holds (T tokens of the longest prompt, L letters of the
     answers            (B,)     index of the letter that answers the row, -1 where the answer is not known
     num_choices        (B,)     how many of the L letters the row uses
     orders             (B, L)   orders[b, i] = choice under letter i; beyond num_choices the identity
+    targets            (B, L)   what each letter should have; in training, where the data have such a column
 
 The prompt ends where the letter begins, so the letter needs no place in the input, and what is scored in training is
 byte for byte what is scored in prediction: both render with `render_prompt`.
@@ -36,7 +37,7 @@ _ANSWER = "Answer-of-a-row"  # stands in no template
 BLANK_SIZE = (448, 448)  # pixels
 BLANK_DIGEST = hashlib.sha256(f"blank {BLANK_SIZE}".encode()).hexdigest()
 # Keys of a batch that are ours and not the model's.
-TARGET_KEYS = ("answer_positions", "answers", "num_choices", "orders")
+TARGET_KEYS = ("answer_positions", "answers", "num_choices", "orders", "targets")
 
 
 def render_prompt(processor: ProcessorMixin, row: dict, order: Sequence[int], prompts: Prompts) -> str:
@@ -113,6 +114,8 @@ class AnswerCollator:
     the batch holds `image_features` (cache.py) in place of pixels.
     """
 
+    shows_targets = False  # evaluations compare with the answers
+
     def __init__(
         self,
         processor: ProcessorMixin,
@@ -160,7 +163,18 @@ class AnswerCollator:
             "num_choices": torch.tensor([len(order) for order in orders]),
             "orders": torch.tensor([order + identity_order(self.num_letters)[len(order) :] for order in orders]),
         }
+        if self.shows_targets and "targets" in rows[0]:
+            batch["targets"] = torch.stack([self.targets(row, order) for row, order in zip(rows, orders, strict=True)])
         return self.packer(batch) if self.packer else batch
+
+    def targets(self, row: dict, order: Sequence[int]) -> torch.Tensor:
+        """What each letter should have, (L,): the row's targets, or all for its answer."""
+        targets = torch.zeros(self.num_letters)
+        if row["targets"] is None:
+            targets[self.answer_letter(row, order)] = 1
+        else:
+            targets[: len(order)] = torch.tensor([row["targets"][choice] for choice in order])
+        return targets
 
     def stored(self, rows: list[dict]) -> dict[str, torch.Tensor] | None:
         """Features of the rows' pictures and their grids; None where there are no pictures, or not all are stored."""
@@ -212,6 +226,8 @@ class TrainCollator(AnswerCollator):
 
     A stream has no epochs: with `counts_batches` the orders change with every batch that a worker makes.
     """
+
+    shows_targets = True
 
     def __init__(
         self,

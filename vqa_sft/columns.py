@@ -23,6 +23,7 @@ USUAL_NAMES = {
         *("correct", "answer_idx", "answer_index", "correct_idx", "correct_index", "correct_choice_idx", "정답"),
     ),
     "context": ("context", "hint", "passage", "지문"),
+    "targets": (),  # only where it is named: nobody should learn from a column by accident
 }
 # What stands before the letter or the number in choice_a, option1, ...
 CHOICE_PREFIXES = ("option", "opt", "choice", "candidate", "answer", "보기", "선택지")
@@ -32,7 +33,8 @@ CHOICE_PREFIXES = ("option", "opt", "choice", "candidate", "answer", "보기", "
 class Columns:
     """The columns of one source. `choices` is the name of a list column, or one name a choice.
 
-    `id` None: rows are named by their number. `image` (): no pictures. `answer_format` and `answers_are_upper` say how
+    `id` None: rows are named by their number. `image` (): no pictures. `targets` is a list column with a number for
+    each choice: votes, or a teacher's probabilities. `answer_format` and `answers_are_upper` say how
     the source writes its answers, so that a submission can write them the same.
     """
 
@@ -44,6 +46,7 @@ class Columns:
     context: str | None = None
     answer_format: str | None = None
     answers_are_upper: bool = False
+    targets: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("image", "choices"):  # JSON knows lists only
@@ -54,7 +57,7 @@ class Columns:
     def names(self) -> list[str]:
         """Every column that is read."""
         choices = [self.choices] if isinstance(self.choices, str) else [*self.choices]
-        named = [self.id, *self.image, self.question, *choices, self.answer, self.context]
+        named = [self.id, *self.image, self.question, *choices, self.answer, self.context, self.targets]
         return [name for name in named if name is not None]
 
     def describe(self) -> str:
@@ -67,6 +70,7 @@ class Columns:
             "choices": choices,
             "answer": f"{self.answer} ({self.answer_format})" if self.answer and self.answer_format else self.answer,
             "context": self.context,
+            "targets": self.targets,
         }
         return ", ".join(f"{key}: {value}" for key, value in parts.items() if value)
 
@@ -78,7 +82,7 @@ def check_columns(given: Mapping[str, Any]) -> None:
         raise InputError(f"columns knows {', '.join(USUAL_NAMES)}; got {', '.join(unknown)}.")
     for key, value in given.items():
         names = value if key in ("image", "choices") and isinstance(value, list) else [value]
-        may_be_none = key in ("id", "context", "answer")
+        may_be_none = key in ("id", "context", "answer", "targets")
         if not all(isinstance(name, str) and name or (name is None and may_be_none) for name in names):
             raise InputError(f"columns: `{key}` must name a column of the data; got {value!r}.")
 
@@ -197,5 +201,5 @@ def _numbered(names: Sequence[str], prefixes: Sequence[str]) -> tuple[str, ...]:
 
 def with_context_of(trained: Columns, given: Mapping[str, Any] | None) -> dict[str, Any]:
     """`given` for other data of a run: a context is part of the prompt, so it is read where training had one and
-    nowhere else."""
-    return {"context": trained.context} | dict(given or {})
+    nowhere else. Targets are for training alone."""
+    return {"context": trained.context} | {key: name for key, name in (given or {}).items() if key != "targets"}

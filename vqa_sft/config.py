@@ -56,7 +56,8 @@ class RecipeArguments:
         "Folder that picture paths are relative to and stay in; default: the folder of the file.", default=None
     )
     columns: dict | None = _help(
-        "Columns that are not found by their names: {id, image, question, choices, answer, context}.", default=None
+        "Columns that are not found by their names: {id, image, question, choices, answer, context, targets}.",
+        default=None,
     )
     answer_format: Literal["letter", "index_from_0", "index_from_1", "text"] | None = _help(
         "How the answers are written; default: inferred.", default=None

@@ -13,6 +13,7 @@ import base64
 import hashlib
 import itertools
 import json
+import math
 import os
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ FEATURES = datasets.Features(
         "question_type": datasets.Value("string"),
     }
 )
+TARGETS = datasets.List(datasets.Value("float32"))  # a column more, where there are any
 _READ_SCHEMA = FEATURES.arrow_schema.remove(4).append(pa.field("cell", pa.string()))  # before answers are understood
 _BATCH = 1_000  # rows turned into Arrow at a time
 _HEAD = 1_000  # rows of a stream that tell its columns, answer format and number of choices
@@ -108,26 +110,32 @@ def read_examples(
     reader = RowReader(opened, find_columns(opened.columns, columns or {}, answers), keep_rows, empty_cells, image_root)
     numbers, tables = [], []
     rows = itertools.islice(reader.rows(), limit)
+    features, schema = reader.features, _READ_SCHEMA
+    if reader.columns.targets:
+        schema = schema.append(pa.field("targets", pa.list_(pa.float32())))
     while batch := list(itertools.islice(rows, _BATCH)):
         numbers += [number for number, _, _ in batch]
         folder = batch[-1][1]
-        tables.append(pa.Table.from_pylist([reader.read(*item) for item in batch], schema=_READ_SCHEMA))
+        tables.append(pa.Table.from_pylist([reader.read(*item) for item in batch], schema=schema))
     if not numbers:
         raise InputError(f"{opened.name} has no rows{' that keep_rows keeps' if keep_rows else ''}.")
     reader.problems.total = len(numbers)
     texts = pa.concat_tables(tables)
     reader.settle_answers(partial(_cells_and_choices, texts), answer_format)
+    targets = texts["targets"].to_pylist() if reader.columns.targets else itertools.repeat(None, len(numbers))
     found = [
-        reader.answer(cell, choices, row_id.as_py(), number, answers)
-        for (cell, choices), row_id, number in zip(_cells_and_choices(texts), texts["id"], numbers, strict=True)
+        reader.answer(cell, choices, row_id.as_py(), number, answers, target)
+        for (cell, choices), row_id, number, target in zip(
+            _cells_and_choices(texts), texts["id"], numbers, targets, strict=True
+        )
     ]
-    texts = texts.append_column("answer", pa.array(found, pa.int64())).select(list(FEATURES))
-    examples = datasets.Dataset(datasets.table.InMemoryTable(texts.cast(FEATURES.arrow_schema)))
+    texts = texts.append_column("answer", pa.array(found, pa.int64())).select(list(features))
+    examples = datasets.Dataset(datasets.table.InMemoryTable(texts.cast(features.arrow_schema)))
     if reader.inside:
         root = reader.root_of(folder)
         pictures = _pictures_inside(opened.table.select(numbers), reader.inside, root)
         examples = datasets.concatenate_datasets([examples.remove_columns("images"), pictures], axis=1)
-        examples = examples.select_columns(list(FEATURES))
+        examples = examples.select_columns(list(features))
         for i, paths in enumerate(_paths_only(pictures)):
             if paths is None:
                 reader.problems.add("no_picture", examples[i]["id"], numbers[i])
@@ -183,12 +191,12 @@ def stream_examples(
     if reader.inside:
         examples = opened.table.filter(reader.keeps) if keep_rows else opened.table
         examples = examples.map(
-            reader.example, with_indices=True, remove_columns=opened.columns, features=datasets.Features(FEATURES)
+            reader.example, with_indices=True, remove_columns=opened.columns, features=reader.features
         )
     else:
         # Every part reads the whole text and yields each sixteenth row: text is cheap, and workers share the pictures.
         examples = datasets.IterableDataset.from_generator(
-            _stream_parts, features=FEATURES, gen_kwargs={"reader": reader, "parts": list(range(_PARTS))}
+            _stream_parts, features=reader.features, gen_kwargs={"reader": reader, "parts": list(range(_PARTS))}
         )
     if limit is not None:
         examples = examples.take(limit)
@@ -240,6 +248,11 @@ class RowReader:
         if missing:
             raise InputError(f"keep_rows names columns that are not in {source.name}: {', '.join(map(str, missing))}.")
 
+    @property
+    def features(self) -> datasets.Features:
+        """Of the examples."""
+        return datasets.Features(FEATURES | ({"targets": TARGETS} if self.columns.targets else {}))
+
     def rows(self) -> Iterator[tuple[int, str | None, dict]]:
         """(number in the source, folder of its file, raw row) of every row that is kept."""
         self.left_out = 0
@@ -260,7 +273,8 @@ class RowReader:
         if self.columns.id is None:  # workers that share a stream count from 0 each
             named = "\n".join([texts["question"], texts["context"], *texts["choices"]])
             texts["id"] = hashlib.sha256(named.encode()).hexdigest()[:16]
-        answer = self.answer(texts.pop("cell"), texts["choices"], texts["id"], number, "required")
+        cell, targets = texts.pop("cell"), texts.get("targets")
+        answer = self.answer(cell, texts["choices"], texts["id"], number, "required", targets)
         if len(texts["choices"]) > self.max_choices:
             self.problems.add("more_choices", texts["id"], number, f"{len(texts['choices'])}, not {self.max_choices}")
         self.problems.raise_if_any(self.source.name)
@@ -291,7 +305,10 @@ class RowReader:
         self._check_texts(texts, choices if is_list else None, number)
         images = [] if self.inside else self._pictures(row, folder, row_id, number)
         kind = find_type(texts["question"], choices)
-        return texts | {"choices": choices, "images": images, "question_type": kind}
+        texts |= {"choices": choices, "images": images, "question_type": kind}
+        if columns.targets:
+            texts["targets"] = self._targets(row[columns.targets], len(choices), row_id, number)
+        return texts
 
     def settle_answers(
         self, cells_and_choices: Callable[[], Iterator[tuple[str, list[str]]]], answer_format: str | None
@@ -305,10 +322,21 @@ class RowReader:
             answer_format = None
         self.columns = replace(self.columns, answer_format=answer_format, answers_are_upper=is_upper)
 
-    def answer(self, cell: str, choices: Sequence[str], row_id: str, number: int, answers: str) -> int | None:
-        """The index of the right choice. `answers` is "required" or "optional"."""
+    def answer(
+        self,
+        cell: str,
+        choices: Sequence[str],
+        row_id: str,
+        number: int,
+        answers: str,
+        targets: Sequence[float] | None = None,
+    ) -> int | None:
+        """The index of the right choice; in a row without one, of the largest target. `answers` is "required" or
+        "optional"."""
         if len(choices) < 2:  # said already
             return None
+        if targets and cell.casefold() in UNKNOWN:
+            return targets.index(max(targets))
         index = read_answer(cell, choices, self.columns.answer_format or "letter")
         if index is None and not (answers == "optional" and cell.casefold() in UNKNOWN):
             self.problems.add("bad_answer" if cell else "no_answer", row_id, number, repr(cell)[:60] if cell else "")
@@ -379,6 +407,21 @@ class RowReader:
             add("empty_choice", row_id, number)
         if len(texts["question"]) + len(texts["context"]) + sum(map(len, choices)) > _LONG_TEXT:
             add("long_text", row_id, number)
+
+    def _targets(self, cell: object, num_choices: int, row_id: str, number: int) -> list[float] | None:
+        """What each choice should have, in all 1; None where nothing is given."""
+        values = _as_list(cell)
+        if values is None and not self._value(cell):
+            return None
+        try:
+            numbers = [float(value) for value in values or ()]
+        except (TypeError, ValueError):
+            numbers = []
+        total = sum(numbers)
+        if len(numbers) != num_choices or min(numbers, default=-1) < 0 or not 0 < total < math.inf:
+            self.problems.add("bad_targets", row_id, number, repr(cell)[:60])
+            return None
+        return [value / total for value in numbers]
 
     def _pictures(self, row: dict, folder: str | None, row_id: str, number: int) -> list[dict]:
         """{bytes, path} of every picture that the row names; a path that leads out of the root is a problem."""

@@ -32,6 +32,9 @@ KINDS = {
     "same_choices": Kind("error", "all choices are equal", "Nothing can be learned from such a row; remove it."),
     "no_answer": Kind("error", "the answer is empty", "Give the answer or remove the row."),
     "bad_answer": Kind("error", "the answer is none of the choices", "Correct it, or set answer_format."),
+    "bad_targets": Kind(
+        "error", "the targets are not a number for each choice", "Give votes or probabilities, 0 or more, in a list."
+    ),
     "bad_text": Kind("error", "a text holds null bytes, half a character or a list", "Write it as plain text."),
     "long_text": Kind("warning", "more than 20,000 characters", "The prompt may not fit the GPU's memory."),
     "equal_choices": Kind("warning", "two choices are equal", "One answer then stands under two letters."),

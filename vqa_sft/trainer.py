@@ -23,7 +23,7 @@ from vqa_sft import averaging, metrics
 from vqa_sft.averaging import AdapterAverage
 from vqa_sft.collator import AnswerCollator, TrainCollator
 from vqa_sft.errors import InputError
-from vqa_sft.loss import answer_loss, letter_targets, own_logits
+from vqa_sft.loss import answer_loss, letter_targets, own_logits, smooth
 from vqa_sft.predictions import Predictions
 from vqa_sft.scoring import answer_logits, to_choice_logits
 from vqa_sft.speed import num_compilations
@@ -86,7 +86,10 @@ class AnswerTrainer(SFTTrainer):
         letter_logits = logits[:, self.letter_ids]  # (B, L)
         answers, num_choices = inputs["answers"], inputs["num_choices"]
         smoothing = self.letter_smoothing if self.model.training else 0.0  # evaluations compare with other runs
-        targets = letter_targets(answers, num_choices, letter_logits.shape[1], smoothing)
+        if "targets" in inputs:
+            targets = smooth(inputs["targets"], num_choices, smoothing)
+        else:
+            targets = letter_targets(answers, num_choices, letter_logits.shape[1], smoothing)
         losses = answer_loss(logits, letter_logits, targets, num_choices, self.vocabulary_weight)
         self._log_letters(logits.detach(), letter_logits.detach(), answers, num_choices)
         if num_items_in_batch is None:
