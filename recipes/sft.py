@@ -72,7 +72,7 @@ def train(recipe: Recipe, is_main: bool) -> bool:
     from accelerate import PartialState
     from transformers import EarlyStoppingCallback
 
-    from vqa_sft import averaging, cache, hub, launch, memory, model as models, speed
+    from vqa_sft import averaging, cache, curves, hub, launch, memory, model as models, speed
     from vqa_sft.collator import AnswerCollator, TrainCollator, check_texts
     from vqa_sft.predictions import write_predictions
     from vqa_sft.scoring import find_letter_ids
@@ -135,6 +135,11 @@ def train(recipe: Recipe, is_main: bool) -> bool:
         write_parts(output_dir, loaded, parts)
     PartialState().wait_for_everyone()
     model = models.load_model(model_args, precision, device_map=launch.device_map(), **trust)
+    adapter = None
+    if args.init_adapter is not None:
+        model = models.add_adapter(model, args.init_adapter, is_trainable=True)
+    else:
+        adapter = models.lora_config(model_args, model)
     packer = speed.pack_rows(model, precision) if args.fast else None
     # Now, for the tower's weights change their shapes when it is sped up.
     features = cache.open_store(model, processor, packer, precision) if args.cache_image_features else None
@@ -143,7 +148,7 @@ def train(recipe: Recipe, is_main: bool) -> bool:
     average = None
     if args.averaging:
         average = averaging.AdapterAverage(args.averaging, decay=args.ema_decay, start=args.swa_start)
-    callbacks = [average] * (average is not None)
+    callbacks = [curves.WriteCurves()] + [average] * (average is not None)
     callbacks += [budget] * (budget is not None)
     callbacks.append(checkpoints.MarkWholeCheckpoints())  # after what else is saved
     if args.early_stopping_patience is not None:
@@ -152,7 +157,7 @@ def train(recipe: Recipe, is_main: bool) -> bool:
         trainer = AnswerTrainer(
             model=model,
             args=training_args,
-            peft_config=models.lora_config(model_args, model),
+            peft_config=adapter,
             train_dataset=train,
             eval_dataset=validation,
             processing_class=processor,

@@ -95,6 +95,9 @@ class RecipeArguments:
         default=None,
     )
     letter_smoothing: float = _help("So much of the target is spread over the row's own letters.", default=0.0)
+    init_adapter: str | None = _help(
+        "Folder of an adapter, of an earlier run perhaps, to train on from; its rank and layers are kept.", default=None
+    )
     averaging: Literal["ema", "swa"] | None = _help(
         "Average the adapter over steps, and end with the average where validation NLL says so.", default=None
     )
@@ -259,7 +262,7 @@ class Recipe:
     def inputs(self) -> list[str]:
         """What a run reads from disk, as far as it is on disk."""
         own = self.arguments
-        named = [self.path, own.image_root, own.folds_file, self.values["model_name_or_path"], "."]
+        named = [self.path, own.image_root, own.folds_file, own.init_adapter, self.values["model_name_or_path"], "."]
         return [name for name in named if name] + as_list(own.train_data) + as_list(own.validation_data)
 
     def model_args(self) -> Any:
@@ -428,6 +431,7 @@ def _check_trackers(report_to: str | list[str]) -> None:
 
 def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -> Iterable[tuple[str, bool]]:
     quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
+    own_adapter = [name for name in values if name.startswith(("lora_", "use_rslora", "use_dora"))]
     needs_validation = [
         name for name in ("early_stopping_patience", "load_best_model_at_end", "eval_on_start") if values.get(name)
     ] + ["eval_strategy"] * (values.get("eval_strategy", "no") != "no")
@@ -475,6 +479,15 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
         (
             "loss: vocabulary is vocabulary_weight: 1. Keep one of the two.",
             own.loss == "vocabulary" and own.vocabulary_weight != 1,
+        ),
+        ("init_adapter is an adapter; remove use_peft: false.", own.init_adapter and values.get("use_peft") is False),
+        (
+            f"{', '.join(own_adapter)} cannot be set beside init_adapter: the adapter has its own.",
+            own.init_adapter and own_adapter,
+        ),
+        (
+            f"init_adapter: there is no adapter_config.json in {own.init_adapter}.",
+            own.init_adapter and not os.path.isfile(os.path.join(own.init_adapter, "adapter_config.json")),
         ),
         ("averaging is of adapters; remove use_peft: false.", own.averaging and values.get("use_peft") is False),
         ("compile_layers needs fast; remove fast: false.", own.compile_layers and not own.fast),

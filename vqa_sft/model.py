@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,18 +191,23 @@ def load_trained(
     if run == "none":
         return load_model(model_args, precision, **options)
     if (Path(run) / "adapter_config.json").is_file() and (Path(run) / "adapter_model.safetensors").is_file():
-        base = load_model(model_args, precision, **options)
-        try:
-            return PeftModel.from_pretrained(base, run)
-        except LOADING_ERRORS as error:
-            raise InputError(
-                f"the adapter in {run} does not load on {model_args.model_name_or_path}: {error}"
-            ) from error
+        return add_adapter(load_model(model_args, precision, **options), run)
     if (Path(run) / "config.json").is_file():
         return load_model(replace(model_args, model_name_or_path=run), precision, **options)
     raise InputError(
         f"{run} holds no adapter (adapter_config.json, adapter_model.safetensors). Give the folder of a finished run."
     )
+
+
+def add_adapter(base: PreTrainedModel, folder: str, *, is_trainable: bool = False) -> PeftModel:
+    """The base with the adapter of a folder. Raises InputError where it is none, or another base's."""
+    try:
+        with warnings.catch_warnings():  # an adapter that is not all there would be random where it is not
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
+    except (*LOADING_ERRORS, UserWarning) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"the adapter in {folder} does not load on {base.name_or_path}: {said[0]}") from error
 
 
 def avoid_math_attention() -> None:
