@@ -40,13 +40,16 @@ def main() -> None:
     recipe = read_recipe(sys.argv[1:])
     runs = recipe.runs()
     folders = [run.values["output_dir"] for run in runs]
+    hours = recipe.arguments.time_budget_h
+    budget = None if hours is None else checkpoints.TimeBudget(3600 * hours, STARTED_S)
     for number, run in enumerate(runs):
         if len(runs) > 1 and is_main:
             print(f"\nFold {number + 1} of {len(runs)}: {folders[number]}")
-        if not train(run, is_main):
+        if not train(run, is_main, budget, folders):
             left = ", then " * (number + 1 < len(runs)) + ", ".join(folders[number + 1 :])
+            how = " without --overwrite" * recipe.arguments.overwrite
             if is_main:
-                print(f"Time is up. {folders[number]} goes on by the same command{left}.")
+                print(f"Time is up. {folders[number]} goes on by the same command{how}{left}.")
             break
         free_memory()
     else:
@@ -57,8 +60,9 @@ def main() -> None:
     launch.leave()
 
 
-def train(recipe: Recipe, is_main: bool) -> bool:
-    """One run from its data to its folder; whether it is finished, and not only out of time."""
+def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, folders: list[str]) -> bool:
+    """One run from its data to its folder; whether it is finished, and not only out of time. `folders` are those of all
+    runs of this launch, which an overwriting one moves aside."""
     # The recipe and the data are checked before torch touches a device.
     args, output_dir = recipe.arguments, recipe.values["output_dir"]
     run_folder.check(output_dir, recipe.values, args.overwrite, inputs=recipe.inputs())
@@ -69,6 +73,7 @@ def train(recipe: Recipe, is_main: bool) -> bool:
     # One process looks at the pictures and splits the rows; the others are told.
     parts = split(recipe, loaded) if is_main else None
 
+    import datasets
     from accelerate import PartialState
     from transformers import EarlyStoppingCallback
 
@@ -81,11 +86,8 @@ def train(recipe: Recipe, is_main: bool) -> bool:
     launch.check_processes(use_cpu=bool(recipe.values.get("use_cpu")))
     precision = models.choose_precision(recipe.values)
     training_args, model_args = recipe.training_args(precision), recipe.model_args()
-    budget = None
-    if args.time_budget_h is not None:
-        budget = checkpoints.TimeBudget(3600 * args.time_budget_h, STARTED_S)
-        if launch.from_main(budget.is_over()):
-            return False
+    if budget is not None and launch.from_main(budget.is_over()):
+        return False
     parts = launch.from_main(parts)
     train, validation = select(loaded, parts, TRAIN), select(loaded, parts, VALIDATION)
     if args.streaming:
@@ -95,7 +97,7 @@ def train(recipe: Recipe, is_main: bool) -> bool:
 
     if args.averaging and launch.shards_weights():
         raise InputError("averaging needs whole weights on every process: launch by DDP or ZeRO-2, or remove it.")
-    launch.check_pictures([part for part in (train, validation) if part is not None and not args.streaming])
+    launch.check_pictures([part for part in (train, validation) if isinstance(part, datasets.Dataset)])
     rows_a_step = training_args.per_device_train_batch_size * training_args.world_size
     if training_args.dataloader_drop_last and not args.streaming and len(train) < rows_a_step:
         raise InputError(f"dataloader_drop_last drops all {len(train)} rows: a step takes {rows_a_step}. Remove it.")
@@ -131,6 +133,8 @@ def train(recipe: Recipe, is_main: bool) -> bool:
         if is_main:
             print(chosen)
     if is_main:
+        for folder in folders * args.overwrite:
+            run_folder.put_aside(folder)
         run_folder.start(output_dir, recipe.values, args.overwrite)
         write_parts(output_dir, loaded, parts)
     PartialState().wait_for_everyone()
@@ -205,6 +209,10 @@ def train(recipe: Recipe, is_main: bool) -> bool:
     metrics = {"precision": precision} | trainer.speed.metrics()
     if validation is not None:
         predictions, validation_metrics = predict_examples(trainer, validation)
+        if average is not None:
+            average.best = average.best or average.weights  # no evaluation may have met it
+            if not average.best and is_main:
+                print("There is no average: the training ended before it began. The raw weights are kept.")
         if average is not None and average.best:
             with averaging.swapped(trainer.model, average.best):
                 averaged = predict_examples(trainer, validation)
@@ -248,6 +256,7 @@ def free_memory() -> None:
     torch.compiler.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def load_data(recipe: Recipe, is_main: bool) -> list[Loaded]:

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ import pytest
 from conftest import RECIPES, run_script, write_hard_contest
 
 from vqa_sft import checkpoints, run_folder
+from vqa_sft.config import read_recipe
+from vqa_sft.errors import InputError
 from vqa_sft.folds import write_folds
 from vqa_sft.metrics import accuracy, bootstrap, ece, nll, softmax
-from vqa_sft.out_of_fold import METRICS, OUT_OF_FOLD
+from vqa_sft.out_of_fold import METRICS, OUT_OF_FOLD, write_out_of_fold
 from vqa_sft.predictions import read_predictions
 from vqa_sft.tiny import TINY_PATH
 
@@ -112,11 +115,43 @@ def test_a_run_out_of_time_saves_and_says_what_is_left(arguments, whole, tmp_pat
     assert results(run) == results(whole)
 
 
+def test_overwriting_moves_the_runs_of_all_folds_aside_before_the_first_begins(
+    arguments, tmp_path, monkeypatch, capsys
+):
+    run, steps = tmp_path / "run", []
+    run_script(
+        "sft", *arguments(run, max_steps=1, save_strategy="no", eval_strategy="no", load_best_model_at_end=False)
+    )
+    monkeypatch.setattr(checkpoints.TimeBudget, "is_over", lambda self: steps.append(1) or len(steps) == 3)
+    run_script("sft", *arguments(run, time_budget_h=1, overwrite=True))
+    assert "goes on by the same command without --overwrite, then" in capsys.readouterr().out
+    assert all((run / f"fold{fold}.old" / run_folder.RUN).is_file() for fold in range(3))
+    assert not any(run_folder.is_finished(run / f"fold{fold}") for fold in range(3))
+
+
+def test_folds_that_do_not_go_together_are_refused(arguments, whole, tmp_path, capsys):
+    write_folds(tmp_path / "none.csv", ["hard_000"], [-1])
+    with pytest.raises(SystemExit) as stop:
+        run_script("sft", *arguments(tmp_path / "run", folds_file=tmp_path / "none.csv"))
+    assert stop.value.code == 2 and "has no fold but -1" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(whole, other)
+    rows = (other / "fold1" / "rows.csv").read_text().splitlines(keepends=True)
+    (other / "fold1" / "rows.csv").write_text("".join(rows[:-1]))
+    with pytest.raises(InputError, match="were trained on other rows"):
+        write_out_of_fold(other, [other / f"fold{fold}" for fold in range(3)])
+
+
+def test_each_fold_is_pushed_to_a_repository_of_its_own(arguments, tmp_path):
+    recipe = read_recipe(arguments(tmp_path / "mine", push_to_hub=True))
+    assert [run.values["hub_model_id"] for run in recipe.runs()] == ["mine-fold0", "mine-fold1", "mine-fold2"]
+
+
 def test_a_budget_leaves_time_for_what_a_pause_takes(monkeypatch):
     now_s = time.monotonic()
     budget = checkpoints.TimeBudget(1000, now_s)
-    budget.longest_pause_s = 100
-    for later_s, over in ((0, False), (730, False), (750, True)):  # 60 + 2 x 100 s are reserved
+    budget.longest_pause_s, budget.longest_gap_s = 100, 20
+    for later_s, over in ((0, False), (710, False), (730, True)):  # 60 + 2 x 100 + 20 s are reserved
         monkeypatch.setattr(time, "monotonic", lambda later_s=later_s: now_s + later_s)
         assert budget.is_over() == over
 

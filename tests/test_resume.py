@@ -91,7 +91,7 @@ def train(contest, tmp_path):
 
     def run(**values):
         values = {"num_train_epochs": 3, "dataloader_num_workers": 0} | values
-        run_script("sft", *arguments(contest, tmp_path / "run", **values))
+        run_script("sft", *arguments(contest, **{"output_dir": tmp_path / "run"} | values))
         return tmp_path / "run"
 
     return run
@@ -109,8 +109,9 @@ def test_a_run_killed_after_its_last_checkpoint_has_nothing_left_to_train(train)
     assert result(train()) == before
 
 
-def test_a_run_of_all_weights_finds_them_again_in_its_checkpoints(train, capsys):
+def test_a_run_of_all_weights_finds_them_again_in_its_checkpoints(train, tmp_path, capsys):
     values = {"use_peft": False, "learning_rate": 1e-3, "save_total_limit": 3}
+    values["output_dir"] = f"{tmp_path / 'run'}/"  # as a shell completes it
     run = train(**values)
     before = load_file(run / "model.safetensors")
     assert any(name.startswith("visual.") for name in before)  # as the hub names them

@@ -105,6 +105,10 @@ def test_the_command_makes_a_soup_and_refuses_what_cannot_be_one(runs, tmp_path)
     (other / WEIGHTS).write_bytes((runs / "a" / WEIGHTS).read_bytes()[:-8])
     with pytest.raises(InputError, match="holds no adapter"):
         make_soup([runs / "a", other], tmp_path / "no")
+    diverged = {name: tensor * float("nan") for name, tensor in load_file(runs / "a" / WEIGHTS).items()}
+    save_file(diverged, other / WEIGHTS)
+    with pytest.raises(InputError, match="that run has diverged"):
+        make_soup([runs / "a", other], tmp_path / "no")
     run = json.loads((other / run_folder.RUN).read_text())
     run["num_letters"] = 5
     (other / run_folder.RUN).write_text(json.dumps(run))

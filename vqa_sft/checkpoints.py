@@ -40,17 +40,27 @@ class TimeBudget(TrainerCallback):
         self.ends_s = started_s + budget_s
         self.reserved_s = min(60.0, 0.1 * budget_s)  # to load the best weights, and for what ends a process
         self.longest_pause_s = 0.0  # from a step to its checkpoint, evaluation included
+        self.longest_gap_s = 0.0  # between two looks at the clock
         self.has_stopped = False
         self._step_s = started_s
+        self._looked_s: float | None = None
 
     def is_over(self) -> bool:
-        """Whether there is no time for another step, by this process's clock."""
-        return time.monotonic() + self.reserved_s + 2 * self.longest_pause_s > self.ends_s
+        """Whether there is no time to go on until the next look at the clock and to save then."""
+        needed_s = self.reserved_s + self.longest_gap_s + 2 * self.longest_pause_s
+        return time.monotonic() + needed_s > self.ends_s
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._looked_s = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._step_s = time.monotonic()
-        is_told = args.world_size == 1 or state.global_step % self.INTERVAL == 0
-        if is_told and state.global_step < state.max_steps and from_main(self.is_over()):
+        if args.world_size > 1 and state.global_step % self.INTERVAL:
+            return
+        if self._looked_s is not None:
+            self.longest_gap_s = max(self.longest_gap_s, self._step_s - self._looked_s)
+        self._looked_s = self._step_s
+        if state.global_step < state.max_steps and from_main(self.is_over()):
             self.has_stopped = control.should_save = control.should_training_stop = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

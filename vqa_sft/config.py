@@ -249,15 +249,18 @@ class Recipe:
         """This recipe; with `fold: all`, one for each fold, in folders of their own. Raises InputError."""
         if self.arguments.fold != "all":
             return [self]
-        found = [(fold, f"{self.values['output_dir']}/fold{fold}") for fold in fold_numbers(self.arguments.folds_file)]
-        return [
-            replace(
-                self,
-                values=self.values | {"fold": fold, "output_dir": folder},
-                arguments=replace(self.arguments, fold=fold),
-            )
-            for fold, folder in found
-        ]
+        own, runs = self.arguments, []
+        name = self.values.get("hub_model_id") or os.path.basename(os.path.abspath(self.values["output_dir"]))
+        for fold in fold_numbers(own.folds_file):
+            given = {"fold": fold, "output_dir": f"{self.values['output_dir']}/fold{fold}"}
+            if self.values.get("push_to_hub"):
+                given["hub_model_id"] = f"{name}-fold{fold}"
+            # The first run moves the earlier ones of all folds aside.
+            arguments = replace(own, fold=fold, overwrite=own.overwrite and not runs)
+            runs.append(replace(self, values=self.values | given, arguments=arguments))
+        if not runs:
+            raise InputError(f"{own.folds_file} has no fold but -1, whose rows are always trained on.")
+        return runs
 
     def inputs(self) -> list[str]:
         """What a run reads from disk, as far as it is on disk."""
@@ -488,6 +491,14 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
         (
             f"init_adapter: there is no adapter_config.json in {own.init_adapter}.",
             own.init_adapter and not os.path.isfile(os.path.join(own.init_adapter, "adapter_config.json")),
+        ),
+        (
+            "averaging chooses between raw and averaged weights by NLL; remove metric_for_best_model.",
+            own.averaging and values.get("metric_for_best_model", "nll").removeprefix("eval_") not in ("nll", "loss"),
+        ),
+        (
+            "save_strategy: best saves nothing when time is up; remove one of save_strategy and time_budget_h.",
+            own.time_budget_h and values.get("save_strategy") == "best",
         ),
         ("averaging is of adapters; remove use_peft: false.", own.averaging and values.get("use_peft") is False),
         ("compile_layers needs fast; remove fast: false.", own.compile_layers and not own.fast),

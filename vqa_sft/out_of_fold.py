@@ -13,6 +13,12 @@ from vqa_sft.split import ROWS
 OUT_OF_FOLD, METRICS = "out_of_fold.parquet", "out_of_fold.json"
 
 
+def _ids_of(run: str | Path) -> list[str]:
+    """All rows of the data that a run began with, in their order."""
+    with (Path(run) / ROWS).open(newline="", encoding="utf-8") as file:
+        return [row_id for _, row_id in list(csv.reader(file))[1:]]
+
+
 def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
     """Write both files into `folder`, rows in the order of the data; a table of the folds' metrics and all together."""
     parts = {Path(run).name: read_predictions(Path(run) / run_folder.VALIDATION) for run in runs}
@@ -22,8 +28,11 @@ def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
         if twice:
             raise InputError(f"rows are validated on in two folds: {name_rows(twice, len(part.ids))}. Train them anew.")
         row_of |= zip(part.ids, zip(part.choice_logits, part.answers, strict=True), strict=True)
-    with (Path(runs[0]) / ROWS).open(newline="", encoding="utf-8") as file:
-        ids = [row_id for _, row_id in list(csv.reader(file))[1:] if row_id in row_of]
+    data = {str(run): _ids_of(run) for run in runs}
+    for run, found in data.items():
+        if found != data[str(runs[0])]:
+            raise InputError(f"{run} and {runs[0]} were trained on other rows. Train all folds anew: --overwrite.")
+    ids = [row_id for row_id in data[str(runs[0])] if row_id in row_of]
     logits, answers = zip(*(row_of[row_id] for row_id in ids), strict=True)
     metadata = next(iter(parts.values())).metadata | {"run": str(folder), "split": "out-of-fold", "folds": [*parts]}
     write_predictions(Path(folder) / OUT_OF_FOLD, Predictions(ids, [*logits], [*answers], metadata))

@@ -88,19 +88,29 @@ def _probe(folder: Path) -> None:
 def start(folder: str | Path, values: dict[str, Any], overwrite: bool) -> None:
     """Make the checked folder ready, new or to be resumed; with `overwrite`, the run in it moves aside."""
     folder = Path(folder).resolve()
-    if overwrite and (is_finished(folder) or last_whole_checkpoint(folder)):
-        # Moved, not deleted: the new run may fail yet, and other things may lie in the folder by now.
-        old = _aside(folder)
-        if old.exists():
-            shutil.rmtree(old)
-        folder.rename(old)
-        print(f"The earlier run in {folder} is now {old}.")
+    if overwrite:
+        put_aside(folder)
     for name in remove_broken_checkpoints(folder):
         print(f"{folder / name} was not finished when the run stopped; it is removed.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
     text = yaml.safe_dump(without_secrets(values), allow_unicode=True, sort_keys=False)
     (folder / RECIPE).write_text(text, encoding="utf-8")
+
+
+def put_aside(folder: str | Path) -> None:
+    """Move a run, if there is one, to the same name with .old, and delete what was there."""
+    folder = Path(folder).resolve()
+    if not (is_finished(folder) or last_whole_checkpoint(folder)):
+        return
+    # Moved, not deleted: the new run may fail yet, and other things may lie in the folder by now.
+    old = _aside(folder)
+    if old.exists():
+        if not (old / MARKER).is_file():
+            raise InputError(f"{old}, where the earlier run would go, is no run of ours. Choose another name.")
+        shutil.rmtree(old)
+    folder.rename(old)
+    print(f"The earlier run in {folder} is now {old}.")
 
 
 def without_secrets(values: dict[str, Any]) -> dict[str, Any]:

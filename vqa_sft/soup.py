@@ -26,7 +26,16 @@ OWN_FILES = {CONFIG, WEIGHTS, run_folder.RUN, run_folder.METRICS, run_folder.REC
 OWN_FILES |= {"rows.csv", "README.md", "training_args.bin"}
 ZERO = 1e-6  # singular values below this share of the largest are rounding
 # Other ways to adapt than s B A; where one is on, the mean is not known.
-VARIANTS = ("use_dora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "velora_config", "kasa_config")
+VARIANTS = (
+    "lora_bias",
+    "target_parameters",
+    "use_dora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "velora_config",
+    "kasa_config",
+)
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer -> s B (N, r) and A (r, K)
 Tensors = dict[str, torch.Tensor]
@@ -40,7 +49,7 @@ def make_soup(
     `weights` are those of the runs, by default equal; they are divided by their sum. Raises InputError.
     """
     weights = _shares(folders, weights)
-    target = Path(output)
+    target = Path(output).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{output} exists. Name another folder with --output.")
     runs = [run_folder.read_run(folder) for folder in folders]
@@ -69,7 +78,8 @@ def make_soup(
     run_folder.write_json(part / CONFIG, config)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / WEIGHTS, {"format": "pt"})
     of = {str(folder): weight for folder, weight in zip(folders, weights, strict=True)}
-    run = runs[0] | {"recipe": runs[0]["recipe"] | {"output_dir": str(output)}, "soup_of": of}
+    recipe = {name: value for name, value in runs[0]["recipe"].items() if name not in ("push_to_hub", "hub_model_id")}
+    run = runs[0] | {"recipe": recipe | {"output_dir": str(output)}, "soup_of": of}
     run_folder.write_json(part / run_folder.RUN, run)
     if target.exists():
         target.rmdir()
@@ -111,6 +121,8 @@ def read_adapter(folder: Path) -> tuple[Factors, Tensors]:
     found = [name for name in VARIANTS if config.get(name)] + ["alpha_pattern"] * bool(config.get("alpha_pattern"))
     if config.get("peft_type") != "LORA" or found or any("lora_embedding" in name for name in tensors):
         raise InputError(f"{folder} is no plain LoRA of linear layers ({', '.join(found) or config.get('peft_type')}).")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise InputError(f"the adapter in {folder} holds NaN or infinite numbers: that run has diverged.")
     factors = {}
     for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
         layer = name.removesuffix(".lora_A.weight")

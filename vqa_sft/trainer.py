@@ -4,11 +4,11 @@ What is ours: the loss at the answer position, its count of rows over the global
 the letters. Everything else (loop, distribution, checkpoints, logging) is the libraries'.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -140,6 +140,7 @@ class AnswerTrainer(SFTTrainer):
                     self.get_eval_dataloader(), "Evaluation of the average", metric_key_prefix="eval_average"
                 ).metrics
             self.speed.start_s += _now_s() - start_s
+            self._metrics["eval"].pop("letters_mass", None)  # it would stand beside that of the raw weights
             self.average.keep_if_best(found["eval_average_nll"])
             self.log(found)
             metrics |= found
@@ -168,7 +169,8 @@ class AnswerTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Checkpoints hold the model's own names. `save_pretrained` writes those of the hub, which the Trainer
         (transformers 5.23) does not find again when it resumes or takes the best: it would load nothing."""
-        if isinstance(self.model, PeftModel) or not str(output_dir).startswith(self.args.output_dir + os.sep):
+        is_checkpoint = output_dir is not None and Path(output_dir).resolve() != Path(self.args.output_dir).resolve()
+        if isinstance(self.model, PeftModel) or not is_checkpoint:
             return super()._save(output_dir, state_dict)
         self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
         try:
