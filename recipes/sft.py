@@ -43,6 +43,8 @@ def main() -> None:
     hours = recipe.arguments.time_budget_h
     budget = None if hours is None else checkpoints.TimeBudget(3600 * hours, STARTED_S)
     for number, run in enumerate(runs):
+        if number:
+            free_memory()
         if len(runs) > 1 and is_main:
             print(f"\nFold {number + 1} of {len(runs)}: {folders[number]}")
         if not train(run, is_main, budget, folders):
@@ -51,7 +53,6 @@ def main() -> None:
             if is_main:
                 print(f"Time is up. {folders[number]} goes on by the same command{how}{left}.")
             break
-        free_memory()
     else:
         if recipe.arguments.fold == "all" and is_main:
             print(write_out_of_fold(recipe.values["output_dir"], folders))

@@ -87,6 +87,7 @@ def test_a_number_may_be_the_text_of_a_text_field(tmp_path):
         ("on_bad_image: skip\ncheck_images: false\n", "on_bad_image: skip needs check_images"),
         ("loss: vocabulary\nvocabulary_weight: 0.5\n", "Keep one of the two"),
         ("letter_smoothing: 0.9\n", "letter_smoothing must be between 0 and 0.5"),
+        ("averaging: ema\nmetric_for_best_model: accuracy\n", "averaging chooses between raw and averaged"),
         ("fast: false\ncompile_layers: true\n", "compile_layers needs fast"),
         ("accelerator_config: none.json\n", "accelerator_config: none.json cannot be read"),
         ("accelerator_config: {dispatch_batches: true}\n", "dispatch_batches cuts batches by rows"),

@@ -267,7 +267,7 @@ def mean_tflop(model: Path, data: Path, max_pixels: int, case: Case) -> float:
 
 def needed_tflop(config: Any, num_tokens: int, num_patches: int, *, trains: bool, num_spared: float = 0.0) -> float:
     """TFLOP of one example: two for every weight that a token meets, and attention; nothing for norms and activations.
-    Of `num_spared` tokens only the keys and values are needed: another row has computed them.
+    Another row has computed `num_spared` of the tokens; attention meets them all the same.
 
     Training adds the gradient of the decoder's activations, as much again as its forward; the tower is frozen. The last
     layer's MLP and `lm_head` are needed at the answer alone. LoRA (1%) is left out.

@@ -494,7 +494,8 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
         ),
         (
             "averaging chooses between raw and averaged weights by NLL; remove metric_for_best_model.",
-            own.averaging and values.get("metric_for_best_model", "nll").removeprefix("eval_") not in ("nll", "loss"),
+            own.averaging
+            and (values.get("metric_for_best_model") or "nll").removeprefix("eval_") not in ("nll", "loss"),
         ),
         (
             "save_strategy: best saves nothing when time is up; remove one of save_strategy and time_budget_h.",

@@ -9,9 +9,9 @@ N is the number of tokens without padding, where those that all rows begin with 
     rows  s s a a a | s s b b | s s c c c c   ->   s s a a a b b c c c c
     shared_prefix = places (M,), own (N,), copies (B, P)      M tokens in the rows written out, P of them shared
 
-Attention alone sees the rows written out (attention.py), for which `cu_seq_lens_q` holds. Made in the
-data loader's workers, by the library's own functions, so that neither a forward nor a copy waits for the GPU. For
-Qwen2.5-VL and Qwen3-VL.
+Attention alone sees the rows written out (attention.py), for which `cu_seq_lens_q` holds. Made in the data loader's
+workers, by the library's own functions, so that neither a forward nor a copy waits for the GPU. For Qwen2.5-VL and
+Qwen3-VL.
 """
 
 from collections.abc import Callable

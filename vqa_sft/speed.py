@@ -102,7 +102,7 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False) -> None:
         # A shape that does not compile runs uncompiled.
         torch._dynamo.config.suppress_errors = True
         # Compiled layers keep less for the backward pass and compute again what is cheap: on an H200 a fifth less
-        # memory at the same speed (docs/measured.md).
+        # memory at the same speed (docs/speed.md).
         torch._functorch.config.activation_memory_budget = MEMORY_BUDGET
         layers = [*base.get_decoder().layers, *(tower.blocks if vision.is_frozen(tower) else ())]
         for layer in layers:
