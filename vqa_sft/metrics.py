@@ -12,10 +12,11 @@ def accuracy(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> float:
 
 def nll(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> float:
     """Mean negative log-likelihood of the answers, in nats."""
-    return _nll(np.array([row[answer] for row, answer in zip(probs, answers, strict=True)]))
+    return nll_of(np.array([row[answer] for row, answer in zip(probs, answers, strict=True)]))
 
 
-def _nll(of_answer: np.ndarray) -> float:
+def nll_of(of_answer: np.ndarray) -> float:
+    """The same from the probabilities of the answers."""
     # A probability that underflowed to 0 would make the mean infinite and hide everything else.
     return float(-np.log(np.maximum(of_answer, np.finfo(np.float32).tiny)).mean())
 
@@ -24,10 +25,11 @@ def ece(probs: Sequence[Sequence[float]], answers: Sequence[int], num_bins: int 
     """Expected calibration error with equal-width bins of the top probability (Guo et al. 2017, arXiv 1706.04599)."""
     confidence = np.array([max(row) for row in probs])
     correct = np.array([int(np.argmax(row)) == answer for row, answer in zip(probs, answers, strict=True)])
-    return _ece(confidence, correct, num_bins)
+    return ece_of(confidence, correct, num_bins)
 
 
-def _ece(confidence: np.ndarray, correct: np.ndarray, num_bins: int) -> float:
+def ece_of(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15) -> float:
+    """The same from the top probability of each row, and whether that choice is the answer."""
     # Bins are (low, high]: a confidence of exactly 1 belongs to the last one.
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
     gaps = np.bincount(bins, weights=confidence - correct, minlength=num_bins)  # sums, of which the means differ so
@@ -59,7 +61,7 @@ def bootstrap(
     for _ in range(num_resamples):
         rows = rng.integers(len(correct), size=len(correct))
         found["accuracy"].append(float(correct[rows].mean()))
-        found["nll"].append(_nll(of_answer[rows]))
-        found["ece"].append(_ece(confidence[rows], correct[rows], 15))
+        found["nll"].append(nll_of(of_answer[rows]))
+        found["ece"].append(ece_of(confidence[rows], correct[rows]))
     low_high = {name: np.percentile(values, [2.5, 97.5]) for name, values in found.items()}
     return {name: (float(low), float(high)) for name, (low, high) in low_high.items()}

@@ -1,0 +1,385 @@
+"""What each trick of training is worth: one table, on sets where the answers are known.
+
+    python -m vqa_sft.ladder                                  # every set and recipe, five seeds; minutes on a GPU
+    python -m vqa_sft.ladder --sets few --recipes plain EMA --seeds 2
+    python -m vqa_sft.ladder --work runs/ladder               # once more: what is done is not done again
+
+The tiny base learns handwritten digits, and two-digit numbers of them with similar choices, few rows, wrong answers
+and skewed letters (vqa_sft/tiny/numbers.py). Each run is recipes/sft.py and recipes/predict.py with recipes/demo.yaml
+and the keys of one of the `RECIPES`: `plain` supervises the answer token alone and does nothing else, the next ones add
+one trick each to it, `all together` has several, `defaults` is a recipe that names none. `naive` is TRL's SFTTrainer
+with its own collator on the same rows: the loss on every token, no shuffling, the last weights.
+
+Test rows are scored once under each rotation of their choices. The letter bias is the largest difference in recall
+between answer letters. Brackets hold the middle 95% of 1,000 resamples of seeds and test rows; a difference compares
+the same test rows. `cost` is the time of the training alone against `plain`, with other runs beside it.
+"""
+
+import argparse
+import csv
+import multiprocessing
+import os
+import queue
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqa_sft.errors import InputError, exits_with_message
+from vqa_sft.metrics import ece_of, nll_of, softmax
+from vqa_sft.predictions import read_predictions
+from vqa_sft.tiny.numbers import SETS, TaskSet, write_set
+
+ROOT = Path(__file__).parent.parent
+NUM_RESAMPLES = 1000
+LAST = {"eval_strategy": "no", "load_best_model_at_end": False}
+PLAIN = {"vocabulary_weight": 1.0, "shuffle_choices": False, **LAST}
+TRICKS: dict[str, dict[str, Any]] = {
+    "loss over the letters": {"vocabulary_weight": 0.0},
+    "both losses": {"vocabulary_weight": 0.2},
+    "shuffled choices": {"shuffle_choices": True},
+    "letter smoothing": {"letter_smoothing": 0.1},
+    "best epoch by NLL": {"eval_strategy": "epoch", "load_best_model_at_end": True},
+    "EMA": {"averaging": "ema"},
+    "SWA": {"averaging": "swa"},
+    "augmented pictures": {"image_augmentation": 0.1},
+}
+NAIVE, SOUP, DEFAULTS = "naive", "soup of three seeds", "defaults"
+TOGETHER = [name for name in TRICKS if name not in ("both losses", "SWA")]  # two that exclude others
+RECIPES: dict[str, dict[str, Any]] = {
+    NAIVE: {},
+    "plain": PLAIN,
+    **{name: PLAIN | keys for name, keys in TRICKS.items()},
+    SOUP: {},
+    "all together": PLAIN | {key: value for name in TOGETHER for key, value in TRICKS[name].items()},
+    DEFAULTS: {},
+}
+
+
+@exits_with_message
+def main() -> None:
+    args = parse_args()
+    tasks = {name: SETS[name] for name in args.sets}
+    for name, task in tasks.items():
+        write_set(args.work / name, task)
+    seeds = range(args.seeds)
+    trained = [(s, r, seed) for seed in seeds for r in args.recipes if r != SOUP for s in tasks]
+    soups = [(s, r, seed) for seed in seeds for r in args.recipes if r == SOUP for s in tasks]
+    with Pool(args.jobs, args.use_cpu) as pool:
+        for part in (trained, soups):  # a soup is of runs of the first part
+            pool.map(lambda run, gpu: train_and_score(args.work, *run, pool, gpu), part)
+    print(report(args.work, args.sets, args.recipes, args.seeds))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sets", nargs="+", default=[*SETS], choices=[*SETS], metavar="SET", help=", ".join(SETS))
+    parser.add_argument(
+        "--recipes", nargs="+", default=[*RECIPES], choices=[*RECIPES], metavar="RECIPE", help="; ".join(RECIPES)
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: one a core")
+    parser.add_argument("--work", type=Path, default=Path("runs/ladder"), help="folder of data, runs and table")
+    parser.add_argument("--use_cpu", action="store_true", help="do not use the GPUs")
+    args = parser.parse_args()
+    if args.seeds < 1 or args.jobs < 1:
+        raise InputError(f"--seeds and --jobs must be at least 1; got {args.seeds} and {args.jobs}.")
+    if SOUP in args.recipes and "plain" not in args.recipes:
+        raise InputError(f"{SOUP!r} is made of the runs of `plain`. Add it to --recipes.")
+    if SOUP in args.recipes and args.seeds < 3:
+        raise InputError(f"{SOUP!r} needs --seeds 3 or more; got {args.seeds}.")
+    return args
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+class Pool:
+    """`jobs` threads, each of which has one process of its own at a time and a GPU for it."""
+
+    def __init__(self, jobs: int, use_cpu: bool) -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"  # as many processes as cores
+        # A process that has imported the libraries makes the others in no time.
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["vqa_sft.trainer", "vqa_sft.cache", "vqa_sft.memory", "vqa_sft.soup"])
+        self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
+        num_gpus = 0 if use_cpu else _num_gpus()
+        for job in range(jobs):
+            self.gpus.put(str(job % num_gpus) if num_gpus else "")
+        self.threads = ThreadPoolExecutor(jobs)
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.threads.shutdown(cancel_futures=True)
+
+    def map(self, function: Callable, items: Sequence) -> None:
+        def run(item: Any) -> None:
+            gpu = self.gpus.get()
+            try:
+                function(item, gpu)
+            finally:
+                self.gpus.put(gpu)
+
+        for number, _ in enumerate(self.threads.map(run, items), start=1):
+            print(f"\r{number} of {len(items)} runs", end="\n" * (number == len(items)), file=sys.stderr, flush=True)
+
+    def call(self, function: Callable, arguments: Sequence, log: Path, gpu: str) -> int:
+        """The exit code of `function(*arguments)` in a process of its own."""
+        process = self.context.Process(target=_logged, args=(function, arguments, log, gpu))
+        process.start()
+        process.join()
+        return process.exitcode
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _logged(function: Callable, arguments: Sequence, log: Path, gpu: str) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    function(*arguments)
+
+
+def run_recipe(script: str, arguments: dict[str, Any]) -> None:
+    """A script of recipes/ in this process; True stands for a flag that takes no value."""
+    sys.argv = [str(ROOT / "recipes" / script)]
+    for name, value in arguments.items():
+        sys.argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def train_and_score(work: Path, set_name: str, recipe: str, seed: int, pool: Pool, gpu: str) -> None:
+    """One run and its predictions for the test rows, unless they are there."""
+    task, run, data = SETS[set_name], run_folder_of(work, set_name, recipe, seed), work / set_name
+    if (run / "test.parquet").is_file():
+        return
+    run.parent.mkdir(parents=True, exist_ok=True)
+    log = run.with_suffix(".log")
+    values = recipe_values(task, RECIPES[recipe], data, run, seed, use_cpu=not gpu)
+    if recipe == SOUP:
+        others = [run_folder_of(work, set_name, "plain", number) for number in three_of(seed)]
+        failed = pool.call(_make_soup, [others, run], log, gpu)
+    elif recipe == NAIVE:
+        failed = pool.call(train_naive, [values], log, gpu)
+    else:
+        given = {name: "true" if value is True else value for name, value in values.items()}
+        failed = pool.call(run_recipe, ["sft.py", {"config": ROOT / "recipes" / "demo.yaml"} | given], log, gpu)
+    score = {"run": run, "data": data / "test.csv", "output": run / "test.csv", "batch_size": 250, "num_workers": 0}
+    if not gpu:
+        score["use_cpu"] = True
+    failed = failed or pool.call(run_recipe, ["predict.py", score], log, gpu)
+    if failed:
+        raise InputError(f"{run} failed with exit code {failed}; {log} says why.")
+
+
+def run_folder_of(work: Path, set_name: str, recipe: str, seed: int) -> Path:
+    return work / set_name / recipe.replace(" ", "_") / f"seed{seed}"
+
+
+def three_of(seed: int) -> list[int]:
+    return [seed, seed + 1, seed + 2]
+
+
+def recipe_values(task: TaskSet, keys: dict, data: Path, run: Path, seed: int, use_cpu: bool) -> dict[str, Any]:
+    values = {"train_data": data / "train.csv", "output_dir": run, "seed": seed, "num_train_epochs": task.num_epochs}
+    values |= {"use_cpu": use_cpu, "compile_layers": False, "check_images": False, "disable_tqdm": True}
+    values |= {"overwrite": True, "cache_image_features": True}
+    if keys.get("image_augmentation"):
+        values["cache_image_features"] = False
+    return values | keys
+
+
+def _make_soup(runs: Sequence[Path], output: Path) -> None:
+    from vqa_sft.soup import make_soup
+
+    print(make_soup([str(run) for run in runs], str(output)))
+
+
+def train_naive(values: dict[str, Any]) -> None:
+    """TRL as it comes on the rows of the recipe: its collator, the loss on every token, the last weights."""
+    from datasets import Dataset, Features, Image, List, Value
+    from trl import SFTConfig, SFTTrainer
+
+    from vqa_sft import curves, model as models, run_folder
+    from vqa_sft.config import read_recipe
+    from vqa_sft.data import read_examples
+    from vqa_sft.mcq import LETTERS, identity_order
+    from vqa_sft.prompts import render_messages
+    from vqa_sft.split import TRAIN, choose_parts, select
+
+    given = [str(token) for name, value in values.items() for token in (f"--{name}", value)]
+    recipe = read_recipe(["--config", str(ROOT / "recipes" / "demo.yaml"), *given])
+    own = recipe.arguments
+    loaded = [read_examples(own.train_data)]
+    names = ("check_images", "validation_fraction", "duplicate_distance")
+    parts = choose_parts(loaded, seed=values["seed"], **{name: getattr(own, name) for name in names})
+    rows = select(loaded, parts, TRAIN)
+
+    def conversation(row: dict) -> list[dict]:
+        messages = render_messages(row, identity_order(len(row["choices"])), own.prompts)
+        texts = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
+        asked = [{"role": message["role"], "content": text} for message, text in zip(messages, texts, strict=True)]
+        return [*asked, {"role": "assistant", "content": LETTERS[row["answer"]]}]
+
+    texts = [conversation(row) for row in rows]
+    pictures = rows.select_columns(["images"]).cast_column("images", List(Image(decode=False)))["images"]
+    message = [{"role": Value("string"), "content": Value("string")}]
+    features = Features({"messages": message, "images": List(Image())})
+    dataset = Dataset.from_dict({"messages": texts, "images": [*pictures]}, features=features)
+    precision = models.choose_precision(recipe.values)
+    model = models.load_model(recipe.model_args(), precision)
+    processor = models.load_processor(recipe.values["model_name_or_path"])
+    shared = ("learning_rate", "lr_scheduler_type", "warmup_steps", "seed", "num_train_epochs", "use_cpu", "output_dir")
+    arguments = {name: recipe.values[name] for name in shared}
+    trainer = SFTTrainer(
+        model,
+        args=SFTConfig(
+            **arguments,
+            per_device_train_batch_size=own.global_batch_size,
+            max_length=None,
+            gradient_checkpointing=False,
+            bf16=precision == "bf16",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=dataset,
+        processing_class=processor,
+        peft_config=models.lora_config(recipe.model_args(), model),
+        callbacks=[curves.WriteCurves()],
+    )
+    run_folder.start(values["output_dir"], recipe.values, overwrite=True)
+    trainer.train()
+    trainer.save_model()
+    run_folder.describe(
+        values["output_dir"],
+        values=recipe.values,
+        precision=precision,
+        num_letters=loaded[0].num_choices,
+        prompts=own.prompts,
+        columns=loaded[0].columns,
+        num_rows={"train": len(rows)},
+        num_processes=1,
+    )
+
+
+# --- Table ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scores:
+    """Of the test rows of one set by the runs of one recipe: S seeds, N rows, R rotations."""
+
+    of_answer: np.ndarray  # (S, N, R) probability of the answer
+    confidence: np.ndarray  # (S, N, R) the largest probability
+    correct: np.ndarray  # (S, N, R)
+    letters: np.ndarray  # (N, R) the letter of the answer
+    train_s: float  # median
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Means over the seeds."""
+        seeds, rows = np.arange(len(self.correct)), np.arange(len(self.letters))
+        return self.drawn(seeds, rows)
+
+    def drawn(self, seeds: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+        own = np.ix_(seeds, rows)
+        of_answer, confidence, correct = self.of_answer[own], self.confidence[own], self.correct[own]
+        letters = self.letters[rows].ravel()
+        runs = range(len(seeds))
+        return {
+            "accuracy": float(correct.mean()),
+            "nll": nll_of(of_answer.ravel()),
+            "ece": float(np.mean([ece_of(confidence[run].ravel(), correct[run].ravel()) for run in runs])),
+            "letter bias": float(np.mean([letter_bias(correct[run].ravel(), letters) for run in runs])),
+        }
+
+
+def letter_bias(correct: np.ndarray, letters: np.ndarray) -> float:
+    """The largest difference in recall between the letters that answers have."""
+    recalls = np.bincount(letters, weights=correct) / np.bincount(letters)
+    return float(recalls.max() - recalls.min())
+
+
+def read_scores(work: Path, set_name: str, recipe: str, num_seeds: int) -> Scores:
+    from vqa_sft.curves import LOG
+
+    probs, train_s = [], []
+    for seed in range(num_seeds):
+        run = run_folder_of(work, set_name, recipe, seed)
+        found = read_predictions(run / "test.parquet")
+        probs.append(np.stack(softmax(found.choice_logits)))
+        if (run / LOG).is_file():
+            with (run / LOG).open(encoding="utf-8") as file:
+                train_s.append(float([*csv.DictReader(file)][-1]["train_runtime"]))
+    num_rotations = probs[0].shape[1]
+    stacked = np.stack(probs).reshape(num_seeds, -1, num_rotations, num_rotations)  # seeds, rows, rotations, choices
+    letters = np.array(found.answers).reshape(-1, num_rotations)
+    return Scores(
+        of_answer=np.take_along_axis(stacked, letters[None, ..., None], axis=-1)[..., 0],
+        confidence=stacked.max(axis=-1),
+        correct=stacked.argmax(axis=-1) == letters,
+        letters=letters,
+        train_s=float(np.median(train_s)) if train_s else float("nan"),
+    )
+
+
+def report(work: Path, sets: Sequence[str], recipes: Sequence[str], num_seeds: int) -> str:
+    """One table for each set."""
+    return "\n\n".join(
+        f"{name}: {SETS[name].about}\n\n{table({r: read_scores(work, name, r, num_seeds) for r in recipes})}"
+        for name in sets
+    )
+
+
+def table(scores: dict[str, Scores]) -> str:
+    """A line a recipe, with differences to the naive one, or to the first where that is missing."""
+    base = NAIVE if NAIVE in scores else next(iter(scores))
+    cost = "plain" if "plain" in scores else base
+    head = ["recipe", "accuracy", "NLL", "ECE", "letter bias", f"accuracy - {base}", f"NLL - {base}", "cost"]
+    lines = [head, ["---"] * len(head)]
+    for name, own in scores.items():
+        values, intervals = own.values, intervals_of(own.drawn, own)
+        cells = [f"{value:.3f} [{intervals[key][0]:.3f}, {intervals[key][1]:.3f}]" for key, value in values.items()]
+        for key in ("accuracy", "nll"):
+            if name == base:
+                cells.append("")
+                continue
+            low, high = intervals_of(partial(difference, own, scores[base]), own)[key]
+            cells.append(f"{values[key] - scores[base].values[key]:+.3f} [{low:+.3f}, {high:+.3f}]")
+        lines.append([name, *cells, f"{own.train_s / scores[cost].train_s:.1f}"])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def difference(one: Scores, other: Scores, seeds: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+    values, others = one.drawn(seeds, rows), other.drawn(seeds, rows)
+    return {name: values[name] - others[name] for name in values}
+
+
+def intervals_of(measure: Callable, scores: Scores) -> dict[str, tuple[float, float]]:
+    """The middle 95% of what `measure(seeds, rows)` gives for seeds and test rows drawn with replacement; the rotations
+    of a row stay together."""
+    rng = np.random.default_rng(0)
+    num_seeds, num_rows = scores.correct.shape[:2]
+    drawn = [
+        measure(rng.integers(num_seeds, size=num_seeds), rng.integers(num_rows, size=num_rows))
+        for _ in range(NUM_RESAMPLES)
+    ]
+    return {name: tuple(np.percentile([found[name] for found in drawn], [2.5, 97.5])) for name in drawn[0]}
+
+
+if __name__ == "__main__":
+    main()
