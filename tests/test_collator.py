@@ -1,9 +1,11 @@
 import pytest
 import torch
+from PIL import ImageOps
 from tokenizers.processors import TemplateProcessing
 
 from vqa_sft.collator import AnswerCollator, TrainCollator, answer_prefix, render_prompt
 from vqa_sft.data import load_examples
+from vqa_sft.images import open_image
 from vqa_sft.mcq import draw_order
 from vqa_sft.model import load_processor
 from vqa_sft.prompts import Prompts
@@ -60,6 +62,50 @@ def test_orders_change_with_the_epoch_and_stay_without_shuffling(processor, exam
     assert torch.equal(first, again) and not torch.equal(first, collator(rows)["orders"])
     plain = TrainCollator(processor, Prompts(), 4, seed=0, shuffle_choices=False)(rows)
     assert plain["orders"].tolist() == [[0, 1, 2, 3]] * 8
+
+
+def test_pictures_are_changed_by_seed_epoch_row_and_place_alone(processor, examples):
+    rows = [examples[i] for i in range(4)]
+    rows[1] = rows[1] | {"images": [rows[0]["images"][0]] * 2}
+    collator = TrainCollator(processor, Prompts(), 4, seed=5, image_augmentation=0.2, flip_images=True)
+
+    def changed(collator):
+        return [image for row in rows for image in collator.images(row)]
+
+    first = changed(collator)
+    collator([rows[2]])  # whatever other batches it made
+    again = TrainCollator(processor, Prompts(), 4, seed=5, image_augmentation=0.2, flip_images=True)
+    assert changed(collator) == changed(again) == first
+    again.epoch.fill_(1)
+    other = TrainCollator(processor, Prompts(), 4, seed=6, image_augmentation=0.2, flip_images=True)
+    one = first + changed(again) + changed(other)  # pictures 0, 1 and 2 were one
+    assert not any(a == b for i, a in enumerate(one) for b in one[:i])
+    for plain in (TrainCollator(processor, Prompts(), 4, seed=5), AnswerCollator(processor, Prompts(), 4)):
+        assert plain.images(rows[1]) == [open_image(rows[0]["images"][0])] * 2
+
+
+def test_changed_pictures_leave_the_texts_as_they_are(processor, examples):
+    rows = [examples[i] for i in range(6)]
+    plain = TrainCollator(processor, Prompts(), 4, seed=5)(rows)
+    changed = TrainCollator(processor, Prompts(), 4, seed=5, image_augmentation=0.4)(rows)
+    assert not torch.equal(plain["image_grid_thw"], changed["image_grid_thw"])  # more or fewer tokens
+    picture = processor.image_token.encode()
+    for i in range(6):
+        ours, theirs = (prompt_bytes(processor, batch, i).replace(picture, b"") for batch in (changed, plain))
+        assert ours == theirs
+    assert torch.equal(plain["answers"], changed["answers"]) and torch.equal(plain["orders"], changed["orders"])
+
+
+def test_half_of_the_pictures_are_mirrored(processor, examples):
+    collator = TrainCollator(processor, Prompts(), 4, seed=0, flip_images=True)
+    mirrored = []
+    for epoch in range(10):
+        collator.epoch.fill_(epoch)
+        for row in examples:
+            picture = open_image(row["images"][0])  # its square stands left of the middle
+            assert collator.images(row)[0] in (picture, ImageOps.mirror(picture))
+            mirrored.append(collator.images(row)[0] != picture)
+    assert 90 < sum(mirrored) < 150  # of 240
 
 
 def test_a_worker_that_already_runs_sees_the_next_epoch(processor, examples):

@@ -87,6 +87,12 @@ def test_a_number_may_be_the_text_of_a_text_field(tmp_path):
         ("on_bad_image: skip\ncheck_images: false\n", "on_bad_image: skip needs check_images"),
         ("loss: vocabulary\nvocabulary_weight: 0.5\n", "Keep one of the two"),
         ("letter_smoothing: 0.9\n", "letter_smoothing must be between 0 and 0.5"),
+        ("image_augmentation: 0.6\n", "image_augmentation must be between 0 and 0.5"),
+        (
+            "image_augmentation: 0.1\ncache_image_features: true\n",
+            "one set of features for a picture; remove image_aug",
+        ),
+        ("flip_images: true\ncache_image_features: true\n", "one set of features for a picture; remove image_augment"),
         ("averaging: ema\nmetric_for_best_model: accuracy\n", "averaging chooses between raw and averaged"),
         ("fast: false\ncompile_layers: true\n", "compile_layers needs fast"),
         ("accelerator_config: none.json\n", "accelerator_config: none.json cannot be read"),

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vqa_sft import images
-from vqa_sft.images import examine, make_miniature, open_image
+from vqa_sft.images import augment, examine, make_miniature, open_image
 from vqa_sft.problems import KINDS
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
@@ -296,3 +296,36 @@ def test_a_miniature_holds_what_imagehash_shrinks_a_picture_to():
     assert make_miniature(picture)[:1024] == grey.tobytes()
     colours = np.frombuffer(make_miniature(Image.new("RGB", (700, 300), "red")), np.uint8)[1024:].reshape(2, 64)
     assert set(colours[0]) == {84} and set(colours[1]) == {255}
+
+
+class Fixed:
+    """Draws these factors, in the middle of what it is asked for or beside it."""
+
+    def __init__(self, *factors):
+        self.factors = iter(factors)
+
+    def uniform(self, low, high):
+        factor = next(self.factors)
+        assert low <= factor <= high and low + high == 2
+        return factor
+
+
+def test_augmented_sides_have_factors_of_their_own():
+    assert augment(noise(), 0.25, Fixed(0.75, 1.25, 1, 1, 1)).size == (45, 50)
+    assert augment(noise(), 0.25, Fixed(1, 1, 1, 1, 1)).tobytes() == noise().tobytes()
+    sizes = {augment(noise(), 0.1, random.Random(i)).size for i in range(300)}
+    assert {width for width, _ in sizes} == set(range(54, 67)) and {height for _, height in sizes} == set(range(36, 45))
+    thin = Image.new("RGB", (400, 2))  # longer would be refused
+    assert augment(thin, 0.5, Fixed(1.5, 0.5, 1, 1, 1)).size == (400, 2)
+
+
+def test_brightness_contrast_and_colour_are_mixed_as_their_definitions_say():
+    picture = np.asarray(noise()).astype(float)
+    grey = (picture @ [0.299, 0.587, 0.114])[..., None]  # ITU-R 601-2
+    for factors, reference in (
+        ((0.7, 1, 1), 0.7 * picture),
+        ((1, 1.3, 1), grey.mean() + 1.3 * (picture - grey.mean())),
+        ((1, 1, 0.7), grey + 0.7 * (picture - grey)),
+    ):
+        found = np.asarray(augment(noise(), 0.3, Fixed(1, 1, *factors)))
+        assert np.abs(found - reference.clip(0, 255)).max() < 2

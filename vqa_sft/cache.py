@@ -6,8 +6,8 @@
 
 `digest` is that of the picture's file, `tower` that of all that the features depend on beside it: weights, precision,
 pixel limits. Folds, epochs, runs and predictions share the files; another base or another limit has its own, and
-deleting them is always safe. A picture that is changed before it is shown would need what was done to it in its digest;
-no recipe changes one yet.
+deleting them is always safe. Augmented pictures have no digest of what was done to them, so a recipe with both is
+refused.
 
     store = open_store(model, ...)        before the tower is sped up
     fill_store(model, collator, ...)      after it; from then on the collators read features and open no picture

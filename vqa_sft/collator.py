@@ -15,6 +15,7 @@ byte for byte what is scored in prediction: both render with `render_prompt`.
 
 import functools
 import hashlib
+import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -22,11 +23,11 @@ from typing import TYPE_CHECKING
 import datasets
 import torch
 from jinja2 import TemplateError
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import ProcessorMixin
 
 from vqa_sft.errors import InputError, name_rows
-from vqa_sft.images import MAX_ASPECT, digest_of, open_image
+from vqa_sft.images import MAX_ASPECT, augment, digest_of, open_image
 from vqa_sft.mcq import choice_to_letter, draw_order, identity_order
 from vqa_sft.prompts import Prompts, render_messages
 
@@ -222,9 +223,10 @@ class AnswerCollator:
 
 
 class TrainCollator(AnswerCollator):
-    """For training: with `shuffle_choices`, an order drawn for every row and epoch.
+    """For training: with `shuffle_choices`, an order drawn for every row and epoch, and so are the changes of its
+    pictures: `image_augmentation` is the strength of images.augment, `flip_images` mirrors half of them.
 
-    A stream has no epochs: with `counts_batches` the orders change with every batch that a worker makes.
+    A stream has no epochs: with `counts_batches` what is drawn changes with every batch that a worker makes.
     """
 
     shows_targets = True
@@ -237,6 +239,8 @@ class TrainCollator(AnswerCollator):
         *,
         seed: int,
         shuffle_choices: bool = True,
+        image_augmentation: float = 0.0,
+        flip_images: bool = False,
         counts_batches: bool = False,
         packer: Callable[[dict], dict] | None = None,
         features: "FeatureStore | None" = None,
@@ -244,6 +248,7 @@ class TrainCollator(AnswerCollator):
         super().__init__(processor, prompts, num_letters, packer=packer, features=features)
         self.seed = seed
         self.shuffle_choices = shuffle_choices
+        self.image_augmentation, self.flip_images = image_augmentation, flip_images
         # Shared memory, because workers that are already running must see the new epoch.
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self.counts_batches = counts_batches
@@ -256,5 +261,15 @@ class TrainCollator(AnswerCollator):
     def order(self, row: dict) -> tuple[int, ...]:
         if not self.shuffle_choices:
             return super().order(row)
-        epoch = self.num_batches if self.counts_batches else int(self.epoch)
-        return draw_order(len(row["choices"]), self.seed, epoch, row["id"])
+        return draw_order(len(row["choices"]), self.seed, self._round(), row["id"])
+
+    def _round(self) -> int:
+        return self.num_batches if self.counts_batches else int(self.epoch)
+
+    def image(self, row: dict, position: int) -> Image.Image:
+        image = super().image(row, position)
+        # As draw_order: any worker, process or resumed run draws the same.
+        rng = random.Random(f"{self.seed}/{self._round()}/{row['id']}/picture {position}")
+        if self.image_augmentation:
+            image = augment(image, self.image_augmentation, rng)
+        return ImageOps.mirror(image) if self.flip_images and rng.random() < 0.5 else image

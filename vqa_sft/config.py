@@ -104,6 +104,13 @@ class RecipeArguments:
     ema_decay: float = _help("How much of the average a step of ema keeps, once it is warm.", default=0.99)
     swa_start: float = _help("Steps before swa begins; below 1: a share of all.", default=0.5)
     shuffle_choices: bool = _help("Draw a new order of the choices for every row and epoch.", default=True)
+    image_augmentation: float = _help(
+        "In training, each side, brightness, contrast and colour of a picture times a factor, at most so far from 1.",
+        default=0.0,
+    )
+    flip_images: bool = _help(
+        "In training, mirror half of the pictures; not where left and right matter, or text is read.", default=False
+    )
     global_batch_size: int | None = _help(
         "Rows per optimiser step over all processes; accumulation follows from it.", default=None
     )
@@ -229,6 +236,7 @@ BOUNDS = {
     "ema_decay": (0, 0.99999),
     "swa_start": (0, None),
     "letter_smoothing": (0, 0.5),
+    "image_augmentation": (0, 0.5),
     "fold": (0, None),
     "time_budget_h": (0.001, None),
     "duplicate_distance": (0, MAX_DISTANCE),
@@ -474,6 +482,10 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
         (
             "cache_image_features needs a picture tower that stays as it is; remove use_peft: false.",
             own.cache_image_features and values.get("use_peft") is False,
+        ),
+        (
+            "cache_image_features keeps one set of features for a picture; remove image_augmentation and flip_images.",
+            own.cache_image_features and (own.image_augmentation or own.flip_images),
         ),
         (
             "cache_image_features needs rows without padding; remove fast: false.",

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import os
+import random
 import re
 import stat
 import warnings
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageEnhance, UnidentifiedImageError
 
 # Above the limit Pillow warns, above twice the limit it refuses; we say the first ourselves.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -73,6 +74,18 @@ def size_of(image: dict) -> tuple[int, int]:
     """Width and height as the header of one {bytes, path} says; nothing is decoded. Raises what Pillow raises."""
     with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
         return opened.size
+
+
+def augment(picture: Image.Image, strength: float, rng: random.Random) -> Image.Image:
+    """The picture with each side, brightness, contrast and colour times a factor from [1 - strength, 1 + strength]."""
+    width, height, *factors = (rng.uniform(1 - strength, 1 + strength) for _ in range(5))
+    size = max(1, round(picture.width * width)), max(1, round(picture.height * height))
+    if max(size) <= MAX_ASPECT * min(size):
+        picture = picture.resize(size)
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for enhancer, factor in zip(enhancers, factors, strict=True):
+        picture = enhancer(picture).enhance(factor)
+    return picture
 
 
 def examine(image: dict, *, miniature: bool = True) -> Picture:
