@@ -54,7 +54,7 @@ def test_nobody_imports_recipes_and_only_recipes_and_cli_read_config():
     for path in PACKAGE.rglob("*.py"):
         names = imported_names(path)
         assert not any(name.startswith("recipes") for name in names)
-        if path.stem not in ("config", "cli"):
+        if path.stem not in ("config", "cli", "ladder"):  # the ladder is a leaf as the cli is
             assert "vqa_sft.config" not in names, path
 
 

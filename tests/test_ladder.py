@@ -112,13 +112,15 @@ def test_every_recipe_of_the_ladder_can_be_read(tmp_path):
 
 
 def test_a_small_ladder_trains_scores_and_writes_its_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(ladder.SETS, "few", replace(SETS["few"], num_train=24, num_epochs=1, num_test=4))
-    command = ["ladder", "--sets", "few", "--recipes", "naive", "defaults", "--seeds", "1", "--jobs", "2", "--use_cpu"]
+    small = replace(SETS["few"], num_train=24, num_epochs=1, num_test=4)
+    monkeypatch.setattr(ladder, "SETS", {"few": small})
+    recipes = ["naive", "plain", "soup of three seeds", "defaults"]
+    command = ["ladder", "--sets", "few", "--recipes", *recipes, "--seeds", "1", "--jobs", "2", "--use_cpu"]
     monkeypatch.setattr(sys, "argv", [*command, "--work", str(tmp_path)])
     ladder.main()
     table = capsys.readouterr().out
     lines = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| ")}
-    assert {"naive", "defaults"} <= lines.keys()
+    assert lines.keys() > set(recipes)
     assert lines["naive"].count("[") == 4 and lines["defaults"].count("[") == 6
     before = (tmp_path / "few" / "naive" / "seed0" / "test.parquet").stat().st_mtime_ns
     ladder.main()  # nothing is done again
@@ -129,7 +131,6 @@ def test_a_small_ladder_trains_scores_and_writes_its_table(tmp_path, monkeypatch
 def test_what_the_ladder_cannot_do_is_said(tmp_path, monkeypatch, capsys):
     for arguments, said in (
         (["--recipes", "soup of three seeds"], "is made of the runs of `plain`"),
-        (["--recipes", "plain", "soup of three seeds", "--seeds", "2"], "needs --seeds 3"),
         (["--jobs", "0"], "must be at least 1"),
     ):
         monkeypatch.setattr(sys, "argv", ["ladder", *arguments, "--work", str(tmp_path)])

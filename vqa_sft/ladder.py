@@ -17,10 +17,10 @@ the same test rows. `cost` is the time of the training alone against `plain`, wi
 
 import argparse
 import csv
-import multiprocessing
 import os
 import queue
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +37,7 @@ from vqa_sft.predictions import read_predictions
 from vqa_sft.tiny.numbers import SETS, TaskSet, write_set
 
 ROOT = Path(__file__).parent.parent
+DEMO, SCORED = ROOT / "recipes" / "demo.yaml", "test.parquet"
 NUM_RESAMPLES = 1000
 LAST = {"eval_strategy": "no", "load_best_model_at_end": False}
 PLAIN = {"vocabulary_weight": 1.0, "shuffle_choices": False, **LAST}
@@ -70,10 +71,12 @@ def main() -> None:
         write_set(args.work / name, task)
     seeds = range(args.seeds)
     trained = [(s, r, seed) for seed in seeds for r in args.recipes if r != SOUP for s in tasks]
-    soups = [(s, r, seed) for seed in seeds for r in args.recipes if r == SOUP for s in tasks]
-    with Pool(args.jobs, args.use_cpu) as pool:
-        for part in (trained, soups):  # a soup is of runs of the first part
-            pool.map(lambda run, gpu: train_and_score(args.work, *run, pool, gpu), part)
+    soups = [(s, SOUP, seed) for seed in seeds for s in tasks] * (SOUP in args.recipes)
+    # Each soup is of other runs, the last ones of seeds that no other recipe has.
+    trained += [(s, "plain", args.seeds + number) for number in range(2) for s in tasks] * (SOUP in args.recipes)
+    pool = Pool(args.jobs, args.use_cpu)
+    for part in (trained, soups):  # a soup is of runs of the first part
+        pool.map(partial(run_apart, args.work), part)
     print(report(args.work, args.sets, args.recipes, args.seeds))
 
 
@@ -92,8 +95,6 @@ def parse_args() -> argparse.Namespace:
         raise InputError(f"--seeds and --jobs must be at least 1; got {args.seeds} and {args.jobs}.")
     if SOUP in args.recipes and "plain" not in args.recipes:
         raise InputError(f"{SOUP!r} is made of the runs of `plain`. Add it to --recipes.")
-    if SOUP in args.recipes and args.seeds < 3:
-        raise InputError(f"{SOUP!r} needs --seeds 3 or more; got {args.seeds}.")
     return args
 
 
@@ -101,42 +102,33 @@ def parse_args() -> argparse.Namespace:
 
 
 class Pool:
-    """`jobs` threads, each of which has one process of its own at a time and a GPU for it."""
+    """`jobs` threads, each with a process of its own at a time and a GPU for it."""
 
     def __init__(self, jobs: int, use_cpu: bool) -> None:
-        os.environ["OMP_NUM_THREADS"] = "1"  # as many processes as cores
-        # A process that has imported the libraries makes the others in no time.
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["vqa_sft.trainer", "vqa_sft.cache", "vqa_sft.memory", "vqa_sft.soup"])
         self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
         num_gpus = 0 if use_cpu else _num_gpus()
         for job in range(jobs):
             self.gpus.put(str(job % num_gpus) if num_gpus else "")
         self.threads = ThreadPoolExecutor(jobs)
 
-    def __enter__(self) -> "Pool":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.threads.shutdown(cancel_futures=True)
-
     def map(self, function: Callable, items: Sequence) -> None:
-        def run(item: Any) -> None:
+        """`function(*item, gpu)` for every item; the first error ends it."""
+
+        def run(item: Sequence) -> None:
             gpu = self.gpus.get()
             try:
-                function(item, gpu)
+                function(*item, gpu)
             finally:
                 self.gpus.put(gpu)
 
-        for number, _ in enumerate(self.threads.map(run, items), start=1):
-            print(f"\r{number} of {len(items)} runs", end="\n" * (number == len(items)), file=sys.stderr, flush=True)
-
-    def call(self, function: Callable, arguments: Sequence, log: Path, gpu: str) -> int:
-        """The exit code of `function(*arguments)` in a process of its own."""
-        process = self.context.Process(target=_logged, args=(function, arguments, log, gpu))
-        process.start()
-        process.join()
-        return process.exitcode
+        try:
+            for number, _ in enumerate(self.threads.map(run, items), start=1):
+                print(f"\r{number} of {len(items)} runs", end="", file=sys.stderr, flush=True)
+        except BaseException:
+            self.threads.shutdown(cancel_futures=True)
+            raise
+        finally:
+            print(file=sys.stderr)
 
 
 def _num_gpus() -> int:
@@ -145,52 +137,48 @@ def _num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def _logged(function: Callable, arguments: Sequence, log: Path, gpu: str) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    function(*arguments)
-
-
-def run_recipe(script: str, arguments: dict[str, Any]) -> None:
-    """A script of recipes/ in this process; True stands for a flag that takes no value."""
-    sys.argv = [str(ROOT / "recipes" / script)]
-    for name, value in arguments.items():
-        sys.argv += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-
-
-def train_and_score(work: Path, set_name: str, recipe: str, seed: int, pool: Pool, gpu: str) -> None:
-    """One run and its predictions for the test rows, unless they are there."""
-    task, run, data = SETS[set_name], run_folder_of(work, set_name, recipe, seed), work / set_name
-    if (run / "test.parquet").is_file():
+def run_apart(work: Path, set_name: str, recipe: str, seed: int, gpu: str) -> None:
+    """One run and its predictions for the test rows in a process of its own, unless they are there."""
+    run = run_folder_of(work, set_name, recipe, seed)
+    if (run / SCORED).is_file():
         return
     run.parent.mkdir(parents=True, exist_ok=True)
     log = run.with_suffix(".log")
-    values = recipe_values(task, RECIPES[recipe], data, run, seed, use_cpu=not gpu)
+    # Many processes share the cores.
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1"}
+    arguments = (str(work), set_name, recipe, seed, not gpu)
+    code = f"from vqa_sft import ladder; ladder.train_and_score{arguments!r}"
+    with log.open("w") as file:
+        done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise InputError(f"{run} failed with exit code {done.returncode}; {log} says why.")
+
+
+def train_and_score(work: str, set_name: str, recipe: str, seed: int, use_cpu: bool) -> None:
+    data, run = Path(work) / set_name, run_folder_of(Path(work), set_name, recipe, seed)
+    values = recipe_values(SETS[set_name], RECIPES[recipe], data, run, seed, use_cpu)
     if recipe == SOUP:
-        others = [run_folder_of(work, set_name, "plain", number) for number in three_of(seed)]
-        failed = pool.call(_make_soup, [others, run], log, gpu)
+        from vqa_sft.soup import make_soup
+
+        others = [run_folder_of(Path(work), set_name, "plain", seed + number) for number in range(3)]
+        print(make_soup([str(other) for other in others], str(run)))
     elif recipe == NAIVE:
-        failed = pool.call(train_naive, [values], log, gpu)
+        train_naive(values)
     else:
-        given = {name: "true" if value is True else value for name, value in values.items()}
-        failed = pool.call(run_recipe, ["sft.py", {"config": ROOT / "recipes" / "demo.yaml"} | given], log, gpu)
+        run_recipe("sft.py", {"config": DEMO} | values)
     score = {"run": run, "data": data / "test.csv", "output": run / "test.csv", "batch_size": 250, "num_workers": 0}
-    if not gpu:
-        score["use_cpu"] = True
-    failed = failed or pool.call(run_recipe, ["predict.py", score], log, gpu)
-    if failed:
-        raise InputError(f"{run} failed with exit code {failed}; {log} says why.")
+    run_recipe("predict.py", score | ({"use_cpu": ""} if use_cpu else {}))
+
+
+def run_recipe(script: str, arguments: dict[str, Any]) -> None:
+    """A script of recipes/ in this process; an argument that is empty is a flag."""
+    tokens = [token for name, value in arguments.items() for token in (f"--{name}", str(value)) if token]
+    sys.argv = [str(ROOT / "recipes" / script), *tokens]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def run_folder_of(work: Path, set_name: str, recipe: str, seed: int) -> Path:
     return work / set_name / recipe.replace(" ", "_") / f"seed{seed}"
-
-
-def three_of(seed: int) -> list[int]:
-    return [seed, seed + 1, seed + 2]
 
 
 def recipe_values(task: TaskSet, keys: dict, data: Path, run: Path, seed: int, use_cpu: bool) -> dict[str, Any]:
@@ -200,12 +188,6 @@ def recipe_values(task: TaskSet, keys: dict, data: Path, run: Path, seed: int, u
     if keys.get("image_augmentation"):
         values["cache_image_features"] = False
     return values | keys
-
-
-def _make_soup(runs: Sequence[Path], output: Path) -> None:
-    from vqa_sft.soup import make_soup
-
-    print(make_soup([str(run) for run in runs], str(output)))
 
 
 def train_naive(values: dict[str, Any]) -> None:
@@ -220,8 +202,8 @@ def train_naive(values: dict[str, Any]) -> None:
     from vqa_sft.prompts import render_messages
     from vqa_sft.split import TRAIN, choose_parts, select
 
-    given = [str(token) for name, value in values.items() for token in (f"--{name}", value)]
-    recipe = read_recipe(["--config", str(ROOT / "recipes" / "demo.yaml"), *given])
+    given = [str(token) for name, value in ({"config": DEMO} | values).items() for token in (f"--{name}", value)]
+    recipe = read_recipe(given)
     own = recipe.arguments
     loaded = [read_examples(own.train_data)]
     names = ("check_images", "validation_fraction", "duplicate_distance")
@@ -320,11 +302,10 @@ def read_scores(work: Path, set_name: str, recipe: str, num_seeds: int) -> Score
     probs, train_s = [], []
     for seed in range(num_seeds):
         run = run_folder_of(work, set_name, recipe, seed)
-        found = read_predictions(run / "test.parquet")
+        found = read_predictions(run / SCORED)
         probs.append(np.stack(softmax(found.choice_logits)))
-        if (run / LOG).is_file():
-            with (run / LOG).open(encoding="utf-8") as file:
-                train_s.append(float([*csv.DictReader(file)][-1]["train_runtime"]))
+        with (run / LOG).open(encoding="utf-8") as file:
+            train_s.append(float([*csv.DictReader(file)][-1]["train_runtime"]))
     num_rotations = probs[0].shape[1]
     stacked = np.stack(probs).reshape(num_seeds, -1, num_rotations, num_rotations)  # seeds, rows, rotations, choices
     letters = np.array(found.answers).reshape(-1, num_rotations)
@@ -333,7 +314,7 @@ def read_scores(work: Path, set_name: str, recipe: str, num_seeds: int) -> Score
         confidence=stacked.max(axis=-1),
         correct=stacked.argmax(axis=-1) == letters,
         letters=letters,
-        train_s=float(np.median(train_s)) if train_s else float("nan"),
+        train_s=float(np.median(train_s)) * (3 if recipe == SOUP else 1),
     )
 
 
