@@ -96,6 +96,20 @@ def test_a_peak_reserved_by_the_recipe_of_7b_is_that_of_the_documents():
     assert need_gib(shape_of(B7), plan) == pytest.approx(37.7, rel=0.03)
 
 
+# Recipes as they stand, with pictures of mixed sizes that reach their limit and texts of about 105 tokens.
+AS_THEY_STAND = [
+    (B7, 16, Plan(8, eval_batch=16, checkpointing=True, max_pixels=448 * 448), 19.4),  # scienceqa
+    (B3, 16, Plan(4, eval_batch=8, checkpointing=True, max_pixels=401408), 10.0),  # mmbench
+    (B8, 32, Plan(4, eval_batch=8, max_pixels=768 * 768), 37.5),  # qwen3vl8b_a100
+]
+
+
+@pytest.mark.parametrize("name, rank, plan, measured_gib", AS_THEY_STAND)
+def test_what_recipes_reserved_is_foreseen_within_15_percent(name, rank, plan, measured_gib):
+    plan = replace(plan, text_tokens=105, shared_tokens=22)
+    assert need_gib(shape_of(name, rank=rank), plan) == pytest.approx(measured_gib, rel=0.15)
+
+
 # --- against real models ----------------------------------------------------------------------------------------------
 
 
