@@ -18,12 +18,11 @@ the same test rows. `cost` is the time of the training alone against `plain`, wi
 import argparse
 import csv
 import os
-import queue
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -74,9 +73,8 @@ def main() -> None:
     soups = [(s, SOUP, seed) for seed in seeds for s in tasks] * (SOUP in args.recipes)
     # Each soup is of other runs, the last ones of seeds that no other recipe has.
     trained += [(s, "plain", args.seeds + number) for number in range(2) for s in tasks] * (SOUP in args.recipes)
-    pool = Pool(args.jobs, args.use_cpu)
     for part in (trained, soups):  # a soup is of runs of the first part
-        pool.map(partial(run_apart, args.work), part)
+        run_all(args.work, part, args.jobs, args.use_cpu)
     print(report(args.work, args.sets, args.recipes, args.seeds))
 
 
@@ -101,34 +99,35 @@ def parse_args() -> argparse.Namespace:
 # --- Runs -------------------------------------------------------------------------------------------------------------
 
 
-class Pool:
-    """`jobs` threads, each with a process of its own at a time and a GPU for it."""
+Run = tuple[str, str, int]  # set, recipe, seed
 
-    def __init__(self, jobs: int, use_cpu: bool) -> None:
-        self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()
-        num_gpus = 0 if use_cpu else _num_gpus()
-        for job in range(jobs):
-            self.gpus.put(str(job % num_gpus) if num_gpus else "")
-        self.threads = ThreadPoolExecutor(jobs)
 
-    def map(self, function: Callable, items: Sequence) -> None:
-        """`function(*item, gpu)` for every item; the first error ends it."""
-
-        def run(item: Sequence) -> None:
-            gpu = self.gpus.get()
-            try:
-                function(*item, gpu)
-            finally:
-                self.gpus.put(gpu)
-
-        try:
-            for number, _ in enumerate(self.threads.map(run, items), start=1):
-                print(f"\r{number} of {len(items)} runs", end="", file=sys.stderr, flush=True)
-        except BaseException:
-            self.threads.shutdown(cancel_futures=True)
-            raise
-        finally:
-            print(file=sys.stderr)
+def run_all(work: Path, runs: Sequence[Run], jobs: int, use_cpu: bool) -> None:
+    """Those of the runs that have no predictions yet, dealt out to processes of their own."""
+    left = [run for run in runs if not (run_folder_of(work, *run) / SCORED).is_file()]
+    num_gpus = 0 if use_cpu else _num_gpus()
+    jobs = min(jobs, len(left))
+    workers = []
+    for job in range(jobs):
+        # Many processes share the cores. Each imports the libraries once for all its runs.
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment["CUDA_VISIBLE_DEVICES"] = str(job % num_gpus) if num_gpus else ""
+        code = f"from vqa_sft.ladder import train_and_score\nfor run in {left[job::jobs]!r}:\n"
+        code += f"    train_and_score({str(work)!r}, *run, use_cpu={not num_gpus})"
+        with (work / f"worker{job}.log").open("w") as log:
+            workers.append(subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=log, stderr=log))
+    try:
+        while None in (codes := [worker.poll() for worker in workers]) and not any(codes):
+            time.sleep(1)
+            num_done = sum((run_folder_of(work, *run) / SCORED).is_file() for run in left)
+            print(f"\r{num_done} of {len(left)} runs", end="", file=sys.stderr, flush=True)
+        for job, code in enumerate(codes):
+            if code:
+                raise InputError(f"a run failed with exit code {code}; {work}/worker{job}.log says why.")
+        print(file=sys.stderr)
+    finally:
+        for worker in workers:
+            worker.kill()
 
 
 def _num_gpus() -> int:
@@ -137,24 +136,8 @@ def _num_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def run_apart(work: Path, set_name: str, recipe: str, seed: int, gpu: str) -> None:
-    """One run and its predictions for the test rows in a process of its own, unless they are there."""
-    run = run_folder_of(work, set_name, recipe, seed)
-    if (run / SCORED).is_file():
-        return
-    run.parent.mkdir(parents=True, exist_ok=True)
-    log = run.with_suffix(".log")
-    # Many processes share the cores.
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "OMP_NUM_THREADS": "1"}
-    arguments = (str(work), set_name, recipe, seed, not gpu)
-    code = f"from vqa_sft import ladder; ladder.train_and_score{arguments!r}"
-    with log.open("w") as file:
-        done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise InputError(f"{run} failed with exit code {done.returncode}; {log} says why.")
-
-
 def train_and_score(work: str, set_name: str, recipe: str, seed: int, use_cpu: bool) -> None:
+    """One run and its predictions for the test rows."""
     data, run = Path(work) / set_name, run_folder_of(Path(work), set_name, recipe, seed)
     values = recipe_values(SETS[set_name], RECIPES[recipe], data, run, seed, use_cpu)
     if recipe == SOUP:

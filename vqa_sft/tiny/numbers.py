@@ -30,15 +30,15 @@ class TaskSet:
     num_digits: int = 2
     noise: float = 0.0  # share of rows whose answer is a wrong one
     skew: float = 0.0  # share of rows whose answer is moved to the first letter
-    num_test: int = 500
+    num_test: int = 1000
 
 
 SETS = {
     "digits": TaskSet("one digit, wrong choices at random; the demo's rows", NUM_TRAIN, 4, 1, num_test=NUM_TEST),
-    "similar": TaskSet("numbers, similar choices", 800, 8),
+    "similar": TaskSet("numbers, similar choices", 800, 12),
     "few": TaskSet("numbers, similar choices, 160 rows", 160, 24),
-    "noisy": TaskSet("numbers, similar choices, a fifth of the answers wrong", 800, 8, noise=0.2),
-    "skewed": TaskSet("numbers, similar choices, the answer under A in 7 of 10 rows more", 800, 8, skew=0.7),
+    "noisy": TaskSet("numbers, similar choices, a fifth of the answers wrong", 800, 12, noise=0.2),
+    "skewed": TaskSet("numbers, similar choices, the answer under A in 7 of 10 rows more", 800, 12, skew=0.7),
 }
 
 

@@ -1,0 +1,32 @@
+import math
+
+import numpy as np
+import pytest
+
+from vqa_sft.calibration import calibrated_nll, fit_temperature
+from vqa_sft.metrics import nll, softmax
+
+
+def drawn(num_rows, temperature, seed=0):
+    """Rows of 2 to 5 choices whose answers follow softmax(logits / temperature)."""
+    rng = np.random.default_rng(seed)
+    logits = [rng.normal(scale=3, size=rng.integers(2, 6)) for _ in range(num_rows)]
+    return logits, [int(rng.choice(len(row), p=softmax([row / temperature])[0])) for row in logits]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_a_planted_temperature_is_found_again(temperature):
+    assert fit_temperature(*drawn(20_000, temperature)) == pytest.approx(temperature, rel=0.04)
+
+
+def test_the_lowest_nll_is_that_of_a_search_over_all_temperatures():
+    logits, answers = drawn(200, 2.0, seed=1)
+    grid = {t: nll(softmax([row / t for row in logits]), answers) for t in np.geomspace(0.05, 20, 800)}
+    assert calibrated_nll(logits, answers) == pytest.approx(min(grid.values()), abs=1e-5)
+    assert fit_temperature(logits, answers) == pytest.approx(min(grid, key=grid.get), rel=0.02)
+
+
+def test_rows_that_are_all_right_ask_for_no_endless_confidence():
+    assert 0.05 <= fit_temperature([[2.0, 0.0], [0.0, 3.0, 1.0]], [0, 1]) < 0.5
+    assert 5 < fit_temperature([[2.0, 0.0], [0.0, 3.0, 1.0]], [1, 0]) <= 20
+    assert math.isfinite(calibrated_nll([[1e4, 0.0]], [1]))
