@@ -219,8 +219,9 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
         if average is not None and average.best:
             with averaging.swapped(trainer.model, average.best):
                 averaged = predict_examples(trainer, validation)
-            metrics |= {"nll_raw": validation_metrics["nll"], "nll_average": averaged[1]["nll"]}
-            if averaged[1]["nll"] < validation_metrics["nll"]:
+            nlls = {"raw": validation_metrics["nll_calibrated"], "average": averaged[1]["nll_calibrated"]}
+            metrics |= {f"nll_calibrated_{name}": value for name, value in nlls.items()}
+            if nlls["average"] < nlls["raw"]:
                 averaging.put(trainer.model, average.best)
                 predictions, validation_metrics = averaged
         metrics |= validation_metrics

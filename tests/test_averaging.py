@@ -94,12 +94,13 @@ def test_a_run_ends_with_the_average_where_its_nll_is_lower(train, learning_rate
     metrics, final = metrics_of(run), load_file(run / "adapter_model.safetensors")
     best = load_file(run / "checkpoint-6" / BEST)
     state = json.loads((run / "checkpoint-6" / "trainer_state.json").read_text())
-    logged = [log["eval_average_nll"] for log in state["log_history"] if "eval_average_nll" in log]
-    assert len(logged) == 6 and metrics["nll_average"] == pytest.approx(min(logged), abs=1e-5)
-    assert metrics["nll_raw"] == pytest.approx(state["best_metric"], abs=1e-5)
-    assert metrics["nll"] == min(metrics["nll_raw"], metrics["nll_average"])
+    name = "eval_average_nll_calibrated"
+    logged = [log[name] for log in state["log_history"] if name in log]
+    assert len(logged) == 6 and metrics["nll_calibrated_average"] == pytest.approx(min(logged), abs=1e-5)
+    assert metrics["nll_calibrated_raw"] == pytest.approx(state["best_metric"], abs=1e-5)
+    assert metrics["nll_calibrated"] == min(metrics["nll_calibrated_raw"], metrics["nll_calibrated_average"])
     is_average = all(torch.equal(final[as_saved(name)], weight) for name, weight in best.items())
-    assert is_average == averages_win == (metrics["nll_average"] < metrics["nll_raw"])
+    assert is_average == averages_win == (metrics["nll_calibrated_average"] < metrics["nll_calibrated_raw"])
 
 
 def test_a_run_that_goes_on_has_the_average_of_the_run_that_was_not_stopped(train):

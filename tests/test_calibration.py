@@ -22,7 +22,7 @@ def test_a_planted_temperature_is_found_again(temperature):
 def test_the_lowest_nll_is_that_of_a_search_over_all_temperatures():
     logits, answers = drawn(200, 2.0, seed=1)
     grid = {t: nll(softmax([row / t for row in logits]), answers) for t in np.geomspace(0.05, 20, 800)}
-    assert calibrated_nll(logits, answers) == pytest.approx(min(grid.values()), abs=1e-5)
+    assert calibrated_nll(logits, answers) == pytest.approx(min(grid.values()), abs=1e-5)  # planted above 1
     assert fit_temperature(logits, answers) == pytest.approx(min(grid, key=grid.get), rel=0.02)
 
 
@@ -30,3 +30,9 @@ def test_rows_that_are_all_right_ask_for_no_endless_confidence():
     assert 0.05 <= fit_temperature([[2.0, 0.0], [0.0, 3.0, 1.0]], [0, 1]) < 0.5
     assert 5 < fit_temperature([[2.0, 0.0], [0.0, 3.0, 1.0]], [1, 0]) <= 20
     assert math.isfinite(calibrated_nll([[1e4, 0.0]], [1]))
+
+
+def test_too_little_confidence_is_not_mended_by_the_calibrated_nll_and_too_much_is():
+    timid, bold = [[0.2, 0.0], [0.0, 0.3]], [[9.0, 0.0], [9.0, 0.0], [0.0, 9.0]]
+    assert calibrated_nll(timid, [0, 1]) == pytest.approx(nll(softmax(timid), [0, 1]))
+    assert calibrated_nll(bold, [0, 1, 1]) < 0.65 < 3 == round(nll(softmax(bold), [0, 1, 1]))

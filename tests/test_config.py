@@ -108,7 +108,7 @@ def test_a_number_may_be_the_text_of_a_text_field(tmp_path):
         ("learning_rate: -1\n", "must be between 0 and"),
         ("lora_r: 0\n", "lora_r must be at least 1"),
         ("num_train_epochs: 0\n", "the run has no steps"),
-        ("validation_fraction: 0.1\nmetric_for_best_model: f1\n", "one of nll, accuracy, ece, loss"),
+        ("validation_fraction: 0.1\nmetric_for_best_model: f1\n", "one of nll_calibrated, nll, accuracy, ece, loss"),
         ("validation_data: train.csv\nvalidation_split: train\n", "validation_data is train_data"),
         ("logging_steps: .inf\n", "logging_steps must be between"),
         ("report_to: no_tracker\n", "no_tracker is not installed"),
@@ -161,12 +161,13 @@ def test_a_stream_keeps_what_accelerate_is_told_in_a_file(tmp_path):
 def test_validation_rows_switch_on_evaluation_and_the_best_checkpoint(tmp_path):
     args = read(tmp_path, "validation_fraction: 0.1\n").training_args("fp32")
     assert args.eval_strategy == "epoch" and args.load_best_model_at_end
-    assert args.metric_for_best_model == "nll" and args.greater_is_better is False
+    assert args.metric_for_best_model == "nll_calibrated" and args.greater_is_better is False
     assert read(tmp_path).training_args("fp32").eval_strategy == "no"
 
 
 def test_accuracy_chooses_the_largest_and_nll_the_smallest(tmp_path):
-    for metric, greater in (("accuracy", True), ("eval_accuracy", True), ("nll", False), ("ece", False)):
+    for metric in ("accuracy", "eval_accuracy", "nll", "nll_calibrated", "ece"):
+        greater = metric.endswith("accuracy")
         text = f"validation_fraction: 0.1\nmetric_for_best_model: {metric}\n"
         assert read(tmp_path, text).training_args("fp32").greater_is_better is greater
 

@@ -4,9 +4,9 @@
     swa    the mean of w over the steps from `swa_start` on (Izmailov et al. 2018)
 
 By the formulas of `torch.optim.swa_utils`, in fp32, beside the weights that are trained and without touching them.
-Every evaluation scores the average too, and the best one so far is kept: the run ends with it if its validation NLL is
-below that of the best checkpoint. The average lies in the checkpoints, so that a run goes on with it. All processes
-compute the same, which needs whole weights on each of them.
+Every evaluation scores the average too, and the best one so far is kept: the run ends with it if its validation NLL,
+at the best temperature, is below that of the best checkpoint. The average lies in the checkpoints, so that a run goes
+on with it. All processes compute the same, which needs whole weights on each of them.
 """
 
 from collections.abc import Iterator

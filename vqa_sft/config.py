@@ -172,10 +172,13 @@ DEFAULTS = {
     "logging_nan_inf_filter": False,
     "restore_callback_states_from_checkpoint": True,  # else early stopping forgets its patience on resume
 }
+# Not the plain NLL: where answers are noisy or few it is lowest for weights that are not sure of anything, and a
+# temperature mends that better than an early epoch does (docs/ladder.md).
+CHOOSING = "nll_calibrated"
 VALIDATION_DEFAULTS = {
     "eval_strategy": "epoch",
     "load_best_model_at_end": True,
-    "metric_for_best_model": "nll",
+    "metric_for_best_model": CHOOSING,
 }
 # What the collator and the trainer rely on.
 FIXED = {"remove_unused_columns": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
@@ -242,7 +245,7 @@ BOUNDS = {
     "duplicate_distance": (0, MAX_DISTANCE),
     "max_choices": (2, 26),
 }
-CHOSEN_BY = ("nll", "accuracy", "ece", "loss")
+CHOSEN_BY = ("nll_calibrated", "nll", "accuracy", "ece", "loss")
 
 
 @dataclass
@@ -287,7 +290,7 @@ class Recipe:
         import torch
         from trl import SFTConfig
 
-        metric = self.values.get("metric_for_best_model") or "nll"
+        metric = self.values.get("metric_for_best_model") or CHOOSING
         on_gpu = torch.cuda.is_available() and not self.values.get("use_cpu")
         values = {"dataloader_pin_memory": on_gpu}  # without a GPU torch warns once an epoch
         values |= DEFAULTS | (VALIDATION_DEFAULTS if self.validates else {}) | self.values | FIXED
@@ -505,9 +508,8 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
             own.init_adapter and not os.path.isfile(os.path.join(own.init_adapter, "adapter_config.json")),
         ),
         (
-            "averaging chooses between raw and averaged weights by NLL; remove metric_for_best_model.",
-            own.averaging
-            and (values.get("metric_for_best_model") or "nll").removeprefix("eval_") not in ("nll", "loss"),
+            f"averaging chooses between raw and averaged weights by {CHOOSING}; remove metric_for_best_model.",
+            own.averaging and (values.get("metric_for_best_model") or CHOOSING).removeprefix("eval_") != CHOOSING,
         ),
         (
             "save_strategy: best saves nothing when time is up; remove one of save_strategy and time_budget_h.",
@@ -529,7 +531,7 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
         ),
         (
             f"metric_for_best_model must be one of {', '.join(CHOSEN_BY)}.",
-            (values.get("metric_for_best_model") or "nll").removeprefix("eval_") not in CHOSEN_BY,
+            (values.get("metric_for_best_model") or CHOOSING).removeprefix("eval_") not in CHOSEN_BY,
         ),
         (
             "validation_data is train_data; the best checkpoint would be chosen on rows that it was trained on.",

@@ -13,6 +13,7 @@ from typing import Any
 
 import datasets
 import evaluate
+import numpy as np
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader
@@ -21,12 +22,15 @@ from trl import SFTTrainer
 
 from vqa_sft import averaging, metrics
 from vqa_sft.averaging import AdapterAverage
+from vqa_sft.calibration import calibrated_nll
 from vqa_sft.collator import AnswerCollator, TrainCollator
 from vqa_sft.errors import InputError
 from vqa_sft.loss import answer_loss, letter_targets, own_logits, smooth
 from vqa_sft.predictions import Predictions
 from vqa_sft.scoring import answer_logits, to_choice_logits
 from vqa_sft.speed import num_compilations
+
+METRICS = ("accuracy", "nll", "nll_calibrated", "ece")
 
 
 class AnswerTrainer(SFTTrainer):
@@ -141,7 +145,7 @@ class AnswerTrainer(SFTTrainer):
                 ).metrics
             self.speed.start_s += _now_s() - start_s
             self._metrics["eval"].pop("letters_mass", None)  # it would stand beside that of the raw weights
-            self.average.keep_if_best(found["eval_average_nll"])
+            self.average.keep_if_best(found["eval_average_nll_calibrated"])
             self.log(found)
             metrics |= found
         return metrics
@@ -261,6 +265,14 @@ class AnswerNLL(_ChoiceMetric):
         return {"nll": metrics.nll(predictions, references)}
 
 
+class AnswerCalibratedNLL(_ChoiceMetric):
+    """NLL at the best temperature, see calibration.py: what chooses between weights."""
+
+    def _compute(self, predictions: list, references: list) -> dict[str, float]:
+        logits = [np.log(np.maximum(row, np.finfo(np.float32).tiny)) for row in predictions]
+        return {"nll_calibrated": calibrated_nll(logits, references)}
+
+
 class AnswerECE(_ChoiceMetric):
     """Expected calibration error, 15 equal-width bins."""
 
@@ -269,10 +281,10 @@ class AnswerECE(_ChoiceMetric):
 
 
 def letter_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy, NLL and ECE from letter logits (N, L) and labels (N, 2) as `prediction_step` gives them."""
+    """`METRICS` from letter logits (N, L) and labels (N, 2) as `prediction_step` gives them."""
     answers, num_choices = prediction.label_ids.T
     probs = metrics.softmax([row[:count] for row, count in zip(prediction.predictions, num_choices, strict=True)])
-    combined = evaluate.combine([AnswerAccuracy(), AnswerNLL(), AnswerECE()])
+    combined = evaluate.combine([AnswerAccuracy(), AnswerNLL(), AnswerCalibratedNLL(), AnswerECE()])
     return combined.compute(predictions=[row.tolist() for row in probs], references=answers.tolist())
 
 
@@ -285,4 +297,4 @@ def predict_examples(trainer: AnswerTrainer, examples: datasets.Dataset) -> tupl
     predictions = Predictions(
         examples["id"], to_choice_logits(letter_logits, identity, num_choices), examples["answer"]
     )
-    return predictions, {name: output.metrics[f"validation_{name}"] for name in ("accuracy", "nll", "ece")}
+    return predictions, {name: output.metrics[f"validation_{name}"] for name in METRICS}
