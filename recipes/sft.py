@@ -81,7 +81,7 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
     from vqa_sft import averaging, cache, curves, hub, launch, memory, model as models, speed
     from vqa_sft.collator import AnswerCollator, TrainCollator, check_texts
     from vqa_sft.predictions import write_predictions
-    from vqa_sft.scoring import find_letter_ids
+    from vqa_sft.scoring import find_end_of_turn, find_letter_ids
     from vqa_sft.trainer import AnswerTrainer, predict_examples
 
     launch.check_processes(use_cpu=bool(recipe.values.get("use_cpu")))
@@ -116,6 +116,7 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
         **trust,
     )
     letter_ids = find_letter_ids(processor, num_letters, args.prompts)
+    end_of_turn = find_end_of_turn(processor, args.prompts) if args.supervise_end_of_turn else None
     for part in [validation] * (validation is not None) + [train] * (not args.streaming):
         check_texts(processor, part, args.prompts)
     needs = functools.partial(
@@ -174,6 +175,7 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
                 shuffle_choices=args.shuffle_choices,
                 image_augmentation=args.image_augmentation,
                 flip_images=args.flip_images,
+                supervises_end=args.supervise_end_of_turn,
                 counts_batches=args.streaming,
                 packer=packer,
                 features=features,
@@ -182,6 +184,7 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
             letter_ids=letter_ids,
             vocabulary_weight=args.vocabulary_weight,
             letter_smoothing=args.letter_smoothing,
+            end_of_turn=end_of_turn,
             callbacks=callbacks,
             average=average,
         )

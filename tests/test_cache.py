@@ -104,9 +104,10 @@ def test_training_orders_and_left_padding_stay_as_they_are(road):  # noqa: F811
     fill(model, by_features, rows)
     packer, store = by_features.packer, by_features.features
     plain, stored = (
-        TrainCollator(processor, Prompts(), 4, seed=3, packer=packer, features=features) for features in (None, store)
+        TrainCollator(processor, Prompts(), 4, seed=3, packer=packer, features=features, supervises_end=True)
+        for features in (None, store)
     )
-    for name in ("input_ids", "position_ids", "answer_positions", "orders", "answers"):
+    for name in ("input_ids", "position_ids", "answer_positions", "end_positions", "orders", "answers"):
         assert torch.equal(plain(rows)[name], stored(rows)[name])
 
 

@@ -8,9 +8,12 @@ What a batch of two rows holds (T tokens of the longest prompt, L letters of the
     num_choices        (B,)     how many of the L letters the row uses
     orders             (B, L)   orders[b, i] = choice under letter i; beyond num_choices the identity
     targets            (B, L)   what each letter should have; in training, where the data have such a column
+    end_positions      (B,)     index of the letter itself, where training rows carry it: the logits there belong to the
+                                token that ends the turn
 
 The prompt ends where the letter begins, so the letter needs no place in the input, and what is scored in training is
-byte for byte what is scored in prediction: both render with `render_prompt`.
+byte for byte what is scored in prediction: both render with `render_prompt`. A training row carries it all the same
+where the end of the turn is supervised; what comes before looks at nothing that comes after.
 """
 
 import functools
@@ -28,7 +31,7 @@ from transformers import ProcessorMixin
 
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.images import MAX_ASPECT, augment, digest_of, open_image
-from vqa_sft.mcq import choice_to_letter, draw_order, identity_order
+from vqa_sft.mcq import LETTERS, choice_to_letter, draw_order, identity_order
 from vqa_sft.prompts import Prompts, render_messages
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ _ANSWER = "Answer-of-a-row"  # stands in no template
 BLANK_SIZE = (448, 448)  # pixels
 BLANK_DIGEST = hashlib.sha256(f"blank {BLANK_SIZE}".encode()).hexdigest()
 # Keys of a batch that are ours and not the model's.
-TARGET_KEYS = ("answer_positions", "answers", "num_choices", "orders", "targets")
+TARGET_KEYS = ("answer_positions", "answers", "num_choices", "orders", "targets", "end_positions")
 
 
 def render_prompt(processor: ProcessorMixin, row: dict, order: Sequence[int], prompts: Prompts) -> str:
@@ -58,13 +61,7 @@ def answer_prefix(processor: ProcessorMixin) -> tuple[str, str]:
 
     Raises InputError where the template does not show the answer right after its own generation prompt.
     """
-    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-    answer = {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}
-    try:
-        prompt = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-        whole = processor.apply_chat_template([*question, answer], tokenize=False)
-    except TemplateError as error:
-        raise InputError(f"the chat template of this model refuses a question and its answer: {error}") from error
+    prompt, whole = _show_answer(processor)
     start, found, _ = whole.rpartition(_ANSWER)
     if not found or not start.startswith(prompt):
         raise InputError(
@@ -74,6 +71,22 @@ def answer_prefix(processor: ProcessorMixin) -> tuple[str, str]:
     between = start[len(prompt) :]
     spaces = between[len(between.rstrip(" ")) :]  # a space before the letter is part of its token
     return between[: len(between) - len(spaces)], spaces
+
+
+def answer_suffix(processor: ProcessorMixin) -> str:
+    """What the template puts after the answer: "<|im_end|>\\n" for one, nothing for others."""
+    return _show_answer(processor)[1].rpartition(_ANSWER)[2]
+
+
+def _show_answer(processor: ProcessorMixin) -> tuple[str, str]:
+    """A prompt, and what the template makes of it once it is answered."""
+    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
+    answer = {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}
+    try:
+        prompt = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
+        return prompt, processor.apply_chat_template([*question, answer], tokenize=False)
+    except TemplateError as error:
+        raise InputError(f"the chat template of this model refuses a question and its answer: {error}") from error
 
 
 @functools.lru_cache
@@ -116,6 +129,7 @@ class AnswerCollator:
     """
 
     shows_targets = False  # evaluations compare with the answers
+    supervises_end = False
 
     def __init__(
         self,
@@ -144,6 +158,10 @@ class AnswerCollator:
         texts = [
             render_prompt(self.processor, row, order, self.prompts) for row, order in zip(rows, orders, strict=True)
         ]
+        letters = [self.answer_letter(row, order) for row, order in zip(rows, orders, strict=True)]
+        if self.supervises_end:
+            spaces = answer_prefix(self.processor)[1]
+            texts = [text + spaces + LETTERS[letter] for text, letter in zip(texts, letters, strict=True)]
         bos = self.processor.tokenizer.bos_token
         how = {"padding": True, "return_tensors": "pt"}
         # Some templates write the beginning-of-sequence token themselves; twice would be a different prompt.
@@ -154,18 +172,20 @@ class AnswerCollator:
         else:
             images = [self.images(row) for row in rows]
             batch = self.processor(text=texts, images=images if any(images) else None, **how)
-        num_tokens = torch.arange(batch["input_ids"].shape[1])
+        # The last real token, whichever side is padded.
+        last = (batch["attention_mask"] * torch.arange(batch["input_ids"].shape[1])).argmax(dim=1)
         batch = {
             # First, for libraries take the length of the first tensor for the number of rows.
-            "answers": torch.tensor([self.answer_letter(row, order) for row, order in zip(rows, orders, strict=True)]),
+            "answers": torch.tensor(letters),
             **batch,
-            # The last real token, whichever side is padded.
-            "answer_positions": (batch["attention_mask"] * num_tokens).argmax(dim=1),
+            "answer_positions": last - int(self.supervises_end),
             "num_choices": torch.tensor([len(order) for order in orders]),
             "orders": torch.tensor([order + identity_order(self.num_letters)[len(order) :] for order in orders]),
         }
         if self.shows_targets and "targets" in rows[0]:
             batch["targets"] = torch.stack([self.targets(row, order) for row, order in zip(rows, orders, strict=True)])
+        if self.supervises_end:
+            batch["end_positions"] = last
         return self.packer(batch) if self.packer else batch
 
     def targets(self, row: dict, order: Sequence[int]) -> torch.Tensor:
@@ -224,7 +244,8 @@ class AnswerCollator:
 
 class TrainCollator(AnswerCollator):
     """For training: with `shuffle_choices`, an order drawn for every row and epoch, and so are the changes of its
-    pictures: `image_augmentation` is the strength of images.augment, `flip_images` mirrors half of them.
+    pictures: `image_augmentation` is the strength of images.augment, `flip_images` mirrors half of them. With
+    `supervises_end` rows carry their letter, that of the largest target where the data have no answer.
 
     A stream has no epochs: with `counts_batches` what is drawn changes with every batch that a worker makes.
     """
@@ -241,6 +262,7 @@ class TrainCollator(AnswerCollator):
         shuffle_choices: bool = True,
         image_augmentation: float = 0.0,
         flip_images: bool = False,
+        supervises_end: bool = False,
         counts_batches: bool = False,
         packer: Callable[[dict], dict] | None = None,
         features: "FeatureStore | None" = None,
@@ -248,6 +270,7 @@ class TrainCollator(AnswerCollator):
         super().__init__(processor, prompts, num_letters, packer=packer, features=features)
         self.seed = seed
         self.shuffle_choices = shuffle_choices
+        self.supervises_end = supervises_end
         self.image_augmentation, self.flip_images = image_augmentation, flip_images
         # Shared memory, because workers that are already running must see the new epoch.
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()

@@ -95,6 +95,9 @@ class RecipeArguments:
         default=None,
     )
     letter_smoothing: float = _help("So much of the target is spread over the row's own letters.", default=0.0)
+    supervise_end_of_turn: bool = _help(
+        "Train the token that ends the turn after the letter too, for those who will `generate`.", default=False
+    )
     init_adapter: str | None = _help(
         "Folder of an adapter, of an earlier run perhaps, to train on from; its rank and layers are kept.", default=None
     )
@@ -187,8 +190,8 @@ REFUSED = {
     "neftune_noise_alpha": "its noise depends on the length of a row, and rows are packed",
     "packing": "pictures cannot be packed here yet",
     "padding_free": "pictures cannot be packed here yet",
-    "assistant_only_loss": "only the answer letter is supervised, always",
-    "completion_only_loss": "only the answer letter is supervised, always",
+    "assistant_only_loss": "only the answer is supervised, always",
+    "completion_only_loss": "only the answer is supervised, always",
     "loss_type": "use `loss: letters` or `loss: vocabulary`",
     "use_liger_kernel": "it replaces the forward that keeps only the answer position",
     "lora_task_type": "it is always CAUSAL_LM",

@@ -50,3 +50,8 @@ def answer_loss(
     if vocabulary_weight:
         losses = losses + vocabulary_weight * (logits.logsumexp(dim=1) - own.logsumexp(dim=1))
     return losses
+
+
+def end_of_turn_loss(logits: torch.Tensor, token_id: int) -> torch.Tensor:
+    """-log p (B,) of the token that ends the turn, over the whole vocabulary, from the logits (B, V) at the letter."""
+    return logits.logsumexp(dim=1) - logits[:, token_id]

@@ -76,21 +76,25 @@ class Packer:
             )
         lengths = is_token.sum(dim=1)
         cu_seq_lens = _edges(lengths)
-        num_shared = self.num_shared(batch["input_ids"], lengths)
+        ends = int("end_positions" in batch)
+        num_shared = self.num_shared(batch["input_ids"], lengths - ends)
         kept = is_token.clone()
         kept[1:, :num_shared] = False
+        last = kept.sum(dim=1).cumsum(dim=0) - 1
         packed = {key: value for key, value in batch.items() if key not in DROPPED}
         packed |= {
             "input_ids": batch["input_ids"][kept][None],
             "position_ids": positions[:, kept][:, None],
-            "answer_positions": kept.sum(dim=1).cumsum(dim=0) - 1,  # the prompt ends where the letter begins
+            "answer_positions": last - ends,  # the prompt ends where the letter begins
             "cu_seq_lens_q": cu_seq_lens,
             "max_length_q": round_up(int(lengths.max())),
         }
+        if ends:
+            packed["end_positions"] = last
         if num_shared:
             packed["shared_prefix"] = _shared_prefix(is_token, kept, cu_seq_lens[:-1], num_shared)
         if self.keeps_answers:
-            packed["keep_positions"] = packed["answer_positions"]
+            packed["keep_positions"] = supervised_positions(packed).flatten()
         if "pixel_values" in batch:
             packed |= self.pictures(batch["pixel_values"], grid)
         return packed
@@ -108,6 +112,11 @@ class Packer:
         """What the tower is given: pixels in its precision, positions, windows and lengths."""
         computed = {f"image_{name}": value for name, value in self.tower_inputs(grid).items()}
         return {"pixel_values": pixel_values.to(self.dtype)} | computed
+
+
+def supervised_positions(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Where a batch is supervised: (B, 1), or (B, 2) where rows carry their letter."""
+    return torch.stack([batch[name] for name in ("answer_positions", "end_positions") if name in batch], dim=1)
 
 
 def _shared_prefix(

@@ -10,10 +10,11 @@ from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from vqa_sft.cache import encoder_outputs
-from vqa_sft.collator import TARGET_KEYS, AnswerCollator, answer_prefix, render_prompt
+from vqa_sft.collator import TARGET_KEYS, AnswerCollator, answer_prefix, answer_suffix, control_tokens, render_prompt
 from vqa_sft.errors import InputError, explains
 from vqa_sft.mcq import LETTERS
 from vqa_sft.model import DTYPES
+from vqa_sft.packing import supervised_positions
 from vqa_sft.prompts import Prompts
 
 
@@ -23,9 +24,7 @@ def find_letter_ids(processor: ProcessorMixin, num_letters: int, prompts: Prompt
     Raises InputError when a letter is not one token there, or the chat template refuses the prompt.
     """
     tokenizer = processor.tokenizer
-    row = {"question": "?", "choices": ["x", "y"], "images": [None]}
-    with explains(TemplateError, "the chat template of this model refuses the prompt; try an empty system_prompt"):
-        prompt = render_prompt(processor, row, (0, 1), prompts)
+    prompt = _sample_prompt(processor, prompts)
     spaces = answer_prefix(processor)[1]
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = []
@@ -41,15 +40,37 @@ def find_letter_ids(processor: ProcessorMixin, num_letters: int, prompts: Prompt
     return torch.tensor(ids)
 
 
-def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Logits (B, V), float32, at the last prompt position. Only that position goes through `lm_head`."""
+def _sample_prompt(processor: ProcessorMixin, prompts: Prompts) -> str:
+    row = {"question": "?", "choices": ["x", "y"], "images": [None]}
+    with explains(TemplateError, "the chat template of this model refuses the prompt; try an empty system_prompt"):
+        return render_prompt(processor, row, (0, 1), prompts)
+
+
+def find_end_of_turn(processor: ProcessorMixin, prompts: Prompts = Prompts()) -> int:
+    """Id of the token that the chat template puts right after the answer. Raises InputError where it puts none."""
+    answered = _sample_prompt(processor, prompts) + answer_prefix(processor)[1] + LETTERS[0]
+    texts = [answered, answered + answer_suffix(processor)]
+    answered_ids, ended_ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    after = processor.tokenizer.convert_ids_to_tokens(ended_ids[len(answered_ids) :])
+    if ended_ids[: len(answered_ids)] != answered_ids or not after or not control_tokens(processor).fullmatch(after[0]):
+        raise InputError(
+            "the chat template of this model does not end a turn by a control token: after an answer it puts "
+            f"{answer_suffix(processor)[:20]!r}. Remove supervise_end_of_turn."
+        )
+    return ended_ids[len(answered_ids)]
+
+
+def supervised_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits (B, 1, V), float32, at the last prompt position; (B, 2, V) where rows carry their letter, with those at
+    the letter. Only these positions go through `lm_head`."""
     inputs = {key: value for key, value in batch.items() if key not in TARGET_KEYS}
     if "image_features" in inputs:  # from the cache, in place of pixels
         inputs["mm_encoder_outputs"] = {"image": encoder_outputs(inputs.pop("image_features"))}
+    positions = supervised_positions(batch)  # (B, 1 or 2)
     if "cu_seq_lens_q" in batch:  # packed rows: the answers stand in one row
-        keep = 0 if "keep_positions" in batch else batch["answer_positions"][None]
-        return model(**inputs, logits_to_keep=keep, use_cache=False).logits[0].float()
-    positions = batch["answer_positions"][:, None]  # (B, 1)
+        keep = 0 if "keep_positions" in batch else positions.flatten()[None]
+        logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+        return logits.view(*positions.shape, -1).float()
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
     if logits.ndim != 3 or logits.shape[:2] != positions.shape:
         # A family whose `logits_to_keep` does not take positions per row: all logits, then ours. Some give all of
@@ -57,7 +78,12 @@ def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tor
         if logits.ndim != 3 or logits.shape[:2] != inputs["input_ids"].shape:
             logits = model(**inputs, use_cache=False).logits
         logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
-    return logits[:, 0].float()
+    return logits.float()
+
+
+def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits (B, V), float32, at the last prompt position."""
+    return supervised_logits(model, batch)[:, 0]
 
 
 def letter_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], letter_ids: torch.Tensor) -> torch.Tensor:

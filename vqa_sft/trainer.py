@@ -25,17 +25,18 @@ from vqa_sft.averaging import AdapterAverage
 from vqa_sft.calibration import calibrated_nll
 from vqa_sft.collator import AnswerCollator, TrainCollator
 from vqa_sft.errors import InputError
-from vqa_sft.loss import answer_loss, letter_targets, own_logits, smooth
+from vqa_sft.loss import answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
 from vqa_sft.predictions import Predictions
-from vqa_sft.scoring import answer_logits, to_choice_logits
+from vqa_sft.scoring import supervised_logits, to_choice_logits
 from vqa_sft.speed import num_compilations
 
 METRICS = ("accuracy", "nll", "nll_calibrated", "ece")
 
 
 class AnswerTrainer(SFTTrainer):
-    """`letter_ids` (L,) are the run's letters; `vocabulary_weight` and `letter_smoothing` are those of loss.py. An
-    `average`, one of the callbacks, is scored by every evaluation as well."""
+    """`letter_ids` (L,) are the run's letters; `vocabulary_weight` and `letter_smoothing` are those of loss.py; batches
+    of rows that carry their letter need `end_of_turn`, the id of the token after it. An `average`, one of the
+    callbacks, is scored by every evaluation as well."""
 
     # `compute_loss` divides by the rows of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -48,6 +49,7 @@ class AnswerTrainer(SFTTrainer):
         letter_ids: torch.Tensor,
         vocabulary_weight: float = 0.0,
         letter_smoothing: float = 0.0,
+        end_of_turn: int | None = None,
         average: AdapterAverage | None = None,
         **kwargs: Any,
     ) -> None:
@@ -56,6 +58,7 @@ class AnswerTrainer(SFTTrainer):
         self.eval_collator = eval_collator
         self.letter_ids = letter_ids.to(self.args.device)
         self.vocabulary_weight, self.letter_smoothing = vocabulary_weight, letter_smoothing
+        self.end_of_turn = end_of_turn
         self.average = average
         self.speed = Speed()
         self.add_callback(self.speed)
@@ -86,7 +89,7 @@ class AnswerTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Mean loss over the rows of the global batch; with `return_outputs`, the letter logits (B, L) too."""
-        logits = answer_logits(model, inputs)  # (B, V)
+        logits, *at_letter = supervised_logits(model, inputs).unbind(dim=1)  # (B, V)
         letter_logits = logits[:, self.letter_ids]  # (B, L)
         answers, num_choices = inputs["answers"], inputs["num_choices"]
         smoothing = self.letter_smoothing if self.model.training else 0.0  # evaluations compare with other runs
@@ -95,6 +98,8 @@ class AnswerTrainer(SFTTrainer):
         else:
             targets = letter_targets(answers, num_choices, letter_logits.shape[1], smoothing)
         losses = answer_loss(logits, letter_logits, targets, num_choices, self.vocabulary_weight)
+        if at_letter:
+            losses = losses + end_of_turn_loss(at_letter[0], self.end_of_turn)
         self._log_letters(logits.detach(), letter_logits.detach(), answers, num_choices)
         if num_items_in_batch is None:
             loss = losses.mean()
