@@ -98,6 +98,8 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
 
     if args.averaging and launch.shards_weights():
         raise InputError("averaging needs whole weights on every process: launch by DDP or ZeRO-2, or remove it.")
+    if args.vision_learning_rate is not None and launch.has_own_optimizer():
+        raise InputError("DeepSpeed's configuration names an optimizer, which has one learning rate: remove it there.")
     launch.check_pictures([part for part in (train, validation) if isinstance(part, datasets.Dataset)])
     rows_a_step = training_args.per_device_train_batch_size * training_args.world_size
     if training_args.dataloader_drop_last and not args.streaming and len(train) < rows_a_step:
@@ -129,6 +131,7 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
         precision=precision,
         fast=args.fast,
         compiles=speed.pays_compilation(num_rows, args.compile_layers),
+        **args.adapted_parts,
     )
     if args.auto_batch:
         chosen = memory.choose_batch(training_args, needs)
@@ -145,7 +148,7 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
     if args.init_adapter is not None:
         model = models.add_adapter(model, args.init_adapter, is_trainable=True)
     else:
-        adapter = models.lora_config(model_args, model)
+        adapter = models.lora_config(model_args, model, **args.adapted_parts)
     packer = speed.pack_rows(model, precision) if args.fast else None
     # Now, for the tower's weights change their shapes when it is sped up.
     features = cache.open_store(model, processor, packer, precision) if args.cache_image_features else None
@@ -185,6 +188,7 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
             vocabulary_weight=args.vocabulary_weight,
             letter_smoothing=args.letter_smoothing,
             end_of_turn=end_of_turn,
+            vision_learning_rate=args.vision_learning_rate,
             callbacks=callbacks,
             average=average,
         )

@@ -93,6 +93,12 @@ def test_a_number_may_be_the_text_of_a_text_field(tmp_path):
             "one set of features for a picture; remove image_aug",
         ),
         ("flip_images: true\ncache_image_features: true\n", "one set of features for a picture; remove image_augment"),
+        ("adapt_tower: true\ncache_image_features: true\n", "tower and merger make of a picture; remove adapt_tower"),
+        ("adapt_merger: true\ncache_image_features: true\n", "of a picture; remove adapt_merger"),
+        ("adapt_tower: true\nadapt_merger: true\nuse_peft: false\n", "adapt_tower and adapt_merger: full fine-tuning"),
+        ("adapt_tower: true\nlora_target_modules: [qkv]\n", "adapt_tower: lora_target_modules names all layers"),
+        ("adapt_tower: true\ninit_adapter: x\n", "adapt_tower cannot be set beside init_adapter"),
+        ("vision_learning_rate: 1e-5\n", "nothing outside the language model is trained; set adapt_tower"),
         ("averaging: ema\nmetric_for_best_model: accuracy\n", "averaging chooses between raw and averaged"),
         ("fast: false\ncompile_layers: true\n", "compile_layers needs fast"),
         ("accelerator_config: none.json\n", "accelerator_config: none.json cannot be read"),
@@ -143,7 +149,8 @@ def test_accumulation_follows_from_the_global_batch(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "searches"), [("", False), ("use_peft: false\n", True), ("lora_target_modules: [fc1]\n", True)]
+    ("text", "searches"),
+    [("", False), ("use_peft: false\n", True), ("lora_target_modules: [fc1]\n", True), ("adapt_merger: true\n", True)],
 )
 def test_weights_that_a_row_may_not_reach_are_searched_for(tmp_path, text, searches):
     assert read(tmp_path, text).training_args("fp32").ddp_find_unused_parameters in (

@@ -135,6 +135,10 @@ def test_parameters_are_those_of_a_loaded_model(families, family):
         if adapter := lora_config(args, model):
             model = get_peft_model(model, adapter)
         assert shape.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts, args = {"adapt_tower": True, "adapt_merger": True}, replace(args, use_peft=True)
+    shape, model = memory.read_shape(args, config, **parts), load_model(args, "fp32")
+    model = get_peft_model(model, lora_config(args, model, **parts))
+    assert shape.trained == sum(p.numel() for p in model.parameters() if p.requires_grad) and shape.trains_tower
 
 
 @torch.library.custom_op("vqa_sft_tests::flash", mutates_args=())

@@ -70,5 +70,7 @@ def test_what_stands_beside_the_language_model_is_found_at_any_depth():
         llama4 = Auto.from_config(Llama4Config())
     assert models.names_beside_decoder(llava) == ["model.vision_tower", "model.multi_modal_projector"]
     assert models.names_beside_decoder(llama4) == ["vision_model", "multi_modal_projector"]
+    tower, merger = models.vision_layers(llama4)
+    assert len(tower) == 34 * 6 and merger == ["multi_modal_projector.linear_1"]
     pattern = models.lora_config(ModelConfig(use_peft=True), llama4).target_modules
     assert "lm_head" not in pattern and "router" not in pattern and "q_proj" in pattern

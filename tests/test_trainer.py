@@ -1,7 +1,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from trl import ModelConfig
 
 from vqa_sft.collator import AnswerCollator, TrainCollator, render_prompt
 from vqa_sft.config import read_recipe
@@ -23,11 +22,11 @@ def build_trainer(folder, contest, output_dir, num_rows, shuffle_choices=True, o
     recipe = read_recipe([token for key, value in values.items() for token in (f"--{key}", str(value))])
     examples, _ = load_examples(str(contest / "train.csv"), limit=num_rows)
     processor = load_processor(folder)
-    model = load_model(ModelConfig(model_name_or_path=folder, dtype=None), "fp32")
+    model = load_model(recipe.model_args(), "fp32")
     trainer = AnswerTrainer(
         model=model,
         args=recipe.training_args("fp32"),
-        peft_config=lora_config(recipe.model_args(), model),
+        peft_config=lora_config(recipe.model_args(), model, **recipe.arguments.adapted_parts),
         train_dataset=examples,
         eval_dataset=examples,
         processing_class=processor,

@@ -361,6 +361,7 @@ def _memory(args: argparse.Namespace) -> None:
             text_tokens=args.text_tokens,
             pictures=args.pictures,
             gpu_gib=args.gpu_gib,
+            **recipe.arguments.adapted_parts,
         )
     print(text)
     sys.exit(int(not fits))

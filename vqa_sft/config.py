@@ -101,6 +101,13 @@ class RecipeArguments:
     init_adapter: str | None = _help(
         "Folder of an adapter, of an earlier run perhaps, to train on from; its rank and layers are kept.", default=None
     )
+    adapt_tower: bool = _help("Adapt the linear layers of the picture tower's blocks too.", default=False)
+    adapt_merger: bool = _help(
+        "Adapt the linear layers of the merger or projector too, from the tower to the language model.", default=False
+    )
+    vision_learning_rate: float | None = _help(
+        "Learning rate of all that is trained outside the language model; default: learning_rate.", default=None
+    )
     averaging: Literal["ema", "swa"] | None = _help(
         "Average the adapter over steps, and end with the average where validation NLL says so.", default=None
     )
@@ -150,6 +157,11 @@ class RecipeArguments:
         """What `data.read_examples` and `stream_examples` take beside the source and its split."""
         names = ("encoding", "image_root", "columns", "answer_format", "keep_rows", "empty_cells")
         return {name: getattr(self, name) for name in names} | {"config": self.data_config}
+
+    @property
+    def adapted_parts(self) -> dict[str, bool]:
+        """What `model.lora_config` takes beside the libraries' fields."""
+        return {"adapt_tower": self.adapt_tower, "adapt_merger": self.adapt_merger}
 
     @property
     def prompts(self) -> Prompts:
@@ -217,6 +229,7 @@ BOUNDS = {
     "eval_accumulation_steps": (1, None),
     "save_total_limit": (2, None),  # with 1, a run killed while it saves keeps no checkpoint
     "learning_rate": (0, 1e3),
+    "vision_learning_rate": (0, 1e3),
     "weight_decay": (0, 1e3),
     "max_grad_norm": (0, None),
     "logging_steps": (0, 10**9),
@@ -307,10 +320,7 @@ class Recipe:
             values["accelerator_config"] |= {"dispatch_batches": False, "split_batches": False}
         # Pushing is ours, after the run is saved: a failed push must not lose it. The token would be saved as well.
         values |= {"push_to_hub": False, "hub_token": None}
-        reaches_tower = (
-            not values["use_peft"] or values.get("lora_target_modules") or values.get("lora_modules_to_save")
-        )
-        if reaches_tower and "ddp_find_unused_parameters" not in self.values:
+        if _reaches_vision(values, self.arguments) and "ddp_find_unused_parameters" not in self.values:
             # A whole tower may hold weights that no row reaches (LLaVA's last layer), and an adapter on it is reached
             # by no row without a picture; DDP must search for such weights, or it waits for their gradients for ever.
             values.pop("ddp_find_unused_parameters")
@@ -384,6 +394,12 @@ def _accelerator_config(values: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
+def _reaches_vision(values: dict[str, Any], own: RecipeArguments) -> bool:
+    """Whether something outside the language model may be trained."""
+    named = any(values.get(name) for name in ("lora_target_modules", "lora_modules_to_save"))
+    return named or values.get("use_peft") is False or any(own.adapted_parts.values()) or bool(own.init_adapter)
+
+
 def _num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -448,7 +464,8 @@ def _check_trackers(report_to: str | list[str]) -> None:
 
 def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -> Iterable[tuple[str, bool]]:
     quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
-    own_adapter = [name for name in values if name.startswith(("lora_", "use_rslora", "use_dora"))]
+    adapts = [name for name, is_adapted in own.adapted_parts.items() if is_adapted]
+    own_adapter = [name for name in values if name.startswith(("lora_", "use_rslora", "use_dora"))] + adapts
     needs_validation = [
         name for name in ("early_stopping_patience", "load_best_model_at_end", "eval_on_start") if values.get(name)
     ] + ["eval_strategy"] * (values.get("eval_strategy", "no") != "no")
@@ -488,6 +505,22 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
         (
             "cache_image_features needs a picture tower that stays as it is; remove use_peft: false.",
             own.cache_image_features and values.get("use_peft") is False,
+        ),
+        (
+            f"cache_image_features stores what tower and merger make of a picture; remove {' and '.join(adapts)}.",
+            own.cache_image_features and adapts,
+        ),
+        (
+            f"{' and '.join(adapts)}: full fine-tuning trains all weights; remove that, or use_peft: false.",
+            adapts and values.get("use_peft") is False,
+        ),
+        (
+            f"{' and '.join(adapts)}: lora_target_modules names all layers itself; keep one of the two.",
+            adapts and values.get("lora_target_modules"),
+        ),
+        (
+            "vision_learning_rate: nothing outside the language model is trained; set adapt_tower or adapt_merger.",
+            own.vision_learning_rate is not None and not _reaches_vision(values, own),
         ),
         (
             "cache_image_features keeps one set of features for a picture; remove image_augmentation and flip_images.",

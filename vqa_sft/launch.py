@@ -9,6 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import deepspeed_config
 
 from vqa_sft.errors import InputError, name_rows
 
@@ -43,6 +44,11 @@ def shards_weights() -> bool:
     """Whether each process holds a part of the weights alone: FSDP, or DeepSpeed's stage 3. Known once the training
     arguments are built."""
     return is_sharded() and (os.environ.get("ACCELERATE_USE_FSDP") == "true" or is_deepspeed_zero3_enabled())
+
+
+def has_own_optimizer() -> bool:
+    """Whether DeepSpeed's configuration names an optimizer, which is then not the recipe's."""
+    return "optimizer" in (deepspeed_config() or {})
 
 
 def check_pictures(parts: Iterable[Dataset]) -> None:

@@ -136,8 +136,9 @@ def read_config(model_args: ModelConfig, *, trust_remote_code: bool = False) -> 
         return AutoConfig.from_pretrained(name, **source), ""
 
 
-def read_shape(model_args: ModelConfig, config: PreTrainedConfig) -> Shape:
-    """Count the model's parameters, those of its adapter included, on the meta device."""
+def read_shape(model_args: ModelConfig, config: PreTrainedConfig, **adapted_parts: bool) -> Shape:
+    """Count the model's parameters, those of its adapter included, on the meta device; `adapted_parts` are those of
+    `lora_config`."""
     if config.model_type not in packing.MODELS:
         known = " and ".join(packing.MODELS)
         raise InputError(f"the memory of {config.model_type} cannot be estimated; {known} can.")
@@ -149,7 +150,7 @@ def read_shape(model_args: ModelConfig, config: PreTrainedConfig) -> Shape:
     num_tower = sum(parameter.numel() for parameter in model.model.visual.parameters())
     num_all = sum(parameter.numel() for parameter in model.parameters())
     gated = hasattr(model.model.visual.blocks[0].mlp, "gate_proj")
-    adapter = lora_config(model_args, model)
+    adapter = lora_config(model_args, model, **adapted_parts)
     if adapter is not None:
         with explains(ValueError, "the recipe does not fit the model"), torch.device("meta"):
             get_peft_model(model, adapter)  # changes the model itself
@@ -221,10 +222,11 @@ def read_needs(
     precision: str,
     fast: bool,
     compiles: bool,
+    **adapted_parts: bool,
 ) -> tuple[Shape, Plan]:
     """Shape and plan of a run that is about to start: its longest row, pixels, and what this GPU can do."""
     config, _ = read_config(model_args, trust_remote_code=training_args.trust_remote_code)
-    shape = read_shape(model_args, config)
+    shape = read_shape(model_args, config, **adapted_parts)
     plan = read_plan(
         training_args,
         model_args,
@@ -561,10 +563,11 @@ def describe_recipe(
     text_tokens: int,
     pictures: int,
     gpu_gib: float | None,
+    **adapted_parts: bool,
 ) -> tuple[str, bool]:
     """What `vqa-sft memory` prints, and whether the recipe fits; `values` are those of the recipe."""
     config, note = read_config(model_args, trust_remote_code=training_args.trust_remote_code)
-    shape, precision = read_shape(model_args, config), expected_precision(values)
+    shape, precision = read_shape(model_args, config, **adapted_parts), expected_precision(values)
     plan = read_plan(
         training_args,
         model_args,

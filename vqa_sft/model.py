@@ -157,9 +157,29 @@ def names_beside_decoder(model: PreTrainedModel) -> list[str]:
     return [f"{parent}.{child}".lstrip(".") for child in children]
 
 
-def lora_config(model_args: ModelConfig, model: PreTrainedModel) -> LoraConfig | None:
-    """TRL's LoRA settings; by default every linear layer of the language model is adapted and nothing else, routers of
-    experts left out (experts that are no linear layers of their own, as in Qwen3-VL-MoE, are not adapted either).
+def vision_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Names of the linear layers of the picture tower's blocks, and of what leads from them to the language model: a
+    projector, or the mergers that stand inside the tower (Qwen-VL)."""
+    beside = {part: dict(model.get_submodule(part).named_modules(prefix=part)) for part in names_beside_decoder(model)}
+    modules = {name: module for part in beside.values() for name, module in part.items()}
+    linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+    lists = [name for name, module in modules.items() if isinstance(module, torch.nn.ModuleList)]
+    if not lists:
+        return [], []
+    blocks = max(lists, key=lambda blocks: sum(name.startswith(f"{blocks}.") for name in linear))
+    tower = [name for name in linear if name.startswith(f"{blocks}.")]
+    # A tower may have a head of its own that nothing reads; where there is a projector it is that.
+    home = next(part for part in beside if f"{blocks}.".startswith(f"{part}."))
+    projector = [name for name in linear if name not in beside[home]]
+    return tower, projector or [name for name in linear if name not in tower]
+
+
+def lora_config(
+    model_args: ModelConfig, model: PreTrainedModel, *, adapt_tower: bool = False, adapt_merger: bool = False
+) -> LoraConfig | None:
+    """TRL's LoRA settings; by default every linear layer of the language model is adapted, routers of experts left out
+    (experts that are no linear layers of their own, as in Qwen3-VL-MoE, are not adapted either), and if asked for
+    those of the picture tower's blocks and of its merger or projector.
 
     The usual bare names (q_proj, ..., down_proj) would also hit the picture tower's MLP in Qwen2.5-VL, which costs
     its backward pass and makes its output change during training.
@@ -172,6 +192,11 @@ def lora_config(model_args: ModelConfig, model: PreTrainedModel) -> LoraConfig |
             if isinstance(module, torch.nn.Linear)
         } - {"lm_head", "router", "gate", "shared_expert_gate"}
         config.target_modules = re.escape(decoder_name(model)) + rf"\..*\.({'|'.join(sorted(layers))})"
+        asked = {"adapt_tower": adapt_tower, "adapt_merger": adapt_merger}
+        for (field, is_asked), names in zip(asked.items(), vision_layers(model), strict=True):
+            if is_asked and not names:
+                raise InputError(f"{field}: no such linear layers are found in {type(model).__name__}. Remove it.")
+            config.target_modules = "|".join([config.target_modules, *map(re.escape, names * is_asked)])
     return config
 
 

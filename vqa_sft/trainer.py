@@ -26,17 +26,19 @@ from vqa_sft.calibration import calibrated_nll
 from vqa_sft.collator import AnswerCollator, TrainCollator
 from vqa_sft.errors import InputError
 from vqa_sft.loss import answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
+from vqa_sft.model import names_beside_decoder
 from vqa_sft.predictions import Predictions
 from vqa_sft.scoring import supervised_logits, to_choice_logits
-from vqa_sft.speed import num_compilations
+from vqa_sft.speed import base_of, num_compilations
 
 METRICS = ("accuracy", "nll", "nll_calibrated", "ece")
 
 
 class AnswerTrainer(SFTTrainer):
     """`letter_ids` (L,) are the run's letters; `vocabulary_weight` and `letter_smoothing` are those of loss.py; batches
-    of rows that carry their letter need `end_of_turn`, the id of the token after it. An `average`, one of the
-    callbacks, is scored by every evaluation as well."""
+    of rows that carry their letter need `end_of_turn`, the id of the token after it. `vision_learning_rate` is that of
+    all trained weights outside the language model. An `average`, one of the callbacks, is scored by every evaluation
+    as well."""
 
     # `compute_loss` divides by the rows of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -50,6 +52,7 @@ class AnswerTrainer(SFTTrainer):
         vocabulary_weight: float = 0.0,
         letter_smoothing: float = 0.0,
         end_of_turn: int | None = None,
+        vision_learning_rate: float | None = None,
         average: AdapterAverage | None = None,
         **kwargs: Any,
     ) -> None:
@@ -59,6 +62,7 @@ class AnswerTrainer(SFTTrainer):
         self.letter_ids = letter_ids.to(self.args.device)
         self.vocabulary_weight, self.letter_smoothing = vocabulary_weight, letter_smoothing
         self.end_of_turn = end_of_turn
+        self.vision_learning_rate = vision_learning_rate
         self.average = average
         self.speed = Speed()
         self.add_callback(self.speed)
@@ -69,6 +73,23 @@ class AnswerTrainer(SFTTrainer):
             for parameter in self.model.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's, with groups of their own for weights that have a learning rate of their own."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.vision_learning_rate is not None:
+            base = base_of(self.model)
+            vision = {id(p) for name in names_beside_decoder(base) for p in base.get_submodule(name).parameters()}
+            groups = list(optimizer.param_groups)
+            if not any(id(parameter) in vision for group in groups for parameter in group["params"]):
+                raise InputError("vision_learning_rate: nothing outside the language model is trained. Remove it.")
+            for group in groups:
+                own = [parameter for parameter in group["params"] if id(parameter) in vision]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in vision]
+                if own:
+                    optimizer.add_param_group(group | {"params": own, "lr": self.vision_learning_rate})
+        return optimizer
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
