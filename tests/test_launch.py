@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import run_script, write_hard_contest
@@ -29,6 +30,8 @@ MODEL = TINY_PATH
 RECIPE = {"model_name_or_path": MODEL, "num_train_epochs": 2, "global_batch_size": 8}
 RECIPE |= {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True}
 RECIPE |= {"gradient_checkpointing": True, "dataloader_num_workers": 0, "disable_tqdm": True}
+# Else Adam's first steps are as long for a gradient of rounding as for any other.
+RECIPE |= {"adam_epsilon": 1e-3}
 # Runs a script under `accelerate launch` and says how many processes really worked together. DeepSpeed's CPU backend
 # compiles an all-reduce of its own when it may; gloo's does as well and needs no compiler.
 COUNTED = """
@@ -135,6 +138,9 @@ def contest(tmp_path_factory):
     return write_hard_contest(tmp_path_factory.mktemp("launch") / "contest")
 
 
+AVERAGED = {"ema": {"averaging": "ema", "ema_decay": 0.6}, "swa": {"averaging": "swa", "swa_start": 0}}
+
+
 def data(contest):
     return {"train_data": contest / "train.csv", "validation_data": contest / "validation.csv"}
 
@@ -182,16 +188,34 @@ def one_process_predictions(contest, launch, one_process):
 
 def test_training_on_two_processes_is_training_on_one(contest, launch, one_process):
     run = contest.parent / "two"
-    launch("multi_gpu", 2, "sft", **RECIPE, **data(contest), output_dir=run)
+    launch("multi_gpu", 2, "sft", **RECIPE, **data(contest), output_dir=run, **AVERAGED["ema"])
     reference = losses(one_process)
     assert len(reference) == 6 and reference[-1] < 0.5 * reference[0]
     assert losses(run) == pytest.approx(reference, abs=1e-5)
-    # Adam's first steps are as long for a gradient of rounding as for any other.
-    assert_close(adapter(run), adapter(one_process), atol=2e-4, rtol=0)
+    assert_close(adapter(run), adapter(one_process), atol=1e-5, rtol=0)
+    # The first moments are means of the gradients of all steps.
+    ours, theirs = (torch.load(path / "checkpoint-6" / "optimizer.pt")["state"] for path in (run, one_process))
+    assert max(state["exp_avg"].abs().max() for state in theirs.values()) > 1e-2
+    for number, state in theirs.items():
+        assert_close(ours[number]["exp_avg"], state["exp_avg"], atol=1e-6, rtol=1e-4)
+    assert_close_average(run, contest, "ema")
 
 
 def adapter(run):
-    return load_file(run / "adapter_model.safetensors")
+    """The weights after the last step; a run may end with those of another, or with an average."""
+    return load_file(run / "checkpoint-6" / "adapter_model.safetensors")
+
+
+def assert_close_average(run, contest, kind):
+    """The average is that of one process, of other weights than the last, and is scored the same."""
+    one = run.with_name(f"one_{kind}")
+    values = RECIPE | data(contest) | AVERAGED[kind] | {"output_dir": one}
+    run_script("sft", *(str(token) for key, value in values.items() for token in (f"--{key}", value)))
+    ours, theirs = (load_file(path / "checkpoint-6" / "average.safetensors") for path in (run, one))
+    assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert max((adapter(one)[name.replace(".default", "")] - theirs[name]).abs().max() for name in theirs) > 1e-3
+    ours, theirs = (json.loads((path / "metrics.json").read_text()) for path in (run, one))
+    assert ours["nll_average"] == pytest.approx(theirs["nll_average"], abs=1e-4) != theirs["nll_raw"]
 
 
 def test_prediction_on_two_processes_writes_the_same_bytes(contest, launch, one_process, one_process_predictions):
@@ -208,9 +232,13 @@ def test_zero_trains_as_plain_ddp_and_saves_an_adapter(
     contest, launch, one_process, one_process_predictions, tmp_path, stage
 ):
     run, output = tmp_path / stage, tmp_path / "out.csv"
-    launch(stage, 2, "sft", **RECIPE, **data(contest), output_dir=run)
-    assert losses(run) == pytest.approx(losses(one_process), abs=1e-4)
-    assert_close(adapter(run), adapter(one_process), atol=1e-3, rtol=0)
+    # Stage 3 cannot average; at stage 2 the mean is worse than the last weights, with which the run ends then too.
+    averaged = AVERAGED["swa"] if stage == "zero2" else {}
+    launch(stage, 2, "sft", **RECIPE, **data(contest), output_dir=run, **averaged)
+    if averaged:
+        assert_close_average(run, contest, "swa")
+    assert losses(run) == pytest.approx(losses(one_process), abs=1e-5)
+    assert_close(adapter(run), adapter(one_process), atol=1e-5, rtol=0)
     arguments = prediction(run, contest) | {"output": output}
     run_script("predict", "--use_cpu", *(token for key, value in arguments.items() for token in (f"--{key}", value)))
     reference = read_predictions(one_process_predictions.with_suffix(".parquet"))
