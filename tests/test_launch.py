@@ -30,8 +30,8 @@ MODEL = TINY_PATH
 RECIPE = {"model_name_or_path": MODEL, "num_train_epochs": 2, "global_batch_size": 8}
 RECIPE |= {"per_device_train_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True}
 RECIPE |= {"gradient_checkpointing": True, "dataloader_num_workers": 0, "disable_tqdm": True}
-# Else Adam's first steps are as long for a gradient of rounding as for any other.
-RECIPE |= {"adam_epsilon": 1e-3}
+# Without that epsilon Adam's first steps are as long for a gradient of rounding as for any other.
+RECIPE |= {"adam_epsilon": 1e-3, "image_augmentation": 0.1}
 # Runs a script under `accelerate launch` and says how many processes really worked together. DeepSpeed's CPU backend
 # compiles an all-reduce of its own when it may; gloo's does as well and needs no compiler.
 COUNTED = """

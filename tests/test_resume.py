@@ -25,6 +25,7 @@ MODEL = TINY_PATH
 RECIPE = {"model_name_or_path": MODEL, "num_train_epochs": 8, "global_batch_size": 8}
 RECIPE |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True}
 RECIPE |= {"gradient_checkpointing": False, "disable_tqdm": True, "shuffle_choices": True}
+RECIPE |= {"image_augmentation": 0.2, "flip_images": True}
 
 
 @pytest.fixture(scope="module")
