@@ -100,7 +100,8 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
         raise InputError("averaging needs whole weights on every process: launch by DDP or ZeRO-2, or remove it.")
     if args.vision_learning_rate is not None and launch.has_own_optimizer():
         raise InputError("DeepSpeed's configuration names an optimizer, which has one learning rate: remove it there.")
-    launch.check_pictures([part for part in (train, validation) if isinstance(part, datasets.Dataset)])
+    known = [part for part in (train, validation) if isinstance(part, datasets.Dataset)]
+    launch.check_pictures(known)
     rows_a_step = training_args.per_device_train_batch_size * training_args.world_size
     if training_args.dataloader_drop_last and not args.streaming and len(train) < rows_a_step:
         raise InputError(f"dataloader_drop_last drops all {len(train)} rows: a step takes {rows_a_step}. Remove it.")
@@ -192,6 +193,8 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
             callbacks=callbacks,
             average=average,
         )
+    trains_vision = any(p.requires_grad for p in models.vision_parameters(speed.base_of(trainer.model)))
+    launch.check_pictures(known, trains_vision=trains_vision)
     if args.fast:
         speed.speed_up_training(trainer, num_rows, compile_layers=args.compile_layers)
     if features is not None:

@@ -157,6 +157,11 @@ def names_beside_decoder(model: PreTrainedModel) -> list[str]:
     return [f"{parent}.{child}".lstrip(".") for child in children]
 
 
+def vision_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """All weights outside the language model."""
+    return [weight for part in names_beside_decoder(model) for weight in model.get_submodule(part).parameters()]
+
+
 def vision_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """Names of the linear layers of the picture tower's blocks, and of what leads from them to the language model: a
     projector, or the mergers that stand inside the tower (Qwen-VL)."""

@@ -26,7 +26,7 @@ from vqa_sft.calibration import calibrated_nll
 from vqa_sft.collator import AnswerCollator, TrainCollator
 from vqa_sft.errors import InputError
 from vqa_sft.loss import answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
-from vqa_sft.model import names_beside_decoder
+from vqa_sft.model import vision_parameters
 from vqa_sft.predictions import Predictions
 from vqa_sft.scoring import supervised_logits, to_choice_logits
 from vqa_sft.speed import base_of, num_compilations
@@ -79,8 +79,7 @@ class AnswerTrainer(SFTTrainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         if is_new and self.vision_learning_rate is not None:
-            base = base_of(self.model)
-            vision = {id(p) for name in names_beside_decoder(base) for p in base.get_submodule(name).parameters()}
+            vision = set(map(id, vision_parameters(base_of(self.model))))
             groups = list(optimizer.param_groups)
             if not any(id(parameter) in vision for group in groups for parameter in group["params"]):
                 raise InputError("vision_learning_rate: nothing outside the language model is trained. Remove it.")
