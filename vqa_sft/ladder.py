@@ -45,13 +45,16 @@ TRICKS: dict[str, dict[str, Any]] = {
     "both losses": {"vocabulary_weight": 0.2},
     "shuffled choices": {"shuffle_choices": True},
     "letter smoothing": {"letter_smoothing": 0.1},
-    "best epoch by NLL": {"eval_strategy": "epoch", "load_best_model_at_end": True},
+    "best epoch by NLL": {"eval_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "nll"},
+    "best epoch by calibrated NLL": {"eval_strategy": "epoch", "load_best_model_at_end": True},
     "EMA": {"averaging": "ema"},
     "SWA": {"averaging": "swa"},
-    "augmented pictures": {"image_augmentation": 0.1},
+    "augmented pictures": {"image_augmentation": 0.1, "cache_image_features": False},
+    "adapted tower": {"adapt_tower": True, "cache_image_features": False},
 }
 NAIVE, SOUP, DEFAULTS = "naive", "soup of three seeds", "defaults"
-TOGETHER = [name for name in TRICKS if name not in ("both losses", "SWA")]  # two that exclude others
+# Without those of which another is taken.
+TOGETHER = [name for name in TRICKS if name not in ("both losses", "SWA", "best epoch by NLL")]
 RECIPES: dict[str, dict[str, Any]] = {
     NAIVE: {},
     "plain": PLAIN,
@@ -168,8 +171,6 @@ def recipe_values(task: TaskSet, keys: dict, data: Path, run: Path, seed: int, u
     values = {"train_data": data / "train.csv", "output_dir": run, "seed": seed, "num_train_epochs": task.num_epochs}
     values |= {"use_cpu": use_cpu, "compile_layers": False, "check_images": False, "disable_tqdm": True}
     values |= {"overwrite": True, "cache_image_features": True}
-    if keys.get("image_augmentation"):
-        values["cache_image_features"] = False
     return values | keys
 
 
