@@ -11,7 +11,9 @@ launcher itself then ends with 1).
 
 import functools
 import gc
+import math
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -40,18 +42,20 @@ def main() -> None:
     recipe = read_recipe(sys.argv[1:])
     runs = recipe.runs()
     folders = [run.values["output_dir"] for run in runs]
-    hours = recipe.arguments.time_budget_h
-    budget = None if hours is None else checkpoints.TimeBudget(3600 * hours, STARTED_S)
+    stop = checkpoints.SaveAndStop(3600 * (recipe.arguments.time_budget_h or math.inf), STARTED_S)
+    is_stopped = False
     for number, run in enumerate(runs):
         if number:
             free_memory()
         if len(runs) > 1 and is_main:
             print(f"\nFold {number + 1} of {len(runs)}: {folders[number]}")
-        if not train(run, is_main, budget, folders):
+        if not train(run, is_main, stop, folders):
+            why = "SIGTERM" if stop.got_sigterm else "Time is up"
             left = ", then " * (number + 1 < len(runs)) + ", ".join(folders[number + 1 :])
             how = " without --overwrite" * recipe.arguments.overwrite
+            is_stopped = True
             if is_main:
-                print(f"Time is up. {folders[number]} goes on by the same command{how}{left}.")
+                print(f"{why}. {folders[number]} goes on by the same command{how}{left}.")
             break
     else:
         if recipe.arguments.fold == "all" and is_main:
@@ -59,10 +63,12 @@ def main() -> None:
     from vqa_sft import launch
 
     launch.leave()
+    if is_stopped and stop.got_sigterm:
+        sys.exit(128 + signal.SIGTERM)  # as of a process that the signal ended
 
 
-def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, folders: list[str]) -> bool:
-    """One run from its data to its folder; whether it is finished, and not only out of time. `folders` are those of all
+def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders: list[str]) -> bool:
+    """One run from its data to its folder; whether it is finished, and not only stopped. `folders` are those of all
     runs of this launch, which an overwriting one moves aside."""
     # The recipe and the data are checked before torch touches a device.
     args, output_dir = recipe.arguments, recipe.values["output_dir"]
@@ -87,7 +93,7 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
     launch.check_processes(use_cpu=bool(recipe.values.get("use_cpu")))
     precision = models.choose_precision(recipe.values)
     training_args, model_args = recipe.training_args(precision), recipe.model_args()
-    if budget is not None and launch.from_main(budget.is_over()):
+    if stop.must_stop():
         return False
     parts = launch.from_main(parts)
     train, validation = select(loaded, parts, TRAIN), select(loaded, parts, VALIDATION)
@@ -154,8 +160,7 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
     if args.averaging:
         average = averaging.AdapterAverage(args.averaging, decay=args.ema_decay, start=args.swa_start)
     callbacks = [curves.WriteCurves()] + [average] * (average is not None)
-    callbacks += [budget] * (budget is not None)
-    callbacks.append(checkpoints.MarkWholeCheckpoints())  # after what else is saved
+    callbacks += [stop, checkpoints.MarkWholeCheckpoints()]  # the marker after what else is saved
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     with explains(ValueError, "the recipe does not fit the model"):
@@ -182,6 +187,7 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
             letter_smoothing=args.letter_smoothing,
             callbacks=callbacks,
             average=average,
+            stop=stop,
         )
     if args.fast:
         speed.speed_up_training(trainer, num_rows, compile_layers=args.compile_layers)
@@ -194,16 +200,19 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
     checkpoint = checkpoints.last_whole_checkpoint(output_dir)
     if checkpoint is not None and is_main:
         print(f"Going on from {checkpoint}.")
-    with memory.explains_out_of_memory(
-        training_args,
-        needs,
-        is_evaluating=lambda: not trainer.model.training,
-        last_checkpoint=lambda: checkpoints.last_whole_checkpoint(output_dir),
-        states_global_batch=args.global_batch_size is not None,
-        auto_batch=args.auto_batch,
+    with (
+        memory.explains_out_of_memory(
+            training_args,
+            needs,
+            is_evaluating=lambda: not trainer.model.training,
+            last_checkpoint=lambda: checkpoints.last_whole_checkpoint(output_dir),
+            states_global_batch=args.global_batch_size is not None,
+            auto_batch=args.auto_batch,
+        ),
+        stop.listening(),
     ):
         trainer.train(resume_from_checkpoint=checkpoint)
-    if budget is not None and budget.has_stopped:
+    if stop.has_stopped:
         return False
 
     # Evaluate and save

@@ -189,6 +189,7 @@ REFUSED = {
     "auto_find_batch_size": "it would change the global batch in silence",
     "prediction_loss_only": "it drops the metrics that choose the best checkpoint",
     "batch_eval_metrics": "metrics are computed over all validation rows at once",
+    "enable_jit_checkpoint": "a SIGTERM saves and stops by itself, and these checkpoints would not count",
     "train_sampling_strategy": "rows have no length before the collator",
     "chat_template_path": "the prompt would no longer be the model's own",
     "eos_token": "nothing is generated",

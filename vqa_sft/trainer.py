@@ -5,7 +5,7 @@ the letters. Everything else (loop, distribution, checkpoints, logging) is the l
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from trl import SFTTrainer
 
 from vqa_sft import averaging, metrics
 from vqa_sft.averaging import AdapterAverage
+from vqa_sft.checkpoints import MARKER, SaveAndStop, keep_worker
 from vqa_sft.collator import AnswerCollator, TrainCollator
 from vqa_sft.errors import InputError
 from vqa_sft.loss import answer_loss, letter_targets, own_logits, smooth
@@ -31,7 +32,8 @@ from vqa_sft.speed import num_compilations
 
 class AnswerTrainer(SFTTrainer):
     """`letter_ids` (L,) are the run's letters; `vocabulary_weight` and `letter_smoothing` are those of loss.py. An
-    `average`, one of the callbacks, is scored by every evaluation as well."""
+    `average`, one of the callbacks, is scored by every evaluation as well; `stop`, another, keeps the loaders' workers
+    from a SIGTERM while it listens."""
 
     # `compute_loss` divides by the rows of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -45,6 +47,7 @@ class AnswerTrainer(SFTTrainer):
         vocabulary_weight: float = 0.0,
         letter_smoothing: float = 0.0,
         average: AdapterAverage | None = None,
+        stop: SaveAndStop | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("compute_metrics", letter_metrics)
@@ -52,7 +55,7 @@ class AnswerTrainer(SFTTrainer):
         self.eval_collator = eval_collator
         self.letter_ids = letter_ids.to(self.args.device)
         self.vocabulary_weight, self.letter_smoothing = vocabulary_weight, letter_smoothing
-        self.average = average
+        self.average, self.stop = average, stop
         self.speed = Speed()
         self.add_callback(self.speed)
         self.add_callback(EpochForCollator(data_collator))
@@ -157,6 +160,13 @@ class AnswerTrainer(SFTTrainer):
         with self._evaluation_collator():
             return super().get_test_dataloader(test_dataset)
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        if self.stop is not None:
+            base = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+            base.worker_init_fn = partial(_init_worker, base.worker_init_fn, self.stop.is_listening)
+        return loader
+
     @contextmanager
     def _evaluation_collator(self) -> Iterator[None]:
         train_collator, self.data_collator = self.data_collator, self.eval_collator
@@ -165,6 +175,16 @@ class AnswerTrainer(SFTTrainer):
             yield
         finally:
             self.data_collator, self.args.dataloader_drop_last = train_collator, drops_last
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """While it is written, a checkpoint does not count and no older one is deleted: see MarkWholeCheckpoints."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if self.args.should_save:  # a step may be saved twice, at the end of an epoch
+            Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", MARKER).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Checkpoints hold the model's own names. `save_pretrained` writes those of the hub, which the Trainer
@@ -186,6 +206,12 @@ class AnswerTrainer(SFTTrainer):
                 f"a checkpoint in {self.args.output_dir} is of another model: {len(missing)} of the weights are not in "
                 f"it, {len(load_result.unexpected_keys)} others are. Start anew with --overwrite."
             )
+
+
+def _init_worker(init: Callable[[int], None] | None, is_listening: torch.Tensor, worker: int) -> None:
+    keep_worker(is_listening)
+    if init is not None:
+        init(worker)
 
 
 class EpochForCollator(TrainerCallback):

@@ -1,0 +1,118 @@
+"""What a run survives: it ends in one line, and the same command then ends as the run that was not disturbed."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import threading
+from types import SimpleNamespace
+
+import pytest
+from conftest import run_script, write_hard_contest
+
+from vqa_sft import checkpoints, run_folder
+from vqa_sft.predictions import read_predictions
+from vqa_sft.tiny import TINY_PATH
+from vqa_sft.trainer import AnswerTrainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """`train(output_dir, key=value, ...)`: 24 rows, two epochs of 3 steps of 2 x 4 rows, in this process."""
+    contest = write_hard_contest(tmp_path_factory.mktemp("survives") / "contest")
+    data = {"train_data": contest / "train.csv", "validation_data": contest / "validation.csv"}
+    recipe = {"model_name_or_path": TINY_PATH, "num_train_epochs": 2, "global_batch_size": 8, "learning_rate": 1e-2}
+    recipe |= {"per_device_train_batch_size": 4, "dataloader_num_workers": 0, "logging_steps": 1, "use_cpu": True}
+    recipe |= {"gradient_checkpointing": False, "disable_tqdm": True, "cache_image_features": False}
+
+    def run(output_dir, **values):
+        values = recipe | data | {"output_dir": output_dir} | values
+        run_script("sft", *(token for key, value in values.items() for token in (f"--{key}", value)))
+        return output_dir
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory):
+    """What a run that was not disturbed has learnt."""
+    return result(train(tmp_path_factory.mktemp("whole") / "run"))
+
+
+def result(run):
+    """The adapter in bytes, and what it answers."""
+    validation = read_predictions(run / run_folder.VALIDATION)
+    return (run / "adapter_model.safetensors").read_bytes(), validation.ids, validation.choice_logits
+
+
+@pytest.fixture
+def at_loss(monkeypatch):
+    """`at_loss(number, act)`: before the training's loss of that number, counted from 1, `act(trainer, inputs)`."""
+
+    def patch(number, act):
+        compute_loss, calls = AnswerTrainer.compute_loss, []
+
+        def patched(self, model, inputs, *args, **kwargs):
+            if self.model.training:
+                calls.append(1)
+                if len(calls) == number:
+                    act(self, inputs)
+            return compute_loss(self, model, inputs, *args, **kwargs)
+
+        monkeypatch.setattr(AnswerTrainer, "compute_loss", patched)
+
+    return patch
+
+
+def send_sigterm(trainer, inputs):
+    """As a scheduler does it that signals all processes, and then signals again."""
+    pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+    for _ in range(2):  # by another process: a worker takes its parent's for an order to end
+        subprocess.run(["kill", "-TERM", *map(str, pids)], check=True)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_sigterm_ends_a_run_after_the_step_at_hand(train, whole, at_loss, tmp_path, capsys, num_workers):
+    run, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
+    at_loss(3, send_sigterm)  # the first half of the second step
+    with pytest.raises(SystemExit) as stop:
+        train(run, dataloader_num_workers=num_workers)
+    assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    said = capsys.readouterr()
+    assert f"SIGTERM. {run} goes on by the same command.\n" in said.out and "Traceback" not in said.err
+    assert checkpoints.last_whole_checkpoint(run) == str(run / "checkpoint-2")
+    assert not run_folder.is_finished(run)
+    assert result(train(run, dataloader_num_workers=num_workers)) == whole
+
+
+def test_a_sigterm_in_any_process_stops_them_all(monkeypatch):
+    stop = checkpoints.SaveAndStop()
+    assert not stop.must_stop()
+    monkeypatch.setattr(checkpoints, "gather_object", lambda own: [*own, (False, True, 0.0)])
+    assert stop.must_stop() and stop.got_sigterm
+
+
+def test_several_processes_look_after_every_step_only_where_steps_are_slow(monkeypatch):
+    args, control = SimpleNamespace(world_size=2), SimpleNamespace()
+    stop, now_s, looks = checkpoints.SaveAndStop(), [0.0], []
+    monkeypatch.setattr(checkpoints, "gather_object", lambda own: looks.append(step) or own)
+    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now_s[0])
+    for step in range(1, 41):
+        now_s[0] += 2.0 if step < 5 else 0.1
+        stop.on_step_end(args, SimpleNamespace(global_step=step, max_steps=100), control)
+    assert looks == [1, 2, 3, 4, 5, 15, 25, 35]
+
+
+def test_a_training_in_another_thread_leaves_signals_alone():
+    stop, before, found = checkpoints.SaveAndStop(), signal.getsignal(signal.SIGTERM), []
+
+    def listen():
+        with stop.listening():
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert found == [before]
