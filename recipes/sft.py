@@ -205,7 +205,6 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
             training_args,
             needs,
             is_evaluating=lambda: not trainer.model.training,
-            last_checkpoint=lambda: checkpoints.last_whole_checkpoint(output_dir),
             states_global_batch=args.global_batch_size is not None,
             auto_batch=args.auto_batch,
         ),

@@ -8,10 +8,13 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import run_script, write_hard_contest
 
-from vqa_sft import checkpoints, run_folder
+from vqa_sft import checkpoints, run_folder, trainer
+from vqa_sft.loss import answer_loss
 from vqa_sft.predictions import read_predictions
+from vqa_sft.scoring import answer_logits
 from vqa_sft.tiny import TINY_PATH
 from vqa_sft.trainer import AnswerTrainer
 
@@ -116,3 +119,81 @@ def test_a_training_in_another_thread_leaves_signals_alone():
     thread.start()
     thread.join()
     assert found == [before]
+
+
+@pytest.fixture
+def spoil(at_loss, monkeypatch):
+    """`spoil(number, spoiled)`: the losses (B,) of that number are `spoiled(losses)`."""
+
+    def patch(number, spoiled):
+        def act(model, inputs):
+            with_next = iter([spoiled])
+            monkeypatch.setattr(trainer, "answer_loss", lambda *args: next(with_next, lambda x: x)(answer_loss(*args)))
+
+        at_loss(number, act)
+
+    return patch
+
+
+def second_is_nan(losses):
+    return losses * torch.tensor([1.0, float("nan")] + [1.0] * (len(losses) - 2))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_its_row(train, spoil, whole, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    spoil(8, second_is_nan)  # in the fourth step; looked at when the fifth is saved, after two bad ones
+    seen = []
+    monkeypatch.setattr(trainer.AnswerTrainer, "training_step", record_ids(seen))
+    with pytest.raises(SystemExit) as stop:
+        train(run, logging_steps=100)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error
+    assert f"error: The loss of step 4 is nan or infinite in row {seen[7][1]}." in error
+    assert f"the same command goes on from {run / 'checkpoint-3'}." in error
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3"]
+    assert result(train(run, logging_steps=100)) == whole
+
+
+def record_ids(seen):
+    training_step = trainer.AnswerTrainer.training_step
+
+    def patched(self, model, inputs, *args, **kwargs):
+        seen.append(inputs["ids"])
+        return training_step(self, model, inputs, *args, **kwargs)
+
+    return patched
+
+
+class NanGradient(torch.autograd.Function):
+    """Its result is its argument, its gradient is no number."""
+
+    @staticmethod
+    def forward(ctx, losses):
+        return losses.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("nan")
+
+
+def test_weights_that_are_no_numbers_are_never_saved(train, spoil, tmp_path, capsys):
+    spoil(6, NanGradient.apply)  # the last before the first checkpoint, whose losses are all numbers
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "run")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "error: The gradient of step 3 is nan or infinite in rows row_" in error
+    assert "starts anew: no checkpoint is whole yet" in error
+    assert not [*(tmp_path / "run").glob("**/*.safetensors")]
+
+
+def test_answers_that_are_no_numbers_end_an_evaluation_and_name_their_rows(train, tmp_path, capsys, monkeypatch):
+    def logits(model, inputs):
+        found = answer_logits(model, inputs)
+        return found if model.training else found * float("nan")
+
+    monkeypatch.setattr(trainer, "answer_logits", logits)
+    with pytest.raises(SystemExit) as stop:
+        train(tmp_path / "run")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error
+    assert "The loss in the evaluation after step 3 is nan or infinite in rows row_024, row_025," in error

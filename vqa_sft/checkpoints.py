@@ -119,6 +119,12 @@ def keep_worker(is_listening: torch.Tensor) -> None:
     signal.signal(signal.SIGTERM, lambda *_: None if is_listening else os._exit(0))
 
 
+def goes_on(output_dir: str | Path) -> str:
+    """The end of a message: where the same command goes on."""
+    checkpoint = last_whole_checkpoint(output_dir)
+    return f"goes on from {checkpoint}." if checkpoint else "starts anew: no checkpoint is whole yet."
+
+
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint with a marker, or None."""
     whole = [path for path in _checkpoints(output_dir) if (path / MARKER).exists()]

@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from trl import ModelConfig, SFTConfig
 
 from vqa_sft import attention, launch, lora, packing, speed
+from vqa_sft.checkpoints import goes_on
 from vqa_sft.collator import render_prompt
 from vqa_sft.errors import InputError, ProcessError, explains
 from vqa_sft.model import DTYPES, LOADING_ERRORS, decoder_name, lora_config
@@ -689,7 +690,6 @@ def explains_out_of_memory(
     needs: Callable[[], tuple[Shape, Plan]],
     *,
     is_evaluating: Callable[[], bool],
-    last_checkpoint: Callable[[], str | None],
     states_global_batch: bool,
     auto_batch: bool,
 ) -> Iterator[None]:
@@ -697,8 +697,7 @@ def explains_out_of_memory(
     try:
         yield
     except torch.cuda.OutOfMemoryError:
-        evaluating, checkpoint = is_evaluating(), last_checkpoint()
-        changes = []
+        evaluating, changes = is_evaluating(), []
         if not launch.is_sharded():
             with suppress(InputError):  # a family whose memory is not known here
                 shape, plan = needs()
@@ -718,8 +717,7 @@ def explains_out_of_memory(
             f"the memory of GPU {training_args.local_process_index} ran out in "
             f"{'evaluation' if evaluating else 'training'}. What fits by estimate, each line alone:\n"
             + "\n".join(f"  {change}" for change in changes)
-            + "\nThe same command with it "
-            + (f"goes on from {checkpoint}." if checkpoint else "starts anew: no checkpoint is whole yet.")
+            + f"\nThe same command with it {goes_on(training_args.output_dir)}"
         ) from None
 
 
