@@ -9,6 +9,7 @@ where a killed run stopped. Mistakes in the recipe or the data end with exit cod
 launcher itself then ends with 1).
 """
 
+import contextlib
 import functools
 import gc
 import math
@@ -17,6 +18,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from typing import Any
 
 from vqa_sft.quiet import quiet
 
@@ -44,12 +46,16 @@ def main() -> None:
     folders = [run.values["output_dir"] for run in runs]
     stop = checkpoints.SaveAndStop(3600 * (recipe.arguments.time_budget_h or math.inf), STARTED_S)
     is_stopped = False
-    for number, run in enumerate(runs):
+    for number in range(len(runs)):
         if number:
             free_memory()
         if len(runs) > 1 and is_main:
             print(f"\nFold {number + 1} of {len(runs)}: {folders[number]}")
-        if not train(run, is_main, stop, folders):
+        while isinstance(ended := train(runs[number], is_main, stop, folders), dict):
+            # The folds to come have the same GPU.
+            runs[number:] = [run.going_on(ended) for run in runs[number:]]
+            free_memory()
+        if not ended:
             why = "SIGTERM" if stop.got_sigterm else "Time is up"
             left = ", then " * (number + 1 < len(runs)) + ", ".join(folders[number + 1 :])
             how = " without --overwrite" * recipe.arguments.overwrite
@@ -67,9 +73,10 @@ def main() -> None:
         sys.exit(128 + signal.SIGTERM)  # as of a process that the signal ended
 
 
-def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders: list[str]) -> bool:
-    """One run from its data to its folder; whether it is finished, and not only stopped. `folders` are those of all
-    runs of this launch, which an overwriting one moves aside."""
+def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders: list[str]) -> bool | dict[str, Any]:
+    """One run from its data to its folder; whether it is finished, and not only stopped. Where the GPU's memory ran
+    out, settings with which it goes on. `folders` are those of all runs of this launch, which an overwriting one moves
+    aside."""
     # The recipe and the data are checked before torch touches a device.
     args, output_dir = recipe.arguments, recipe.values["output_dir"]
     run_folder.check(output_dir, recipe.values, args.overwrite, inputs=recipe.inputs())
@@ -81,6 +88,7 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     parts = split(recipe, loaded) if is_main else None
 
     import datasets
+    import torch
     from accelerate import PartialState
     from transformers import EarlyStoppingCallback
 
@@ -160,7 +168,8 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     if args.averaging:
         average = averaging.AdapterAverage(args.averaging, decay=args.ema_decay, start=args.swa_start)
     callbacks = [curves.WriteCurves()] + [average] * (average is not None)
-    callbacks += [stop, checkpoints.MarkWholeCheckpoints()]  # the marker after what else is saved
+    marks = checkpoints.MarkWholeCheckpoints()
+    callbacks += [stop, marks]  # the marker after what else is saved
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     with explains(ValueError, "the recipe does not fit the model"):
@@ -200,17 +209,30 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     checkpoint = checkpoints.last_whole_checkpoint(output_dir)
     if checkpoint is not None and is_main:
         print(f"Going on from {checkpoint}.")
+    of_batch = {"states_global_batch": args.global_batch_size is not None, "auto_batch": args.auto_batch}
+    smaller, ran_out = memory.halve_batch(training_args, **of_batch), False
     with (
         memory.explains_out_of_memory(
-            training_args,
-            needs,
-            is_evaluating=lambda: not trainer.model.training,
-            states_global_batch=args.global_batch_size is not None,
-            auto_batch=args.auto_batch,
+            training_args, needs, is_evaluating=lambda: not trainer.model.training, **of_batch
         ),
         stop.listening(),
     ):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except torch.cuda.OutOfMemoryError:
+            if smaller is None or not trainer.model.training:
+                raise
+            ran_out = True
+    if ran_out:
+        trainer.model.zero_grad()
+        free_memory()  # the error is gone by now, and what it held on to
+        with stop.listening(), contextlib.suppress(torch.cuda.OutOfMemoryError):
+            marks.save_finished_step(trainer)
+        print(
+            f"The GPU's memory ran out at {training_args.per_device_train_batch_size} rows at a time. Going on with "
+            f"{smaller['per_device_train_batch_size']}; the rows of a step stay."
+        )
+        return smaller
     if stop.has_stopped:
         return False
 
@@ -248,6 +270,8 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
             columns=loaded[0].columns,
             num_rows={"train": None if args.streaming else len(train), "validation": len(validation or [])},
             num_processes=training_args.world_size,
+            micro_batch=training_args.per_device_train_batch_size,
+            accumulation=training_args.gradient_accumulation_steps,
         )
         hub.write_card(output_dir)
         print(f"Saved to {output_dir}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))

@@ -1,5 +1,6 @@
 """What a run survives: it ends in one line, and the same command then ends as the run that was not disturbed."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import run_script, write_hard_contest
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from vqa_sft import checkpoints, run_folder, trainer
 from vqa_sft.loss import answer_loss
@@ -18,6 +21,7 @@ from vqa_sft.scoring import answer_logits
 from vqa_sft.tiny import TINY_PATH
 from vqa_sft.trainer import AnswerTrainer
 
+ADAPTER = "adapter_model.safetensors"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -47,7 +51,7 @@ def whole(train, tmp_path_factory):
 def result(run):
     """The adapter in bytes, and what it answers."""
     validation = read_predictions(run / run_folder.VALIDATION)
-    return (run / "adapter_model.safetensors").read_bytes(), validation.ids, validation.choice_logits
+    return (run / ADAPTER).read_bytes(), validation.ids, validation.choice_logits
 
 
 @pytest.fixture
@@ -197,3 +201,51 @@ def test_answers_that_are_no_numbers_end_an_evaluation_and_name_their_rows(train
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in error
     assert "The loss in the evaluation after step 3 is nan or infinite in rows row_024, row_025," in error
+
+
+def test_a_training_whose_memory_runs_out_goes_on_with_half_the_micro_batch(
+    train, whole, tmp_path, capsys, monkeypatch
+):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        rows, step = inputs["ids"], self.state.global_step
+        if self.model.training and (len(rows) > 2 or step == 1 and len(rows) > 1 and steps.get(step)):
+            steps.pop(step, None)  # its micro-batches so far are lost
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if self.model.training:
+            steps.setdefault(step, []).append(rows)
+        return true_compute_loss(self, model, inputs, *args, **kwargs)
+
+    run, steps, true_compute_loss = tmp_path / "run", {}, AnswerTrainer.compute_loss
+    with monkeypatch.context() as patch:
+        seen = []
+        patch.setattr(AnswerTrainer, "training_step", record_ids(seen))
+        train(tmp_path / "undisturbed")
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", compute_loss)
+    train(run)
+    said = capsys.readouterr().out
+    # At 4 rows before any step is finished, at 2 rows in the second micro-batch of the second step.
+    assert said.count("The GPU's memory ran out") == 2 and "at 2 rows at a time. Going on with 1;" in said
+    assert f"Going on from {run / 'checkpoint-1'}." in said
+    assert [len(steps[step][0]) for step in range(6)] == [2, 1, 1, 1, 1, 1]
+    flat = [row for step in range(6) for rows in steps[step] for row in rows]
+    assert flat == [row for rows in seen for row in rows]
+    assert sorted(flat[:24]) == sorted(flat[24:]) == sorted(set(flat))
+    before, after = load_file(tmp_path / "undisturbed" / ADAPTER), load_file(run / ADAPTER)
+    assert_close(after, before, rtol=1e-3, atol=1e-3)
+    assert json.loads((run / run_folder.RUN).read_text())["micro_batch"] == 1
+    assert "per_device_train_batch_size: 1\n" in (run / run_folder.RECIPE).read_text()
+
+
+def test_a_step_that_broke_off_in_the_optimiser_is_not_saved(tmp_path):
+    marks, saved = checkpoints.MarkWholeCheckpoints(), []
+    handler = SimpleNamespace(on_save=lambda *args: None)
+    state, args = SimpleNamespace(global_step=3), SimpleNamespace(output_dir=tmp_path)
+    broken = SimpleNamespace(state=state, args=args, model=None, control=None, callback_handler=handler)
+    broken._save_checkpoint = lambda *args, **kwargs: saved.append(state.global_step)
+    marks.on_train_begin(args, state, None)
+    marks.on_pre_optimizer_step(args, state, None)
+    marks.save_finished_step(broken)
+    assert saved == []
+    marks.on_step_end(args, state, None)
+    marks.save_finished_step(broken)
+    assert saved == [3]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 MARKER = "complete"
@@ -25,6 +25,25 @@ class MarkWholeCheckpoints(TrainerCallback):
     The Trainer writes checkpoints in place, `trainer_state.json` among the first files, so that a folder killed half
     way looks whole. Ours counts only with the marker.
     """
+
+    def __init__(self) -> None:
+        self.is_between_steps = False  # weights and optimiser are those of the last step
+
+    def save_finished_step(self, trainer: Trainer) -> None:
+        """Save the last step of a training that broke off in the next, if it is not saved and can be."""
+        folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
+        if self.is_between_steps and trainer.state.global_step and not (folder / MARKER).exists():
+            trainer._save_checkpoint(trainer.model, trial=None)
+            trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.is_between_steps = True
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.is_between_steps = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.is_between_steps = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()

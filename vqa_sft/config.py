@@ -263,6 +263,11 @@ class Recipe:
             raise InputError(f"{own.folds_file} has no fold but -1, whose rows are always trained on.")
         return runs
 
+    def going_on(self, settings: dict[str, Any]) -> "Recipe":
+        """The same run with other `settings`, to go on in its folder."""
+        arguments = replace(self.arguments, overwrite=False, auto_batch=False)
+        return replace(self, values=self.values | settings, arguments=arguments)
+
     def inputs(self) -> list[str]:
         """What a run reads from disk, as far as it is on disk."""
         own = self.arguments

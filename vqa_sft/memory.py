@@ -684,6 +684,25 @@ def choose_batch(training_args: SFTConfig, needs: Callable[[], tuple[Shape, Plan
     )
 
 
+def halve_batch(training_args: SFTConfig, *, states_global_batch: bool, auto_batch: bool) -> dict[str, Any] | None:
+    """Settings with which a training whose memory ran out goes on: half the micro-batch or less, the same rows a step.
+
+    None at one row; for several processes, of which the others would wait for ever; and where the rows that are
+    dropped at the end of an epoch depend on the micro-batch.
+    """
+    size = training_args.per_device_train_batch_size
+    if size == 1 or training_args.world_size > 1 or launch.is_sharded() or training_args.dataloader_drop_last:
+        return None
+    rows = size * training_args.gradient_accumulation_steps
+    half = max(smaller for smaller in range(1, size // 2 + 1) if rows % smaller == 0)
+    settings = {"per_device_train_batch_size": half}
+    if not states_global_batch:
+        settings["gradient_accumulation_steps"] = rows // half
+    if auto_batch:  # it would choose the same again
+        settings |= {"auto_batch": False, "gradient_checkpointing": training_args.gradient_checkpointing}
+    return settings
+
+
 @contextmanager
 def explains_out_of_memory(
     training_args: SFTConfig,

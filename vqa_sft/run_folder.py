@@ -1,8 +1,8 @@
 """A run folder describes itself: predict.py needs the folder and the data, nothing else.
 
 runs/demo/
-  recipe.yaml           what the user asked for
-  run.json              what it became: precision, letters, prompts, columns, versions, commit
+  recipe.yaml           what the user asked for; micro-batches as they are when a GPU's memory ran out
+  run.json              what it became: precision, micro-batch, letters, prompts, columns, versions, commit
   adapter_model.safetensors, adapter_config.json, processor files
   metrics.json          validation metrics of the weights that were kept
   validation.parquet    predictions for the validation rows
@@ -152,6 +152,8 @@ def describe(
     columns: Columns,
     num_rows: dict[str, int | None],
     num_processes: int,
+    micro_batch: int,
+    accumulation: int,
 ) -> None:
     """Write run.json."""
     content = {
@@ -163,6 +165,8 @@ def describe(
         "columns": vars(columns),
         "num_rows": num_rows,
         "num_processes": num_processes,
+        "micro_batch": micro_batch,
+        "accumulation": accumulation,
         "versions": {name: _version(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
     }
