@@ -28,7 +28,7 @@ from vqa_sft import checkpoints, run_folder
 from vqa_sft.columns import with_context_of
 from vqa_sft.config import Recipe, describe_fields, read_recipe
 from vqa_sft.data import Loaded, read_examples, stream_examples
-from vqa_sft.errors import InputError, exits_with_message, explains
+from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown
 from vqa_sft.out_of_fold import write_out_of_fold
 from vqa_sft.split import TRAIN, VALIDATION, choose_parts, read_parts, select, write_parts
 
@@ -51,10 +51,12 @@ def main() -> None:
             free_memory()
         if len(runs) > 1 and is_main:
             print(f"\nFold {number + 1} of {len(runs)}: {folders[number]}")
-        while isinstance(ended := train(runs[number], is_main, stop, folders), dict):
-            # The folds to come have the same GPU.
-            runs[number:] = [run.going_on(ended) for run in runs[number:]]
-            free_memory()
+        goes_on = functools.partial(checkpoints.goes_on, folders[number])
+        with explains_breakdown(f"for {folders[number]}", goes_on):
+            while isinstance(ended := train(runs[number], is_main, stop, folders), dict):
+                # The folds to come have the same GPU.
+                runs[number:] = [run.going_on(ended) for run in runs[number:]]
+                free_memory()
         if not ended:
             why = "SIGTERM" if stop.got_sigterm else "Time is up"
             left = ", then " * (number + 1 < len(runs)) + ", ".join(folders[number + 1 :])

@@ -1,5 +1,6 @@
 """What a run survives: it ends in one line, and the same command then ends as the run that was not disturbed."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import run_script, write_hard_contest
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -22,6 +24,8 @@ from vqa_sft.tiny import TINY_PATH
 from vqa_sft.trainer import AnswerTrainer
 
 ADAPTER = "adapter_model.safetensors"
+ZIP = "[enforce fail at inline_container.cc:671] . unexpected pos 576 vs 534"
+SERIALIZE = "Error while serializing: I/O error: No space left on device (os error 28)"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -249,3 +253,94 @@ def test_a_step_that_broke_off_in_the_optimiser_is_not_saved(tmp_path):
     marks.on_step_end(args, state, None)
     marks.save_finished_step(broken)
     assert saved == [3]
+
+
+def full_disk(error):
+    def save(*args, **kwargs):
+        raise error
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "saved"),
+    [
+        # Each library's own words, as they came from a tmpfs that was full.
+        ("AnswerTrainer", "_save_optimizer_and_scheduler", RuntimeError(ZIP), []),
+        ("MarkWholeCheckpoints", "on_save", OSError(errno.ENOSPC, "No space left on device"), []),
+        ("AnswerTrainer", "_save", SafetensorError(SERIALIZE), []),
+        ("run_folder", "describe", OSError(errno.EDQUOT, "Disk quota exceeded"), [3, 6]),
+    ],
+)
+def test_a_full_disk_ends_a_run_in_one_line(train, whole, tmp_path, capsys, monkeypatch, owner, name, error, saved):
+    run = tmp_path / "run"
+    owner = {"run_folder": run_folder, "AnswerTrainer": AnswerTrainer}.get(owner, checkpoints.MarkWholeCheckpoints)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(owner, name, full_disk(error))
+        train(run)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in said
+    assert f"error: no room is left for {run} (" in said and "Make room" in said
+    goes_on = f"goes on from {run / 'checkpoint-6'}." if saved else "starts anew: no checkpoint is whole yet."
+    assert said.endswith(f"The same command {goes_on}\n")
+    assert not run_folder.is_finished(run)
+    assert result(train(run)) == whole
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """`disk(kib)`: a folder on a disk of that size; again, the same one with another size."""
+    folder = tmp_path / "disk"
+
+    def mount(kib):
+        how = [f"size={kib}k"]
+        if folder.exists():
+            how = ["remount", *how]
+        folder.mkdir(exist_ok=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(how), "none", folder], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"no disk can be mounted here: {done.stderr.decode().strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", folder], capture_output=True, check=False)
+
+
+def size_kib(folder):
+    return sum(path.stat().st_size + 2048 for path in folder.rglob("*") if path.is_file()) // 1024
+
+
+def test_a_run_on_a_disk_that_is_full_goes_on_once_there_is_room(train, whole, tmp_path, disk, capsys):
+    train(tmp_path / "measured")
+    checkpoint, all_of_it = size_kib(tmp_path / "measured" / "checkpoint-3"), size_kib(tmp_path / "measured")
+    run = disk(checkpoint * 3 // 2) / "run"  # no room for the second
+    with pytest.raises(SystemExit) as stop:
+        train(run)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error
+    assert f"goes on from {run / 'checkpoint-3'}." in error and (run / "checkpoint-6").is_dir()
+    disk(all_of_it - 8)  # nearly all
+    with pytest.raises(SystemExit):
+        train(run)
+    said = capsys.readouterr()
+    assert "checkpoint-6 was not finished when the run stopped; it is removed" in said.out
+    assert f"goes on from {run / 'checkpoint-6'}." in said.err
+    disk(2 * all_of_it)
+    assert result(train(run)) == whole
+
+
+def test_a_worker_that_is_killed_ends_a_run_in_one_line(train, whole, at_loss, tmp_path, capsys):
+    def kill_workers(trainer, inputs):
+        for worker in multiprocessing.active_children():
+            worker.kill()
+            worker.join()
+
+    run, loader = tmp_path / "run", {"dataloader_num_workers": 1, "dataloader_prefetch_factor": 1}
+    at_loss(8, kill_workers)  # in the second epoch
+    with pytest.raises(SystemExit) as stop:
+        train(run, **loader)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error
+    assert "error: a worker of the data loader died (DataLoader worker (pid" in error
+    assert f"The same command goes on from {run / 'checkpoint-3'}." in error
+    assert result(train(run, **loader)) == whole

@@ -94,8 +94,7 @@ def start(folder: str | Path, values: dict[str, Any], overwrite: bool) -> None:
         print(f"{folder / name} was not finished when the run stopped; it is removed.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
-    text = yaml.safe_dump(without_secrets(values), allow_unicode=True, sort_keys=False)
-    (folder / RECIPE).write_text(text, encoding="utf-8")
+    _write(folder / RECIPE, yaml.safe_dump(without_secrets(values), allow_unicode=True, sort_keys=False))
 
 
 def put_aside(folder: str | Path) -> None:
@@ -201,7 +200,14 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: on a full disk half of run.json would say that the run is finished."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _version(package: str) -> str | None:
