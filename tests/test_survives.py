@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from vqa_sft import checkpoints, run_folder, trainer
+from vqa_sft.errors import ProcessError, explains_breakdown
 from vqa_sft.loss import answer_loss
 from vqa_sft.predictions import read_predictions
 from vqa_sft.scoring import answer_logits
@@ -341,6 +342,17 @@ def test_a_worker_that_is_killed_ends_a_run_in_one_line(train, whole, at_loss, t
         train(run, **loader)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in error
-    assert "error: a worker of the data loader died (DataLoader worker (pid" in error
+    assert "error: a worker of the data loader is lost (RuntimeError: DataLoader worker (pid" in error
     assert f"The same command goes on from {run / 'checkpoint-3'}." in error
     assert result(train(run, **loader)) == whole
+
+
+def test_a_connection_that_a_killed_worker_broke_counts_as_its_end():
+    def _try_get_data():
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    with pytest.raises(ProcessError, match="a worker of the data loader is lost .*starts anew"):
+        with explains_breakdown("here", lambda: "starts anew."):
+            _try_get_data()
+    with pytest.raises(ConnectionResetError), explains_breakdown("here", lambda: "starts anew."):
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")

@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ FULL_DISK = re.compile(
     r"No space left on device|Disk quota exceeded|inline_container.*unexpected pos|requested and \d+ written"
 )
 # And of a worker of a data loader that was killed, or found no room for a batch in shared memory.
-DEAD_WORKER = re.compile(r"DataLoader worker \(pid|unable to .*</torch_")
+LOST_WORKER = re.compile(r"DataLoader worker \(pid|Pin memory thread exited|unable to .*</torch_")
 
 
 class InputError(ValueError):
@@ -60,14 +61,19 @@ def breakdown(error: BaseException | None, where: str = "on the disk") -> str | 
     """What the machine did to a run, and how to mend it: a full disk, a killed worker; None for any other error."""
     while error is not None:
         text = printable(" ".join(str(error).split()), limit=400)
-        if DEAD_WORKER.search(text):
+        if LOST_WORKER.search(text) or _is_from_worker(error):
             hint = "Most often memory ran out: lower dataloader_num_workers, or make /dev/shm larger."
-            return f"a worker of the data loader died ({text}). {hint}"
+            return f"a worker of the data loader is lost ({type(error).__name__}: {text}). {hint}"
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL_DISK.search(text):
             hint = "Make room; what was saved before is whole."
             return f"no room is left {where} ({type(error).__name__}: {text}). {hint}"
         error = error.__cause__ or error.__context__
     return None
+
+
+def _is_from_worker(error: BaseException) -> bool:
+    """Whether it was met while a loader waited for a batch: a connection that breaks says no more."""
+    return any(frame.f_code.co_name == "_try_get_data" for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 @contextmanager
