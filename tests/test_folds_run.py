@@ -77,22 +77,29 @@ def test_every_row_of_a_fold_is_answered_by_the_run_that_did_not_see_it(whole):
     assert [*content["folds"]] == ["fold0", "fold1", "fold2"]
 
 
-def test_folds_that_are_killed_and_started_again_end_as_if_they_had_not_been(arguments, whole, tmp_path):
-    rng, command = random.Random(0), [sys.executable, str(RECIPES / "sft.py"), *arguments(tmp_path / "run")]
-    kills = 0
-    while True:
+def num_steps(run):
+    """Steps that lie in whole checkpoints, of all folds together."""
+    saved = [checkpoints.last_whole_checkpoint(run / f"fold{fold}") for fold in range(3)]
+    return sum(int(path.rpartition("-")[2]) for path in saved if path)
+
+
+@pytest.mark.timeout(1800)
+def test_folds_that_are_killed_and_started_again_end_as_if_they_had_not_been(arguments, whole, tmp_path, request):
+    """Ten times: `pytest tests/test_folds_run.py -s -k killed --kills 10`."""
+    run, rng, num_kills = tmp_path / "run", random.Random(0), request.config.getoption("kills")
+    command = [sys.executable, str(RECIPES / "sft.py"), *arguments(run)]
+    for kill in range(num_kills):
         process = subprocess.Popen(command, env=ENVIRONMENT, process_group=0)
-        # From before anything is loaded to well into the training.
-        try:
-            process.wait(timeout=rng.uniform(4, 16) if kills < 3 else None)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-            continue
-        break
-    assert process.returncode == 0
-    assert results(tmp_path / "run") == results(whole)
+        # Spread over the run, each at a random moment: while it loads, trains, evaluates or saves.
+        while num_steps(run) < num_steps(whole) * kill / (num_kills + 1) and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1 if kill else 8))
+        assert process.poll() is None, "the run ended before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        print(f"\nKilled with {num_steps(run)} of {num_steps(whole)} steps saved.")
+    subprocess.run(command, env=ENVIRONMENT, check=True)
+    assert results(run) == results(whole)
 
 
 def test_a_run_out_of_time_saves_and_says_what_is_left(arguments, whole, tmp_path, capsys, monkeypatch):

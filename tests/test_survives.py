@@ -304,7 +304,7 @@ def disk(tmp_path):
         return folder
 
     yield mount
-    subprocess.run(["umount", folder], capture_output=True, check=False)
+    subprocess.run(["umount", "--lazy", folder], capture_output=True, check=False)
 
 
 def size_kib(folder):
@@ -351,8 +351,8 @@ def test_a_connection_that_a_killed_worker_broke_counts_as_its_end():
     def _try_get_data():
         raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
 
-    with pytest.raises(ProcessError, match="a worker of the data loader is lost .*starts anew"):
-        with explains_breakdown("here", lambda: "starts anew."):
-            _try_get_data()
+    lost = pytest.raises(ProcessError, match="a worker of the data loader is lost .*starts anew")
+    with lost, explains_breakdown("here", lambda: "starts anew."):
+        _try_get_data()
     with pytest.raises(ConnectionResetError), explains_breakdown("here", lambda: "starts anew."):
         raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
