@@ -6,7 +6,7 @@
 Any field of the recipe can be given again on the command line. You will see the rows being read and checked, the loss
 and the validation metrics while it trains, and at the end what was saved in `output_dir`. The same command goes on
 where a killed run stopped. Mistakes in the recipe or the data end with exit code 2 before any weight is loaded (the
-launcher itself then ends with 1).
+launcher itself then ends with 1); a SIGTERM saves and ends with 143.
 """
 
 import contextlib

@@ -195,6 +195,20 @@ def test_weights_that_are_no_numbers_are_never_saved(train, spoil, tmp_path, cap
     assert not [*(tmp_path / "run").glob("**/*.safetensors")]
 
 
+def test_gradients_that_overflow_under_a_scaler_stop_nothing(train, spoil, tmp_path, monkeypatch, capsys):
+    create = AnswerTrainer.create_accelerator_and_postprocess
+
+    def with_scaler(self):  # as fp16 has it, which needs a GPU
+        create(self)
+        self.accelerator.scaler = torch.amp.GradScaler("cpu")
+
+    monkeypatch.setattr(AnswerTrainer, "create_accelerator_and_postprocess", with_scaler)
+    spoil(4, NanGradient.apply)  # in the second step; without a scaler it would be the end of the weights
+    run = train(tmp_path / "run")
+    assert capsys.readouterr().out.count("'grad_norm': 'nan'") == 1
+    assert all(weight.isfinite().all() for weight in load_file(run / ADAPTER).values())
+
+
 def test_answers_that_are_no_numbers_end_an_evaluation_and_name_their_rows(train, tmp_path, capsys, monkeypatch):
     def logits(model, inputs):
         found = answer_logits(model, inputs)
