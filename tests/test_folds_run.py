@@ -21,6 +21,7 @@ from vqa_sft.metrics import accuracy, bootstrap, ece, nll, softmax
 from vqa_sft.out_of_fold import METRICS, OUT_OF_FOLD, write_out_of_fold
 from vqa_sft.predictions import read_predictions
 from vqa_sft.tiny import TINY_PATH
+from vqa_sft.trainer import AnswerTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -120,6 +121,21 @@ def test_a_run_out_of_time_saves_and_says_what_is_left(arguments, whole, tmp_pat
     said = capsys.readouterr().out
     assert "Going on from" in said and "out of fold" in said
     assert results(run) == results(whole)
+
+
+def test_a_sigterm_begins_no_other_fold(arguments, tmp_path, capsys, monkeypatch):
+    def compute_loss(self, *args, **kwargs):
+        if self.model.training:
+            os.kill(os.getpid(), signal.SIGTERM)  # in the last step of fold 0, which then needs no more
+        return loss(self, *args, **kwargs)
+
+    run, loss = tmp_path / "run", AnswerTrainer.compute_loss
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", compute_loss)
+    values = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
+    with pytest.raises(SystemExit) as stop:
+        run_script("sft", *arguments(run, **values))
+    assert stop.value.code == 143 and run_folder.is_finished(run / "fold0") and not (run / "fold1").exists()
+    assert f"SIGTERM. {run}/fold1 goes on by the same command, then {run}/fold2." in capsys.readouterr().out
 
 
 def test_overwriting_moves_the_runs_of_all_folds_aside_before_the_first_begins(

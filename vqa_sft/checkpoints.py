@@ -141,7 +141,11 @@ def keep_worker(is_listening: torch.Tensor) -> None:
 def goes_on(output_dir: str | Path) -> str:
     """The end of a message: where the same command goes on."""
     checkpoint = last_whole_checkpoint(output_dir)
-    return f"goes on from {checkpoint}." if checkpoint else "starts anew: no checkpoint is whole yet."
+    return (
+        f"goes on from {checkpoint} (without --overwrite)."
+        if checkpoint
+        else "starts anew: no checkpoint is whole yet."
+    )
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:
