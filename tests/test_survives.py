@@ -306,6 +306,19 @@ def test_a_full_disk_ends_a_run_in_one_line(train, whole, tmp_path, capsys, monk
     assert result(train(run)) == whole
 
 
+def test_a_checkpoint_that_broke_takes_no_older_one_with_it(train, tmp_path, monkeypatch):
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return true_on_save(self, args, state, control, **kwargs)
+
+    run, true_on_save = tmp_path / "run", checkpoints.MarkWholeCheckpoints.on_save
+    monkeypatch.setattr(checkpoints.MarkWholeCheckpoints, "on_save", on_save)
+    with pytest.raises(SystemExit):  # at a rate of 0 the first evaluation stays the best, whose checkpoint is kept
+        train(run, num_train_epochs=3, learning_rate=0, save_total_limit=2)
+    assert sorted(path.parent.name for path in run.glob("*/complete")) == ["checkpoint-3", "checkpoint-6"]
+
+
 @pytest.fixture
 def disk(tmp_path):
     """`disk(kib)`: a folder on a disk of that size; again, the same one with another size."""
