@@ -27,7 +27,7 @@ from vqa_sft.answers import FORMATS
 from vqa_sft.columns import Columns, check_columns, with_context_of
 from vqa_sft.config import Recipe, RecipeArguments
 from vqa_sft.data import Loaded, read_examples
-from vqa_sft.errors import InputError, exits_with_message, name_rows
+from vqa_sft.errors import InputError, exits_with_message, explains_breakdown, name_rows
 from vqa_sft.predictions import Predictions, read_predictions, write_predictions, write_submission
 from vqa_sft.prompts import Prompts
 from vqa_sft.scan import scan_pictures
@@ -96,9 +96,10 @@ def main() -> None:
         }
         ids = examples["id"][:]
         predictions = Predictions(ids, choice_logits, examples["answer"][:], metadata, [i in blank for i in ids])
-        write_predictions(Path(args.output).with_suffix(".parquet"), predictions)
         answers = submission_columns(loaded.columns, trained, args.answer_format)
-        write_submission(args.output, predictions, answers, examples["choices"][:])
+        with explains_breakdown(f"for {args.output}", lambda: "writes it."):
+            write_predictions(Path(args.output).with_suffix(".parquet"), predictions)
+            write_submission(args.output, predictions, answers, examples["choices"][:])
         print(f"Wrote {len(predictions.ids):,} answers to {args.output}")
         if blank:
             print(f"Guessed without their pictures, which could not be used: {name_rows([*blank], len(ids))}")

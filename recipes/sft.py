@@ -6,15 +6,19 @@
 Any field of the recipe can be given again on the command line. You will see the rows being read and checked, the loss
 and the validation metrics while it trains, and at the end what was saved in `output_dir`. The same command goes on
 where a killed run stopped. Mistakes in the recipe or the data end with exit code 2 before any weight is loaded (the
-launcher itself then ends with 1).
+launcher itself then ends with 1); a SIGTERM saves and ends with 143.
 """
 
+import contextlib
 import functools
 import gc
+import math
 import os
+import signal
 import sys
 import time
 from collections import Counter
+from typing import Any
 
 from vqa_sft.quiet import quiet
 
@@ -24,7 +28,7 @@ from vqa_sft import checkpoints, run_folder
 from vqa_sft.columns import with_context_of
 from vqa_sft.config import Recipe, describe_fields, read_recipe
 from vqa_sft.data import Loaded, read_examples, stream_examples
-from vqa_sft.errors import InputError, exits_with_message, explains
+from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown
 from vqa_sft.out_of_fold import write_out_of_fold
 from vqa_sft.split import TRAIN, VALIDATION, choose_parts, read_parts, select, write_parts
 
@@ -40,18 +44,26 @@ def main() -> None:
     recipe = read_recipe(sys.argv[1:])
     runs = recipe.runs()
     folders = [run.values["output_dir"] for run in runs]
-    hours = recipe.arguments.time_budget_h
-    budget = None if hours is None else checkpoints.TimeBudget(3600 * hours, STARTED_S)
-    for number, run in enumerate(runs):
+    stop = checkpoints.SaveAndStop(3600 * (recipe.arguments.time_budget_h or math.inf), STARTED_S)
+    is_stopped = False
+    for number in range(len(runs)):
         if number:
             free_memory()
         if len(runs) > 1 and is_main:
             print(f"\nFold {number + 1} of {len(runs)}: {folders[number]}")
-        if not train(run, is_main, budget, folders):
+        goes_on = functools.partial(checkpoints.goes_on, folders[number])
+        with explains_breakdown(f"for {folders[number]}", goes_on):
+            while isinstance(ended := train(runs[number], is_main, stop, folders), dict):
+                # The folds to come have the same GPU.
+                runs[number:] = [run.going_on(ended) for run in runs[number:]]
+                free_memory()
+        if not ended:
+            why = "SIGTERM" if stop.got_sigterm else "Time is up"
             left = ", then " * (number + 1 < len(runs)) + ", ".join(folders[number + 1 :])
             how = " without --overwrite" * recipe.arguments.overwrite
+            is_stopped = True
             if is_main:
-                print(f"Time is up. {folders[number]} goes on by the same command{how}{left}.")
+                print(f"{why}. {folders[number]} goes on by the same command{how}{left}.")
             break
     else:
         if recipe.arguments.fold == "all" and is_main:
@@ -59,11 +71,14 @@ def main() -> None:
     from vqa_sft import launch
 
     launch.leave()
+    if is_stopped and stop.got_sigterm:
+        sys.exit(128 + signal.SIGTERM)  # as of a process that the signal ended
 
 
-def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, folders: list[str]) -> bool:
-    """One run from its data to its folder; whether it is finished, and not only out of time. `folders` are those of all
-    runs of this launch, which an overwriting one moves aside."""
+def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders: list[str]) -> bool | dict[str, Any]:
+    """One run from its data to its folder; whether it is finished, and not only stopped. Where the GPU's memory ran
+    out, settings with which it goes on. `folders` are those of all runs of this launch, which an overwriting one moves
+    aside."""
     # The recipe and the data are checked before torch touches a device.
     args, output_dir = recipe.arguments, recipe.values["output_dir"]
     run_folder.check(output_dir, recipe.values, args.overwrite, inputs=recipe.inputs())
@@ -75,6 +90,7 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
     parts = split(recipe, loaded) if is_main else None
 
     import datasets
+    import torch
     from accelerate import PartialState
     from transformers import EarlyStoppingCallback
 
@@ -87,7 +103,7 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
     launch.check_processes(use_cpu=bool(recipe.values.get("use_cpu")))
     precision = models.choose_precision(recipe.values)
     training_args, model_args = recipe.training_args(precision), recipe.model_args()
-    if budget is not None and launch.from_main(budget.is_over()):
+    if stop.must_stop():
         return False
     parts = launch.from_main(parts)
     train, validation = select(loaded, parts, TRAIN), select(loaded, parts, VALIDATION)
@@ -159,8 +175,8 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
     if args.averaging:
         average = averaging.AdapterAverage(args.averaging, decay=args.ema_decay, start=args.swa_start)
     callbacks = [curves.WriteCurves()] + [average] * (average is not None)
-    callbacks += [budget] * (budget is not None)
-    callbacks.append(checkpoints.MarkWholeCheckpoints())  # after what else is saved
+    marks = checkpoints.MarkWholeCheckpoints()
+    callbacks += [stop, marks]  # the marker after what else is saved
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
     with explains(ValueError, "the recipe does not fit the model"):
@@ -192,6 +208,7 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
             vision_learning_rate=args.vision_learning_rate,
             callbacks=callbacks,
             average=average,
+            stop=stop,
         )
     trains_vision = any(p.requires_grad for p in models.vision_parameters(speed.base_of(trainer.model)))
     launch.check_pictures(known, trains_vision=trains_vision)
@@ -206,16 +223,31 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
     checkpoint = checkpoints.last_whole_checkpoint(output_dir)
     if checkpoint is not None and is_main:
         print(f"Going on from {checkpoint}.")
-    with memory.explains_out_of_memory(
-        training_args,
-        needs,
-        is_evaluating=lambda: not trainer.model.training,
-        last_checkpoint=lambda: checkpoints.last_whole_checkpoint(output_dir),
-        states_global_batch=args.global_batch_size is not None,
-        auto_batch=args.auto_batch,
+    of_batch = {"states_global_batch": args.global_batch_size is not None, "auto_batch": args.auto_batch}
+    smaller, ran_out = memory.halve_batch(training_args, **of_batch), False
+    with (
+        memory.explains_out_of_memory(
+            training_args, needs, is_evaluating=lambda: not trainer.model.training, **of_batch
+        ),
+        stop.listening(),
     ):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    if budget is not None and budget.has_stopped:
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        except torch.cuda.OutOfMemoryError:
+            if smaller is None or not trainer.model.training:
+                raise
+            ran_out = True
+    if ran_out:
+        trainer.model.zero_grad()
+        free_memory()  # the error is gone by now, and what it held on to
+        with stop.listening(), contextlib.suppress(torch.cuda.OutOfMemoryError):
+            marks.save_finished_step(trainer)
+        print(
+            f"The GPU's memory ran out at {training_args.per_device_train_batch_size} rows at a time. Going on with "
+            f"{smaller['per_device_train_batch_size']}; the rows of a step stay."
+        )
+        return smaller
+    if stop.has_stopped:
         return False
 
     # Evaluate and save
@@ -253,6 +285,8 @@ def train(recipe: Recipe, is_main: bool, budget: checkpoints.TimeBudget | None, 
             columns=loaded[0].columns,
             num_rows={"train": None if args.streaming else len(train), "validation": len(validation or [])},
             num_processes=training_args.world_size,
+            micro_batch=training_args.per_device_train_batch_size,
+            accumulation=training_args.gradient_accumulation_steps,
         )
         hub.write_card(output_dir)
         print(f"Saved to {output_dir}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))

@@ -20,6 +20,11 @@ import torch
 from families import save_family
 from PIL import Image, ImageDraw
 
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often the run of three folds is killed")
+
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 COLOURS = ("red", "green", "blue", "black")
 

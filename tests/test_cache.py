@@ -73,7 +73,8 @@ def test_features_from_disk_give_the_logits_and_gradients_of_pictures(road, open
     pixels, features = by_pixels(rows), by_features(rows)
     assert len(opened) == 5  # rows 0 to 4 show 1, 1, 0, 2 and 1 pictures
     assert "pixel_values" not in features and not any(name.endswith("window_index") for name in features)
-    for name in features.keys() - {"image_features"}:
+    assert features["ids"] == pixels["ids"]
+    for name in features.keys() - {"image_features", "ids"}:
         torch.testing.assert_close(features[name], pixels[name], rtol=0, atol=0, msg=name)
     ours, theirs = (gradients_of(model, batch, letter_ids) for batch in (features, pixels))
     torch.testing.assert_close(ours[0], theirs[0], atol=1e-6, rtol=1e-6)

@@ -21,6 +21,7 @@ from vqa_sft.metrics import accuracy, bootstrap, ece, nll, softmax
 from vqa_sft.out_of_fold import METRICS, OUT_OF_FOLD, write_out_of_fold
 from vqa_sft.predictions import read_predictions
 from vqa_sft.tiny import TINY_PATH
+from vqa_sft.trainer import AnswerTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,22 +78,29 @@ def test_every_row_of_a_fold_is_answered_by_the_run_that_did_not_see_it(whole):
     assert [*content["folds"]] == ["fold0", "fold1", "fold2"]
 
 
-def test_folds_that_are_killed_and_started_again_end_as_if_they_had_not_been(arguments, whole, tmp_path):
-    rng, command = random.Random(0), [sys.executable, str(RECIPES / "sft.py"), *arguments(tmp_path / "run")]
-    kills = 0
-    while True:
+def num_steps(run):
+    """Steps that lie in whole checkpoints, of all folds together."""
+    saved = [checkpoints.last_whole_checkpoint(run / f"fold{fold}") for fold in range(3)]
+    return sum(int(path.rpartition("-")[2]) for path in saved if path)
+
+
+@pytest.mark.timeout(1800)
+def test_folds_that_are_killed_and_started_again_end_as_if_they_had_not_been(arguments, whole, tmp_path, request):
+    """Ten times: `pytest tests/test_folds_run.py -s -k killed --kills 10`."""
+    run, rng, num_kills = tmp_path / "run", random.Random(0), request.config.getoption("kills")
+    command = [sys.executable, str(RECIPES / "sft.py"), *arguments(run)]
+    for kill in range(num_kills):
         process = subprocess.Popen(command, env=ENVIRONMENT, process_group=0)
-        # From before anything is loaded to well into the training.
-        try:
-            process.wait(timeout=rng.uniform(4, 16) if kills < 3 else None)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            kills += 1
-            continue
-        break
-    assert process.returncode == 0
-    assert results(tmp_path / "run") == results(whole)
+        # Spread over the run, each at a random moment: while it loads, trains, evaluates or saves.
+        while num_steps(run) < num_steps(whole) * kill / (num_kills + 1) and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 1 if kill else 8))
+        assert process.poll() is None, "the run ended before it could be killed"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        print(f"\nKilled with {num_steps(run)} of {num_steps(whole)} steps saved.")
+    subprocess.run(command, env=ENVIRONMENT, check=True)
+    assert results(run) == results(whole)
 
 
 def test_a_run_out_of_time_saves_and_says_what_is_left(arguments, whole, tmp_path, capsys, monkeypatch):
@@ -103,7 +111,7 @@ def test_a_run_out_of_time_saves_and_says_what_is_left(arguments, whole, tmp_pat
         return len(steps) == 6  # before fold 0, and after its fifth step
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.TimeBudget, "is_over", is_over)
+        patch.setattr(checkpoints.SaveAndStop, "is_over", is_over)
         run_script("sft", *arguments(run, time_budget_h=1))
     said = capsys.readouterr().out
     assert f"Time is up. {run}/fold0 goes on by the same command, then {run}/fold1, {run}/fold2" in said
@@ -115,6 +123,21 @@ def test_a_run_out_of_time_saves_and_says_what_is_left(arguments, whole, tmp_pat
     assert results(run) == results(whole)
 
 
+def test_a_sigterm_begins_no_other_fold(arguments, tmp_path, capsys, monkeypatch):
+    def compute_loss(self, *args, **kwargs):
+        if self.model.training:
+            os.kill(os.getpid(), signal.SIGTERM)  # in the last step of fold 0, which then needs no more
+        return loss(self, *args, **kwargs)
+
+    run, loss = tmp_path / "run", AnswerTrainer.compute_loss
+    monkeypatch.setattr(AnswerTrainer, "compute_loss", compute_loss)
+    values = {"max_steps": 1, "save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False}
+    with pytest.raises(SystemExit) as stop:
+        run_script("sft", *arguments(run, **values))
+    assert stop.value.code == 143 and run_folder.is_finished(run / "fold0") and not (run / "fold1").exists()
+    assert f"SIGTERM. {run}/fold1 goes on by the same command, then {run}/fold2." in capsys.readouterr().out
+
+
 def test_overwriting_moves_the_runs_of_all_folds_aside_before_the_first_begins(
     arguments, tmp_path, monkeypatch, capsys
 ):
@@ -122,7 +145,7 @@ def test_overwriting_moves_the_runs_of_all_folds_aside_before_the_first_begins(
     run_script(
         "sft", *arguments(run, max_steps=1, save_strategy="no", eval_strategy="no", load_best_model_at_end=False)
     )
-    monkeypatch.setattr(checkpoints.TimeBudget, "is_over", lambda self: steps.append(1) or len(steps) == 3)
+    monkeypatch.setattr(checkpoints.SaveAndStop, "is_over", lambda self: steps.append(1) or len(steps) == 3)
     run_script("sft", *arguments(run, time_budget_h=1, overwrite=True))
     assert "goes on by the same command without --overwrite, then" in capsys.readouterr().out
     assert all((run / f"fold{fold}.old" / run_folder.RUN).is_file() for fold in range(3))
@@ -149,7 +172,7 @@ def test_each_fold_is_pushed_to_a_repository_of_its_own(arguments, tmp_path):
 
 def test_a_budget_leaves_time_for_what_a_pause_takes(monkeypatch):
     now_s = time.monotonic()
-    budget = checkpoints.TimeBudget(1000, now_s)
+    budget = checkpoints.SaveAndStop(1000, now_s)
     budget.longest_pause_s, budget.longest_gap_s = 100, 20
     for later_s, over in ((0, False), (710, False), (730, True)):  # 60 + 2 x 100 + 20 s are reserved
         monkeypatch.setattr(time, "monotonic", lambda later_s=later_s: now_s + later_s)

@@ -3,6 +3,7 @@
 What a batch of two rows holds (T tokens of the longest prompt, L letters of the run):
 
     input_ids, attention_mask, pixel_values, ...    whatever the model's processor makes of the prompts
+    ids                B texts  of the rows, to name them in messages
     answer_positions   (B,)     index of the last prompt token: the logits there belong to the letter
     answers            (B,)     index of the letter that answers the row, -1 where the answer is not known
     num_choices        (B,)     how many of the L letters the row uses
@@ -41,7 +42,7 @@ _ANSWER = "Answer-of-a-row"  # stands in no template
 BLANK_SIZE = (448, 448)  # pixels
 BLANK_DIGEST = hashlib.sha256(f"blank {BLANK_SIZE}".encode()).hexdigest()
 # Keys of a batch that are ours and not the model's.
-TARGET_KEYS = ("answer_positions", "answers", "num_choices", "orders", "targets", "end_positions")
+TARGET_KEYS = ("answer_positions", "answers", "ids", "num_choices", "orders", "targets", "end_positions")
 
 
 def render_prompt(processor: ProcessorMixin, row: dict, order: Sequence[int], prompts: Prompts) -> str:
@@ -177,6 +178,7 @@ class AnswerCollator:
         batch = {
             # First, for libraries take the length of the first tensor for the number of rows.
             "answers": torch.tensor(letters),
+            "ids": [row["id"] for row in rows],
             **batch,
             "answer_positions": last - int(self.supervises_end),
             "num_choices": torch.tensor([len(order) for order in orders]),

@@ -214,6 +214,7 @@ REFUSED = {
     "auto_find_batch_size": "it would change the global batch in silence",
     "prediction_loss_only": "it drops the metrics that choose the best checkpoint",
     "batch_eval_metrics": "metrics are computed over all validation rows at once",
+    "enable_jit_checkpoint": "a SIGTERM saves and stops by itself, and these checkpoints would not count",
     "train_sampling_strategy": "rows have no length before the collator",
     "chat_template_path": "the prompt would no longer be the model's own",
     "eos_token": "nothing is generated",
@@ -288,6 +289,11 @@ class Recipe:
         if not runs:
             raise InputError(f"{own.folds_file} has no fold but -1, whose rows are always trained on.")
         return runs
+
+    def going_on(self, settings: dict[str, Any]) -> "Recipe":
+        """The same run with other `settings`, to go on in its folder."""
+        arguments = replace(self.arguments, overwrite=False, auto_batch=False)
+        return replace(self, values=self.values | settings, arguments=arguments)
 
     def inputs(self) -> list[str]:
         """What a run reads from disk, as far as it is on disk."""

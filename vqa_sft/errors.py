@@ -3,12 +3,22 @@
 import errno
 import functools
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 # A name that is too long, no right to write, a full disk, a folder for a file: the message says it all.
 MACHINE_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR)
+
+# What libraries say of a full disk in place of an OSError: safetensors; torch.save, whose zip archive finds itself
+# shorter than it was written; numpy.
+FULL_DISK = re.compile(
+    r"No space left on device|Disk quota exceeded|inline_container.*unexpected pos|requested and \d+ written"
+)
+# And of a worker of a data loader that was killed, or found no room for a batch in shared memory.
+LOST_WORKER = re.compile(r"DataLoader worker \(pid|Pin memory thread exited|unable to .*</torch_")
 
 
 class InputError(ValueError):
@@ -47,23 +57,61 @@ def explains(kinds: type[Exception] | tuple[type[Exception], ...], what: str) ->
         raise InputError(f"{what}: {' '.join(str(error).split())}") from error
 
 
+def breakdown(error: BaseException | None, where: str = "on the disk") -> str | None:
+    """What the machine did to a run, and how to mend it: a full disk, a killed worker; None for any other error."""
+    while error is not None:
+        text = printable(" ".join(str(error).split()), limit=400)
+        if LOST_WORKER.search(text) or _is_from_worker(error):
+            hint = "Most often memory ran out: lower dataloader_num_workers, or make /dev/shm larger."
+            return f"a worker of the data loader is lost ({type(error).__name__}: {text}). {hint}"
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL_DISK.search(text):
+            hint = "Make room; what was saved before is whole."
+            return f"no room is left {where} ({type(error).__name__}: {text}). {hint}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _is_from_worker(error: BaseException) -> bool:
+    """Whether it was met while a loader waited for a batch: a connection that breaks says no more."""
+    return any(frame.f_code.co_name == "_try_get_data" for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
+@contextmanager
+def explains_breakdown(where: str, then: Callable[[], str]) -> Iterator[None]:
+    """Turn a `breakdown` into a ProcessError that says `where`, and `then` what the same command does."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        said = breakdown(error, where)
+        if said is None:
+            raise
+        raise ProcessError(f"{said} The same command {then()}") from error
+
+
 def exits_with_message(main: Callable[[], None]) -> Callable[[], None]:
     """End with exit code 2 and the message, without a traceback, when `main` raises an InputError.
 
-    Under a launcher every process meets the same error; only the main one prints it. A ProcessError is the exception.
+    So it does for what the machine does (`breakdown`, MACHINE_ERRORS). Under a launcher every process meets the same
+    error; only the main one prints it. A ProcessError and a breakdown are the exceptions.
     """
 
     @functools.wraps(main)
     def run() -> None:
         try:
             main()
-        except (InputError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in MACHINE_ERRORS:
+        except Exception as error:
+            is_ours = isinstance(error, InputError)
+            broke = None if is_ours else breakdown(error)
+            if not (is_ours or broke or isinstance(error, OSError) and error.errno in MACHINE_ERRORS):
                 raise
-            alone = isinstance(error, ProcessError)
+            alone = isinstance(error, ProcessError) or broke is not None
             if os.environ.get("RANK", "0") == "0" or alone:
-                # What a data loader's worker raises comes with the worker's traceback before it.
-                text = str(error).rpartition("InputError: ")[2] if "Original Traceback" in str(error) else str(error)
+                text = broke or str(error)
+                if "Original Traceback" in text and not broke:
+                    # What a data loader's worker raises comes with the worker's traceback before it.
+                    text = text.rpartition("InputError: ")[2]
                 print(safe(f"error: {text}"), file=sys.stderr, flush=True)
             if alone and os.environ.get("WORLD_SIZE", "1") != "1":
                 # The others wait for this process in a collective, and leaving in good order would wait for them. The

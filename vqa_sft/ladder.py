@@ -239,6 +239,8 @@ def train_naive(values: dict[str, Any]) -> None:
         columns=loaded[0].columns,
         num_rows={"train": len(rows)},
         num_processes=1,
+        micro_batch=own.global_batch_size,
+        accumulation=1,
     )
 
 

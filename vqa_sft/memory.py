@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextTo
 from trl import ModelConfig, SFTConfig
 
 from vqa_sft import attention, launch, lora, packing, speed
+from vqa_sft.checkpoints import goes_on
 from vqa_sft.collator import render_prompt
 from vqa_sft.errors import InputError, ProcessError, explains
 from vqa_sft.model import DTYPES, LOADING_ERRORS, decoder_name, lora_config
@@ -686,13 +687,31 @@ def choose_batch(training_args: SFTConfig, needs: Callable[[], tuple[Shape, Plan
     )
 
 
+def halve_batch(training_args: SFTConfig, *, states_global_batch: bool, auto_batch: bool) -> dict[str, Any] | None:
+    """Settings with which a training whose memory ran out goes on: half the micro-batch or less, the same rows a step.
+
+    None at one row; for several processes, of which the others would wait for ever; and where the rows that are
+    dropped at the end of an epoch depend on the micro-batch.
+    """
+    size = training_args.per_device_train_batch_size
+    if size == 1 or training_args.world_size > 1 or launch.is_sharded() or training_args.dataloader_drop_last:
+        return None
+    rows = size * training_args.gradient_accumulation_steps
+    half = max(smaller for smaller in range(1, size // 2 + 1) if rows % smaller == 0)
+    settings = {"per_device_train_batch_size": half}
+    if not states_global_batch:
+        settings["gradient_accumulation_steps"] = rows // half
+    if auto_batch:  # it would choose the same again
+        settings |= {"auto_batch": False, "gradient_checkpointing": training_args.gradient_checkpointing}
+    return settings
+
+
 @contextmanager
 def explains_out_of_memory(
     training_args: SFTConfig,
     needs: Callable[[], tuple[Shape, Plan]],
     *,
     is_evaluating: Callable[[], bool],
-    last_checkpoint: Callable[[], str | None],
     states_global_batch: bool,
     auto_batch: bool,
 ) -> Iterator[None]:
@@ -700,8 +719,7 @@ def explains_out_of_memory(
     try:
         yield
     except torch.cuda.OutOfMemoryError:
-        evaluating, checkpoint = is_evaluating(), last_checkpoint()
-        changes = []
+        evaluating, changes = is_evaluating(), []
         if not launch.is_sharded():
             with suppress(InputError):  # a family whose memory is not known here
                 shape, plan = needs()
@@ -721,8 +739,7 @@ def explains_out_of_memory(
             f"the memory of GPU {training_args.local_process_index} ran out in "
             f"{'evaluation' if evaluating else 'training'}. What fits by estimate, each line alone:\n"
             + "\n".join(f"  {change}" for change in changes)
-            + "\nThe same command with it "
-            + (f"goes on from {checkpoint}." if checkpoint else "starts anew: no checkpoint is whole yet.")
+            + f"\nThe same command with it {goes_on(training_args.output_dir)}"
         ) from None
 
 

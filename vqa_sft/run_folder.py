@@ -1,8 +1,8 @@
 """A run folder describes itself: predict.py needs the folder and the data, nothing else.
 
 runs/demo/
-  recipe.yaml           what the user asked for
-  run.json              what it became: precision, letters, prompts, columns, versions, commit
+  recipe.yaml           what the user asked for; micro-batches as they are when a GPU's memory ran out
+  run.json              what it became: precision, micro-batch, letters, prompts, columns, versions, commit
   adapter_model.safetensors, adapter_config.json, processor files
   metrics.json          validation metrics of the weights that were kept
   validation.parquet    predictions for the validation rows
@@ -94,8 +94,7 @@ def start(folder: str | Path, values: dict[str, Any], overwrite: bool) -> None:
         print(f"{folder / name} was not finished when the run stopped; it is removed.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
-    text = yaml.safe_dump(without_secrets(values), allow_unicode=True, sort_keys=False)
-    (folder / RECIPE).write_text(text, encoding="utf-8")
+    _write(folder / RECIPE, yaml.safe_dump(without_secrets(values), allow_unicode=True, sort_keys=False))
 
 
 def put_aside(folder: str | Path) -> None:
@@ -152,6 +151,8 @@ def describe(
     columns: Columns,
     num_rows: dict[str, int | None],
     num_processes: int,
+    micro_batch: int,
+    accumulation: int,
 ) -> None:
     """Write run.json."""
     content = {
@@ -163,6 +164,8 @@ def describe(
         "columns": vars(columns),
         "num_rows": num_rows,
         "num_processes": num_processes,
+        "micro_batch": micro_batch,
+        "accumulation": accumulation,
         "versions": {name: _version(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
     }
@@ -197,7 +200,14 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all: on a full disk half of run.json would say that the run is finished."""
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 def _version(package: str) -> str | None:

@@ -123,12 +123,14 @@ def select(loaded: Sequence[Loaded], parts: Sequence[list[str] | None], part: st
 
 
 def write_parts(folder: str | Path, loaded: Sequence[Loaded], parts: Sequence[list[str] | None]) -> None:
-    """Write rows.csv into a run's folder."""
-    with (Path(folder) / ROWS).open("w", newline="", encoding="utf-8") as file:
+    """Write rows.csv into a run's folder, whole or not at all."""
+    unfinished = Path(folder) / (ROWS + ".part")
+    with unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("part", "id"))
         for data, data_parts in zip(loaded, parts, strict=True):
             writer.writerows(zip(data_parts or [], data.examples["id"] if data_parts else [], strict=True))
+    unfinished.replace(Path(folder) / ROWS)
 
 
 def read_parts(folder: str | Path, loaded: Sequence[Loaded]) -> list[list[str] | None]:

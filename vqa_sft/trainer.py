@@ -5,7 +5,7 @@ the letters. Everything else (loop, distribution, checkpoints, logging) is the l
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,18 @@ import datasets
 import evaluate
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, TrainerCallback
 from trl import SFTTrainer
 
 from vqa_sft import averaging, metrics
-from vqa_sft.averaging import AdapterAverage
+from vqa_sft.averaging import AdapterAverage, trained
 from vqa_sft.calibration import calibrated_nll
+from vqa_sft.checkpoints import MARKER, SaveAndStop, goes_on, keep_worker
 from vqa_sft.collator import AnswerCollator, TrainCollator
-from vqa_sft.errors import InputError
+from vqa_sft.errors import InputError, printable
 from vqa_sft.loss import answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
 from vqa_sft.model import vision_parameters
 from vqa_sft.predictions import Predictions
@@ -38,7 +40,7 @@ class AnswerTrainer(SFTTrainer):
     """`letter_ids` (L,) are the run's letters; `vocabulary_weight` and `letter_smoothing` are those of loss.py; batches
     of rows that carry their letter need `end_of_turn`, the id of the token after it. `vision_learning_rate` is that of
     all trained weights outside the language model. An `average`, one of the callbacks, is scored by every evaluation
-    as well."""
+    as well; `stop`, another, keeps the loaders' workers from a SIGTERM while it listens."""
 
     # `compute_loss` divides by the rows of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -54,6 +56,7 @@ class AnswerTrainer(SFTTrainer):
         end_of_turn: int | None = None,
         vision_learning_rate: float | None = None,
         average: AdapterAverage | None = None,
+        stop: SaveAndStop | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("compute_metrics", letter_metrics)
@@ -63,7 +66,10 @@ class AnswerTrainer(SFTTrainer):
         self.vocabulary_weight, self.letter_smoothing = vocabulary_weight, letter_smoothing
         self.end_of_turn = end_of_turn
         self.vision_learning_rate = vision_learning_rate
-        self.average = average
+        self.average, self.stop = average, stop
+        self.ids: list[str] = []  # of the rows of the step at hand
+        # Step, what it is, ids, losses (B,) since the last look; tensors, so that a step does not wait for the GPU.
+        self.losses: list[tuple[int, str, list[str], torch.Tensor]] = []
         self.speed = Speed()
         self.add_callback(self.speed)
         self.add_callback(EpochForCollator(data_collator))
@@ -95,7 +101,8 @@ class AnswerTrainer(SFTTrainer):
     ) -> tuple[list, torch.Tensor]:
         """The micro-batches of one optimiser step, and the number of rows in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        num_rows = sum(len(batch["answers"]) for batch in batches)
+        self.ids = [row_id for batch in batches for row_id in batch["ids"]]
+        num_rows = len(self.ids)
         self.speed.num_rows += num_rows * self.accelerator.num_processes
         if self.accelerator.num_processes == 1:  # on the CPU: a copy to the GPU may wait for all that it has to do
             return batches, torch.tensor(num_rows)
@@ -120,6 +127,9 @@ class AnswerTrainer(SFTTrainer):
         losses = answer_loss(logits, letter_logits, targets, num_choices, self.vocabulary_weight)
         if at_letter:
             losses = losses + end_of_turn_loss(at_letter[0], self.end_of_turn)
+        step = self.state.global_step + self.model.training
+        what = f"The loss of step {step}" if self.model.training else f"The loss in the evaluation after step {step}"
+        self.losses.append((step, what, inputs["ids"], losses.detach()))
         self._log_letters(logits.detach(), letter_logits.detach(), answers, num_choices)
         if num_items_in_batch is None:
             loss = losses.mean()
@@ -138,7 +148,40 @@ class AnswerTrainer(SFTTrainer):
         # How usable the model still is for `generate`: the share of probability that the letters have.
         logged["letters_mass"].append((own.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp().mean())
 
+    def check_losses(self, weights: bool = False) -> None:
+        """Raises InputError, in every process, where a loss since the last look was no number, with the rows of the
+        first one; with `weights`, also where trained weights are none. Gradients may overflow: under fp16 they do."""
+        bad = self._first_bad_losses()
+        if bad is None and weights and not self._has_finite_weights():
+            step = self.state.global_step
+            bad = step, f"The gradient of step {step}", self.ids
+        found = [of_process for of_process in gather_object([bad]) if of_process]
+        if found:
+            step, what, _ = min(found)
+            ids = dict.fromkeys(row_id for other, _, ids in found if other == step for row_id in ids)
+            raise InputError(
+                f"{what} is nan or infinite in row{'s' * (len(ids) > 1)} {', '.join(map(printable, ids))}. Look at "
+                "them; or lower learning_rate, or take bf16 in place of fp16 (another run: with another --output_dir). "
+                f"Nothing of it was saved; the same command {goes_on(self.args.output_dir)}"
+            )
+
+    def _first_bad_losses(self) -> tuple[int, str, list[str]] | None:
+        """The step, what is no number there, and the ids of its rows."""
+        losses, self.losses = self.losses, []
+        if not losses:
+            return None
+        is_finite = torch.cat([values for *_, values in losses]).isfinite().tolist()
+        rows = [(step, what, row_id) for step, what, ids, _ in losses for row_id in ids]
+        bad = [row for row, finite in zip(rows, is_finite, strict=True) if not finite]
+        return (*bad[0][:2], [row_id for step, _, row_id in bad if step == bad[0][0]]) if bad else None
+
+    def _has_finite_weights(self) -> bool:
+        # A process has its own part of a spread weight.
+        parts = [getattr(weight, "to_local", lambda weight=weight: weight)() for weight in trained(self.model).values()]
+        return bool(torch.stack([part.detach().isfinite().all() for part in parts]).all())
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.check_losses()
         # Kept as tensors until here, so that a step does not wait for the GPU or for other processes.
         values = self._metrics["train" if self.model.training else "eval"]
         for name, tensors in values.items():
@@ -161,6 +204,7 @@ class AnswerTrainer(SFTTrainer):
         return loss, letter_logits, torch.stack([inputs["answers"], inputs["num_choices"]], dim=1)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self.check_losses(weights=True)
         metrics = super().evaluate(*args, **kwargs)
         if self.average is not None and self.average.weights and self.state.global_step:
             start_s = _now_s()
@@ -186,6 +230,13 @@ class AnswerTrainer(SFTTrainer):
         with self._evaluation_collator():
             return super().get_test_dataloader(test_dataset)
 
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, **kwargs)
+        if self.stop is not None:
+            base = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+            base.worker_init_fn = partial(_init_worker, base.worker_init_fn, self.stop.is_listening)
+        return loader
+
     @contextmanager
     def _evaluation_collator(self) -> Iterator[None]:
         train_collator, self.data_collator = self.data_collator, self.eval_collator
@@ -194,6 +245,20 @@ class AnswerTrainer(SFTTrainer):
             yield
         finally:
             self.data_collator, self.args.dataloader_drop_last = train_collator, drops_last
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self.check_losses(weights=True)
+        super().save_model(*args, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """While it is written, a checkpoint does not count and no older one is deleted: see MarkWholeCheckpoints."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if self.args.should_save:  # a step may be saved twice, at the end of an epoch
+            Path(self.args.output_dir, f"checkpoint-{self.state.global_step}", MARKER).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Checkpoints hold the model's own names. `save_pretrained` writes those of the hub, which the Trainer
@@ -215,6 +280,12 @@ class AnswerTrainer(SFTTrainer):
                 f"a checkpoint in {self.args.output_dir} is of another model: {len(missing)} of the weights are not in "
                 f"it, {len(load_result.unexpected_keys)} others are. Start anew with --overwrite."
             )
+
+
+def _init_worker(init: Callable[[int], None] | None, is_listening: torch.Tensor, worker: int) -> None:
+    keep_worker(is_listening)
+    if init is not None:
+        init(worker)
 
 
 class EpochForCollator(TrainerCallback):
@@ -316,6 +387,7 @@ def letter_metrics(prediction: EvalPrediction) -> dict[str, float]:
 def predict_examples(trainer: AnswerTrainer, examples: datasets.Dataset) -> tuple[Predictions, dict[str, float]]:
     """Predictions for the examples, in their order, and their metrics. Called by every process."""
     output = trainer.predict(examples, metric_key_prefix="validation")
+    trainer.check_losses()
     num_choices = torch.from_numpy(output.label_ids[:, 1])
     letter_logits = torch.from_numpy(output.predictions)
     identity = torch.arange(letter_logits.shape[1]).expand_as(letter_logits)
