@@ -9,6 +9,7 @@ the data's own format) stands the prediction file: submission.parquet, with log-
 """
 
 import argparse
+import math
 import os
 import tempfile
 from dataclasses import replace
@@ -32,6 +33,8 @@ from vqa_sft.predictions import Predictions, read_predictions, write_predictions
 from vqa_sft.prompts import Prompts
 from vqa_sft.scan import scan_pictures
 
+MOST_OF_ALL = 5  # choices, whose 120 orders may be scored
+
 
 @exits_with_message
 def main() -> None:
@@ -48,6 +51,11 @@ def main() -> None:
     examples, num_letters = loaded.examples, run["num_letters"] or loaded.num_choices
     if trained is not None:
         check_choices(trained, loaded.columns, examples, num_letters)
+    if args.orders == "all" and loaded.num_choices > MOST_OF_ALL:
+        raise InputError(
+            f"--orders all: rows of {loaded.num_choices} choices have {math.factorial(loaded.num_choices):,} orders. "
+            "Give rotations, or a number."
+        )
     blank = find_blank(loaded, args.on_bad_image) if is_main else None
 
     from accelerate import PartialState
@@ -80,17 +88,18 @@ def main() -> None:
         speed.speed_up(model, compile_layers=compile_layers)
 
     # Score
-    collator = AnswerCollator(processor, prompts, num_letters, blank, packer, features)
+    collator = AnswerCollator(processor, prompts, num_letters, blank, packer, features, args.orders)
     if features is not None:
         cache.fill_store(model, collator, [examples], precision, args.batch_size, args.num_workers)
     choice_logits = score_examples(
-        model, examples, collator, letter_ids, args.batch_size, precision, args.num_workers, state
+        model, examples, collator, letter_ids, args.batch_size, precision, args.num_workers, state, args.average
     )
     if state.is_main_process:
         metadata = {
             "base_model": model_args.model_name_or_path,
             "run": None if args.run == "none" else args.run,
-            "views": ["identity"],
+            "orders": args.orders,
+            "average": args.average,
             "prompts_digest": prompts.digest,
             "precision": precision,
         }
@@ -152,7 +161,23 @@ def parse_args() -> argparse.Namespace:
         default="error",
         help="pictures that cannot be used: stop, or answer without them and say so",
     )
-    parser.add_argument("--batch_size", type=int, default=16, help="rows per forward and process")
+    parser.add_argument(
+        "--orders",
+        type=orders,
+        default="identity",
+        metavar="ORDERS",
+        help="of the choices in which each row is scored: identity (default), rotations (each choice once under each "
+        "letter), all, or a number of them",
+    )
+    parser.add_argument(
+        "--average",
+        choices=("mean", "log"),
+        default="mean",
+        help="over the orders: of the probabilities (default), or of their logarithms",
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="rows per forward and process, each order counted as one"
+    )
     parser.add_argument("--num_workers", type=int, default=2, help="processes that read pictures")
     parser.add_argument(
         "--compile_layers",
@@ -174,6 +199,15 @@ def parse_args() -> argparse.Namespace:
     check_columns(args.columns or {})
     check_output(args)
     return args
+
+
+def orders(text: str) -> str | int:
+    """What mcq.view_orders takes."""
+    if text in ("identity", "rotations", "all"):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
 def mapping(text: str) -> dict:

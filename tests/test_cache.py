@@ -233,6 +233,13 @@ def test_training_and_prediction_with_features_end_as_without(
     assert submissions[0][0] == submissions[1][0]
     for ours, theirs in zip(*(logits for _, logits in submissions), strict=True):
         assert ours == pytest.approx(theirs, abs=1e-4)
+    opened.clear()
+    rotated = [
+        predict(folder, contest, tmp_path / f"{folder.name}.csv", "--orders", "rotations") for folder in (run, plain)
+    ]
+    assert len(opened) == 24  # once, whatever the orders
+    for ours, theirs, identity in zip(*(logits for _, logits in (*rotated, submissions[0])), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-4) != pytest.approx(identity, abs=1e-4)
     assert "0 computed" in capsys.readouterr().out
 
 

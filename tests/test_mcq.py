@@ -1,6 +1,8 @@
 import itertools
 
-from vqa_sft.mcq import choice_to_letter, choices_to_letters, draw_order, identity_order
+import pytest
+
+from vqa_sft.mcq import choice_to_letter, choices_to_letters, draw_order, identity_order, view_orders
 
 
 def test_an_order_says_which_choice_stands_under_which_letter():
@@ -25,3 +27,20 @@ def test_drawn_orders_are_spread_evenly():
 
 def test_the_identity_order_leaves_everything_in_place():
     assert identity_order(3) == (0, 1, 2)
+
+
+@pytest.mark.parametrize("num_choices", [2, 3, 5])
+def test_rotations_show_every_choice_once_under_every_letter(num_choices):
+    orders = view_orders(num_choices, "rotations")
+    assert orders[0] == identity_order(num_choices) and len(orders) == num_choices
+    for letter in range(num_choices):
+        assert {order[letter] for order in orders} == set(range(num_choices))
+
+
+def test_all_orders_are_all_and_a_number_of_them_are_different_ones():
+    assert sorted(view_orders(3, "all")) == sorted(itertools.permutations(range(3)))
+    drawn = view_orders(4, 5, "row_1")
+    assert drawn[0] == (0, 1, 2, 3) and len(set(drawn)) == 5
+    assert drawn == view_orders(4, 5, "row_1") != view_orders(4, 5, "row_2")
+    assert len(view_orders(3, 10, "row_1")) == 6  # there are no more
+    assert view_orders(4, 1, "row_1") == view_orders(4, "identity") == [(0, 1, 2, 3)]

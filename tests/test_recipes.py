@@ -71,7 +71,14 @@ def test_a_run_folder_describes_itself(families, contest, sft, tmp_path):
     assert "Look closely." in card and "seed: 3" in card and f"{metrics['nll']:.4f}" in card
     # Predict shows the same prompt, because the folder says so.
     saved = predict(run, contest, tmp_path / "out.csv").metadata
-    assert saved["prompts_digest"] == description["prompts_digest"]
+    assert saved["prompts_digest"] == description["prompts_digest"] and saved["orders"] == "identity"
+
+
+@pytest.mark.parametrize("orders", ["none", "0", "1.5"])
+def test_orders_that_are_none_end_in_a_message(contest, tmp_path, capsys, orders):
+    with pytest.raises(SystemExit) as stop:
+        predict("none", contest, tmp_path / "out.csv", "--model", TINY_PATH, "--orders", orders)
+    assert stop.value.code == 2 and "--orders: invalid" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("values", [{"bf16": True}, {"load_in_4bit": True}, {}], ids=["bf16", "4 bit", "fp32"])

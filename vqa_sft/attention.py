@@ -108,6 +108,8 @@ class WriteOut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         own, copies = ctx.saved_tensors
+        if not len(copies):
+            raise RuntimeError("rows in several orders have no gradients")
         shared = grad[:, :, copies].sum(dim=2, dtype=torch.float32).to(grad.dtype)  # (1, H, B, P, D) -> (1, H, P, D)
         return torch.cat([shared, grad[:, :, own[copies.shape[1] :]]], dim=2), None, None, None
 

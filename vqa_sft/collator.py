@@ -7,6 +7,7 @@ What a batch of two rows holds (T tokens of the longest prompt, L letters of the
     answer_positions   (B,)     index of the last prompt token: the logits there belong to the letter
     answers            (B,)     index of the letter that answers the row, -1 where the answer is not known
     num_choices        (B,)     how many of the L letters the row uses
+    groups             (B,)     which row of the batch it is, where rows are shown in several orders
     orders             (B, L)   orders[b, i] = choice under letter i; beyond num_choices the identity
     targets            (B, L)   what each letter should have; in training, where the data have such a column
     end_positions      (B,)     index of the letter itself, where training rows carry it: the logits there belong to the
@@ -32,7 +33,7 @@ from transformers import ProcessorMixin
 
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.images import MAX_ASPECT, augment, digest_of, open_image
-from vqa_sft.mcq import LETTERS, choice_to_letter, draw_order, identity_order
+from vqa_sft.mcq import LETTERS, choice_to_letter, draw_order, identity_order, view_orders
 from vqa_sft.prompts import Prompts, render_messages
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ _ANSWER = "Answer-of-a-row"  # stands in no template
 BLANK_SIZE = (448, 448)  # pixels
 BLANK_DIGEST = hashlib.sha256(f"blank {BLANK_SIZE}".encode()).hexdigest()
 # Keys of a batch that are ours and not the model's.
-TARGET_KEYS = ("answer_positions", "answers", "ids", "num_choices", "orders", "targets", "end_positions")
+TARGET_KEYS = ("answer_positions", "answers", "ids", "num_choices", "orders", "targets", "end_positions", "groups")
 
 
 def render_prompt(processor: ProcessorMixin, row: dict, order: Sequence[int], prompts: Prompts) -> str:
@@ -127,6 +128,9 @@ class AnswerCollator:
     pictures that are shown as a white square: row id -> positions among the row's pictures. `packer` makes one row
     without padding of the batch (packing.py). With `features`, pictures whose features are all stored are not opened:
     the batch holds `image_features` (cache.py) in place of pixels.
+
+    With other `views` than "identity" (mcq.view_orders) the batch holds every row in several orders, one after another;
+    its pictures are there once where a `packer` tells the orders of a row apart by `groups`, and else once an order.
     """
 
     shows_targets = False  # evaluations compare with the answers
@@ -140,6 +144,7 @@ class AnswerCollator:
         blank: Mapping[str, Sequence[int]] | None = None,
         packer: Callable[[dict], dict] | None = None,
         features: "FeatureStore | None" = None,
+        views: str | int = "identity",
     ) -> None:
         self.processor = processor
         self.prompts = prompts
@@ -147,15 +152,18 @@ class AnswerCollator:
         self.blank = blank or {}
         self.packer = packer
         self.features = features
+        self.views = views
 
-    def order(self, row: dict) -> tuple[int, ...]:
-        return identity_order(len(row["choices"]))
+    def orders(self, row: dict) -> list[tuple[int, ...]]:
+        return view_orders(len(row["choices"]), self.views, row["id"])
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         for row in rows:  # those of a stream were not checked before
             if control_tokens(self.processor).search(_texts_of(row)):
                 raise InputError(f"the texts of row {row['id']} hold a control token of this model. Take it out.")
-        orders = [self.order(row) for row in rows]
+        shown = [(number, order) for number, row in enumerate(rows) for order in self.orders(row)]
+        groups, orders = map(list, zip(*shown, strict=True))
+        once, rows = rows, [rows[number] for number in groups]
         texts = [
             render_prompt(self.processor, row, order, self.prompts) for row, order in zip(rows, orders, strict=True)
         ]
@@ -167,9 +175,15 @@ class AnswerCollator:
         how = {"padding": True, "return_tensors": "pt"}
         # Some templates write the beginning-of-sequence token themselves; twice would be a different prompt.
         how["add_special_tokens"] = not (bos and texts[0].startswith(bos))
-        stored = self.stored(rows)
-        if stored is not None:
-            batch = self.tokenize(texts, stored["image_grid_thw"], **how) | stored
+        pictures = self.stored(once)
+        if pictures is None and len(rows) > len(once) and self.packer:
+            pictures = self.pixels(once)
+        if pictures is not None:
+            grids = pictures["image_grid_thw"].split([len(row["images"]) for row in once])
+            grids = torch.cat([grids[number] for number in groups])
+            batch = self.tokenize(texts, grids, **how) | pictures
+            if len(rows) > len(once):
+                batch["grids_of_views"] = grids
         else:
             images = [self.images(row) for row in rows]
             batch = self.processor(text=texts, images=images if any(images) else None, **how)
@@ -188,6 +202,8 @@ class AnswerCollator:
             batch["targets"] = torch.stack([self.targets(row, order) for row, order in zip(rows, orders, strict=True)])
         if self.supervises_end:
             batch["end_positions"] = last
+        if len(rows) > len(once):
+            batch["groups"] = torch.tensor(groups)
         return self.packer(batch) if self.packer else batch
 
     def targets(self, row: dict, order: Sequence[int]) -> torch.Tensor:
@@ -204,6 +220,11 @@ class AnswerCollator:
         if self.features is None or not self.features.is_filled:
             return None
         return self.features.find([self.digest(row, i) for row in rows for i in range(len(row["images"]))])
+
+    def pixels(self, rows: list[dict]) -> dict[str, torch.Tensor] | None:
+        """Pixels of the rows' pictures and their grids; None where there are no pictures."""
+        images = [image for row in rows for image in self.images(row)]
+        return dict(self.processor.image_processor(images, return_tensors="pt")) if images else None
 
     def tokenize(self, texts: list[str], grids: torch.Tensor, **how: object) -> dict[str, torch.Tensor]:
         """As the processor does it for pictures that it sees, from their grids (pictures, 3) alone."""
@@ -283,10 +304,10 @@ class TrainCollator(AnswerCollator):
         self.num_batches += 1
         return super().__call__(rows)
 
-    def order(self, row: dict) -> tuple[int, ...]:
+    def orders(self, row: dict) -> list[tuple[int, ...]]:
         if not self.shuffle_choices:
-            return super().order(row)
-        return draw_order(len(row["choices"]), self.seed, self._round(), row["id"])
+            return super().orders(row)
+        return [draw_order(len(row["choices"]), self.seed, self._round(), row["id"])]
 
     def _round(self) -> int:
         return self.num_batches if self.counts_batches else int(self.epoch)

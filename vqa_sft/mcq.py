@@ -10,6 +10,8 @@ letter ``i``. With the choices ``["cat", "dog", "fox"]`` and the order ``(2, 0, 
 Everything on disk is in choice space; letters exist only between the collator and scoring.
 """
 
+import itertools
+import math
 import random
 import string
 from collections.abc import Sequence
@@ -28,6 +30,27 @@ def draw_order(num_choices: int, seed: int, epoch: int, row_id: str) -> tuple[in
     # A string seed goes through SHA-512, so it is the same in every process, unlike hash().
     random.Random(f"{seed}/{epoch}/{row_id}").shuffle(order)
     return tuple(order)
+
+
+def view_orders(num_choices: int, views: str | int, row_id: str = "") -> list[tuple[int, ...]]:
+    """The orders in which a row is scored, the identity first.
+
+    "identity": that alone. "rotations": every choice once under every letter, `num_choices` orders. "all": all of them,
+    24 of four choices. A number: so many different ones, or all where there are fewer, drawn by the row's id.
+    """
+    identity = identity_order(num_choices)
+    if views == "identity":
+        return [identity]
+    if views == "rotations":
+        return [identity[-shift:] + identity[:-shift] for shift in range(num_choices)]
+    if views == "all":
+        return list(itertools.permutations(identity))
+    orders, num_orders = {identity: None}, min(int(views), math.factorial(num_choices))
+    for number in itertools.count():
+        if len(orders) == num_orders:
+            return [*orders]
+        orders[draw_order(num_choices, 0, number, row_id)] = None
+    raise AssertionError  # the count has no end
 
 
 def choices_to_letters(values: Sequence, order: Sequence[int]) -> list:

@@ -9,6 +9,9 @@ N is the number of tokens without padding, where those that all rows begin with 
     rows  s s a a a | s s b b | s s c c c c   ->   s s a a a b b c c c c
     shared_prefix = places (M,), own (N,), copies (B, P)      M tokens in the rows written out, P of them shared
 
+Where rows are shown in several orders (`groups`), what the orders of a row begin with, its picture and question, stands
+once as well. Such a batch is for scoring: it has no `copies`, without which there are no gradients.
+
 Attention alone sees the rows written out (attention.py), for which `cu_seq_lens_q` holds. Made in the data loader's
 workers, by the library's own functions, so that neither a forward nor a copy waits for the GPU. For Qwen2.5-VL and
 Qwen3-VL.
@@ -33,7 +36,7 @@ from transformers.vision_utils import (
 
 MODELS = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
 # What the packed row makes needless.
-DROPPED = ("attention_mask", "mm_token_type_ids")
+DROPPED = ("attention_mask", "mm_token_type_ids", "grids_of_views")
 
 
 def why_not(config: PreTrainedConfig) -> str | None:
@@ -68,18 +71,24 @@ class Packer:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         is_token = batch["attention_mask"].bool()
         grid = batch.get("image_grid_thw")
+        groups = batch.get("groups")
         if grid is None:
             positions = (batch["attention_mask"].cumsum(dim=1) - 1).expand(3, -1, -1)
         else:
             positions, _ = self.rope_index(
-                batch["input_ids"], batch["mm_token_type_ids"], image_grid_thw=grid, attention_mask=is_token
+                batch["input_ids"],
+                batch["mm_token_type_ids"],
+                image_grid_thw=batch.get("grids_of_views", grid),
+                attention_mask=is_token,
             )
         lengths = is_token.sum(dim=1)
         cu_seq_lens = _edges(lengths)
         ends = int("end_positions" in batch)
         num_shared = self.num_shared(batch["input_ids"], lengths - ends)
-        kept = is_token.clone()
-        kept[1:, :num_shared] = False
+        leaders = _leaders(groups, len(lengths))
+        begins = _common_starts(batch["input_ids"], lengths, leaders)
+        kept = is_token & (torch.arange(is_token.shape[1]) >= begins[:, None].clamp(min=num_shared))
+        kept[0] = is_token[0]
         last = kept.sum(dim=1).cumsum(dim=0) - 1
         packed = {key: value for key, value in batch.items() if key not in DROPPED}
         packed |= {
@@ -91,8 +100,8 @@ class Packer:
         }
         if ends:
             packed["end_positions"] = last
-        if num_shared:
-            packed["shared_prefix"] = _shared_prefix(is_token, kept, cu_seq_lens[:-1], num_shared)
+        if num_shared or begins.any():
+            packed["shared_prefix"] = _shared_prefix(is_token, kept, cu_seq_lens[:-1], num_shared, leaders, begins)
         if self.keeps_answers:
             packed["keep_positions"] = supervised_positions(packed).flatten()
         if "pixel_values" in batch:
@@ -119,8 +128,28 @@ def supervised_positions(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack([batch[name] for name in ("answer_positions", "end_positions") if name in batch], dim=1)
 
 
+def _leaders(groups: torch.Tensor | None, num_rows: int) -> torch.Tensor:
+    """The first row of each row's group, (B,); all are their own where there are no groups."""
+    if groups is None:
+        return torch.arange(num_rows)
+    return torch.searchsorted(groups, groups)
+
+
+def _common_starts(input_ids: torch.Tensor, lengths: torch.Tensor, leaders: torch.Tensor) -> torch.Tensor:
+    """How many tokens a row begins with that its leader begins with too, (B,); 0 for the leaders themselves, and never
+    the answer position of either."""
+    differs = input_ids != input_ids[leaders]
+    differs |= torch.arange(input_ids.shape[1]) >= torch.minimum(lengths, lengths[leaders])[:, None] - 1
+    return differs.int().argmax(dim=1) * (leaders != torch.arange(len(leaders)))
+
+
 def _shared_prefix(
-    is_token: torch.Tensor, kept: torch.Tensor, starts: torch.Tensor, num_shared: int
+    is_token: torch.Tensor,
+    kept: torch.Tensor,
+    starts: torch.Tensor,
+    num_shared: int,
+    leaders: torch.Tensor,
+    begins: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """From masks (B, T) of the rows' tokens and of those that stand in the packed row, and where the rows written out
     start (B,): for each token written out, its place in the packed row; for each of the packed row, its (first) place
@@ -128,8 +157,11 @@ def _shared_prefix(
     shared = torch.arange(num_shared)
     place = (kept.flatten().cumsum(dim=0) - 1).view(kept.shape)
     place[:, :num_shared] = shared
+    # After the leaders' own places are known.
+    place = torch.where(torch.arange(kept.shape[1]) < begins[:, None], place[leaders], place)
     written = (is_token.flatten().cumsum(dim=0) - 1).view(kept.shape)
-    return place[is_token], written[kept], starts.long()[:, None] + shared
+    copies = starts.long()[:, None] + shared
+    return place[is_token], written[kept], copies[:0] if begins.any() else copies
 
 
 def round_up(length: int) -> int:

@@ -1,5 +1,7 @@
 """Letter ids and letter logits, used by the trainer and by predict; the only module that undoes an order."""
 
+import itertools
+
 import datasets
 import torch
 from accelerate import PartialState
@@ -12,7 +14,7 @@ from transformers import ProcessorMixin
 from vqa_sft.cache import encoder_outputs
 from vqa_sft.collator import TARGET_KEYS, AnswerCollator, answer_prefix, answer_suffix, control_tokens, render_prompt
 from vqa_sft.errors import InputError, explains
-from vqa_sft.mcq import LETTERS
+from vqa_sft.mcq import LETTERS, view_orders
 from vqa_sft.model import DTYPES
 from vqa_sft.packing import supervised_positions
 from vqa_sft.prompts import Prompts
@@ -98,6 +100,17 @@ def to_choice_logits(letter_logits: torch.Tensor, orders: torch.Tensor, num_choi
     return [row[:count].log_softmax(dim=0).tolist() for row, count in zip(by_choice, num_choices.tolist(), strict=True)]
 
 
+def average_views(choice_logits: list[list[float]], groups: list[int], how: str = "mean") -> list[list[float]]:
+    """Log-probabilities of the choices of each group (row), from those of its views: the logarithm of the mean
+    probability, or with `how` "log" the mean logarithm, normalised (the geometric mean)."""
+    averaged = []
+    for _, views in itertools.groupby(zip(groups, choice_logits, strict=True), key=lambda view: view[0]):
+        logits = torch.tensor([row for _, row in views])  # (views, C)
+        mean = logits.mean(dim=0) if how == "log" else logits.logsumexp(dim=0)
+        averaged.append(mean.log_softmax(dim=0).tolist() if len(logits) > 1 else logits[0].tolist())
+    return averaged
+
+
 @torch.no_grad()
 def score_examples(
     model: torch.nn.Module,
@@ -108,13 +121,17 @@ def score_examples(
     precision: str,
     num_workers: int,
     state: PartialState,
+    average: str = "mean",
 ) -> list[list[float]]:
-    """Choice logits of all examples, in their order, on every process.
+    """Choice logits of all examples, in their order, on every process: those of the collator's views, averaged.
 
-    Batches are cut before they are dealt out to processes, so any number of processes scores the same batches.
+    `batch_size` counts views. Batches are cut before they are dealt out to processes, so any number of processes scores
+    the same batches.
     """
-    starts = range(0, len(examples), batch_size)
-    batches = [list(range(start, min(start + batch_size, len(examples)))) for start in starts]
+    most = max(examples["choices"], key=len, default=[])
+    num_rows = max(1, batch_size // len(view_orders(len(most), collator.views)))
+    starts = range(0, len(examples), num_rows)
+    batches = [list(range(start, min(start + num_rows, len(examples)))) for start in starts]
     own = range(state.process_index, len(batches), state.num_processes)
     on_gpu = state.device.type == "cuda"
     loader = DataLoader(
@@ -131,14 +148,16 @@ def score_examples(
     def read(limit: int) -> None:
         """Read what the GPU has done, but for the last batches: it computes them while the next is made ready."""
         while len(waiting) > limit:
-            i, *values = waiting.pop(0)
-            scored[i] = to_choice_logits(*(value.cpu() for value in values))
+            i, groups, *values = waiting.pop(0)
+            choice_logits = to_choice_logits(*(value.cpu() for value in values))
+            scored[i] = average_views(choice_logits, groups.tolist(), average)
 
     for i, batch in zip(own, tqdm(loader, desc="Scoring", disable=not state.is_main_process), strict=True):
+        groups = batch.get("groups", torch.arange(len(batch["answers"])))
         batch = send_to_device(batch, state.device, non_blocking=on_gpu)
         with autocast:
             logits = letter_logits(model, batch, letter_ids)
-        waiting.append((i, logits, batch["orders"], batch["num_choices"]))
+        waiting.append((i, groups, logits, batch["orders"], batch["num_choices"]))
         read(limit=2)
     read(limit=0)
     for other in gather_object([scored]):

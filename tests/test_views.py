@@ -1,0 +1,130 @@
+"""Rows scored in several orders of their choices: the same numbers as one at a time, each picture seen once."""
+
+import math
+
+import pytest
+import torch
+from accelerate import PartialState
+from families import FAMILIES
+from torch import nn
+from trl import ModelConfig
+
+from vqa_sft import speed
+from vqa_sft.collator import AnswerCollator
+from vqa_sft.data import load_examples
+from vqa_sft.mcq import choices_to_letters, view_orders
+from vqa_sft.model import load_model, load_processor
+from vqa_sft.prompts import Prompts
+from vqa_sft.scoring import average_views, find_letter_ids, score_examples, to_choice_logits
+
+PACKED = ("qwen2_5_vl", "qwen3_vl")
+
+
+class OneOrder(AnswerCollator):
+    """Every row in its n-th order of `views`, alone."""
+
+    def __init__(self, *args, number, rotations, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.number, self.rotations = number, rotations
+
+    def orders(self, row):
+        orders = view_orders(len(row["choices"]), self.rotations, row["id"])
+        return [orders[self.number % len(orders)]]
+
+
+@pytest.fixture(params=FAMILIES)
+def road(request, families, contest):
+    folder = families(request.param)
+    examples, _ = load_examples(str(contest / "train.csv"))
+    rows = [examples[i] for i in range(6)]
+    rows[1] |= {"question": "Which of these is the colour of the square that stands in the picture?"}
+    rows[2] |= {"choices": rows[2]["choices"][:2], "answer": None}
+    if request.param in PACKED:
+        rows[3] |= {"images": []}
+        rows[4] |= {"images": rows[4]["images"] + rows[0]["images"]}
+    processor = load_processor(folder)
+    model = load_model(ModelConfig(model_name_or_path=folder, dtype=None), "fp32").eval()
+    for name, parameter in model.named_parameters():  # random models hardly look at their prompt
+        if "embed_tokens" in name:
+            nn.init.normal_(parameter, std=0.5)
+    return model, processor, find_letter_ids(processor, 4), [*rows], request.param in PACKED
+
+
+class Rows(list):
+    """What score_examples takes of a dataset."""
+
+    def __getitem__(self, key):
+        return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
+
+
+def score(road, collator, **how):
+    model, _, letter_ids, rows, _ = road
+    settings = {"batch_size": 8, "precision": "fp32", "num_workers": 0, "state": PartialState(cpu=True)} | how
+    return score_examples(model, Rows(rows), collator, letter_ids, **settings)
+
+
+@pytest.mark.parametrize("views", ["rotations", 3])
+def test_views_give_the_mean_of_what_each_order_gives_alone(road, views):
+    model, processor, _, rows, is_packed = road
+    # One order at a time, on the library's own path.
+    alone = [score(road, OneOrder(processor, Prompts(), 4, number=n, rotations=views)) for n in range(4)]
+    expected = []
+    for i, row in enumerate(rows):
+        num_views = len(view_orders(len(row["choices"]), views, row["id"]))
+        probs = torch.tensor([alone[n][i] for n in range(num_views)]).exp().mean(dim=0)
+        expected.append(probs.log())
+    packer = speed.pack_rows(model, "fp32") if is_packed else None
+    found = score(road, AnswerCollator(processor, Prompts(), 4, packer=packer, views=views))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(ours), theirs, atol=1e-5, rtol=1e-5)
+    spread = max((torch.tensor(alone[0][i]) - torch.tensor(alone[1][i])).abs().max() for i in range(6))
+    assert spread > 1e-3  # the orders do differ
+
+
+def test_what_the_orders_of_a_row_begin_with_stands_once_and_its_picture_too(road):
+    model, processor, _, rows, is_packed = road
+    if not is_packed:
+        pytest.skip("of packed rows")
+    packer = speed.pack_rows(model, "fp32")
+    one = AnswerCollator(processor, Prompts(), 4, packer=packer)(rows)
+    four = AnswerCollator(processor, Prompts(), 4, packer=packer, views="rotations")(rows)
+    torch.testing.assert_close(four["pixel_values"], one["pixel_values"])
+    assert torch.equal(four["image_grid_thw"], one["image_grid_thw"])
+    image = model.config.image_token_id
+    assert (four["input_ids"] == image).sum() == (one["input_ids"] == image).sum() > 0
+    assert four["groups"].tolist() == [0] * 4 + [1] * 4 + [2] * 2 + [3] * 4 + [4] * 4 + [5] * 4
+    padded = AnswerCollator(processor, Prompts(), 4, views="rotations")(rows)
+    places, own, copies = four["shared_prefix"]
+    written_out = four["input_ids"][0][places]
+    assert torch.equal(written_out, padded["input_ids"][padded["attention_mask"].bool()])  # nothing is lost
+    assert torch.equal(places[own], torch.arange(len(own))) and not len(copies)
+    # Every order adds its choices and the prompt's end, and nothing of what stands before.
+    ends = [len(processor.tokenizer(str(row["choices"]))["input_ids"]) + 60 for row in rows]
+    assert four["input_ids"].numel() - one["input_ids"].numel() < 3 * sum(ends)
+    with pytest.raises(RuntimeError, match="no gradients"):
+        hidden = model.get_input_embeddings()(four["input_ids"])
+        assert hidden.requires_grad
+        from vqa_sft.attention import WriteOut
+
+        WriteOut.apply(hidden[:, None], places, own, copies).sum().backward()
+
+
+def test_an_oracle_is_right_under_every_view():
+    """It says the letter under which the answer stands, whatever the order."""
+    for views in ("identity", "rotations", "all", 7):
+        orders = view_orders(4, views, "row")
+        letters = torch.tensor([choices_to_letters([5.0, 0.0, -1.0, -2.0], order) for order in orders])
+        logits = to_choice_logits(letters, torch.tensor(orders), torch.full((len(orders),), 4))
+        (averaged,) = average_views(logits, [0] * len(orders))
+        torch.testing.assert_close(torch.tensor(averaged), torch.tensor([5.0, 0, -1, -2]).log_softmax(0))
+
+
+def test_averages_are_of_probabilities_or_of_their_logarithms():
+    views = [[math.log(0.9), math.log(0.1)], [math.log(0.3), math.log(0.7)]]
+    other = [[math.log(0.2), math.log(0.5), math.log(0.3)]]
+    mean = average_views(views + other, [0, 0, 1])
+    assert [math.exp(value) for value in mean[0]] == pytest.approx([0.6, 0.4])
+    assert mean[1] == pytest.approx(other[0])
+    geometric = [math.sqrt(0.9 * 0.3), math.sqrt(0.1 * 0.7)]
+    found = average_views(views, [0, 0], "log")[0]
+    assert [math.exp(value) for value in found] == pytest.approx([value / sum(geometric) for value in geometric])
