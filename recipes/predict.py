@@ -62,7 +62,7 @@ def main() -> None:
 
     from vqa_sft import cache, launch, model as models, speed
     from vqa_sft.collator import AnswerCollator, check_texts
-    from vqa_sft.scoring import find_letter_ids, score_examples
+    from vqa_sft.scoring import average_views, find_letter_ids, score_examples
 
     launch.check_processes(args.use_cpu)
     state = PartialState(cpu=args.use_cpu)
@@ -88,17 +88,23 @@ def main() -> None:
         speed.speed_up(model, compile_layers=compile_layers)
 
     # Score
-    collator = AnswerCollator(processor, prompts, num_letters, blank, packer, features, args.orders)
-    if features is not None:
-        cache.fill_store(model, collator, [examples], precision, args.batch_size, args.num_workers)
-    choice_logits = score_examples(
-        model, examples, collator, letter_ids, args.batch_size, precision, args.num_workers, state, args.average
-    )
+    if packer is None and args.scales != [1.0]:
+        raise InputError("--scales needs rows without padding, which this model or `fast: false` does not have.")
+    of_scales = []
+    for scale in args.scales:
+        stored = features if scale == 1 else None  # features are those of the pictures as they are
+        collator = AnswerCollator(processor, prompts, num_letters, blank, packer, stored, args.orders, scale)
+        if stored is not None:
+            cache.fill_store(model, collator, [examples], precision, args.batch_size, args.num_workers)
+        how = (args.batch_size, precision, args.num_workers, state, args.average)
+        of_scales.append(score_examples(model, examples, collator, letter_ids, *how))
+    choice_logits = [average_views([*row], [0] * len(row), args.average)[0] for row in zip(*of_scales, strict=True)]
     if state.is_main_process:
         metadata = {
             "base_model": model_args.model_name_or_path,
             "run": None if args.run == "none" else args.run,
             "orders": args.orders,
+            "scales": args.scales,
             "average": args.average,
             "prompts_digest": prompts.digest,
             "precision": precision,
@@ -170,10 +176,17 @@ def parse_args() -> argparse.Namespace:
         "letter), all, or a number of them",
     )
     parser.add_argument(
+        "--scales",
+        type=scales,
+        default=[1.0],
+        metavar="0.9,1.0,1.1",
+        help="of the pictures' sides, one pass over the data each (default: 1.0; Qwen2.5-VL and Qwen3-VL)",
+    )
+    parser.add_argument(
         "--average",
         choices=("mean", "log"),
         default="mean",
-        help="over the orders: of the probabilities (default), or of their logarithms",
+        help="over orders and scales: of the probabilities (default), or of their logarithms",
     )
     parser.add_argument(
         "--batch_size", type=int, default=16, help="rows per forward and process, each order counted as one"
@@ -208,6 +221,13 @@ def orders(text: str) -> str | int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(text)
     return int(text)
+
+
+def scales(text: str) -> list[float]:
+    found = [float(part) for part in text.split(",")]
+    if not all(0.25 <= scale <= 4 for scale in found) or len(set(found)) < len(found):
+        raise ValueError(text)
+    return found
 
 
 def mapping(text: str) -> dict:

@@ -74,11 +74,24 @@ def test_a_run_folder_describes_itself(families, contest, sft, tmp_path):
     assert saved["prompts_digest"] == description["prompts_digest"] and saved["orders"] == "identity"
 
 
-@pytest.mark.parametrize("orders", ["none", "0", "1.5"])
-def test_orders_that_are_none_end_in_a_message(contest, tmp_path, capsys, orders):
+@pytest.mark.parametrize("name, value", [("orders", "0"), ("orders", "1.5"), ("scales", "1,x"), ("scales", "1,1.0")])
+def test_views_that_are_none_end_in_a_message(contest, tmp_path, capsys, name, value):
     with pytest.raises(SystemExit) as stop:
-        predict("none", contest, tmp_path / "out.csv", "--model", TINY_PATH, "--orders", orders)
-    assert stop.value.code == 2 and "--orders: invalid" in capsys.readouterr().err
+        predict("none", contest, tmp_path / "out.csv", "--model", TINY_PATH, f"--{name}", value)
+    assert stop.value.code == 2 and f"--{name}: invalid" in capsys.readouterr().err
+
+
+def test_scales_are_averaged_and_other_families_refuse_them(families, contest, tmp_path, capsys):
+    def of(scales, family="qwen2_5_vl"):
+        output = tmp_path / f"{scales}.csv"
+        return predict("none", contest, output, "--model", families(family), "--scales", scales).choice_logits
+
+    parts = [torch.tensor(of(scales)).exp() for scales in ("1.0", "1.4")]
+    assert (parts[0] - parts[1]).abs().max() > 1e-5
+    torch.testing.assert_close(torch.tensor(of("1.0,1.4")).exp(), sum(parts) / 2)
+    with pytest.raises(SystemExit) as stop:
+        of("0.9", "llava")
+    assert stop.value.code == 2 and "--scales needs rows without padding" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("values", [{"bf16": True}, {"load_in_4bit": True}, {}], ids=["bf16", "4 bit", "fp32"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from families import FAMILIES
+from PIL import Image
 from torch import nn
 from trl import ModelConfig
 
@@ -128,3 +129,16 @@ def test_averages_are_of_probabilities_or_of_their_logarithms():
     geometric = [math.sqrt(0.9 * 0.3), math.sqrt(0.1 * 0.7)]
     found = average_views(views, [0, 0], "log")[0]
     assert [math.exp(value) for value in found] == pytest.approx([value / sum(geometric) for value in geometric])
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_a_scale_changes_the_sides_of_a_picture_within_and_beyond_the_limits(families, family):
+    processor = load_processor(families(family), min_pixels=64 * 64, max_pixels=320 * 320)
+    px = processor.image_processor.patch_size
+    for size, expected in (((640, 640), 320), ((128, 128), 128), ((32, 32), 64)):
+        for scale in (0.5, 1.0, 1.5):
+            collator = AnswerCollator(processor, Prompts(), 4, packer=lambda batch: batch, scale=scale)
+            row = {"id": "a", "images": [Image.new("RGB", size)], "choices": ["x", "y"]}
+            collator.image = lambda row, i: row["images"][i]
+            _, high, wide = collator.pixels([row])["image_grid_thw"][0].tolist()
+            assert high == wide and abs(high * px - expected * scale) <= px * 2

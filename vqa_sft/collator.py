@@ -131,6 +131,7 @@ class AnswerCollator:
 
     With other `views` than "identity" (mcq.view_orders) the batch holds every row in several orders, one after another;
     its pictures are there once where a `packer` tells the orders of a row apart by `groups`, and else once an order.
+    With a `scale` other than 1, of packed rows alone, pictures have that times their sides within the pixel limits.
     """
 
     shows_targets = False  # evaluations compare with the answers
@@ -145,6 +146,7 @@ class AnswerCollator:
         packer: Callable[[dict], dict] | None = None,
         features: "FeatureStore | None" = None,
         views: str | int = "identity",
+        scale: float = 1.0,
     ) -> None:
         self.processor = processor
         self.prompts = prompts
@@ -152,7 +154,7 @@ class AnswerCollator:
         self.blank = blank or {}
         self.packer = packer
         self.features = features
-        self.views = views
+        self.views, self.scale = views, scale
 
     def orders(self, row: dict) -> list[tuple[int, ...]]:
         return view_orders(len(row["choices"]), self.views, row["id"])
@@ -176,7 +178,7 @@ class AnswerCollator:
         # Some templates write the beginning-of-sequence token themselves; twice would be a different prompt.
         how["add_special_tokens"] = not (bos and texts[0].startswith(bos))
         pictures = self.stored(once)
-        if pictures is None and len(rows) > len(once) and self.packer:
+        if pictures is None and self.packer and (len(rows) > len(once) or self.scale != 1):
             pictures = self.pixels(once)
         if pictures is not None:
             grids = pictures["image_grid_thw"].split([len(row["images"]) for row in once])
@@ -224,7 +226,19 @@ class AnswerCollator:
     def pixels(self, rows: list[dict]) -> dict[str, torch.Tensor] | None:
         """Pixels of the rows' pictures and their grids; None where there are no pictures."""
         images = [image for row in rows for image in self.images(row)]
-        return dict(self.processor.image_processor(images, return_tensors="pt")) if images else None
+        if not images:
+            return None
+        process = functools.partial(self.processor.image_processor, return_tensors="pt")
+        if self.scale == 1:
+            return dict(process(images))
+        found = [process([image], size=self.scaled(image)) for image in images]
+        return {name: torch.cat([of_image[name] for of_image in found]) for name in found[0]}
+
+    def scaled(self, image: Image.Image) -> dict[str, int]:
+        """Pixel limits that give the picture `scale` times the sides which it has within the processor's own."""
+        limits = self.processor.image_processor.size
+        own = min(max(image.width * image.height, limits["shortest_edge"]), limits["longest_edge"])
+        return dict.fromkeys(("shortest_edge", "longest_edge"), round(own * self.scale**2))
 
     def tokenize(self, texts: list[str], grids: torch.Tensor, **how: object) -> dict[str, torch.Tensor]:
         """As the processor does it for pictures that it sees, from their grids (pictures, 3) alone."""
