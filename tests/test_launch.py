@@ -220,7 +220,8 @@ def assert_close_average(run, contest, kind):
     assert_close(ours, theirs, atol=1e-5, rtol=0)
     assert max((adapter(one)[name.replace(".default", "")] - theirs[name]).abs().max() for name in theirs) > 1e-3
     ours, theirs = (json.loads((path / "metrics.json").read_text()) for path in (run, one))
-    assert ours["nll_average"] == pytest.approx(theirs["nll_average"], abs=1e-4) != theirs["nll_raw"]
+    average, other = (metrics["nll_calibrated_average"] for metrics in (ours, theirs))
+    assert average == pytest.approx(other, abs=1e-4)
 
 
 def test_prediction_on_two_processes_writes_the_same_bytes(contest, launch, one_process, one_process_predictions):

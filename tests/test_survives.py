@@ -20,7 +20,7 @@ from vqa_sft import checkpoints, run_folder, trainer
 from vqa_sft.errors import ProcessError, explains_breakdown
 from vqa_sft.loss import answer_loss
 from vqa_sft.predictions import read_predictions
-from vqa_sft.scoring import answer_logits
+from vqa_sft.scoring import supervised_logits
 from vqa_sft.tiny import TINY_PATH
 from vqa_sft.trainer import AnswerTrainer
 
@@ -211,10 +211,10 @@ def test_gradients_that_overflow_under_a_scaler_stop_nothing(train, spoil, tmp_p
 
 def test_answers_that_are_no_numbers_end_an_evaluation_and_name_their_rows(train, tmp_path, capsys, monkeypatch):
     def logits(model, inputs):
-        found = answer_logits(model, inputs)
+        found = supervised_logits(model, inputs)
         return found if model.training else found * float("nan")
 
-    monkeypatch.setattr(trainer, "answer_logits", logits)
+    monkeypatch.setattr(trainer, "supervised_logits", logits)
     with pytest.raises(SystemExit) as stop:
         train(tmp_path / "run")
     error = capsys.readouterr().err
