@@ -33,7 +33,7 @@ from vqa_sft.predictions import Predictions, read_predictions, write_predictions
 from vqa_sft.prompts import Prompts
 from vqa_sft.scan import scan_pictures
 
-MOST_OF_ALL = 5  # choices, whose 120 orders may be scored
+MOST_ORDERS = 120  # of one row; all of five choices
 
 
 @exits_with_message
@@ -51,7 +51,7 @@ def main() -> None:
     examples, num_letters = loaded.examples, run["num_letters"] or loaded.num_choices
     if trained is not None:
         check_choices(trained, loaded.columns, examples, num_letters)
-    if args.orders == "all" and loaded.num_choices > MOST_OF_ALL:
+    if args.orders == "all" and math.factorial(loaded.num_choices) > MOST_ORDERS:
         raise InputError(
             f"--orders all: rows of {loaded.num_choices} choices have {math.factorial(loaded.num_choices):,} orders. "
             "Give rotations, or a number."
@@ -173,7 +173,7 @@ def parse_args() -> argparse.Namespace:
         default="identity",
         metavar="ORDERS",
         help="of the choices in which each row is scored: identity (default), rotations (each choice once under each "
-        "letter), all, or a number of them",
+        f"letter), all, or a number of them; at most {MOST_ORDERS}",
     )
     parser.add_argument(
         "--scales",
@@ -218,7 +218,7 @@ def orders(text: str) -> str | int:
     """What mcq.view_orders takes."""
     if text in ("identity", "rotations", "all"):
         return text
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_ORDERS:
         raise ValueError(text)
     return int(text)
 

@@ -223,6 +223,10 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     checkpoint = checkpoints.last_whole_checkpoint(output_dir)
     if checkpoint is not None and is_main:
         print(f"Going on from {checkpoint}.")
+    if checkpoint is not None and args.early_stopping_patience is not None:
+        training_args.max_steps = (
+            checkpoints.stopped_early(checkpoint, args.early_stopping_patience) or training_args.max_steps
+        )
     of_batch = {"states_global_batch": args.global_batch_size is not None, "auto_batch": args.auto_batch}
     smaller, ran_out = memory.halve_batch(training_args, **of_batch), False
     with (

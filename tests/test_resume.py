@@ -110,6 +110,16 @@ def test_a_run_killed_after_its_last_checkpoint_has_nothing_left_to_train(train)
     assert result(train()) == before
 
 
+def test_a_run_that_stopped_early_and_was_killed_then_has_nothing_left_to_train(train):
+    run = train(learning_rate=0, early_stopping_patience=1, num_train_epochs=4)
+    before = result(run)
+    assert checkpoints.last_whole_checkpoint(run).endswith("checkpoint-6")  # the second epoch was no better
+    for name in (run_folder.RUN, run_folder.VALIDATION, "adapter_model.safetensors"):
+        (run / name).unlink()
+    assert result(train(learning_rate=0, early_stopping_patience=1, num_train_epochs=4)) == before
+    assert checkpoints.last_whole_checkpoint(run).endswith("checkpoint-6")
+
+
 def test_a_run_of_all_weights_finds_them_again_in_its_checkpoints(train, tmp_path, capsys):
     values = {"use_peft": False, "learning_rate": 1e-3, "save_total_limit": 3}
     values["output_dir"] = f"{tmp_path / 'run'}/"  # as a shell completes it

@@ -97,6 +97,24 @@ def test_a_sigterm_ends_a_run_after_the_step_at_hand(train, whole, at_loss, tmp_
     assert checkpoints.last_whole_checkpoint(run) == str(run / "checkpoint-2")
     assert not run_folder.is_finished(run)
     assert result(train(run, dataloader_num_workers=num_workers)) == whole
+    state = json.loads((run / "checkpoint-6" / "trainer_state.json").read_text())
+    # None in the middle of an epoch, which might choose other weights.
+    assert [entry["epoch"] for entry in state["log_history"] if "eval_nll" in entry] == [1, 2]
+
+
+def test_a_sigterm_at_the_end_of_an_epoch_saves_once_after_its_evaluation(train, whole, at_loss, tmp_path, monkeypatch):
+    done, evaluate, save = [], AnswerTrainer.evaluate, AnswerTrainer._save_checkpoint
+
+    def noting(name, do):
+        return lambda self, *args, **kwargs: done.append((name, self.state.global_step)) or do(self, *args, **kwargs)
+
+    monkeypatch.setattr(AnswerTrainer, "evaluate", noting("evaluate", evaluate))
+    monkeypatch.setattr(AnswerTrainer, "_save_checkpoint", noting("save", save))
+    at_loss(5, send_sigterm)  # in the third step of three
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run")
+    assert done == [("evaluate", 3), ("save", 3)]
+    assert result(train(tmp_path / "run")) == whole
 
 
 def test_a_sigterm_in_any_process_stops_them_all(monkeypatch):

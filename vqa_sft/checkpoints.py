@@ -1,5 +1,6 @@
 """Which checkpoints are whole, when a run saves and stops, and where it goes on."""
 
+import json
 import os
 import shutil
 import signal
@@ -126,7 +127,15 @@ class SaveAndStop(TrainerCallback):
             is_often = args.world_size == 1 or step_time_s >= self.SLOW_STEP_S
             self._next_look = state.global_step + (1 if is_often else self.INTERVAL)
             if stops:
-                self.has_stopped = control.should_save = control.should_training_stop = True
+                self.has_stopped = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Also called where the training stops in the middle of an epoch. An evaluation there would be one that a run
+        # without a stop does not have, and might choose other weights.
+        if self.has_stopped:
+            # Saved once: while it is saved again, a checkpoint does not count.
+            control.should_save = not (Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER).exists()
+            control.should_evaluate = control.should_evaluate and state.epoch % 1 == 0
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.longest_pause_s = max(self.longest_pause_s, time.monotonic() - self._step_s)
@@ -146,6 +155,17 @@ def goes_on(output_dir: str | Path) -> str:
         if checkpoint
         else "starts anew: no checkpoint is whole yet."
     )
+
+
+def stopped_early(checkpoint: str | Path, patience: int) -> int | None:
+    """The step after which early stopping ended the run that saved this checkpoint, if it did. The Trainer restores the
+    count of evaluations without a better one, and looks at it only after the next."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+    if isinstance(saved, list):
+        saved = saved[0]
+    count = saved.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return state["global_step"] if count >= patience else None
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> str | None:

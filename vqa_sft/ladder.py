@@ -12,7 +12,8 @@ with its own collator on the same rows: the loss on every token, no shuffling, t
 
 Test rows are scored once under each rotation of their choices. The letter bias is the largest difference in recall
 between answer letters. Brackets hold the middle 95% of 1,000 resamples of seeds and test rows; a difference compares
-the same test rows. `cost` is the time of the training alone against `plain`, with other runs beside it.
+the same test rows. `cost` is the time of the training, its evaluations included, against `plain`, with other runs
+beside it.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import numpy as np
 from vqa_sft.errors import InputError, exits_with_message
 from vqa_sft.metrics import ece_of, nll_of, softmax
 from vqa_sft.predictions import read_predictions
+from vqa_sft.run_folder import is_finished
 from vqa_sft.tiny.numbers import SETS, TaskSet, write_set
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +76,7 @@ def main() -> None:
     seeds = range(args.seeds)
     trained = [(s, r, seed) for seed in seeds for r in args.recipes if r != SOUP for s in tasks]
     soups = [(s, SOUP, seed) for seed in seeds for s in tasks] * (SOUP in args.recipes)
-    # Each soup is of other runs, the last ones of seeds that no other recipe has.
+    # A soup is of its seed and the two after it; the last ones no other recipe has.
     trained += [(s, "plain", args.seeds + number) for number in range(2) for s in tasks] * (SOUP in args.recipes)
     for part in (trained, soups):  # a soup is of runs of the first part
         run_all(args.work, part, args.jobs, args.use_cpu)
@@ -147,7 +149,8 @@ def train_and_score(work: str, set_name: str, recipe: str, seed: int, use_cpu: b
         from vqa_sft.soup import make_soup
 
         others = [run_folder_of(Path(work), set_name, "plain", seed + number) for number in range(3)]
-        print(make_soup([str(other) for other in others], str(run)))
+        if not is_finished(run):
+            print(make_soup([str(other) for other in others], str(run)))
     elif recipe == NAIVE:
         train_naive(values)
     else:
