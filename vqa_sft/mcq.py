@@ -46,11 +46,11 @@ def view_orders(num_choices: int, views: str | int, row_id: str = "") -> list[tu
     if views == "all":
         return list(itertools.permutations(identity))
     orders, num_orders = {identity: None}, min(int(views), math.factorial(num_choices))
-    for number in itertools.count():
-        if len(orders) == num_orders:
-            return [*orders]
+    number = 0
+    while len(orders) < num_orders:
         orders[draw_order(num_choices, 0, number, row_id)] = None
-    raise AssertionError  # the count has no end
+        number += 1
+    return [*orders]
 
 
 def choices_to_letters(values: Sequence, order: Sequence[int]) -> list:
