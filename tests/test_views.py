@@ -110,6 +110,29 @@ def test_what_the_orders_of_a_row_begin_with_stands_once_and_its_picture_too(roa
         WriteOut.apply(hidden[:, None], places, own, copies).sum().backward()
 
 
+@pytest.mark.parametrize("views", ["identity", "rotations"])
+def test_several_questions_about_one_picture_share_it(road, views):
+    """And give what each gives in a batch of its own on the library's path."""
+    model, processor, letter_ids, rows, is_packed = road
+    if not is_packed:
+        pytest.skip("of packed rows")
+    asked = [rows[0], rows[1] | {"images": rows[0]["images"]}, rows[3], rows[5]]
+    asked.append(rows[4] | {"id": "two pictures, again", "question": "Which?"})
+    asked += [rows[4], rows[2] | {"images": rows[0]["images"]}]
+    road = model, processor, letter_ids, asked, is_packed
+    alone = score(road, AnswerCollator(processor, Prompts(), 4, views=views), batch_size=1)
+    packer = speed.pack_rows(model, "fp32")
+    collator = AnswerCollator(processor, Prompts(), 4, packer=packer, views=views)
+    together = score(road, collator, batch_size=7 * 4)
+    for ours, theirs in zip(together, alone, strict=True):
+        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-5, rtol=1e-5)
+    batch = collator(asked)
+    # One picture of the first row, one of the sixth question, two of the two-picture rows.
+    assert len(batch["image_grid_thw"]) == 4
+    num_tokens = int(batch["image_grid_thw"].prod(dim=1).sum()) // 4
+    assert int((batch["input_ids"] == model.config.image_token_id).sum()) == num_tokens
+
+
 def test_an_oracle_is_right_under_every_view():
     """It says the letter under which the answer stands, whatever the order."""
     for views in ("identity", "rotations", "all", 7):

@@ -8,6 +8,8 @@ What a batch of two rows holds (T tokens of the longest prompt, L letters of the
     answers            (B,)     index of the letter that answers the row, -1 where the answer is not known
     num_choices        (B,)     how many of the L letters the row uses
     groups             (B,)     which row of the batch it is, where rows are shown in several orders
+    leaders            (B,)     for packed rows that are scored: the row with which it shares what both begin with, its
+                                pictures included; itself where there is none
     orders             (B, L)   orders[b, i] = choice under letter i; beyond num_choices the identity
     targets            (B, L)   what each letter should have; in training, where the data have such a column
     end_positions      (B,)     index of the letter itself, where training rows carry it: the logits there belong to the
@@ -22,7 +24,7 @@ import functools
 import hashlib
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import datasets
@@ -129,12 +131,14 @@ class AnswerCollator:
     without padding of the batch (packing.py). With `features`, pictures whose features are all stored are not opened:
     the batch holds `image_features` (cache.py) in place of pixels.
 
-    With other `views` than "identity" (mcq.view_orders) the batch holds every row in several orders, one after another;
-    its pictures are there once where a `packer` tells the orders of a row apart by `groups`, and else once an order.
-    With a `scale` other than 1, of packed rows alone, pictures have that times their sides within the pixel limits.
+    With other `views` than "identity" (mcq.view_orders) the batch holds every row in several orders, one after another.
+    With a `packer` pictures are there once for all orders of a row, and for all rows whose prompts are the same up to
+    their pictures and these; the packer is told so by `leaders`. With a `scale` other than 1, of packed rows alone,
+    pictures have that times their sides within the pixel limits.
     """
 
     shows_targets = False  # evaluations compare with the answers
+    shares_pictures = True
     supervises_end = False
 
     def __init__(
@@ -177,15 +181,20 @@ class AnswerCollator:
         how = {"padding": True, "return_tensors": "pt"}
         # Some templates write the beginning-of-sequence token themselves; twice would be a different prompt.
         how["add_special_tokens"] = not (bos and texts[0].startswith(bos))
-        pictures = self.stored(once)
-        if pictures is None and self.packer and (len(rows) > len(once) or self.scale != 1):
-            pictures = self.pixels(once)
+        first = [groups.index(number) for number in range(len(once))]  # of the orders of each row
+        roots = self.roots(once, [texts[place] for place in first])
+        seen = [row for number, row in enumerate(once) if roots[number] == number]  # whose pictures the batch holds
+        is_shared = self.packer is not None and len(seen) < len(rows)
+        pictures = self.stored(seen if is_shared else rows)
+        if pictures is None and self.packer and (is_shared or self.scale != 1):
+            pictures = self.pixels(seen)
         if pictures is not None:
-            grids = pictures["image_grid_thw"].split([len(row["images"]) for row in once])
-            grids = torch.cat([grids[number] for number in groups])
+            of_seen = pictures["image_grid_thw"].split([len(row["images"]) for row in seen])
+            grids = dict(zip(sorted(set(roots)), of_seen, strict=True))
+            grids = torch.cat([grids[roots[number]] for number in groups])
             batch = self.tokenize(texts, grids, **how) | pictures
-            if len(rows) > len(once):
-                batch["grids_of_views"] = grids
+            if is_shared:
+                batch["grids_of_rows"] = grids
         else:
             images = [self.images(row) for row in rows]
             batch = self.processor(text=texts, images=images if any(images) else None, **how)
@@ -206,7 +215,27 @@ class AnswerCollator:
             batch["end_positions"] = last
         if len(rows) > len(once):
             batch["groups"] = torch.tensor(groups)
+        if is_shared:
+            leads = [first[roots[n] if place == first[n] else n] for place, n in enumerate(groups)]
+            batch["leaders"] = torch.tensor(leads)
         return self.packer(batch) if self.packer else batch
+
+    def roots(self, rows: list[dict], texts: list[str]) -> list[int]:
+        """For each row the first one with the same pictures whose prompt is the same up to them; itself without."""
+        if not self.packer or not self.shares_pictures:
+            return [*range(len(rows))]
+        found: dict[Hashable, int] = {}
+        roots = []
+        for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
+            before, _, _ = text.rpartition(self.processor.image_token)
+            pictures = tuple(self.picture_key(row, position) for position in range(len(row["images"])))
+            roots.append(found.setdefault((before, *pictures) if pictures else number, number))
+        return roots
+
+    def picture_key(self, row: dict, position: int) -> Hashable:
+        """Equal for pictures that are the same, without opening them."""
+        image = row["images"][position]
+        return BLANK_DIGEST if self.is_blank(row, position) else (image["bytes"] or image["path"])
 
     def targets(self, row: dict, order: Sequence[int]) -> torch.Tensor:
         """What each letter should have, (L,): the row's targets, or all for its answer."""
@@ -288,6 +317,7 @@ class TrainCollator(AnswerCollator):
     """
 
     shows_targets = True
+    shares_pictures = False  # rows that share more than their first words have no gradients
 
     def __init__(
         self,

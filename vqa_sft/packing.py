@@ -9,8 +9,9 @@ N is the number of tokens without padding, where those that all rows begin with 
     rows  s s a a a | s s b b | s s c c c c   ->   s s a a a b b c c c c
     shared_prefix = places (M,), own (N,), copies (B, P)      M tokens in the rows written out, P of them shared
 
-Where rows are shown in several orders (`groups`), what the orders of a row begin with, its picture and question, stands
-once as well. Such a batch is for scoring: it has no `copies`, without which there are no gradients.
+Where rows have `leaders`, what a row and its leader begin with stands once as well: the picture and the question of the
+orders of a row, the picture of several questions about it. Such a batch is for scoring: it has no `copies`, without
+which there are no gradients.
 
 Attention alone sees the rows written out (attention.py), for which `cu_seq_lens_q` holds. Made in the data loader's
 workers, by the library's own functions, so that neither a forward nor a copy waits for the GPU. For Qwen2.5-VL and
@@ -36,7 +37,7 @@ from transformers.vision_utils import (
 
 MODELS = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
 # What the packed row makes needless.
-DROPPED = ("attention_mask", "mm_token_type_ids", "grids_of_views")
+DROPPED = ("attention_mask", "mm_token_type_ids", "grids_of_rows", "leaders")
 
 
 def why_not(config: PreTrainedConfig) -> str | None:
@@ -71,21 +72,20 @@ class Packer:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         is_token = batch["attention_mask"].bool()
         grid = batch.get("image_grid_thw")
-        groups = batch.get("groups")
         if grid is None:
             positions = (batch["attention_mask"].cumsum(dim=1) - 1).expand(3, -1, -1)
         else:
             positions, _ = self.rope_index(
                 batch["input_ids"],
                 batch["mm_token_type_ids"],
-                image_grid_thw=batch.get("grids_of_views", grid),
+                image_grid_thw=batch.get("grids_of_rows", grid),
                 attention_mask=is_token,
             )
         lengths = is_token.sum(dim=1)
         cu_seq_lens = _edges(lengths)
         ends = int("end_positions" in batch)
         num_shared = self.num_shared(batch["input_ids"], lengths - ends)
-        leaders = _leaders(groups, len(lengths))
+        leaders = batch.get("leaders", torch.arange(len(lengths)))
         begins = _common_starts(batch["input_ids"], lengths, leaders)
         kept = is_token & (torch.arange(is_token.shape[1]) >= begins[:, None].clamp(min=num_shared))
         kept[0] = is_token[0]
@@ -128,15 +128,8 @@ def supervised_positions(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack([batch[name] for name in ("answer_positions", "end_positions") if name in batch], dim=1)
 
 
-def _leaders(groups: torch.Tensor | None, num_rows: int) -> torch.Tensor:
-    """The first row of each row's group, (B,); all are their own where there are no groups."""
-    if groups is None:
-        return torch.arange(num_rows)
-    return torch.searchsorted(groups, groups)
-
-
 def _common_starts(input_ids: torch.Tensor, lengths: torch.Tensor, leaders: torch.Tensor) -> torch.Tensor:
-    """How many tokens a row begins with that its leader begins with too, (B,); 0 for the leaders themselves, and never
+    """How many tokens a row begins with that its leader begins with too, (B,); 0 for one that leads itself, and never
     the answer position of either."""
     differs = input_ids != input_ids[leaders]
     differs |= torch.arange(input_ids.shape[1]) >= torch.minimum(lengths, lengths[leaders])[:, None] - 1
@@ -157,8 +150,9 @@ def _shared_prefix(
     shared = torch.arange(num_shared)
     place = (kept.flatten().cumsum(dim=0) - 1).view(kept.shape)
     place[:, :num_shared] = shared
-    # After the leaders' own places are known.
-    place = torch.where(torch.arange(kept.shape[1]) < begins[:, None], place[leaders], place)
+    is_led = torch.arange(kept.shape[1]) < begins[:, None]
+    for _ in range(2):  # a leader may have one that leads itself, whose places it takes first
+        place = torch.where(is_led, place[leaders], place)
     written = (is_token.flatten().cumsum(dim=0) - 1).view(kept.shape)
     copies = starts.long()[:, None] + shared
     return place[is_token], written[kept], copies[:0] if begins.any() else copies
