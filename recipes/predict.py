@@ -1,131 +1,257 @@
-"""Score the letters of every question with a fine-tuned run, or with a base model, and write a submission.
+"""Score the letters of every question with fine-tuned runs, or with a base model, and write a submission.
 
     accelerate launch recipes/predict.py --run runs/demo --data data/digits/test.csv --output runs/demo/submission.csv
+    accelerate launch recipes/predict.py --run runs/fold0 runs/fold1 --orders rotations --data test.csv --output out.csv
+    accelerate launch recipes/predict.py --run runs/demo --part validation --orders rotations --output validation.csv
     accelerate launch recipes/predict.py --run none --model Qwen/Qwen2.5-VL-7B-Instruct --max_pixels 200704 \\
         --data test.csv --output zero_shot/submission.csv
 
 One forward a batch, the letters' logits at the last prompt position. Beside the submission (id and answer letter, in
-the data's own format) stands the prediction file: submission.parquet, with log-probabilities of every choice.
+the data's own format) stands the prediction file: submission.parquet, with log-probabilities of every choice. Of
+several runs each has a prediction file too, and the submission is of the mean of their probabilities.
+
+What is scored is kept in submission.csv.parts/ as it comes: the same command goes on where a killed one stopped.
 """
 
 import argparse
+import hashlib
+import json
 import math
 import os
+import shutil
+import signal
+import sys
 import tempfile
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import yaml
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from vqa_sft.quiet import quiet
 
 quiet()
 
-from vqa_sft import run_folder
+from vqa_sft import run_folder, shards
 from vqa_sft.answers import FORMATS
 from vqa_sft.columns import Columns, check_columns, with_context_of
-from vqa_sft.config import Recipe, RecipeArguments
-from vqa_sft.data import Loaded, read_examples
+from vqa_sft.config import RecipeArguments
+from vqa_sft.data import Loaded, read_examples, stream_examples
 from vqa_sft.errors import InputError, exits_with_message, explains_breakdown, name_rows
+from vqa_sft.mcq import view_orders
+from vqa_sft.metrics import softmax
 from vqa_sft.predictions import Predictions, read_predictions, write_predictions, write_submission
+from vqa_sft.problems import Problems
 from vqa_sft.prompts import Prompts
 from vqa_sft.scan import scan_pictures
+from vqa_sft.split import VALIDATION, read_parts, select
 
 MOST_ORDERS = 120  # of one row; all of five choices
+BLOCK_ROWS = 10_000  # of a stream that are known at a time
+
+
+@dataclass
+class Data:
+    """What is to be scored: the rows of each run, whose sources are `loaded`."""
+
+    loaded: list[Loaded]
+    rows_of: dict[str, Dataset | IterableDataset]  # run folder -> its rows
+    trained: Columns | None  # of the first run
+
+    @property
+    def num_choices(self) -> int:
+        return max(source.num_choices for source in self.loaded)
+
+
+@dataclass
+class Pass:
+    """Rows that some runs of one model score."""
+
+    group: list[str]  # folders of the runs that the model has
+    runs: list[int]  # which of them
+    examples: Dataset | IterableDataset
 
 
 @exits_with_message
 def main() -> None:
     args = parse_args()
     is_main = os.environ.get("RANK", "0") == "0"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is scored is written first
 
-    # What to score, and how: all of it is in the run folder.
-    run = run_folder.read_run(args.run) if args.run != "none" else base_run(args)
-    prompts, trained = Prompts(**run["prompts"]), run["columns"] and Columns(**run["columns"])
-    loaded = read_examples(args.data, answers="optional", **data_options(args, run["recipe"], trained))
-    for note in loaded.notes * is_main:
+    # What to score, and how: all of it is in the run folders.
+    folders = run_folder.runs_in(args.run)
+    runs = {folder: base_run(args) if folder == "none" else run_folder.read_run(folder) for folder in folders}
+    check_outputs(args, folders)
+    data = read_data(args, runs)
+    for note in [note for source in data.loaded for note in source.notes] * is_main:
         print(note)
-    loaded.problems.raise_if_any(loaded.name)
-    examples, num_letters = loaded.examples, run["num_letters"] or loaded.num_choices
-    if trained is not None:
-        check_choices(trained, loaded.columns, examples, num_letters)
-    if args.orders == "all" and math.factorial(loaded.num_choices) > MOST_ORDERS:
+    if args.orders == "all" and math.factorial(data.num_choices) > MOST_ORDERS:
         raise InputError(
-            f"--orders all: rows of {loaded.num_choices} choices have {math.factorial(loaded.num_choices):,} orders. "
-            "Give rotations, or a number."
+            f"--orders all: rows of {data.num_choices} choices have {math.factorial(data.num_choices):,} orders. Give "
+            "rotations, or a number."
         )
-    blank = find_blank(loaded, args.on_bad_image) if is_main else None
+    is_known = args.part == "all" and not args.streaming
+    blank = find_blank(data.loaded[0], args.on_bad_image) if is_known and is_main else {}
 
     from accelerate import PartialState
 
-    from vqa_sft import cache, launch, model as models, speed
-    from vqa_sft.collator import AnswerCollator, check_texts
-    from vqa_sft.scoring import average_views, find_letter_ids, score_examples
+    from vqa_sft import launch, scorer
 
     launch.check_processes(args.use_cpu)
-    state = PartialState(cpu=args.use_cpu)
+    PartialState(cpu=args.use_cpu)
     blank = launch.from_main(blank)
 
-    # Processor, base and adapter
-    recipe = Recipe(run["recipe"] | {"use_cpu": args.use_cpu}, arguments=None)
-    model_args, trust = recipe.model_args(), {"trust_remote_code": bool(run["recipe"].get("trust_remote_code"))}
-    source = model_args.model_name_or_path if args.run == "none" else args.run
-    limits = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
-    processor = models.load_processor(source, **limits, **trust)
-    letter_ids = find_letter_ids(processor, num_letters, prompts)
-    check_texts(processor, examples, prompts)
-    precision = models.choose_precision(recipe.values, trained=run.get("precision"))
-    model = models.load_trained(args.run, model_args, precision, device_map=launch.device_map(), **trust)
-    model.to(state.device).eval().requires_grad_(False)
-    packer = features = None
-    if run["recipe"].get("fast", True):
-        packer = speed.pack_rows(model, precision)
-        if run["recipe"].get("cache_image_features"):
-            features = cache.open_store(model, processor, packer, precision)
-        compile_layers = speed.pays_compilation(len(examples), args.compile_layers)
-        speed.speed_up(model, compile_layers=compile_layers)
-
-    # Score
-    if packer is None and args.scales != [1.0]:
-        raise InputError("--scales needs rows without padding, which this model or `fast: false` does not have.")
-    of_scales = []
-    for scale in args.scales:
-        stored = features if scale == 1 else None  # features are those of the pictures as they are
-        collator = AnswerCollator(processor, prompts, num_letters, blank, packer, stored, args.orders, scale)
-        if stored is not None:
-            cache.fill_store(model, collator, [examples], precision, args.batch_size, args.num_workers)
-        how = (args.batch_size, precision, args.num_workers, state, args.average)
-        of_scales.append(score_examples(model, examples, collator, letter_ids, *how))
-    choice_logits = [average_views([*row], [0] * len(row), args.average)[0] for row in zip(*of_scales, strict=True)]
-    if state.is_main_process:
-        metadata = {
-            "base_model": model_args.model_name_or_path,
-            "run": None if args.run == "none" else args.run,
-            "orders": args.orders,
-            "scales": args.scales,
-            "average": args.average,
-            "prompts_digest": prompts.digest,
-            "precision": precision,
-        }
-        ids = examples["id"][:]
-        predictions = Predictions(ids, choice_logits, examples["answer"][:], metadata, [i in blank for i in ids])
-        answers = submission_columns(loaded.columns, trained, args.answer_format)
-        with explains_breakdown(f"for {args.output}", lambda: "writes it."):
-            write_predictions(Path(args.output).with_suffix(".parquet"), predictions)
-            write_submission(args.output, predictions, answers, examples["choices"][:])
-        print(f"Wrote {len(predictions.ids):,} answers to {args.output}")
-        if blank:
-            print(f"Guessed without their pictures, which could not be used: {name_rows([*blank], len(ids))}")
+    # One pass for the runs that one model scores together; for a run's own validation rows one for each run.
+    groups = scorer.groups_of(runs)
+    runs = {folder: runs[folder] for group in groups for folder in group}
+    precisions = {group[0]: scorer.precision_of(runs[group[0]], args.use_cpu) for group in groups}
+    for group in groups[1:] * is_main:
+        print(f"Speed: the base is loaded anew for {', '.join(group)}: another base, prompt, picture size or adapter.")
+    if args.part == VALIDATION:
+        passes = [Pass(group, [i], data.rows_of[folder]) for group in groups for i, folder in enumerate(group)]
+    else:
+        passes = [Pass(group, [*range(len(group))], data.rows_of[group[0]]) for group in groups]
+    goes_on = "goes on with what was scored."
+    with explains_breakdown(f"for {args.output}", lambda: goes_on):
+        plan = describe_plan(args, runs, data) if is_main else {}
+        parts, is_begun = launch.from_main(shards.open_parts(Path(args.output), plan) if is_main else None)
+        if is_begun and is_main:
+            print(f"Going on with what {parts} holds.")
+        loaded_group, model = None, None
+        for number, of_pass in enumerate(passes):
+            for block, examples in enumerate(blocks_of(of_pass.examples)):
+                folder = parts / f"pass{number}-block{block}"
+                if launch.from_main(folder.with_name(f"{folder.name}.parquet").is_file()):
+                    continue
+                if loaded_group != of_pass.group:
+                    model = None  # its memory is needed
+                    run, how = runs[of_pass.group[0]], load_options(args, data)
+                    how |= {"precision": precisions[of_pass.group[0]]}
+                    model, loaded_group = scorer.load(of_pass.group, run, examples=examples, **how), of_pass.group
+                if args.streaming:
+                    found = find_blank(replace(data.loaded[0], examples=examples), args.on_bad_image) if is_main else {}
+                    blank = launch.from_main(found)
+                score(args, model, of_pass.runs, examples, blank, folder)
+        if is_main:
+            metadata = {"orders": args.orders, "scales": args.scales, "average": args.average}
+            metadata |= {"precision": ", ".join(dict.fromkeys(precisions.values()))}
+            print(write_results(args, runs, data, passes, parts, metadata))
+            shutil.rmtree(parts)
     launch.leave()
 
 
-def check_output(args: argparse.Namespace) -> None:
-    """Raises InputError where the two files cannot be written, or would replace what we did not write."""
+def score(
+    args: argparse.Namespace, model: Any, runs: Sequence[int], examples: Dataset, blank: dict[str, Any], folder: Path
+) -> None:
+    """Score a block of rows, all but those that are scored already, into `folder` and the file beside it."""
+    from accelerate import PartialState
+
+    from vqa_sft import launch
+    from vqa_sft.scoring import plan_batches, score_batches
+
+    state = PartialState()
+    collators = model.collators(args.orders, args.scales, blank)
+    model.fill_store(collators, examples, args.batch_size, args.num_workers)
+    done = launch.from_main(shards.rows_done(folder) if state.is_main_process else None)
+    batches = plan_batches(examples, args.orders, args.batch_size)
+    batches = [batch for batch in batches if not done.issuperset(batch)]
+    scored = shards.Shards(folder)
+    how = {"precision": model.precision, "num_workers": args.num_workers, "average": args.average}
+    how |= {"adapters": model.adapters, "runs": runs}
+    try:
+        for batch in score_batches(model.model, examples, batches, collators, model.letter_ids, **how):
+            scored.add(batch.rows, batch.choice_logits, batch.agreement)
+    finally:
+        scored.flush()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        ids = examples["id"][:]
+        beside = {"id": ids, "answer": examples["answer"][:], "blanked": [row_id in blank for row_id in ids]}
+        shards.finish_block(folder, pa.table(beside | {"choices": examples["choices"][:]}))
+    state.wait_for_everyone()
+
+
+def write_results(
+    args: argparse.Namespace, runs: dict[str, dict], data: Data, passes: Sequence[Pass], parts: Path, metadata: dict
+) -> str:
+    """Write the prediction files and the submission from what was scored, block by block; what was done, in words."""
+    folders, output = [*runs], Path(args.output)
+    of_run = [
+        metadata
+        | {"base_model": run["recipe"]["model_name_or_path"], "run": None if folder == "none" else folder}
+        | {"prompts_digest": Prompts(**run["prompts"]).digest}
+        for folder, run in runs.items()
+    ]
+    together = of_run[0] | {"run": folders} if len(folders) > 1 else of_run[0]
+    if args.part == VALIDATION:
+        together |= {"split": VALIDATION if len(folders) == 1 else "out-of-fold"}
+    columns = submission_columns(data.loaded[0].columns, data.trained, args.answer_format)
+    files: dict[Path, list[Path]] = {}
+
+    def put(path: Path, write: Any, *what: Any) -> None:
+        part = parts / f"{len(files.setdefault(path, []))}-{path.name}"
+        write(part, *what)
+        files[path].append(part)
+
+    num_rows, blanked = 0, []
+    for tables in blocks_of_passes(args, passes, parts, data):
+        ids, answers, choices, blank, logits = tables  # logits: of each run
+        of_block = [
+            Predictions(ids, of_one, answers, about, blank) for of_one, about in zip(logits, of_run, strict=False)
+        ]
+        if len(of_block) == 1:
+            mean = replace(of_block[0], metadata=together)
+        else:
+            probs = [softmax(predictions.choice_logits) for predictions in of_block]
+            mixed = [np.log(np.mean(of_row, axis=0)).tolist() for of_row in zip(*probs, strict=True)]
+            mean = Predictions(ids, mixed, answers, together, blank)
+            for folder, predictions in zip(folders, of_block, strict=True):
+                put(path_of_run(output, folder, folders), write_predictions, predictions)
+        put(output.with_suffix(".parquet"), write_predictions, mean)
+        put(output, write_submission, mean, columns, choices)
+        num_rows += len(ids)
+        blanked += [row_id for row_id, is_blank in zip(ids, blank, strict=True) if is_blank]
+    for path, written in files.items():
+        shards.join_files(written, path)
+    said = f"Wrote {num_rows:,} answers to {args.output}"
+    if blanked:
+        said += f"\nGuessed without their pictures, which could not be used: {name_rows(blanked, num_rows)}"
+    return said
+
+
+def blocks_of_passes(args: argparse.Namespace, passes: Sequence[Pass], parts: Path, data: Data) -> Iterator[tuple]:
+    """(ids, answers, choices, blanked, choice logits of each run) of every block, the runs in the order of the groups;
+    of validation rows all at once, in the order of the data, each by the run that it belongs to."""
+    names = ("id", "answer", "choices", "blanked")
+    if args.part == VALIDATION:
+        tables = [table for number in range(len(passes)) for table in shards.read_blocks(parts, number)]
+        table = pa.concat_tables(tables)
+        order = {row_id: i for i, row_id in enumerate(i for source in data.loaded for i in source.examples["id"])}
+        ids = table["id"].to_pylist()
+        twice = sorted({row_id for row_id in ids if ids.count(row_id) > 1}) if len(set(ids)) < len(ids) else []
+        if twice:
+            raise InputError(
+                f"several of the runs validate on {name_rows(twice, len(ids))}. Give the folds of one run."
+            )
+        table = table.take(sorted(range(len(ids)), key=lambda row: order[ids[row]]))
+        logits = [of_runs[0] for of_runs in table["choice_logits"].to_pylist()]
+        yield *(table[name].to_pylist() for name in names), [logits]
+        return
+    for tables in zip(*(shards.read_blocks(parts, number) for number in range(len(passes))), strict=True):
+        by_row = [table["choice_logits"].to_pylist() for table in tables]
+        logits = [[of_runs[i] for of_runs in rows] for rows in by_row for i in range(len(rows[0]))]
+        yield *(tables[0][name].to_pylist() for name in names), logits
+
+
+def check_outputs(args: argparse.Namespace, folders: Sequence[str]) -> None:
+    """Raises InputError where a file cannot be written, or would replace what we did not write."""
     output = Path(args.output)
     parquet = output.with_suffix(".parquet")
-    if output.resolve() == Path(args.data).resolve():
+    if args.data is not None and output.resolve() == Path(args.data).resolve():
         raise InputError(f"--output is --data ({args.data}). Name another --output.")
     if output.suffix != ".csv":
         raise InputError(f"--output must end in .csv; got {args.output}.")
@@ -133,12 +259,22 @@ def check_output(args: argparse.Namespace) -> None:
         raise InputError(f"{parquet} holds the run's own validation predictions. Name another --output.")
     if output.exists() and not is_ours(parquet) or parquet.exists() and not is_ours(parquet):
         raise InputError(f"{output} or {parquet} exists and is none of our submissions. Name another --output.")
+    for path in [path_of_run(output, folder, folders) for folder in folders] * (len(folders) > 1):
+        if path.exists() and not is_ours(path):
+            raise InputError(f"{path} exists and is no prediction file. Name another --output.")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output.parent):
             pass
     except OSError as error:
         raise InputError(f"{output} cannot be written: {error}.") from error
+
+
+def path_of_run(output: Path, folder: str, folders: Sequence[str]) -> Path:
+    """Where the prediction file of one of several runs stands: out.fold0.parquet, as short as tells them apart."""
+    parts = [Path(other).resolve().parts for other in folders]
+    length = next(n for n in range(1, 100) if len({own[-n:] for own in parts}) == len(parts))
+    return output.with_name(f"{output.stem}.{'_'.join(Path(folder).resolve().parts[-length:])}.parquet")
 
 
 def is_ours(parquet: Path) -> bool:
@@ -150,9 +286,21 @@ def is_ours(parquet: Path) -> bool:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, help="run folder, or none to score a base model as it is")
+    parser.add_argument(
+        "--run",
+        required=True,
+        nargs="+",
+        help="run folders (one that `fold: all` made stands for its folds), or none to score a base model as it is",
+    )
     parser.add_argument("--model", help="base model, with --run none")
-    parser.add_argument("--data", required=True, help="file (CSV, TSV, JSONL, Parquet) or glob, saved or Hub dataset")
+    parser.add_argument("--data", help="file (CSV, TSV, JSONL, Parquet) or glob, saved or Hub dataset")
+    parser.add_argument(
+        "--part",
+        choices=("all", VALIDATION),
+        default="all",
+        help="all rows of --data, or each run's own validation rows, of all folds those out of fold; --data is "
+        "then what the run was trained on, by default where its recipe says",
+    )
     parser.add_argument("--output", required=True, help="submission to write (.csv)")
     parser.add_argument("--split", default="test", help="split of a Hub dataset (default: test)")
     parser.add_argument("--data_config", help="configuration of a Hub dataset")
@@ -198,19 +346,27 @@ def parse_args() -> argparse.Namespace:
         help="compile the layers, about a minute at the start; default: for thousands of rows",
     )
     parser.add_argument("--limit", type=int, help="only the first rows")
+    parser.add_argument(
+        "--streaming", action="store_true", help="read rows as they are needed: memory does not grow with them"
+    )
     parser.add_argument("--min_pixels", type=int, help="with --run none; a run has its own")
     parser.add_argument("--max_pixels", type=int, help="with --run none; a run has its own")
     parser.add_argument("--use_cpu", action="store_true", help="do not use the GPU")
     args = parser.parse_args()
-    if (args.run == "none") == (args.model is None):
+    if "none" in args.run and (len(args.run) > 1 or args.part != "all"):
+        raise InputError("--run none scores a base model alone, and has no validation rows.")
+    if ("none" in args.run) == (args.model is None):
         raise InputError("give --model together with --run none, and only then: a run knows its base model.")
-    if args.run != "none" and (args.min_pixels, args.max_pixels) != (None, None):
+    if "none" not in args.run and (args.min_pixels, args.max_pixels) != (None, None):
         raise InputError("min_pixels and max_pixels belong to the run; they go with --run none only.")
+    if args.data is None and args.part == "all":
+        raise InputError("--data is missing: the rows to score.")
+    if args.part == VALIDATION and (args.streaming or args.limit):
+        raise InputError("--part validation scores the run's own rows; --streaming and --limit do not go with it.")
     for name, low in (("batch_size", 1), ("num_workers", 0), ("limit", 1)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise InputError(f"--{name} must be at least {low}; got {getattr(args, name)}.")
     check_columns(args.columns or {})
-    check_output(args)
     return args
 
 
@@ -265,12 +421,98 @@ def data_options(args: argparse.Namespace, recipe: dict, trained: Columns | None
     return options | {"split": args.split, "config": args.data_config, "limit": args.limit}
 
 
+def read_data(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
+    """The rows to be scored by each run. Raises InputError for rows that a run has too few letters for."""
+    run = next(iter(runs.values()))
+    trained = run["columns"] and Columns(**run["columns"])
+    if args.part == VALIDATION:
+        return read_validation(args, runs)
+    options = data_options(args, run["recipe"], trained)
+    if args.streaming:
+        loaded = stream_examples(args.data, answers="optional", **options)
+    else:
+        loaded = read_examples(args.data, answers="optional", **options)
+        loaded.problems.raise_if_any(loaded.name)
+    for folder, other in runs.items():
+        if other["columns"]:
+            check_choices(folder, Columns(**other["columns"]), loaded, other["num_letters"])
+    return Data([loaded], dict.fromkeys(runs, loaded.examples), trained)
+
+
+def read_validation(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
+    """Every run's own validation rows, as its recipe reads them."""
+    sources, rows_of = {}, {}
+    for folder, run in runs.items():
+        own = RecipeArguments.of_run(run["recipe"])
+        options = own.data_options | {"limit": own.limit}
+        options["image_root"] = args.image_root or own.image_root
+        named = [(args.data or own.train_data, own.train_split)]
+        named += [(own.validation_data, own.validation_split)] * (own.validation_data is not None)
+        key = repr((named, options))
+        if key not in sources:
+            if own.streaming:
+                named = named[1:]  # a stream is trained on as a whole
+            sources[key] = [read_examples(source, split=split, **options) for source, split in named]
+            for source in sources[key]:
+                source.problems.raise_if_any(source.name)
+        rows = select(sources[key], read_parts(folder, sources[key]), VALIDATION)
+        if rows is None:
+            raise InputError(f"{folder} was trained without validation rows. Give --data with rows it has not seen.")
+        rows_of[folder] = rows
+    if len(sources) > 1:
+        raise InputError("the runs were trained on different data. Score the validation rows of one at a time.")
+    return Data(next(iter(sources.values())), rows_of, Columns(**next(iter(runs.values()))["columns"]))
+
+
+def blocks_of(examples: Dataset | IterableDataset) -> Iterator[Dataset]:
+    """The rows, of a stream some at a time."""
+    if isinstance(examples, Dataset):
+        yield examples
+        return
+    rows = []
+    for row in examples:
+        rows.append(row)
+        if len(rows) == BLOCK_ROWS:
+            yield Dataset.from_list(rows, features=examples.features)
+            rows = []
+    if rows:
+        yield Dataset.from_list(rows, features=examples.features)
+
+
+def load_options(args: argparse.Namespace, data: Data) -> dict[str, Any]:
+    """What scorer.load takes beside the runs and the rows."""
+    num_views = len(view_orders(data.num_choices, args.orders)) * len(args.scales)
+    names = ("use_cpu", "min_pixels", "max_pixels", "compile_layers")
+    return {name: getattr(args, name) for name in names} | {
+        "most_choices": data.num_choices,
+        "views_a_row": num_views,
+    }
+
+
+def describe_plan(args: argparse.Namespace, runs: dict[str, dict], data: Data) -> dict[str, Any]:
+    """What the numbers depend on: another plan begins anew."""
+    names = ("model", "part", "data", "orders", "scales", "average", "batch_size", "on_bad_image", "streaming")
+    names += ("min_pixels", "max_pixels", "limit", "use_cpu")
+    plan: dict[str, Any] = {name: getattr(args, name) for name in names}
+    for folder in runs:
+        files = sorted(Path(folder).glob("*.safetensors")) + [Path(folder) / run_folder.RUN]
+        facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
+        plan.setdefault("runs", []).append([folder, facts])
+    digest = hashlib.sha256()
+    for source in data.loaded:
+        digest.update(f"{source.name} {source.columns}".encode())
+        if isinstance(source.examples, Dataset):
+            for row in source.examples.select_columns(["id", "question", "context", "choices", "answer"]):
+                digest.update(json.dumps(row).encode())
+    return plan | {"rows": digest.hexdigest()}
+
+
 def find_blank(loaded: Loaded, on_bad_image: str) -> dict[str, tuple[int, ...]]:
     """Row id -> positions of its pictures that cannot be used; raises InputError for them unless they may be blank."""
-    scan = scan_pictures(loaded.examples, hashes=False)
-    scan.add_problems(loaded.problems, loaded.examples["id"][:], loaded.numbers)
+    scan, problems = scan_pictures(loaded.examples, hashes=False), Problems(len(loaded.examples))
+    scan.add_problems(problems, loaded.examples["id"][:], loaded.numbers or None)
     if on_bad_image == "error":
-        loaded.problems.raise_if_any(loaded.name)
+        problems.raise_if_any(loaded.name)
     return {row_id: scan.bad(row) for row, row_id in enumerate(loaded.examples["id"]) if scan.bad(row)}
 
 
@@ -282,19 +524,27 @@ def submission_columns(columns: Columns, trained: Columns | None, answer_format:
     return replace(columns, **how | ({"answer_format": answer_format} if answer_format else {}))
 
 
-def check_choices(trained: Columns, columns: Columns, examples: Dataset, num_letters: int) -> None:
-    before, now = ([found] if isinstance(found, str) else found for found in (trained.choices, columns.choices))
+def check_choices(folder: str, trained: Columns, loaded: Loaded, num_letters: int) -> None:
+    before, now = ([found] if isinstance(found, str) else found for found in (trained.choices, loaded.columns.choices))
     if len(before) != len(now):
         raise InputError(
-            f"the run was trained on the choice columns {', '.join(before)}; this data has {', '.join(now)}. Give data "
-            "with the same columns."
+            f"{folder} was trained on the choice columns {', '.join(before)}; this data has {', '.join(now)}. Give "
+            "data with the same columns."
         )
-    longer = [row["id"] for row in examples.select_columns(["id", "choices"]) if len(row["choices"]) > num_letters]
-    if longer:
-        raise InputError(
-            f"the run was trained on rows of at most {num_letters} choices; there are more in "
-            f"{name_rows(longer, len(examples))}."
-        )
+    if loaded.num_choices <= num_letters:
+        return
+    longer = []
+    if isinstance(loaded.examples, Dataset):
+        longer = [row["id"] for row in loaded.examples.select_columns(["id", "choices"])]
+        longer = [
+            row_id
+            for row_id, choices in zip(longer, loaded.examples["choices"], strict=True)
+            if len(choices) > num_letters
+        ]
+    raise InputError(
+        f"{folder} was trained on rows of at most {num_letters} choices; there are more"
+        + (f" in {name_rows(longer, len(loaded.examples))}." if longer else ".")
+    )
 
 
 if __name__ == "__main__":

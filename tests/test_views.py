@@ -16,7 +16,7 @@ from vqa_sft.data import load_examples
 from vqa_sft.mcq import choices_to_letters, view_orders
 from vqa_sft.model import load_model, load_processor
 from vqa_sft.prompts import Prompts
-from vqa_sft.scoring import average_views, find_letter_ids, score_examples, to_choice_logits
+from vqa_sft.scoring import average_views, find_letter_ids, plan_batches, score_batches, to_choice_logits
 
 PACKED = ("qwen2_5_vl", "qwen3_vl")
 
@@ -52,16 +52,20 @@ def road(request, families, contest):
 
 
 class Rows(list):
-    """What score_examples takes of a dataset."""
+    """What plan_batches and score_batches take of a dataset."""
 
     def __getitem__(self, key):
         return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
 
 
-def score(road, collator, **how):
+def score(road, collator, batch_size=8):
+    """Choice logits of each row."""
     model, _, letter_ids, rows, _ = road
-    settings = {"batch_size": 8, "precision": "fp32", "num_workers": 0, "state": PartialState(cpu=True)} | how
-    return score_examples(model, Rows(rows), collator, letter_ids, **settings)
+    PartialState(cpu=True)
+    batches = plan_batches(Rows(rows), collator.views, batch_size)
+    scored = score_batches(model, Rows(rows), batches, [collator], letter_ids, precision="fp32", num_workers=0)
+    found = {row: of_runs[0] for batch in scored for row, of_runs in zip(batch.rows, batch.choice_logits, strict=True)}
+    return [found[row] for row in range(len(rows))]
 
 
 @pytest.mark.parametrize("views", ["rotations", 3])
@@ -139,19 +143,21 @@ def test_an_oracle_is_right_under_every_view():
         orders = view_orders(4, views, "row")
         letters = torch.tensor([choices_to_letters([5.0, 0.0, -1.0, -2.0], order) for order in orders])
         logits = to_choice_logits(letters, torch.tensor(orders), torch.full((len(orders),), 4))
-        (averaged,) = average_views(logits, [0] * len(orders))
+        averaged, agreement = average_views(logits)
         torch.testing.assert_close(torch.tensor(averaged), torch.tensor([5.0, 0, -1, -2]).log_softmax(0))
+        assert agreement == 1
 
 
 def test_averages_are_of_probabilities_or_of_their_logarithms():
-    views = [[math.log(0.9), math.log(0.1)], [math.log(0.3), math.log(0.7)]]
-    other = [[math.log(0.2), math.log(0.5), math.log(0.3)]]
-    mean = average_views(views + other, [0, 0, 1])
-    assert [math.exp(value) for value in mean[0]] == pytest.approx([0.6, 0.4])
-    assert mean[1] == pytest.approx(other[0])
-    geometric = [math.sqrt(0.9 * 0.3), math.sqrt(0.1 * 0.7)]
-    found = average_views(views, [0, 0], "log")[0]
+    views = [[math.log(0.9), math.log(0.1)], [math.log(0.3), math.log(0.7)], [math.log(0.6), math.log(0.4)]]
+    mean, agreement = average_views(views)
+    assert [math.exp(value) for value in mean] == pytest.approx([0.6, 0.4])
+    assert agreement == pytest.approx(2 / 3)
+    geometric = [(0.9 * 0.3 * 0.6) ** (1 / 3), (0.1 * 0.7 * 0.4) ** (1 / 3)]
+    found, _ = average_views(views, "log")
     assert [math.exp(value) for value in found] == pytest.approx([value / sum(geometric) for value in geometric])
+    one = [math.log(0.2), math.log(0.5), math.log(0.3)]
+    assert average_views([one]) == (pytest.approx(one), 1.0)
 
 
 @pytest.mark.parametrize("family", PACKED)

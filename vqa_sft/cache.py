@@ -324,7 +324,7 @@ def _compute(
     with ThreadPoolExecutor(WRITERS) as pool:
         is_quiet = not PartialState().is_main_process
         for digests, pictures in tqdm(loader, desc="Picture features", disable=is_quiet):
-            computed = _run_tower(base, pictures, precision)
+            computed = _features_of_each(base, pictures, precision)
             problem = _problem_of(writes)  # those of the batch before, which were written meanwhile
             if problem:
                 break
@@ -356,14 +356,26 @@ def _preprocess(
     return [digest for digest, _ in places], pictures
 
 
+def picture_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a packed batch goes to the picture tower."""
+    return {name: value for name, value in batch.items() if name == "pixel_values" or name.startswith("image_")}
+
+
 @torch.no_grad()
-def _run_tower(base: PreTrainedModel, pictures: dict[str, Any], precision: str) -> list[torch.Tensor]:
-    """Features of each picture, on the CPU, as a forward of the model would compute them."""
-    device = next(base.model.visual.parameters()).device
-    with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-        outputs = base.model.get_image_features(**send_to_device(pictures, device), return_dict=True)
-    features = torch.cat(outputs.pooler_output)  # (tokens, D)
+def run_tower(base: PreTrainedModel, pictures: dict[str, Any], precision: str) -> torch.Tensor:
+    """Features (tokens of all pictures, D) or (1 + deepstack layers, tokens, D), as a forward of the model computes
+    them."""
+    with torch.autocast(pictures["pixel_values"].device.type, DTYPES[precision], enabled=precision != "fp32"):
+        outputs = base.model.get_image_features(**pictures, return_dict=True)
+    features = torch.cat(outputs.pooler_output)
     if "deepstack_features" in outputs:
-        features = torch.stack([features, *map(torch.cat, outputs.deepstack_features)])  # (levels, tokens, D)
+        features = torch.stack([features, *map(torch.cat, outputs.deepstack_features)])
+    return features
+
+
+def _features_of_each(base: PreTrainedModel, pictures: dict[str, Any], precision: str) -> list[torch.Tensor]:
+    """Features of each picture, on the CPU."""
+    device = next(base.model.visual.parameters()).device
+    features = run_tower(base, send_to_device(pictures, device), precision)
     num_tokens = pictures["image_grid_thw"].prod(dim=-1) // base.model.visual.spatial_merge_size**2
     return [of_picture.contiguous() for of_picture in features.cpu().split(num_tokens.tolist(), dim=-2)]

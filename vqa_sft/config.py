@@ -152,6 +152,11 @@ class RecipeArguments:
         check_columns(self.columns or {})
         self.prompts  # noqa: B018  raises for a template without its placeholders
 
+    @classmethod
+    def of_run(cls, values: dict[str, Any]) -> "RecipeArguments":
+        """From the values of a recipe that a run folder holds."""
+        return _build(cls, values)
+
     @property
     def data_options(self) -> dict[str, Any]:
         """What `data.read_examples` and `stream_examples` take beside the source and its split."""

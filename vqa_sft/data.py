@@ -168,17 +168,17 @@ def stream_examples(
     empty_cells: Sequence[str] | None = None,
     image_root: str | None = None,
     max_choices: int | None = None,
+    answers: str = "required",
     limit: int | None = None,
 ) -> Loaded:
-    """Training rows of a source as they are needed: `examples` is an `IterableDataset`, and nothing is held.
+    """Rows of a source as they are needed: `examples` is an `IterableDataset`, and nothing is held.
 
     Columns, answer format and the most choices come from the first rows. A row with a problem raises InputError when it
     comes, and so does one with more choices.
     """
     opened = open_source(source, split=split, config=config, encoding=encoding, streaming=True)
-    reader = RowReader(
-        opened, find_columns(opened.columns, columns or {}, "required"), keep_rows, empty_cells, image_root
-    )
+    reader = RowReader(opened, find_columns(opened.columns, columns or {}, answers), keep_rows, empty_cells, image_root)
+    reader.answers = answers
     head = [reader.read(*item) for item in itertools.islice(reader.rows(), min(_HEAD, limit or _HEAD))]
     reader.problems.total = len(head)
     reader.problems.raise_if_any(opened.name)
@@ -194,20 +194,21 @@ def stream_examples(
             reader.example, with_indices=True, remove_columns=opened.columns, features=reader.features
         )
     else:
-        # Every part reads the whole text and yields each sixteenth row: text is cheap, and workers share the pictures.
-        examples = datasets.IterableDataset.from_generator(
-            _stream_parts, features=reader.features, gen_kwargs={"reader": reader, "parts": list(range(_PARTS))}
-        )
+        # In training every part reads the whole text and yields each sixteenth row: text is cheap, and workers share
+        # the pictures. Prediction keeps the order of the rows.
+        num_parts = _PARTS if answers == "required" else 1
+        parts = {"reader": reader, "parts": list(range(num_parts)), "num_parts": num_parts}
+        examples = datasets.IterableDataset.from_generator(_stream_parts, features=reader.features, gen_kwargs=parts)
     if limit is not None:
         examples = examples.take(limit)
     notes = [*opened.notes, safe(f"{opened.name}: a stream; {reader.columns.describe()}")]
     return Loaded(opened.name, examples, reader.columns, reader.problems, (), notes, reader.max_choices)
 
 
-def _stream_parts(reader: "RowReader", parts: list[int]) -> Iterator[dict]:
+def _stream_parts(reader: "RowReader", parts: list[int], num_parts: int) -> Iterator[dict]:
     for part in parts:
         for number, folder, row in reader.rows():
-            if number % _PARTS == part:
+            if number % num_parts == part:
                 yield reader.example(row, number, folder)
 
 
@@ -237,6 +238,7 @@ class RowReader:
         self.root = image_root
         self.problems = Problems()
         self.max_choices = len(LETTERS)
+        self.answers = "required"
         self.left_out = 0
         self.inside = [name for name in columns.image if name in in_arrow]
         self._paths = [name for name in columns.image if name not in self.inside]
@@ -270,11 +272,11 @@ class RowReader:
         """One row of a stream, whole. Raises InputError for a row with a problem."""
         self.problems, self._seen = Problems(1), set()  # a stream is too long to remember its ids
         texts = self.read(number, folder, row)
-        if self.columns.id is None:  # workers that share a stream count from 0 each
+        if self.columns.id is None and self.answers == "required":  # workers that share a stream count from 0 each
             named = "\n".join([texts["question"], texts["context"], *texts["choices"]])
             texts["id"] = hashlib.sha256(named.encode()).hexdigest()[:16]
         cell, targets = texts.pop("cell"), texts.get("targets")
-        answer = self.answer(cell, texts["choices"], texts["id"], number, "required", targets)
+        answer = self.answer(cell, texts["choices"], texts["id"], number, self.answers, targets)
         if len(texts["choices"]) > self.max_choices:
             self.problems.add("more_choices", texts["id"], number, f"{len(texts['choices'])}, not {self.max_choices}")
         self.problems.raise_if_any(self.source.name)

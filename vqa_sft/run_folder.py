@@ -16,7 +16,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,19 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Train the run again.") from error
     return run
+
+
+def runs_in(folders: Sequence[str]) -> list[str]:
+    """The folders; in place of one that `fold: all` made, those of its folds. Raises InputError for one given twice."""
+    found = []
+    for folder in folders:
+        folds = sorted(Path(folder).glob("fold*"), key=lambda path: (len(path.name), path.name))
+        folds = [str(path) for path in folds if (path / MARKER).is_file()]
+        found += folds if folds and not is_finished(folder) else [folder]
+    twice = [folder for number, folder in enumerate(found) if folder in found[:number]]
+    if twice:
+        raise InputError(f"the run {twice[0]} is given twice. Give it once.")
+    return found
 
 
 def write_json(path: Path, content: dict) -> None:

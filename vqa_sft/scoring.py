@@ -1,17 +1,20 @@
 """Letter ids and letter logits, used by the trainer and by predict; the only module that undoes an order."""
 
-import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import datasets
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object, send_to_device
+from accelerate.utils import send_to_device
 from jinja2 import TemplateError
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from vqa_sft.cache import encoder_outputs
+from vqa_sft.adapters import Adapters
+from vqa_sft.cache import encoder_outputs, picture_inputs, run_tower
 from vqa_sft.collator import TARGET_KEYS, AnswerCollator, answer_prefix, answer_suffix, control_tokens, render_prompt
 from vqa_sft.errors import InputError, explains
 from vqa_sft.mcq import LETTERS, view_orders
@@ -40,6 +43,25 @@ def find_letter_ids(processor: ProcessorMixin, num_letters: int, prompts: Prompt
             )
         ids.append(answer_ids[-1])
     return torch.tensor(ids)
+
+
+def find_spellings(processor: ProcessorMixin, num_letters: int, prompts: Prompts = Prompts()) -> torch.Tensor:
+    """Token ids (L, S) of all one-token spellings of the letters after the prompt: "A", "a", " A" and " a"; -1 where a
+    letter has fewer. For a base model that nobody trained to one of them. Raises InputError as `find_letter_ids`."""
+    letter_ids = find_letter_ids(processor, num_letters, prompts).tolist()
+    tokenizer, prompt = processor.tokenizer, _sample_prompt(processor, prompts)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    found: list[list[int]] = []
+    for letter_id, letter in zip(letter_ids, LETTERS, strict=False):
+        spelled = [space + case for space in ("", " ") for case in (letter, letter.lower())]
+        tokens = [tokenizer(prompt + text, add_special_tokens=False)["input_ids"] for text in spelled]
+        of_letter = [ids[-1] for ids in tokens if ids[:-1] == prompt_ids]
+        found.append([*dict.fromkeys([letter_id, *of_letter])])
+    # What stands for two letters, as an unknown token does, stands for none.
+    all_ids = [token for of_letter in found for token in of_letter]
+    found = [[token for token in of_letter if all_ids.count(token) == 1] for of_letter in found]
+    most = max(map(len, found))
+    return torch.tensor([of_letter + [-1] * (most - len(of_letter)) for of_letter in found])
 
 
 def _sample_prompt(processor: ProcessorMixin, prompts: Prompts) -> str:
@@ -89,8 +111,13 @@ def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tor
 
 
 def letter_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], letter_ids: torch.Tensor) -> torch.Tensor:
-    """Logits (B, L) of the letters at the last prompt position; letters that a row does not use are not masked."""
-    return answer_logits(model, batch)[:, letter_ids]
+    """Logits (B, L) of the letters at the last prompt position; letters that a row does not use are not masked. Of
+    spellings (L, S) the logarithm of the summed exponentials, so that their probabilities are summed."""
+    logits = answer_logits(model, batch)
+    if letter_ids.ndim == 1:
+        return logits[:, letter_ids]
+    spelled = logits[:, letter_ids.clamp(min=0)].masked_fill(letter_ids < 0, -torch.inf)
+    return spelled.logsumexp(dim=-1)
 
 
 def to_choice_logits(letter_logits: torch.Tensor, orders: torch.Tensor, num_choices: torch.Tensor) -> list[list[float]]:
@@ -100,66 +127,142 @@ def to_choice_logits(letter_logits: torch.Tensor, orders: torch.Tensor, num_choi
     return [row[:count].log_softmax(dim=0).tolist() for row, count in zip(by_choice, num_choices.tolist(), strict=True)]
 
 
-def average_views(choice_logits: list[list[float]], groups: list[int], how: str = "mean") -> list[list[float]]:
-    """Log-probabilities of the choices of each group (row), from those of its views: the logarithm of the mean
-    probability, or with `how` "log" the mean logarithm, normalised (the geometric mean)."""
-    averaged = []
-    for _, views in itertools.groupby(zip(groups, choice_logits, strict=True), key=lambda view: view[0]):
-        logits = torch.tensor([row for _, row in views])  # (views, C)
-        mean = logits.mean(dim=0) if how == "log" else logits.logsumexp(dim=0)
-        averaged.append(mean.log_softmax(dim=0).tolist() if len(logits) > 1 else logits[0].tolist())
-    return averaged
+def average_views(views: Sequence[Sequence[float]], how: str = "mean") -> tuple[list[float], float]:
+    """Log-probabilities of a row's choices from those of its views, and the share of the views whose likeliest choice
+    is theirs: the logarithm of the mean probability, or with `how` "log" the mean logarithm, normalised (the geometric
+    mean)."""
+    logits = torch.tensor(views)  # (views, C)
+    if len(logits) == 1:
+        return logits[0].tolist(), 1.0
+    mean = (logits.mean(dim=0) if how == "log" else logits.logsumexp(dim=0)).log_softmax(dim=0)
+    return mean.tolist(), float((logits.argmax(dim=1) == mean.argmax()).float().mean())
+
+
+@dataclass
+class Scored:
+    """Some rows of the data, scored by R runs: their numbers there, of each row R lists of choice logits in dataset
+    order, averaged over its views, and R shares of the views that agree with them."""
+
+    rows: list[int]
+    choice_logits: list[list[list[float]]]
+    agreement: list[list[float]]
+
+
+def plan_batches(examples: datasets.Dataset, views: str | int, batch_size: int) -> list[list[int]]:
+    """Numbers of rows that are scored together, `batch_size` views of rows of the most choices; rows with one picture
+    stand beside each other, for they share it."""
+    most = max(map(len, examples["choices"]), default=0)
+    num_rows = max(1, batch_size // len(view_orders(most, views)))
+    order = same_pictures_together(examples)
+    return [order[start : start + num_rows] for start in range(0, len(order), num_rows)]
+
+
+def same_pictures_together(examples: datasets.Dataset) -> list[int]:
+    """Numbers of the rows, those with the same picture paths after the first of them, else in their order."""
+    first: dict[tuple, int] = {}
+    places = []
+    for number, images in enumerate(examples["images"]):
+        if any(image["bytes"] is not None for image in images):
+            return [*range(len(examples))]  # to compare bytes means to read them all
+        key = tuple(image["path"] for image in images)
+        places.append(first.setdefault(key, number) if key else number)
+    return sorted(range(len(places)), key=places.__getitem__)
+
+
+class Views:
+    """Rows -> a batch from each of several collators: the scales of their pictures."""
+
+    def __init__(self, collators: Sequence[AnswerCollator]) -> None:
+        self.collators = collators
+
+    def __call__(self, rows: list[dict]) -> list[dict[str, Any]]:
+        return [collator(rows) for collator in self.collators]
 
 
 @torch.no_grad()
-def score_examples(
+def score_batches(
     model: torch.nn.Module,
     examples: datasets.Dataset,
-    collator: AnswerCollator,
+    batches: Sequence[Sequence[int]],
+    collators: Sequence[AnswerCollator],
     letter_ids: torch.Tensor,
-    batch_size: int,
+    *,
     precision: str,
     num_workers: int,
-    state: PartialState,
     average: str = "mean",
-) -> list[list[float]]:
-    """Choice logits of all examples, in their order, on every process: those of the collator's views, averaged.
-
-    `batch_size` counts views. Batches are cut before they are dealt out to processes, so any number of processes scores
-    the same batches.
-    """
-    most = max(examples["choices"], key=len, default=[])
-    num_rows = max(1, batch_size // len(view_orders(len(most), collator.views)))
-    starts = range(0, len(examples), num_rows)
-    batches = [list(range(start, min(start + num_rows, len(examples)))) for start in starts]
-    own = range(state.process_index, len(batches), state.num_processes)
+    adapters: Adapters | None = None,
+    runs: Sequence[int] = (0,),
+) -> Iterator[Scored]:
+    """What this process scores of the `batches` of row numbers, each as soon as the device has it; `runs` are those of
+    the `adapters` that take turns. Batches are cut before they are dealt out, so any number of processes scores the
+    same ones."""
+    state = PartialState()
+    own = batches[state.process_index :: state.num_processes]
     on_gpu = state.device.type == "cuda"
     loader = DataLoader(
         examples,
-        batch_sampler=[batches[i] for i in own],
-        collate_fn=collator,
+        batch_sampler=own,
+        collate_fn=Views(collators),
         num_workers=num_workers,
         pin_memory=on_gpu,
     )
     letter_ids = letter_ids.to(state.device)
-    autocast = torch.autocast(state.device.type, DTYPES[precision], enabled=precision != "fp32")
-    scored, waiting = {}, []
+    waiting: list[tuple] = []
+    progress = tqdm(total=sum(map(len, batches)), desc="Scoring", unit=" questions", disable=not state.is_main_process)
+    for rows, of_scales in zip(own, loader, strict=True):
+        scales = []
+        for batch in of_scales:
+            groups = batch.get("groups", torch.arange(len(batch["answers"]))).tolist()
+            batch = send_to_device(batch, state.device, non_blocking=on_gpu)
+            logits = _letter_logits_of_runs(model, batch, letter_ids, precision, adapters, runs)
+            scales.append((groups, logits, batch["orders"], batch["num_choices"]))
+        waiting.append((rows, scales))
+        # The last batches are computed while the next is made ready.
+        if len(waiting) > 2:
+            yield _read(*waiting.pop(0), average)
+        progress.update(min(len(rows) * state.num_processes, progress.total - progress.n))
+    for left in waiting:
+        yield _read(*left, average)
+    progress.close()
 
-    def read(limit: int) -> None:
-        """Read what the GPU has done, but for the last batches: it computes them while the next is made ready."""
-        while len(waiting) > limit:
-            i, groups, *values = waiting.pop(0)
-            choice_logits = to_choice_logits(*(value.cpu() for value in values))
-            scored[i] = average_views(choice_logits, groups.tolist(), average)
 
-    for i, batch in zip(own, tqdm(loader, desc="Scoring", disable=not state.is_main_process), strict=True):
-        groups = batch.get("groups", torch.arange(len(batch["answers"])))
-        batch = send_to_device(batch, state.device, non_blocking=on_gpu)
-        with autocast:
-            logits = letter_logits(model, batch, letter_ids)
-        waiting.append((i, groups, logits, batch["orders"], batch["num_choices"]))
-        read(limit=2)
-    read(limit=0)
-    for other in gather_object([scored]):
-        scored |= other
-    return [row for i in range(len(batches)) for row in scored[i]]
+def _letter_logits_of_runs(
+    model: torch.nn.Module,
+    batch: dict[str, Any],
+    letter_ids: torch.Tensor,
+    precision: str,
+    adapters: Adapters | None,
+    runs: Sequence[int],
+) -> list[torch.Tensor]:
+    """(B, L) by each run; pictures go through a tower that they share once."""
+    is_packed = "cu_seq_lens_q" in batch and "pixel_values" in batch
+    if is_packed and adapters is not None and len(runs) > 1 and adapters.share_tower:
+        inputs = picture_inputs(batch)
+        batch = {name: value for name, value in batch.items() if name not in inputs}
+        batch["image_features"] = run_tower(adapters.base, inputs, precision)
+        batch["image_grid_thw"] = inputs["image_grid_thw"]
+    found = []
+    device = batch["orders"].device
+    for run in runs:
+        if adapters is not None:
+            adapters.use(run)
+        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+            found.append(letter_logits(model, batch, letter_ids))
+    return found
+
+
+def _read(rows: Sequence[int], scales: list[tuple], average: str) -> Scored:
+    """Undo the orders, and average over the views of each row."""
+    num_runs = len(scales[0][1])
+    choice_logits, agreement = ([[] for _ in rows] for _ in "ab")
+    for run in range(num_runs):
+        views: list[list[list[float]]] = [[] for _ in rows]
+        for groups, logits, orders, num_choices in scales:
+            of_views = to_choice_logits(logits[run].cpu(), orders.cpu(), num_choices.cpu())
+            for group, of_view in zip(groups, of_views, strict=True):
+                views[group].append(of_view)
+        for row, of_row in enumerate(views):
+            mean, share = average_views(of_row, average)
+            choice_logits[row].append(mean)
+            agreement[row].append(share)
+    return Scored([*rows], choice_logits, agreement)

@@ -1,0 +1,143 @@
+"""What a prediction has scored so far, on the disk as it comes: a killed one goes on where it stopped. No torch.
+
+    submission.csv.parts/
+      plan.json                what is predicted, and how; of another plan nothing is taken over
+      pass0-block0/*.parquet   shards of every process, some seconds each: rows, and what the runs of the pass say
+      pass0-block0.parquet     all of a block, in the order of its rows, once it is whole; its shards are gone then
+
+A pass is one model over the rows. A block is all of them, or of a stream some ten thousand.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vqa_sft.errors import InputError
+
+EVERY_S = 20.0  # between two shards of a process
+PLAN = "plan.json"
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("choice_logits", pa.list_(pa.list_(pa.float32()))),  # of each run
+        ("agreement", pa.list_(pa.float32())),
+    ]
+)
+
+
+def open_parts(output: Path, plan: dict[str, Any]) -> tuple[Path, bool]:
+    """The folder of what is scored for `output`, and whether it holds some of it already. Called by one process.
+
+    What another plan left there, that of another run or of other data, is removed.
+    """
+    folder = output.with_name(output.name + ".parts")
+    text = json.dumps(plan, indent=1, ensure_ascii=False)
+    with suppress(OSError, UnicodeDecodeError):
+        if (folder / PLAN).read_text(encoding="utf-8") == text:
+            return folder, any(folder.glob("*/*.parquet")) or any(folder.glob("*.parquet"))
+    if folder.exists() and not (folder / PLAN).is_file() and any(folder.iterdir()):
+        raise InputError(f"{folder} is in the way and none of our folders. Move it, or name another --output.")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    unfinished = folder / (PLAN + ".tmp")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(folder / PLAN)
+    return folder, False
+
+
+class Shards:
+    """Those of one block, written by this process."""
+
+    def __init__(self, folder: Path, every_s: float = EVERY_S) -> None:
+        self.folder, self.every_s = folder, every_s
+        self._waiting: list[tuple] = []
+        self._written_s = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(
+        self,
+        rows: Sequence[int],
+        choice_logits: Sequence[Sequence[Sequence[float]]],
+        agreement: Sequence[Sequence[float]],
+    ) -> None:
+        self._waiting += zip(rows, choice_logits, agreement, strict=True)
+        if time.monotonic() - self._written_s >= self.every_s:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, whole or not at all."""
+        if self._waiting:
+            columns = zip(*self._waiting, strict=True)
+            columns = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
+            write_whole(pa.Table.from_arrays(columns, schema=SCHEMA), self.folder / f"{uuid4().hex}.parquet")
+        self._waiting, self._written_s = [], time.monotonic()
+
+
+def write_whole(table: pa.Table, path: Path) -> None:
+    half = path.with_name(path.name + ".tmp")
+    pq.write_table(table, half)
+    half.replace(path)
+
+
+def read_shards(folder: Path) -> pa.Table:
+    """What all processes have written of a block, by row."""
+    tables = [pq.read_table(path, schema=SCHEMA) for path in sorted(folder.glob("*.parquet"))]
+    table = pa.concat_tables([SCHEMA.empty_table(), *tables])
+    rows = table["row"].to_numpy()
+    _, first = np.unique(rows, return_index=True)  # sorted by row
+    return table.take(first)
+
+
+def rows_done(folder: Path) -> set[int]:
+    return set(read_shards(folder)["row"].to_pylist())
+
+
+def finish_block(folder: Path, beside: pa.Table) -> None:
+    """One file of all shards of a block and, `beside` them, the columns of its rows in their order. Raises InputError
+    where shards are missing, as when processes do not see one disk."""
+    table = read_shards(folder)
+    if table["row"].to_pylist() != [*range(len(beside))]:
+        raise InputError(
+            f"{folder} holds {len(table):,} of {len(beside):,} rows: not every process writes where the first one "
+            "reads. Give an --output on a disk that all of them see."
+        )
+    for name in SCHEMA.names[1:]:
+        beside = beside.append_column(name, table[name])
+    write_whole(beside, folder.with_name(folder.name + ".parquet"))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_blocks(folder: Path, num_pass: int) -> Iterator[pa.Table]:
+    """The whole blocks of a pass, in their order."""
+    number = 0
+    while (path := folder / f"pass{num_pass}-block{number}.parquet").is_file():
+        yield pq.read_table(path)
+        number += 1
+
+
+def join_files(parts: Sequence[Path], output: Path) -> None:
+    """One Parquet or text file of several, whole or not at all; they are removed. Texts have one header line each."""
+    half = output.with_name(output.name + ".part")
+    if output.suffix == ".parquet":
+        with pq.ParquetWriter(half, pq.read_schema(parts[0])) as writer:
+            for part in parts:
+                writer.write_table(pq.read_table(part))
+    else:
+        with half.open("wb") as file:
+            for number, part in enumerate(parts):
+                with part.open("rb") as lines:
+                    header = lines.readline()
+                    file.write(header * (number == 0))
+                    shutil.copyfileobj(lines, file)
+    half.replace(output)
+    for part in parts:
+        part.unlink()
