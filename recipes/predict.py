@@ -22,6 +22,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +52,6 @@ from vqa_sft.scan import scan_pictures
 from vqa_sft.split import VALIDATION, read_parts, select
 
 MOST_ORDERS = 120  # of one row; all of five choices
-BLOCK_ROWS = 10_000  # of a stream that are known at a time
 
 
 @dataclass
@@ -232,11 +232,6 @@ def blocks_of_passes(args: argparse.Namespace, passes: Sequence[Pass], parts: Pa
         table = pa.concat_tables(tables)
         order = {row_id: i for i, row_id in enumerate(i for source in data.loaded for i in source.examples["id"])}
         ids = table["id"].to_pylist()
-        twice = sorted({row_id for row_id in ids if ids.count(row_id) > 1}) if len(set(ids)) < len(ids) else []
-        if twice:
-            raise InputError(
-                f"several of the runs validate on {name_rows(twice, len(ids))}. Give the folds of one run."
-            )
         table = table.take(sorted(range(len(ids)), key=lambda row: order[ids[row]]))
         logits = [of_runs[0] for of_runs in table["choice_logits"].to_pylist()]
         yield *(table[name].to_pylist() for name in names), [logits]
@@ -461,6 +456,10 @@ def read_validation(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
         rows_of[folder] = rows
     if len(sources) > 1:
         raise InputError("the runs were trained on different data. Score the validation rows of one at a time.")
+    ids = [row_id for rows in rows_of.values() for row_id in rows["id"]]
+    twice = [row_id for row_id, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise InputError(f"several of the runs validate on {name_rows(twice, len(ids))}. Give the folds of one run.")
     return Data(next(iter(sources.values())), rows_of, Columns(**next(iter(runs.values()))["columns"]))
 
 
@@ -472,7 +471,7 @@ def blocks_of(examples: Dataset | IterableDataset) -> Iterator[Dataset]:
     rows = []
     for row in examples:
         rows.append(row)
-        if len(rows) == BLOCK_ROWS:
+        if len(rows) == shards.BLOCK_ROWS:
             yield Dataset.from_list(rows, features=examples.features)
             rows = []
     if rows:

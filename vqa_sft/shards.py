@@ -9,6 +9,7 @@ A pass is one model over the rows. A block is all of them, or of a stream some t
 """
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,9 @@ import pyarrow.parquet as pq
 from vqa_sft.errors import InputError
 
 EVERY_S = 20.0  # between two shards of a process
+BLOCK_ROWS = 10_000  # of a stream
 PLAN = "plan.json"
+OURS = re.compile(r"plan\.json|pass\d+-block\d+|\d+-")  # how the names in the folder begin
 SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -44,7 +47,7 @@ def open_parts(output: Path, plan: dict[str, Any]) -> tuple[Path, bool]:
     with suppress(OSError, UnicodeDecodeError):
         if (folder / PLAN).read_text(encoding="utf-8") == text:
             return folder, any(folder.glob("*/*.parquet")) or any(folder.glob("*.parquet"))
-    if folder.exists() and not (folder / PLAN).is_file() and any(folder.iterdir()):
+    if folder.exists() and not (folder.is_dir() and all(OURS.match(path.name) for path in folder.iterdir())):
         raise InputError(f"{folder} is in the way and none of our folders. Move it, or name another --output.")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -90,7 +93,12 @@ def write_whole(table: pa.Table, path: Path) -> None:
 
 def read_shards(folder: Path) -> pa.Table:
     """What all processes have written of a block, by row."""
-    tables = [pq.read_table(path, schema=SCHEMA) for path in sorted(folder.glob("*.parquet"))]
+    tables = []
+    for path in sorted(folder.glob("*.parquet")):
+        try:
+            tables.append(pq.read_table(path, schema=SCHEMA))
+        except (OSError, pa.ArrowException):  # a machine that lost power; its rows are scored again
+            path.unlink()
     table = pa.concat_tables([SCHEMA.empty_table(), *tables])
     rows = table["row"].to_numpy()
     _, first = np.unique(rows, return_index=True)  # sorted by row

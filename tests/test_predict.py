@@ -1,0 +1,232 @@
+"""recipes/predict.py: several runs at once, their own validation rows, streams, and predictions that were killed."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import RECIPES, run_script, write_contest
+
+from vqa_sft import scoring, shards
+from vqa_sft.folds import write_folds
+from vqa_sft.metrics import softmax
+from vqa_sft.predictions import read_predictions
+from vqa_sft.tiny import TINY_PATH
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """(contest, runs): three folds of it, and a fourth run of another rank."""
+    folder = tmp_path_factory.mktemp("three")
+    contest = write_contest(folder / "contest")
+    write_folds(folder / "folds.csv", [f"row_{i:03d}" for i in range(24)], [i % 3 for i in range(24)])
+    values = {"model_name_or_path": TINY_PATH, "train_data": contest / "train.csv", "learning_rate": 1e-2}
+    values |= {"max_steps": 4, "use_cpu": True, "dataloader_num_workers": 0, "disable_tqdm": True}
+    folds = {"fold": "all", "folds_file": folder / "folds.csv", "output_dir": folder / "run"}
+    for given in (folds, {"output_dir": folder / "other", "lora_r": 4, "validation_fraction": 0.25}):
+        run_script("sft", *(token for name, value in (values | given).items() for token in (f"--{name}", value)))
+    return contest, folder / "run"
+
+
+def predict(runs, output, *more):
+    runs = runs if isinstance(runs, list) else [runs]
+    run_script("predict", "--run", *runs, "--output", output, "--num_workers", 0, "--use_cpu", *more)
+    return read_predictions(Path(output).with_suffix(".parquet"))
+
+
+def logits_of(predictions):
+    return np.array(predictions.choice_logits)
+
+
+def test_runs_that_take_turns_on_one_base_answer_as_each_alone(three, tmp_path, capsys):
+    contest, run = three
+    test = ("--data", contest / "test.csv", "--orders", "rotations")
+    together = predict(run, tmp_path / "out.csv", *test)
+    assert "loaded anew" not in capsys.readouterr().out
+    alone = [predict(run / f"fold{fold}", tmp_path / f"alone{fold}.csv", *test) for fold in range(3)]
+    for fold, expected in enumerate(alone):
+        found = read_predictions(tmp_path / f"out.fold{fold}.parquet")
+        assert np.array_equal(logits_of(found), logits_of(expected))
+        assert found.metadata == expected.metadata
+    assert not np.allclose(logits_of(alone[0]), logits_of(alone[1]), atol=1e-3)
+    mean = np.mean([softmax(found.choice_logits) for found in alone], axis=0)
+    np.testing.assert_allclose(np.exp(logits_of(together)), mean, atol=1e-6)
+    assert together.metadata["run"] == [str(run / f"fold{fold}") for fold in range(3)]
+
+
+def test_a_run_of_another_kind_has_the_base_loaded_anew(three, tmp_path, capsys):
+    contest, run = three
+    runs = [run / "fold0", run.parent / "other", run / "fold1"]
+    predict(runs, tmp_path / "out.csv", "--data", contest / "test.csv")
+    assert f"loaded anew for {run.parent / 'other'}" in capsys.readouterr().out
+    for folder in runs:
+        expected = predict(folder, tmp_path / "alone.csv", "--data", contest / "test.csv")
+        found = read_predictions(tmp_path / f"out.{folder.name}.parquet")
+        assert np.array_equal(logits_of(found), logits_of(expected))
+
+
+def test_the_validation_rows_of_a_run_are_its_own_and_of_folds_those_out_of_fold(three, tmp_path, capsys):
+    _, run = three
+    own = predict(run / "fold1", tmp_path / "own.csv", "--part", "validation")
+    saved = read_predictions(run / "fold1" / "validation.parquet")
+    assert own.ids == saved.ids and own.answers == saved.answers
+    np.testing.assert_allclose(logits_of(own), logits_of(saved), atol=1e-5)
+    found = predict(run, tmp_path / "all.csv", "--part", "validation")
+    out_of_fold = read_predictions(run / "out_of_fold.parquet")
+    assert found.ids == out_of_fold.ids and found.answers == out_of_fold.answers
+    np.testing.assert_allclose(logits_of(found), logits_of(out_of_fold), atol=1e-5)
+    assert found.metadata["split"] == "out-of-fold"
+    rotated = predict(run, tmp_path / "rotated.csv", "--part", "validation", "--orders", "rotations")
+    assert rotated.ids == found.ids and not np.allclose(logits_of(rotated), logits_of(found), atol=1e-3)
+    with pytest.raises(SystemExit):
+        predict([run / "fold0", run.parent / "other"], tmp_path / "twice.csv", "--part", "validation")
+    assert "several of the runs validate on" in capsys.readouterr().err
+
+
+def test_a_stream_is_answered_as_the_whole_file_in_its_order(three, tmp_path, monkeypatch):
+    contest, run = three
+    test = ("--data", contest / "test.csv", "--batch_size", 2)
+    whole = predict(run / "fold0", tmp_path / "whole.csv", *test)
+    monkeypatch.setattr(shards, "BLOCK_ROWS", 10)  # three blocks, the last of four rows
+    streamed = predict(run / "fold0", tmp_path / "stream.csv", *test, "--streaming")
+    assert streamed.ids == whole.ids
+    assert np.array_equal(logits_of(streamed), logits_of(whole))
+    assert (tmp_path / "stream.csv").read_text() == (tmp_path / "whole.csv").read_text()
+
+
+def break_after(monkeypatch, num_batches):
+    """Let scoring end after some batches, as Ctrl-C would."""
+    whole = scoring.score_batches
+
+    def some(*args, **kwargs):
+        for number, scored in enumerate(whole(*args, **kwargs)):
+            if number == num_batches:
+                raise KeyboardInterrupt
+            yield scored
+
+    monkeypatch.setattr(scoring, "score_batches", some)
+
+
+def count_batches(monkeypatch):
+    """The sizes of the batches that are scored from now on."""
+    sizes, whole = [], scoring.score_batches
+
+    def counted(model, examples, batches, *args, **kwargs):
+        sizes.extend(map(len, batches))
+        return whole(model, examples, batches, *args, **kwargs)
+
+    monkeypatch.setattr(scoring, "score_batches", counted)
+    return sizes
+
+
+def test_a_prediction_that_was_broken_off_goes_on_where_it_stopped(three, tmp_path, monkeypatch, capsys):
+    contest, run = three
+    test = ("--data", contest / "test.csv", "--batch_size", 4)
+    predict(run, tmp_path / "whole.csv", *test)
+    with monkeypatch.context() as patched:
+        break_after(patched, 3)
+        with pytest.raises(KeyboardInterrupt):
+            predict(run, tmp_path / "out.csv", *test)
+    assert not (tmp_path / "out.csv").exists() and (tmp_path / "out.csv.parts").is_dir()
+    with monkeypatch.context() as patched:
+        sizes = count_batches(patched)
+        predict(run, tmp_path / "out.csv", *test)
+    assert sizes == [4, 4, 4]  # and not six
+    assert "Going on with what" in capsys.readouterr().out
+    for suffix in (".csv", ".parquet", ".fold1.parquet"):
+        found, expected = ((tmp_path / f"{name}{suffix}").read_bytes() for name in ("out", "whole"))
+        assert found == expected
+    assert not (tmp_path / "out.csv.parts").exists()
+
+
+@pytest.mark.parametrize("change", ["orders", "rows", "weights"])
+def test_what_another_prediction_left_is_not_taken_over(three, tmp_path, monkeypatch, change):
+    contest, run = three
+    test, more = ["--data", contest / "test.csv", "--batch_size", 4], []
+    with monkeypatch.context() as patched:
+        break_after(patched, 3)
+        with pytest.raises(KeyboardInterrupt):
+            predict(run / "fold0", tmp_path / "out.csv", *test)
+    if change == "orders":
+        more = ["--orders", 2]
+    elif change == "rows":
+        text = (contest / "test.csv").read_text()
+        (tmp_path / "images").symlink_to(contest / "images")
+        (tmp_path / "test.csv").write_text(text.replace("Which colour", "What colour"))
+        test[1] = tmp_path / "test.csv"
+    else:
+        os.utime(run / "fold0" / "adapter_model.safetensors")
+    sizes = count_batches(monkeypatch)
+    predict(run / "fold0", tmp_path / "out.csv", *test, *more)
+    assert sum(sizes) == 24
+
+
+def test_a_folder_that_is_in_the_way_is_left_alone(three, tmp_path, capsys):
+    contest, run = three
+    (tmp_path / "out.csv.parts").mkdir()
+    (tmp_path / "out.csv.parts" / "precious.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        predict(run / "fold0", tmp_path / "out.csv", "--data", contest / "test.csv")
+    assert "is in the way" in capsys.readouterr().err
+    assert (tmp_path / "out.csv.parts" / "precious.txt").read_text() == "mine"
+
+
+def num_done(folder):
+    """Rows in the shards of a prediction that may be writing them."""
+    return sum(len(pq.read_table(path)) for path in (folder / "out.csv.parts").glob("pass*-block0/*.parquet"))
+
+
+def test_a_prediction_killed_at_any_moment_gives_the_same_bytes(three, tmp_path, pytestconfig):
+    contest, run = three
+    many = tmp_path / "many"
+    many.mkdir()
+    (many / "images").symlink_to(contest / "images")
+    with (contest / "test.csv").open() as file:
+        first = [*csv.DictReader(file)]
+    rows = [row | {"id": f"{row['id']}_{n}"} for n in range(20) for row in first]
+    with (many / "test.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*first[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    code = "import runpy, sys; from vqa_sft import shards; shards.EVERY_S = 0.2; sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(RECIPES / "predict.py"), "--run", str(run), "--use_cpu"]
+    command += ["--data", str(many / "test.csv"), "--batch_size", "8", "--num_workers", "0", "--orders", "rotations"]
+    how = {"env": ENVIRONMENT, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*command, "--output", str(tmp_path / "whole.csv")], check=True, **how)
+    rng, found = random.Random(0), []
+    command += ["--output", str(tmp_path / "out.csv")]
+    kills = pytestconfig.getoption("kills")
+    for number in range(kills):
+        child = subprocess.Popen(command, **how)
+        while num_done(tmp_path) < len(rows) * number / kills and child.poll() is None:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 0.5))
+        # Once by a SIGTERM, which writes what is scored first.
+        child.send_signal(signal.SIGTERM if number == 1 else signal.SIGKILL)
+        assert child.wait() != 0
+        found.append(num_done(tmp_path))
+    print("rows done after each kill:", found)
+    subprocess.run(command, check=True, **how)
+    for suffix in (".csv", ".parquet", ".fold2.parquet"):
+        assert (tmp_path / f"out{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
+
+
+def test_a_broken_shard_of_a_lost_machine_is_scored_again(tmp_path):
+    folder = tmp_path / "pass0-block0"
+    shard = shards.Shards(folder, every_s=0)
+    shard.add([2, 0], [[[-1.0, -0.5]], [[-0.1, -2.0]]], [[1.0], [1.0]])
+    shard.add([1], [[[-0.7, -0.7, -3.0]]], [[0.5]])
+    assert shards.rows_done(folder) == {0, 1, 2}
+    assert shards.read_shards(folder)["row"].to_pylist() == [0, 1, 2]
+    next(folder.iterdir()).write_bytes(b"PAR1")
+    assert shards.rows_done(folder) < {0, 1, 2}
