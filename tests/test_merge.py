@@ -1,9 +1,12 @@
 """A merged run against base and adapter: in plain transformers, and in predict; and what cannot be merged."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace as Of
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig
 
 from vqa_sft import merge, run_folder
-from vqa_sft.collator import AnswerCollator, answer_prefix
+from vqa_sft.collator import AnswerCollator, answer_prefix, render_prompt
 from vqa_sft.data import load_examples
 from vqa_sft.errors import InputError
 from vqa_sft.images import open_image
@@ -275,3 +278,36 @@ def test_a_folder_that_a_killed_merge_left_is_no_obstacle(train, tmp_path):
         (part / name).write_text("half")
     merge_run(str(train("tiny")), str(tmp_path / "out"))
     assert not part.exists() and (tmp_path / "out" / "run.json").is_file()
+
+
+@pytest.mark.parametrize(("name", "letters"), [("tiny", list("ABCD")), ("llava", [" A", " B", " C", " D"])])
+def test_what_the_docs_send_to_a_server_is_the_prompt_of_the_run(train, tmp_path, monkeypatch, name, letters):
+    """Their Python block, with a server that answers with four probabilities out of the whole vocabulary."""
+    sent = {}
+
+    def create(**request):
+        sent.update(request)
+        top = [Of(token=token, logprob=-n) for n, token in enumerate([*letters[1:], "the", letters[0]])]
+        return Of(choices=[Of(logprobs=Of(content=[Of(top_logprobs=top)]))])
+
+    openai = ModuleType("openai")
+    openai.OpenAI = lambda **options: Of(chat=Of(completions=Of(create=create)))
+    monkeypatch.setitem(sys.modules, "openai", openai)
+    (tmp_path / "runs").mkdir()
+    copy_of(train(name), tmp_path / "runs" / "mine")
+    (tmp_path / "photo.png").write_bytes(b"pixels")
+    monkeypatch.chdir(tmp_path)
+    docs = (Path(__file__).parent.parent / "docs" / "prediction.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", docs, re.DOTALL)
+    exec(block, found := {})
+
+    assert found["before"] == "" and sent["extra_body"] == {"structured_outputs": {"choice": letters}}
+    expected = torch.tensor([-4.0, 0.0, -1.0, -2.0]).softmax(0).tolist()
+    assert found["probs"] == pytest.approx(expected)
+    # The server calls a picture by the name that templates know.
+    for message in sent["messages"]:
+        for part in message["content"]:
+            part["type"] = part["type"].removesuffix("_url")
+    processor = load_processor("runs/mine")
+    text = processor.apply_chat_template(sent["messages"], add_generation_prompt=True, tokenize=False)
+    assert text == render_prompt(processor, found["row"], (0, 1, 2, 3), Prompts())
