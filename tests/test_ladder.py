@@ -95,6 +95,23 @@ def test_the_metrics_of_the_table_are_the_means_over_seeds():
     assert scores.values["letter bias"] == pytest.approx(np.mean(biases))
 
 
+def test_all_resamples_at_once_are_the_metrics_of_the_seeds_and_rows_drawn():
+    scores, probs, letters = planted(0)
+    rng = np.random.default_rng(1)
+    drawn = [(rng.integers(3, size=3), rng.integers(50, size=50)) for _ in range(4)]
+    seeds = np.array([np.bincount(seeds, minlength=3) for seeds, _ in drawn])
+    rows = np.array([np.bincount(rows, minlength=50) for _, rows in drawn])
+    found = scores.drawn(seeds, rows)
+    for k, (seeds, rows) in enumerate(drawn):
+        answers, runs = letters[rows].ravel(), [probs[seed][rows].reshape(-1, 4) for seed in seeds]
+        for name, metric in (("accuracy", accuracy), ("nll", nll), ("ece", ece)):
+            assert found[name][k] == pytest.approx(np.mean([metric(run, answers) for run in runs]))
+        recalls = [[np.mean(run.argmax(1)[answers == i] == i) for i in range(4)] for run in runs]
+        assert found["letter bias"][k] == pytest.approx(np.mean([max(of) - min(of) for of in recalls]))
+    seeds, rows = ladder.resamples(3, 50)  # as many are drawn as there are
+    assert seeds.sum(axis=1).tolist() == [3] * 1000 and rows.sum(axis=1).tolist() == [50] * 1000
+
+
 def test_differences_compare_the_same_rows():
     """A small lift of every row is far outside the interval of the difference, and well inside that of the values."""
     scores, higher = planted(0)[0], planted(0, lift=0.002)[0]

@@ -1,4 +1,4 @@
-"""`vqa-sft check | folds | memory | score | soup | push`: laptop tools, a thin shell over the modules."""
+"""`vqa-sft check | folds | memory | score | soup | merge | push`: laptop tools, a thin shell over the modules."""
 
 import argparse
 import contextlib
@@ -41,7 +41,7 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of the data
     parser = argparse.ArgumentParser(
         prog="vqa-sft",
-        description="Check data, make folds, score prediction files, average and push runs.",
+        description="Check data, make folds, score prediction files, average, merge and push runs.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_check(commands)
@@ -59,6 +59,13 @@ def main() -> None:
     soup.add_argument("--weights", nargs="+", type=float, metavar="W", help="of the runs; default: equal")
     soup.add_argument("--rank", type=int, metavar="R", help="at most; default: as many as the mean has")
     soup.set_defaults(run=lambda args: print(_soup(args)))
+
+    merge = commands.add_parser("merge", help="whole weights with a run's adapter inside, for transformers or vLLM")
+    merge.add_argument("run_folder", metavar="RUN", help="folder of a finished run, or of a soup")
+    merge.add_argument("output", metavar="OUT", help="a new folder")
+    merge.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: that of the base's checkpoint")
+    merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge in OUT")
+    merge.set_defaults(run=lambda args: print(_merge(args)))
 
     push = commands.add_parser("push", help="upload a finished run to the Hub")
     push.add_argument("run_folder")
@@ -373,6 +380,12 @@ def _soup(args: argparse.Namespace) -> str:
     if args.rank is not None and args.rank < 1:
         raise InputError(f"--rank must be at least 1; got {args.rank}.")
     return make_soup(args.run_folders, args.output, weights=args.weights, rank=args.rank)
+
+
+def _merge(args: argparse.Namespace) -> str:
+    from vqa_sft.merge import merge_run
+
+    return merge_run(args.run_folder, args.output, dtype=args.dtype, overwrite=args.overwrite)
 
 
 def _push(args: argparse.Namespace) -> str:

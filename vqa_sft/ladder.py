@@ -18,6 +18,7 @@ beside it.
 
 import argparse
 import csv
+import functools
 import os
 import runpy
 import subprocess
@@ -25,21 +26,19 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vqa_sft.errors import InputError, exits_with_message
-from vqa_sft.metrics import ece_of, nll_of, softmax
 from vqa_sft.predictions import read_predictions
 from vqa_sft.run_folder import is_finished
 from vqa_sft.tiny.numbers import SETS, TaskSet, write_set
 
 ROOT = Path(__file__).parent.parent
 DEMO, SCORED = ROOT / "recipes" / "demo.yaml", "test.parquet"
-NUM_RESAMPLES = 1000
+NUM_RESAMPLES, NUM_BINS = 1000, 15
 LAST = {"eval_strategy": "no", "load_best_model_at_end": False}
 PLAIN = {"vocabulary_weight": 1.0, "shuffle_choices": False, **LAST}
 TRICKS: dict[str, dict[str, Any]] = {
@@ -263,26 +262,31 @@ class Scores:
     @property
     def values(self) -> dict[str, float]:
         """Means over the seeds."""
-        seeds, rows = np.arange(len(self.correct)), np.arange(len(self.letters))
-        return self.drawn(seeds, rows)
+        num_seeds, num_rows, _ = self.correct.shape
+        once = self.drawn(np.ones((1, num_seeds)), np.ones((1, num_rows)))
+        return {name: float(value[0]) for name, value in once.items()}
 
-    def drawn(self, seeds: np.ndarray, rows: np.ndarray) -> dict[str, float]:
-        own = np.ix_(seeds, rows)
-        of_answer, confidence, correct = self.of_answer[own], self.confidence[own], self.correct[own]
-        letters = self.letters[rows].ravel()
-        runs = range(len(seeds))
-        return {
-            "accuracy": float(correct.mean()),
-            "nll": nll_of(of_answer.ravel()),
-            "ece": float(np.mean([ece_of(confidence[run].ravel(), correct[run].ravel()) for run in runs])),
-            "letter bias": float(np.mean([letter_bias(correct[run].ravel(), letters) for run in runs])),
+    def drawn(self, seeds: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+        """Of K resamples, (K,) each: `seeds` (K, S) and `rows` (K, N) say how often each of them is drawn.
+
+        Everything is a sum over rows before it is anything else, so a product with `rows` does all resamples at once.
+        """
+        num_seeds, num_rows, num_rotations = self.correct.shape
+        # As in metrics.ece_of and metrics.nll_of.
+        bins = np.clip(np.ceil(self.confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
+        is_in = bins[..., None] == np.arange(NUM_BINS)  # (S, N, R, B)
+        gaps = np.einsum("snr,snrb->snb", self.confidence - self.correct, is_in)
+        nlls = -np.log(np.maximum(self.of_answer, np.finfo(np.float32).tiny))
+        is_under = self.letters[..., None] == np.unique(self.letters)  # (N, R, L)
+        right = np.einsum("snr,nrl->snl", self.correct.astype(float), is_under)
+        recalls = rows @ right / (rows @ is_under.sum(axis=1))  # (S, K, L)
+        of_seeds = {  # (S, K)
+            "accuracy": self.correct.mean(axis=2) @ rows.T / num_rows,
+            "nll": nlls.mean(axis=2) @ rows.T / num_rows,
+            "ece": np.abs(rows @ gaps).sum(axis=2) / (num_rows * num_rotations),
+            "letter bias": np.ptp(recalls, axis=2),  # the largest difference in recall between answer letters
         }
-
-
-def letter_bias(correct: np.ndarray, letters: np.ndarray) -> float:
-    """The largest difference in recall between the letters that answers have."""
-    recalls = np.bincount(letters, weights=correct) / np.bincount(letters)
-    return float(recalls.max() - recalls.min())
+        return {name: (seeds * value.T).sum(axis=1) / num_seeds for name, value in of_seeds.items()}
 
 
 def read_scores(work: Path, set_name: str, recipe: str, num_seeds: int) -> Scores:
@@ -292,7 +296,9 @@ def read_scores(work: Path, set_name: str, recipe: str, num_seeds: int) -> Score
     for seed in range(num_seeds):
         run = run_folder_of(work, set_name, recipe, seed)
         found = read_predictions(run / SCORED)
-        probs.append(np.stack(softmax(found.choice_logits)))
+        logits = np.stack(found.choice_logits)
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        probs.append(odds / odds.sum(axis=1, keepdims=True))
         with (run / LOG).open(encoding="utf-8") as file:
             train_s.append(float([*csv.DictReader(file)][-1]["train_runtime"]))
     num_rotations = probs[0].shape[1]
@@ -324,17 +330,18 @@ def table(scores: dict[str, Scores]) -> str:
     for name, own in scores.items():
         values, intervals = own.values, intervals_of(own.drawn, own)
         cells = [f"{value:.3f} [{intervals[key][0]:.3f}, {intervals[key][1]:.3f}]" for key, value in values.items()]
+        differences = {} if name == base else intervals_of(functools.partial(difference, own, scores[base]), own)
         for key in ("accuracy", "nll"):
             if name == base:
                 cells.append("")
                 continue
-            low, high = intervals_of(partial(difference, own, scores[base]), own)[key]
+            low, high = differences[key]
             cells.append(f"{values[key] - scores[base].values[key]:+.3f} [{low:+.3f}, {high:+.3f}]")
         lines.append([name, *cells, f"{own.train_s / scores[cost].train_s:.1f}"])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def difference(one: Scores, other: Scores, seeds: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+def difference(one: Scores, other: Scores, seeds: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
     values, others = one.drawn(seeds, rows), other.drawn(seeds, rows)
     return {name: values[name] - others[name] for name in values}
 
@@ -342,13 +349,20 @@ def difference(one: Scores, other: Scores, seeds: np.ndarray, rows: np.ndarray) 
 def intervals_of(measure: Callable, scores: Scores) -> dict[str, tuple[float, float]]:
     """The middle 95% of what `measure(seeds, rows)` gives for seeds and test rows drawn with replacement; the rotations
     of a row stay together."""
+    drawn = measure(*resamples(*scores.correct.shape[:2]))
+    return {name: tuple(np.percentile(values, [2.5, 97.5])) for name, values in drawn.items()}
+
+
+@functools.cache
+def resamples(num_seeds: int, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each seed (K, S) and each row (K, N) is drawn; the same for all recipes of a set."""
     rng = np.random.default_rng(0)
-    num_seeds, num_rows = scores.correct.shape[:2]
-    drawn = [
-        measure(rng.integers(num_seeds, size=num_seeds), rng.integers(num_rows, size=num_rows))
-        for _ in range(NUM_RESAMPLES)
-    ]
-    return {name: tuple(np.percentile([found[name] for found in drawn], [2.5, 97.5])) for name in drawn[0]}
+    seeds, rows = np.empty((NUM_RESAMPLES, num_seeds)), np.empty((NUM_RESAMPLES, num_rows))
+    for k in range(NUM_RESAMPLES):
+        for counts in (seeds, rows):
+            size = counts.shape[1]
+            counts[k] = np.bincount(rng.integers(size, size=size), minlength=size)
+    return seeds, rows
 
 
 if __name__ == "__main__":
