@@ -60,8 +60,8 @@ def open_parts(output: Path, plan: dict[str, Any]) -> tuple[Path, bool]:
 class Shards:
     """Those of one block, written by this process."""
 
-    def __init__(self, folder: Path, every_s: float = EVERY_S) -> None:
-        self.folder, self.every_s = folder, every_s
+    def __init__(self, folder: Path, every_s: float | None = None) -> None:
+        self.folder, self.every_s = folder, EVERY_S if every_s is None else every_s
         self._waiting: list[tuple] = []
         self._written_s = time.monotonic()
         folder.mkdir(parents=True, exist_ok=True)
