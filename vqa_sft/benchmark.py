@@ -23,6 +23,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 import time
@@ -48,7 +49,7 @@ class Case:
     """One line of the table."""
 
     name: str
-    kind: str  # "train", "score" or "trl"
+    kind: str  # "train", "trl", "score" or "latency"
     shape: str
     recipe: str = ""
     data: dict = field(default_factory=lambda: FIXED)
@@ -57,6 +58,8 @@ class Case:
     cap_gib: float | None = None
     baseline: str | None = None  # the case whose examples/s are 1.0
     scores: str = ""  # the case whose run is scored
+    how: dict[str, Any] = field(default_factory=dict)  # arguments of predict.py
+    num_runs: int = 1  # as many copies of it, scored at once
 
 
 def standard_cases() -> list[Case]:
@@ -79,6 +82,10 @@ def standard_cases() -> list[Case]:
             cases.append(Case(f"{size} train, within 24 GiB", "train", **ours | {"batch_size": 4, "cap_gib": 24}))
             score = {"kind": "score", "shape": shape, "batch_size": 32, "scores": f"{size} train"}
             cases.append(Case(f"{size} score", **score))
+            turned = score | {"how": {"orders": "rotations"}, "baseline": f"{size} score", "batch_size": 64}
+            cases.append(Case(f"{size} score, rotations", **turned))
+            cases.append(Case(f"{size} score, rotations, five runs", **turned | {"num_runs": 5}))
+            cases.append(Case(f"{size} one row at a time", **score | {"kind": "latency", "batch_size": 1}))
     return cases
 
 
@@ -90,6 +97,9 @@ def tiny_cases() -> list[Case]:
         Case("train", "train", **ours),
         Case("cached features", "train", **ours | {"options": {"cache_image_features": True}}),
         Case("score", "score", "tiny", data=data, batch_size=4, scores="train"),
+        Case("rotations", "score", "tiny", data=data, batch_size=8, scores="train", how={"orders": "rotations"}),
+        Case("five runs", "score", "tiny", data=data, batch_size=4, scores="train", num_runs=5),
+        Case("one row at a time", "latency", "tiny", data=data, batch_size=1, scores="train"),
     ]
 
 
@@ -172,13 +182,20 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         _inside("trl", arguments, inside, work)
     elif case.kind == "train":
         _inside("recipes/sft.py", recipe, inside, work)
+    elif case.kind == "latency":
+        _inside("predictor", [str(work / case.scores), str(data), str(args.tiny)], inside, work)
     else:  # scores the run that an earlier case trained
-        scored = ["--run", str(work / case.scores), "--data", str(data / "test.csv")]
+        runs = [work / case.scores] + [work / f"{case.scores} {number}" for number in range(2, case.num_runs + 1)]
+        for copy in runs[1:]:
+            shutil.copytree(runs[0], copy, dirs_exist_ok=True)
+        scored = ["--run", *map(str, runs), "--data", str(data / "test.csv")]
+        scored += [token for name, value in case.how.items() for token in (f"--{name}", str(value))]
         scored += ["--output", str(run / "submission.csv"), "--batch_size", str(case.batch_size)]
         scored += ["--num_workers", "0", "--use_cpu"] if args.tiny else ["--num_workers", "8", "--compile_layers"]
         _inside("recipes/predict.py", scored, inside, work)
     found = json.loads(result.read_text())
-    found["tflop"] = mean_tflop(model, data, options["max_pixels"], case) if case.batch_size else None
+    is_plain = case.batch_size and case.kind != "latency" and not case.how and case.num_runs == 1
+    found["tflop"] = mean_tflop(model, data, options["max_pixels"], case) if is_plain else None
     return found
 
 
@@ -378,6 +395,8 @@ def run_inside(argv: list[str]) -> None:
         _watch_scoring(watch)
     if script == "trl":
         run_trl(*arguments)
+    elif script == "predictor":
+        run_predictor(watch, *arguments)
     else:
         # A recipe ends its process without a clean-up; what was measured must be written before.
         from vqa_sft import launch
@@ -392,14 +411,26 @@ def run_inside(argv: list[str]) -> None:
 def _watch_scoring(watch: Watch) -> None:
     from vqa_sft import scoring
 
-    score = scoring.letter_logits
+    score = scoring.letter_logits_of_runs
 
-    def score_watched(model: Any, batch: dict, letter_ids: Any) -> Any:
-        logits = score(model, batch, letter_ids)
-        watch.tick(len(batch["answers"]))
+    def score_watched(model: Any, batch: dict, *args: Any) -> Any:
+        logits = score(model, batch, *args)
+        watch.tick(len(batch["groups"].unique()) if "groups" in batch else len(batch["answers"]))
         return logits
 
-    scoring.letter_logits = score_watched
+    scoring.letter_logits_of_runs = score_watched
+
+
+def run_predictor(watch: Watch, run: str, data: str, use_cpu: str) -> None:
+    """`vqa_sft.Predictor` on one row after another, each waited for."""
+    from vqa_sft import Predictor
+
+    predict = Predictor(run, use_cpu=use_cpu == "True")
+    with (Path(data) / "test.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows[: WARM_UP + watch.steps + PROFILED]:
+        predict(Path(data) / row["path"], row["question"], [row[letter] for letter in "abcd"])
+        watch.tick(1)
 
 
 def run_trl(model: str, data: str, batch_size: str, max_pixels: str, max_steps: str) -> None:

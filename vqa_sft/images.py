@@ -64,6 +64,17 @@ def open_image(image: dict) -> Image.Image:
         return _to_rgb(opened)
 
 
+def source_of(picture: str | os.PathLike | bytes | Image.Image) -> dict:
+    """{bytes, path} of a path, the bytes of a file, or a picture in memory."""
+    if isinstance(picture, bytes):
+        return {"bytes": picture, "path": None}
+    if not isinstance(picture, Image.Image):
+        return {"bytes": None, "path": os.path.abspath(picture)}
+    buffer = io.BytesIO()
+    _to_rgb(picture).save(buffer, "BMP")  # takes no time
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
 def digest_of(image: dict) -> str | None:
     """SHA-256 of the file of one {bytes, path}, which is not decoded, in hex; None where there is none to read."""
     data, _, problem = _read(image)

@@ -214,19 +214,19 @@ def score_batches(
         for batch in of_scales:
             groups = batch.get("groups", torch.arange(len(batch["answers"]))).tolist()
             batch = send_to_device(batch, state.device, non_blocking=on_gpu)
-            logits = _letter_logits_of_runs(model, batch, letter_ids, precision, adapters, runs)
+            logits = letter_logits_of_runs(model, batch, letter_ids, precision, adapters, runs)
             scales.append((groups, logits, batch["orders"], batch["num_choices"]))
         waiting.append((rows, scales))
         # The last batches are computed while the next is made ready.
         if len(waiting) > 2:
-            yield _read(*waiting.pop(0), average)
+            yield undo_orders(*waiting.pop(0), average)
         progress.update(min(len(rows) * state.num_processes, progress.total - progress.n))
     for left in waiting:
-        yield _read(*left, average)
+        yield undo_orders(*left, average)
     progress.close()
 
 
-def _letter_logits_of_runs(
+def letter_logits_of_runs(
     model: torch.nn.Module,
     batch: dict[str, Any],
     letter_ids: torch.Tensor,
@@ -251,7 +251,7 @@ def _letter_logits_of_runs(
     return found
 
 
-def _read(rows: Sequence[int], scales: list[tuple], average: str) -> Scored:
+def undo_orders(rows: Sequence[int], scales: list[tuple], average: str) -> Scored:
     """Undo the orders, and average over the views of each row."""
     num_runs = len(scales[0][1])
     choice_logits, agreement = ([[] for _ in rows] for _ in "ab")

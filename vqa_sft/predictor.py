@@ -1,0 +1,118 @@
+"""`vqa_sft.Predictor`: calibrated probabilities from Python, without files.
+
+predict = vqa_sft.Predictor("runs/mine")
+predict("cat.jpg", "What is it?", ["a cat", "a dog"])                      ->  array([0.97, 0.03])
+predict([one, other], ["What?", "Which?"], [["a", "b"], ["x", "y", "z"]])  ->  a list of two arrays
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
+from PIL import Image
+
+from vqa_sft import run_folder, scorer, scoring
+from vqa_sft.errors import InputError
+from vqa_sft.images import source_of
+from vqa_sft.mcq import LETTERS, view_orders
+from vqa_sft.metrics import softmax
+from vqa_sft.question_types import find_type
+
+Picture = str | Path | bytes | Image.Image
+
+
+class Predictor:
+    """Probabilities of choices by one or several runs, whose probabilities are averaged; each run's own temperature for
+    these views is applied where `vqa-sft calibrate` found one.
+
+    `orders`, `scales` and `average` are those of recipes/predict.py, `batch_size` counts views. Raises InputError for
+    folders that hold no run, and for runs that one model cannot score (other bases, prompts, picture sizes, ranks).
+    """
+
+    def __init__(
+        self,
+        *runs: str | Path,
+        orders: str | int = "identity",
+        scales: Sequence[float] = (1.0,),
+        average: str = "mean",
+        batch_size: int = 16,
+        use_cpu: bool = False,
+        compile_layers: bool = False,
+    ) -> None:
+        folders = run_folder.runs_in([str(run) for run in runs])
+        described = {folder: run_folder.read_run(folder) for folder in folders}
+        if len(scorer.groups_of(described)) != 1:
+            raise InputError(f"one model cannot score {', '.join(folders) or 'no run'}. Give runs of one kind.")
+        PartialState(cpu=use_cpu)
+        self.num_choices = described[folders[0]]["num_letters"]
+        self.scorer = scorer.load(
+            folders,
+            described[folders[0]],
+            most_choices=self.num_choices,
+            use_cpu=use_cpu,
+            compile_layers=compile_layers,
+        )
+        self.collators = self.scorer.collators(orders, scales)
+        self.orders, self.average, self.batch_size = orders, average, batch_size
+        self.num_runs = len(folders)
+
+    def __call__(
+        self,
+        images: Picture | Sequence[Picture] | None,
+        question: str | Sequence[str],
+        choices: Sequence[str] | Sequence[Sequence[str]],
+    ) -> np.ndarray | list[np.ndarray]:
+        """Probabilities (C,) of the choices of one question about `images`: a picture, several, or None. Of lists of
+        questions, pictures of each, and choices of each, a list of them. A picture is a path, the bytes of a file, or
+        a PIL image."""
+        if isinstance(question, str):
+            return self._of_rows([self._row(0, images, question, choices)])[0]
+        if not len(images) == len(question) == len(choices):
+            raise InputError(
+                f"there must be as many questions as pictures and choices; got {len(question)} questions, "
+                f"{len(images)} pictures and {len(choices)} lists of choices."
+            )
+        rows = [self._row(number, *of_row) for number, of_row in enumerate(zip(images, question, choices, strict=True))]
+        size = max(1, self.batch_size // len(view_orders(self.num_choices, self.orders)))
+        return [probs for start in range(0, len(rows), size) for probs in self._of_rows(rows[start : start + size])]
+
+    def _row(self, number: int, images: Any, question: str, choices: Sequence[str]) -> dict:
+        """An example as data.py would read it."""
+        choices = [str(choice) for choice in choices]
+        if not 2 <= len(choices) <= self.num_choices:
+            raise InputError(
+                f"a question needs 2 to {self.num_choices} choices, {LETTERS[0]} to {LETTERS[self.num_choices - 1]} as "
+                f"in training; got {len(choices)}."
+            )
+        if images is None:
+            images = []
+        elif isinstance(images, Picture):
+            images = [images]
+        sources = [source_of(image) for image in images]
+        texts = {"question": str(question), "choices": choices, "context": ""}
+        kind = find_type(texts["question"], choices)
+        return texts | {"id": str(number), "images": sources, "answer": None, "question_type": kind}
+
+    @torch.no_grad()
+    def _of_rows(self, rows: list[dict]) -> list[np.ndarray]:
+        device, scales = PartialState().device, []
+        letter_ids = self.scorer.letter_ids.to(device)
+        for collator in self.collators:
+            batch = collator(rows)
+            groups = batch.get("groups", torch.arange(len(rows))).tolist()
+            batch = send_to_device(batch, device)
+            logits = scoring.letter_logits_of_runs(
+                self.scorer.model,
+                batch,
+                letter_ids,
+                self.scorer.precision,
+                self.scorer.adapters,
+                range(self.num_runs),
+            )
+            scales.append((groups, logits, batch["orders"], batch["num_choices"]))
+        scored = scoring.undo_orders(range(len(rows)), scales, self.average)
+        return [np.mean(softmax(of_runs), axis=0) for of_runs in scored.choice_logits]
