@@ -59,6 +59,7 @@ class Case:
     baseline: str | None = None  # the case whose examples/s are 1.0
     scores: str = ""  # the case whose run is scored
     how: dict[str, Any] = field(default_factory=dict)  # arguments of predict.py
+    num_views: int = 1  # of a row, among those that `batch_size` counts
     num_runs: int = 1  # as many copies of it, scored at once
 
 
@@ -82,7 +83,8 @@ def standard_cases() -> list[Case]:
             cases.append(Case(f"{size} train, within 24 GiB", "train", **ours | {"batch_size": 4, "cap_gib": 24}))
             score = {"kind": "score", "shape": shape, "batch_size": 32, "scores": f"{size} train"}
             cases.append(Case(f"{size} score", **score))
-            turned = score | {"how": {"orders": "rotations"}, "baseline": f"{size} score", "batch_size": 64}
+            turned = score | {"how": {"orders": "rotations"}, "num_views": 4, "batch_size": 64}
+            turned |= {"baseline": f"{size} score"}
             cases.append(Case(f"{size} score, rotations", **turned))
             cases.append(Case(f"{size} score, rotations, five runs", **turned | {"num_runs": 5}))
             cases.append(Case(f"{size} one row at a time", **score | {"kind": "latency", "batch_size": 1}))
@@ -97,7 +99,16 @@ def tiny_cases() -> list[Case]:
         Case("train", "train", **ours),
         Case("cached features", "train", **ours | {"options": {"cache_image_features": True}}),
         Case("score", "score", "tiny", data=data, batch_size=4, scores="train"),
-        Case("rotations", "score", "tiny", data=data, batch_size=8, scores="train", how={"orders": "rotations"}),
+        Case(
+            "rotations",
+            "score",
+            "tiny",
+            data=data,
+            batch_size=8,
+            scores="train",
+            how={"orders": "rotations"},
+            num_views=4,
+        ),
         Case("five runs", "score", "tiny", data=data, batch_size=4, scores="train", num_runs=5),
         Case("one row at a time", "latency", "tiny", data=data, batch_size=1, scores="train"),
     ]
@@ -155,7 +166,7 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """What the case's own process measured; raises CalledProcessError when it failed."""
     work = args.work
     model = save_random_model(case.shape, work / "model")
-    rows = max(case.batch_size, 16) * (WARM_UP + args.steps + PROFILED)
+    rows = max(case.batch_size // case.num_views, 16) * (WARM_UP + args.steps + PROFILED)
     data = work / "_".join(["data", *(str(number) for limits in case.data.values() for number in limits), str(rows)])
     if not (data / "test.csv").is_file():
         write_data(data, rows, **case.data)
