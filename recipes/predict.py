@@ -29,9 +29,10 @@ from vqa_sft.columns import Columns, check_columns, with_context_of
 from vqa_sft.config import Recipe, RecipeArguments
 from vqa_sft.data import Loaded, read_examples
 from vqa_sft.errors import InputError, exits_with_message, explains_breakdown, name_rows
-from vqa_sft.predictions import Predictions, read_predictions, write_predictions, write_submission
+from vqa_sft.predictions import Predictions, read_predictions, write_predictions
 from vqa_sft.prompts import Prompts
 from vqa_sft.scan import scan_pictures
+from vqa_sft.submission import write_submission
 
 MOST_ORDERS = 120  # of one row; all of five choices
 

@@ -25,6 +25,8 @@ WITHOUT_TORCH = (
     "prompts",
     "metrics",
     "predictions",
+    "calibration",
+    "submission",
     "check",
     "fix",
     "report",

@@ -48,10 +48,7 @@ def main() -> None:
     _add_folds(commands)
     _add_memory(commands)
 
-    score = commands.add_parser("score", help="accuracy, NLL and ECE of prediction files, as a table")
-    score.add_argument("predictions", nargs="+", help="FILE.parquet or NAME=FILE.parquet")
-    score.add_argument("--answers", help="CSV with id and answer; default: the answers in the prediction files")
-    score.set_defaults(run=lambda args: print(score_table(args.predictions, args.answers)))
+    _add_score(commands)
 
     soup = commands.add_parser("soup", help="one adapter from several runs: the mean of what they change in the base")
     soup.add_argument("run_folders", nargs="+", metavar="RUN", help="folders of finished runs on one base")
@@ -121,6 +118,25 @@ def _add_memory(commands: Any) -> None:
     memory.add_argument("--text-tokens", type=int, default=160, metavar="N", help="of a row, with the template")
     memory.add_argument("--pictures", type=int, default=1, metavar="N", help="of a row, each of max_pixels")
     memory.set_defaults(run=_memory)
+
+
+def _add_score(commands: Any) -> None:
+    score = commands.add_parser(
+        "score",
+        help="accuracy, NLL, Brier score and ECE of prediction files, as a table",
+        description="Accuracy, NLL (nats), Brier score, ECE (bins of equal width, and of equally many rows), each with "
+        "the 95% interval of 1,000 bootstrap resamples. A file that knows its calibration has a line without it and a "
+        "line with it. Example: vqa-sft score runs/a/validation.parquet mine=runs/b/validation.parquet",
+    )
+    score.add_argument("predictions", nargs="+", help="FILE.parquet or NAME=FILE.parquet")
+    score.add_argument("--answers", help="CSV with id and answer; default: the answers in the prediction files")
+    score.set_defaults(run=_score)
+
+
+def _score(args: argparse.Namespace) -> None:
+    from vqa_sft.predictions import score_table
+
+    print(score_table(args.predictions, args.answers))
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -379,25 +395,6 @@ def _push(args: argparse.Namespace) -> str:
     from vqa_sft.hub import push_run
 
     return push_run(args.run_folder, args.repo, private=args.private)
-
-
-def score_table(files: list[str], answers_file: str | None) -> str:
-    """A table with one line a prediction file: rows, accuracy, NLL in nats, ECE."""
-    from vqa_sft.metrics import all_metrics, softmax
-    from vqa_sft.predictions import read_answers, read_predictions, with_answers
-
-    answers = read_answers(answers_file) if answers_file else None
-    lines = [("", "rows", "accuracy", "nll", "ece")]
-    for item in files:
-        name, _, path = ("", "", item) if Path(item).exists() else item.partition("=")
-        predictions = read_predictions(path)
-        if answers is not None:
-            predictions = with_answers(predictions, answers)
-        if None in predictions.answers:
-            raise InputError(f"{path} holds rows without an answer. Give --answers FILE.csv.")
-        values = all_metrics(softmax(predictions.choice_logits), predictions.answers)
-        lines.append((name or path, str(len(predictions.ids)), *(f"{value:.4f}" for value in values.values())))
-    return "\n".join("  ".join([line[0].ljust(24), *(cell.rjust(8) for cell in line[1:])]) for line in lines)
 
 
 if __name__ == "__main__":
