@@ -49,6 +49,7 @@ def main() -> None:
     _add_memory(commands)
 
     _add_score(commands)
+    _add_calibrate(commands)
 
     soup = commands.add_parser("soup", help="one adapter from several runs: the mean of what they change in the base")
     soup.add_argument("run_folders", nargs="+", metavar="RUN", help="folders of finished runs on one base")
@@ -133,10 +134,33 @@ def _add_score(commands: Any) -> None:
     score.set_defaults(run=_score)
 
 
+def _add_calibrate(commands: Any) -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="find a run's temperature on rows that it did not train on",
+        description="Find how sure a run may be: a temperature, and a bias of its letters where that proves itself. "
+        "Written to calibration.json in RUN, which later predictions with the same orders and scales use. Prints what "
+        "it does to NLL, Brier score and ECE. Example: vqa-sft calibrate runs/mine",
+    )
+    calibrate.add_argument("run_folder", metavar="RUN", help="folder of a finished run, or of all its folds")
+    calibrate.add_argument(
+        "--predictions",
+        metavar="FILE",
+        help="prediction file of this run with answers; default: out_of_fold.parquet in RUN, else validation.parquet",
+    )
+    calibrate.set_defaults(run=_calibrate)
+
+
 def _score(args: argparse.Namespace) -> None:
     from vqa_sft.predictions import score_table
 
     print(score_table(args.predictions, args.answers))
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from vqa_sft.calibration import calibrate_run
+
+    print(calibrate_run(args.run_folder, args.predictions))
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:

@@ -67,10 +67,13 @@ def _brier_of(row: Sequence[float], answer: int) -> float:
 def softmax(
     logits: Sequence[Sequence[float]], temperature: float = 1.0, bias: Sequence[float] | None = None
 ) -> list[np.ndarray]:
-    """softmax(logits / temperature + bias) of rows that may differ in length; of a bias, as many as a row has."""
+    """softmax(logits / temperature + bias) of rows that may differ in length: as much of the bias as a row has choices,
+    0 for choices beyond it."""
     rows = [np.asarray(row, dtype=np.float64) / temperature for row in logits]
     if bias is not None:
-        rows = [row + np.asarray(bias[: len(row)], dtype=np.float64) for row in rows]
+        shift = np.zeros(max(len(bias), *map(len, rows)))
+        shift[: len(bias)] = bias
+        rows = [row + shift[: len(row)] for row in rows]
     rows = [np.exp(row - row.max()) for row in rows]
     return [row / row.sum() for row in rows]
 

@@ -141,9 +141,6 @@ def _check(path: str | Path, predictions: Predictions) -> None:
         raise InputError(f"{path} is damaged: its metadata are no mapping.")
     if CALIBRATION in predictions.metadata and predictions.metadata[CALIBRATION] is not None:
         check_calibration(predictions.metadata[CALIBRATION], f"the calibration in {path}")
-        bias = predictions.metadata[CALIBRATION].get("bias")
-        if bias is not None and len(bias) < max(map(len, predictions.choice_logits)):
-            raise InputError(f"{path} is damaged: its bias has {len(bias)} numbers, and rows have more choices.")
 
 
 def check_calibration(values: object, what: str) -> None:
