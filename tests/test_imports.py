@@ -26,6 +26,7 @@ WITHOUT_TORCH = (
     "metrics",
     "predictions",
     "calibration",
+    "ensemble",
     "submission",
     "check",
     "fix",

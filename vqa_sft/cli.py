@@ -50,6 +50,7 @@ def main() -> None:
 
     _add_score(commands)
     _add_calibrate(commands)
+    _add_ensemble(commands)
 
     soup = commands.add_parser("soup", help="one adapter from several runs: the mean of what they change in the base")
     soup.add_argument("run_folders", nargs="+", metavar="RUN", help="folders of finished runs on one base")
@@ -151,6 +152,41 @@ def _add_calibrate(commands: Any) -> None:
     calibrate.set_defaults(run=_calibrate)
 
 
+def _add_ensemble(commands: Any) -> None:
+    ensemble = commands.add_parser(
+        "ensemble",
+        help="one prediction file from several: a weighted mean of their calibrated probabilities",
+        description="One prediction file from several for the same rows, aligned by id. Example: vqa-sft ensemble "
+        "a/test.parquet b/test.parquet --output both.parquet --weights learned --learn-on a/out_of_fold.parquet "
+        "b/out_of_fold.parquet",
+    )
+    ensemble.add_argument("predictions", nargs="+", metavar="FILE", help="prediction files; the first gives the order")
+    ensemble.add_argument("--output", required=True, metavar="OUT", help="prediction file to write (.parquet)")
+    ensemble.add_argument(
+        "--average",
+        choices=("mean", "log", "vote"),
+        default="mean",
+        help="of probabilities (default), of their logarithms (the geometric mean), or of best choices: 0.99 of a vote "
+        "goes to its choice, the rest to all",
+    )
+    ensemble.add_argument(
+        "--weights",
+        default="mean",
+        metavar="W",
+        help="mean (default: equal), learned, numbers such as 0.6,0.4, or a file of --save-weights",
+    )
+    ensemble.add_argument(
+        "--learn-on",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="prediction files with answers, one for each FILE in their order, of rows that the runs did not train on; "
+        "learned weights that do no better there than equal ones are not used",
+    )
+    ensemble.add_argument("--save-weights", metavar="JSON", help="write the weights, for --weights")
+    ensemble.set_defaults(run=_ensemble)
+
+
 def _score(args: argparse.Namespace) -> None:
     from vqa_sft.predictions import score_table
 
@@ -161,6 +197,13 @@ def _calibrate(args: argparse.Namespace) -> None:
     from vqa_sft.calibration import calibrate_run
 
     print(calibrate_run(args.run_folder, args.predictions))
+
+
+def _ensemble(args: argparse.Namespace) -> None:
+    from vqa_sft.ensemble import write_ensemble
+
+    how = {"average": args.average, "weights": args.weights, "learn_on": args.learn_on}
+    print(write_ensemble(args.predictions, args.output, **how, save_weights=args.save_weights))
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:

@@ -99,8 +99,10 @@ def bootstrap(
     """
     rng = np.random.default_rng(seed)
     confidence = np.array([max(row) for row in probs])
-    # In the order of their confidence, so that sorted row numbers are sorted confidences.
+    # In the order of their confidence, so that sorted ranks are sorted confidences. The rows drawn do not depend on the
+    # probabilities, so that before and after may be compared.
     order = np.argsort(confidence, kind="stable")
+    rank = np.argsort(order)
     confidence, num_rows, num_bins = confidence[order], len(order), 15
     correct = np.array([int(np.argmax(row)) == answer for row, answer in zip(probs, answers, strict=True)])[order]
     of_answer = np.array([row[answer] for row, answer in zip(probs, answers, strict=True)])[order]
@@ -111,7 +113,8 @@ def bootstrap(
     found: dict[str, list[np.ndarray]] = {name: [] for name in ("accuracy", "nll", "brier", "ece", "ece_equal_mass")}
     block = max(1, 2_000_000 // num_rows)  # resamples at a time: tens of MiB
     for start in range(0, num_resamples, block):
-        rows = np.sort(rng.integers(num_rows, size=(min(block, num_resamples - start), num_rows)), axis=1)  # (R, N)
+        drawn = rng.integers(num_rows, size=(min(block, num_resamples - start), num_rows))
+        rows = np.sort(rank[drawn], axis=1)  # (R, N)
         places = bins[rows] + num_bins * np.arange(len(rows))[:, None]
         sums = np.bincount(places.ravel(), weights=gaps[rows].ravel(), minlength=num_bins * len(rows))
         found["accuracy"].append(correct[rows].mean(axis=1))
