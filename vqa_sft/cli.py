@@ -51,6 +51,7 @@ def main() -> None:
     _add_score(commands)
     _add_calibrate(commands)
     _add_ensemble(commands)
+    _add_submit(commands)
 
     soup = commands.add_parser("soup", help="one adapter from several runs: the mean of what they change in the base")
     soup.add_argument("run_folders", nargs="+", metavar="RUN", help="folders of finished runs on one base")
@@ -187,6 +188,33 @@ def _add_ensemble(commands: Any) -> None:
     ensemble.set_defaults(run=_ensemble)
 
 
+def _add_submit(commands: Any) -> None:
+    from vqa_sft.answers import FORMATS
+
+    submit = commands.add_parser(
+        "submit",
+        help="write a submission from a prediction file, as a contest's sample has it",
+        description="Write a submission from a prediction file: id and answer letter, or columns, rows and format as "
+        "in a template. Example: vqa-sft submit both.parquet --output submission.csv --template sample_submission.csv",
+    )
+    submit.add_argument("predictions", metavar="FILE", help="prediction file")
+    submit.add_argument("--output", required=True, metavar="CSV", help="submission to write")
+    submit.add_argument(
+        "--template",
+        metavar="CSV",
+        help="sample submission: a column with the ids of FILE, and one for the answer or one for the probability of "
+        "each choice",
+    )
+    submit.add_argument(
+        "--answer-format",
+        choices=(*FORMATS, "probabilities"),
+        help="how answers are written; default: as in the template, else letter",
+    )
+    submit.add_argument("--data", metavar="TEST", help="the data that were predicted, for answers written as texts")
+    submit.add_argument("--overwrite", action="store_true", help="replace a file with other columns")
+    submit.set_defaults(run=_submit)
+
+
 def _score(args: argparse.Namespace) -> None:
     from vqa_sft.predictions import score_table
 
@@ -204,6 +232,13 @@ def _ensemble(args: argparse.Namespace) -> None:
 
     how = {"average": args.average, "weights": args.weights, "learn_on": args.learn_on}
     print(write_ensemble(args.predictions, args.output, **how, save_weights=args.save_weights))
+
+
+def _submit(args: argparse.Namespace) -> None:
+    from vqa_sft.submission import submit
+
+    how = {"template": args.template, "answer_format": args.answer_format, "data": args.data}
+    print(submit(args.predictions, args.output, **how, overwrite=args.overwrite))
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
