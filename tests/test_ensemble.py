@@ -192,6 +192,15 @@ def test_weights_are_learned_saved_given_again_and_told(files, tmp_path):
         assert np.concatenate(again.probs) == pytest.approx(np.concatenate(found.probs), abs=1e-6)
 
 
+def test_saved_weights_go_by_the_names_of_the_files_where_these_are_the_same(files, tmp_path):
+    one, other, moved = files(ragged(), other_model(ragged()), other_model(ragged()))
+    write_ensemble([one, other], tmp_path / "out.parquet", weights="0.9,0.1", save_weights=tmp_path / "w.json")
+    for names, first in (([other, one], 0.1), ([moved, one], 0.9)):
+        write_ensemble(names, tmp_path / "out.parquet", weights=str(tmp_path / "w.json"))
+        made_of = read_predictions(tmp_path / "out.parquet").metadata["ensemble"]["files"]
+        assert made_of[0]["weight"] == pytest.approx(first)
+
+
 def test_learning_that_proves_nothing_is_said_and_not_used(files, tmp_path):
     true = ragged(200)
     paths = files(other_model(true, 101), other_model(true, 201))

@@ -27,6 +27,8 @@ WITHOUT_TORCH = (
     "predictions",
     "calibration",
     "ensemble",
+    "diff",
+    "doubt",
     "submission",
     "check",
     "fix",

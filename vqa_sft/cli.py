@@ -1,4 +1,4 @@
-"""`vqa-sft check | folds | memory | score | soup | push`: laptop tools, a thin shell over the modules."""
+"""`vqa-sft check | folds | score | calibrate | ensemble | submit | ...`: laptop tools, a thin shell over the modules."""
 
 import argparse
 import contextlib
@@ -41,7 +41,7 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of the data
     parser = argparse.ArgumentParser(
         prog="vqa-sft",
-        description="Check data, make folds, score prediction files, average and push runs.",
+        description="Check data, make folds; score, calibrate and combine predictions; average and push runs.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_check(commands)
@@ -52,6 +52,8 @@ def main() -> None:
     _add_calibrate(commands)
     _add_ensemble(commands)
     _add_submit(commands)
+    _add_diff(commands)
+    _add_doubt(commands)
 
     soup = commands.add_parser("soup", help="one adapter from several runs: the mean of what they change in the base")
     soup.add_argument("run_folders", nargs="+", metavar="RUN", help="folders of finished runs on one base")
@@ -215,6 +217,46 @@ def _add_submit(commands: Any) -> None:
     submit.set_defaults(run=_submit)
 
 
+def _add_diff(commands: Any) -> None:
+    diff = commands.add_parser(
+        "diff",
+        help="say which answers changed between two submissions or prediction files",
+        description="Say which answers changed between two submissions (.csv) or prediction files (.parquet), aligned "
+        "by id. Example: vqa-sft diff old.csv new.csv --data test.csv",
+    )
+    diff.add_argument("before", metavar="A")
+    diff.add_argument("after", metavar="B")
+    diff.add_argument("--data", metavar="TEST", help="the data: show the question and both choices of a changed row")
+    diff.add_argument("--all", action="store_true", help="name all changed rows, not the first 20")
+    diff.set_defaults(run=_diff)
+
+
+def _add_doubt(commands: Any) -> None:
+    doubt = commands.add_parser(
+        "doubt",
+        help="say how sure each answer is, and give sets that hold the answer as often as asked",
+        description="Say how sure each answer of a prediction file is: probability, margin over the second choice, "
+        "entropy; where answers are known, what errors are left if the doubtful rows go to somebody else. Example: "
+        "vqa-sft doubt test.parquet --coverage 0.9 --calibrate-on runs/mine/validation.parquet --output doubt.csv",
+    )
+    doubt.add_argument("predictions", metavar="FILE", help="prediction file")
+    doubt.add_argument(
+        "--coverage",
+        type=float,
+        metavar="SHARE",
+        help="give sets of choices that hold the answer in this share of rows",
+    )
+    doubt.add_argument(
+        "--calibrate-on",
+        metavar="HELD_OUT",
+        help="prediction file with answers, scored as FILE is and with none of its rows, that says how large the sets "
+        "must be: validation or out-of-fold rows, which share none with test rows",
+    )
+    doubt.add_argument("--output", metavar="CSV", help="write a line for every row")
+    doubt.add_argument("--overwrite", action="store_true", help="replace a file with other columns")
+    doubt.set_defaults(run=_doubt)
+
+
 def _score(args: argparse.Namespace) -> None:
     from vqa_sft.predictions import score_table
 
@@ -239,6 +281,19 @@ def _submit(args: argparse.Namespace) -> None:
 
     how = {"template": args.template, "answer_format": args.answer_format, "data": args.data}
     print(submit(args.predictions, args.output, **how, overwrite=args.overwrite))
+
+
+def _diff(args: argparse.Namespace) -> None:
+    from vqa_sft.diff import describe
+
+    print(describe(args.before, args.after, data=args.data, show_all=args.all))
+
+
+def _doubt(args: argparse.Namespace) -> None:
+    from vqa_sft.doubt import describe
+
+    how = {"coverage": args.coverage, "calibrate_on": args.calibrate_on, "output": args.output}
+    print(describe(args.predictions, **how, overwrite=args.overwrite))
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:

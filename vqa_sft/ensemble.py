@@ -248,6 +248,9 @@ def _given_weights(text: str, names: Sequence[str], average: str) -> list[float]
         if Path(text).suffix == ".json":
             saved = json.loads(Path(text).read_text(encoding="utf-8"))
             numbers, of = [float(one["weight"]) for one in saved["files"]], saved["average"]
+            by_name = dict(zip([one["file"] for one in saved["files"]], numbers, strict=True))
+            if set(by_name) == set(map(str, names)):  # the same files, perhaps in another order
+                numbers = [by_name[str(name)] for name in names]
         else:
             numbers = [float(part) for part in text.split(",")]
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -7,8 +7,8 @@ A prediction file is Parquet, in the row order of the data:
                    Never tempered: what the model said, whatever is made of it later
     answer         null where unknown
     blanked        answered without a picture that could not be used
-    agreement      share of the row's views whose best choice is the averaged best one; null where unknown, and files
-                   without the column are read too
+    agreement      share of the row's views whose best choice is the averaged best one (of an ensemble: the share of the
+                   weights); null where unknown, and files without the column are read too
 
 Its metadata say what made it. Under "calibration" they hold the temperature, and perhaps a bias, that were found for
 the run and these views: `Predictions.probs` applies them.
