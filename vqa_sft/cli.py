@@ -1,4 +1,4 @@
-"""`vqa-sft check | folds | score | calibrate | ensemble | submit | ...`: laptop tools, a thin shell over the modules."""
+"""`vqa-sft check | folds | score | calibrate | submit | ...`: laptop tools, a thin shell over the modules."""
 
 import argparse
 import contextlib
