@@ -207,6 +207,19 @@ def test_out_of_fold_predictions_come_first_and_a_folds_own_file_is_of_the_whole
     assert "Wrote" in calibrate_run(run, run.parent / "fold0.parquet")
 
 
+def test_a_fold_has_its_own_calibration_or_that_of_all_folds(run):
+    (run / "fold0").mkdir()
+    calibrate_run(run)
+    assert read_calibration(run / "fold0", {}) is None  # a run within another is no fold of it
+    write_predictions(run / "out_of_fold.parquet", read_predictions(run / "validation.parquet"))
+    calibrate_run(run)
+    found = read_calibration(run, {})
+    assert found is not None and read_calibration(run / "fold0", {}) == found
+    assert read_calibration(run / "fold0", {"orders": "all"}) is None
+    (run / "fold0" / CALIBRATION).write_text('{"orders identity": {"temperature": 3, "bias": null}}')
+    assert read_calibration(run / "fold0", {}) == Calibration(3)
+
+
 def test_a_folder_that_was_moved_knows_its_predictions(run):
     predictions = read_predictions(run / "validation.parquet")
     write_predictions(run.parent / "p.parquet", predictions)

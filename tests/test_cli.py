@@ -1,6 +1,7 @@
 import csv
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import write_contest, write_csv
@@ -256,6 +257,15 @@ def test_a_command_refuses_options_that_it_does_not_have(tmp_path, run):
 def test_help_says_what_a_command_does_with_an_example(command, run):
     code, out, _ = run(command, "--help")
     assert code == 0 and f"Example: vqa-sft {command} " in " ".join(out.split()) and "%%" not in out
+
+
+def test_every_command_of_the_docs_exists_with_its_options(run):
+    text = (Path(__file__).parent.parent / "docs" / "prediction.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [line.split() for line in text.splitlines() if line.startswith("    vqa-sft ")]
+    assert {words[1] for words in commands} == {"score", "calibrate", "ensemble", "submit", "diff", "doubt"}
+    for words in commands:
+        _, shown, _ = run(words[1], "--help")
+        assert all(word in shown for word in words if word.startswith("--")), words
 
 
 def test_from_validation_to_submission(tmp_path, run):

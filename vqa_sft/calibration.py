@@ -173,9 +173,13 @@ def views_key(metadata: Mapping[str, Any]) -> str:
 def read_calibration(folder: str | Path, metadata: Mapping[str, Any]) -> Calibration | None:
     """What `vqa-sft calibrate` found for the run in this folder and rows scored as `metadata` say; None: nothing.
 
+    One of several folds has what was found for itself, else what was found for all of them in the folder above.
     Raises InputError for a file that is damaged.
     """
-    entry = _read_entries(folder).get(views_key(metadata))
+    folder, key = Path(folder).resolve(), views_key(metadata)
+    entry = _read_entries(folder).get(key)
+    if entry is None and (folder.parent / OUT_OF_FOLD).is_file():
+        entry = _read_entries(folder.parent).get(key)
     return None if entry is None else Calibration(entry["temperature"], entry.get("bias"))
 
 
