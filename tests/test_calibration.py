@@ -13,6 +13,7 @@ from vqa_sft.calibration import (
     calibrated_nll,
     cross_fit,
     fit,
+    is_lower,
     read_calibration,
     views_key,
 )
@@ -133,6 +134,13 @@ def test_cross_fitted_rows_are_not_among_those_that_their_temperature_was_fitted
         alone = fit([logits[i] for i in others], [answers[i] for i in others], may_have_bias=False)
         for i in np.flatnonzero(folds == fold):
             assert probs[i] == pytest.approx(softmax([logits[i]], alone.temperature)[0])
+
+
+def test_lower_means_by_so_many_standard_errors():
+    others = np.zeros(4)
+    losses = np.array([-3.0, 1.0, -3.0, 1.0])  # mean -1, standard deviation 2.31, standard error 1.15
+    assert is_lower(losses, others, 0.8) and not is_lower(losses, others, 0.9)
+    assert not is_lower(others, others, 0) and not is_lower(others, losses, 0)
 
 
 # --- calibration.json -------------------------------------------------------------------------------------------------

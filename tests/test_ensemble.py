@@ -107,6 +107,13 @@ def test_two_equally_noisy_models_keep_equal_weights(average):
     assert fell_back >= 8
 
 
+def test_an_advantage_within_chance_is_none():
+    found = [learn(mixture(60, 0.65, seed), "mean") for seed in range(20)]
+    better = [one for one in found if one.nll < one.nll_of_mean]
+    assert 0 < sum(one.weights is not None for one in better) < len(better)
+    assert all(one.weights is None for one in found if one.nll >= one.nll_of_mean)
+
+
 # --- aligned files ----------------------------------------------------------------------------------------------------
 
 
