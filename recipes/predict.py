@@ -45,11 +45,12 @@ from vqa_sft.data import Loaded, read_examples, stream_examples
 from vqa_sft.errors import InputError, exits_with_message, explains_breakdown, name_rows
 from vqa_sft.mcq import view_orders
 from vqa_sft.metrics import softmax
-from vqa_sft.predictions import Predictions, read_predictions, write_predictions, write_submission
+from vqa_sft.predictions import Predictions, read_predictions, write_predictions
 from vqa_sft.problems import Problems
 from vqa_sft.prompts import Prompts
 from vqa_sft.scan import scan_pictures
 from vqa_sft.split import VALIDATION, read_parts, select
+from vqa_sft.submission import write_submission
 
 MOST_ORDERS = 120  # of one row; all of five choices
 

@@ -1,17 +1,33 @@
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from vqa_sft.calibration import calibrated_nll
-from vqa_sft.metrics import nll, softmax
+from vqa_sft import calibration, out_of_fold, run_folder, split
+from vqa_sft.calibration import (
+    CALIBRATION,
+    Calibration,
+    calibrate_run,
+    calibrated_nll,
+    cross_fit,
+    fit,
+    is_lower,
+    read_calibration,
+    views_key,
+)
+from vqa_sft.errors import InputError
+from vqa_sft.metrics import full_metrics, nll, softmax
+from vqa_sft.predictions import Predictions, read_predictions, write_predictions
 
 
-def drawn(num_rows, temperature, seed=0):
-    """Rows of 2 to 5 choices whose answers follow softmax(logits / temperature)."""
+def drawn(num_rows, temperature, seed=0, bias=(0, 0, 0, 0, 0)):
+    """Rows of 2 to 5 choices whose answers follow softmax(logits / temperature + bias)."""
     rng = np.random.default_rng(seed)
     logits = [rng.normal(scale=3, size=rng.integers(2, 6)) for _ in range(num_rows)]
-    return logits, [int(rng.choice(len(row), p=softmax([row / temperature])[0])) for row in logits]
+    probs = [softmax([row / temperature + bias[: len(row)]])[0] for row in logits]
+    return logits, [int(rng.choice(len(row), p=row)) for row in probs]
 
 
 @pytest.mark.parametrize("temperature", [1.5, 2.0, 4.0])
@@ -31,3 +47,229 @@ def test_too_little_confidence_is_not_mended_by_the_calibrated_nll_and_too_much_
     timid, bold = [[0.2, 0.0], [0.0, 0.3]], [[9.0, 0.0], [9.0, 0.0], [0.0, 9.0]]
     assert calibrated_nll(timid, [0, 1]) == pytest.approx(nll(softmax(timid), [0, 1]))
     assert calibrated_nll(bold, [0, 1, 1]) < 0.65 < 3 == round(nll(softmax(bold), [0, 1, 1]))
+
+
+# --- fit --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_a_planted_temperature_is_found_within_its_standard_error(temperature):
+    found = [fit(*drawn(400, temperature, seed), may_have_bias=False).temperature for seed in range(40)]
+    error = np.std(found, ddof=1)
+    assert error < 0.2 * temperature  # so that being within it says something
+    assert abs(np.mean(found) - temperature) < 3 * error / math.sqrt(40)
+
+
+def test_the_temperature_is_the_lowest_point_of_a_fine_grid():
+    logits, answers = drawn(60, 3.0)
+    grid = np.geomspace(0.05, 20, 4001)
+    losses = [60 * nll(softmax(logits, t), answers) + math.log(t) ** 2 / 2 for t in grid]
+    assert fit(logits, answers, may_have_bias=False).temperature == pytest.approx(grid[np.argmin(losses)], rel=2e-3)
+
+
+PLANTED = np.array([0.8, -0.8, 0.3, -0.3])
+
+
+def drawn_four(num_rows, bias, seed=0, temperature=1.5):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(scale=2, size=(num_rows, 4))
+    probs = softmax(logits / temperature + bias)
+    return logits.tolist(), [int(rng.choice(4, p=row)) for row in probs]
+
+
+def test_a_planted_bias_is_found_within_its_standard_error():
+    found = [fit(*drawn_four(600, PLANTED, seed), may_have_bias=True) for seed in range(20)]
+    assert all(one.bias is not None for one in found)
+    for name, values, planted in (
+        ("bias", np.array([one.bias for one in found]), PLANTED),
+        ("temperature", np.array([[one.temperature] for one in found]), [1.5]),
+    ):
+        errors = values.std(axis=0, ddof=1)
+        assert (errors < 0.25).all(), name
+        # The prior draws a little towards 0.
+        assert (np.abs(values.mean(axis=0) - planted) < 3 * errors / math.sqrt(20) + 0.02).all(), name
+
+
+def test_no_bias_is_found_where_there_is_none_or_where_none_may_be():
+    found = [fit(*drawn_four(200, np.zeros(4), seed), may_have_bias=True).bias for seed in range(20)]
+    assert sum(bias is not None for bias in found) <= 1
+    assert fit(*drawn_four(600, PLANTED), may_have_bias=False).bias is None
+
+
+def test_a_bias_is_found_in_rows_of_different_lengths():
+    bias = np.array([1.0, -1.0, 0.5, -0.5, 0.0])
+    found = fit(*drawn(3000, 1.0, bias=bias), may_have_bias=True).bias
+    assert np.subtract(found, np.mean(found)) == pytest.approx(bias, abs=0.25)
+
+
+@pytest.mark.parametrize(("margin", "lowest"), [(8.0, 0.75), (3.0, 0.25)])
+def test_a_hundred_rows_that_are_all_right_do_not_ask_for_temperature_0(margin, lowest):
+    logits = [[margin, 0.0, 0.0, 0.0]] * 100  # 99.9% sure, and 87%
+    assert lowest < fit(logits, [0] * 100, may_have_bias=False).temperature < 1
+
+
+def test_rows_that_are_all_wrong_ask_for_no_more_than_20():
+    assert 15 < fit([[80.0, 0.0]] * 500, [1] * 500, may_have_bias=False).temperature <= 20
+
+
+def test_few_rows_say_little():
+    assert fit([[8.0, 0.0]], [1], may_have_bias=True).temperature < 6
+    assert 0.8 < fit([[8.0, 0.0]], [0], may_have_bias=True).temperature < 1.2
+
+
+def test_a_temperature_changes_no_answer():
+    logits, answers = drawn(300, 3.0)
+    raw = [row.argmax() for row in softmax(logits)]
+    for temperature in (0.05, fit(logits, answers, may_have_bias=False).temperature, 20.0):
+        assert [row.argmax() for row in Calibration(temperature).probs(logits)] == raw
+
+
+def test_cross_fitted_rows_are_not_among_those_that_their_temperature_was_fitted_on():
+    logits, answers = drawn(50, 2.0)
+    probs = cross_fit(logits, answers, has_bias=False)
+    folds = calibration.deal_rows(50)
+    assert sorted(np.bincount(folds)) == [10] * 5
+    for fold in range(5):
+        others = [i for i in range(50) if folds[i] != fold]
+        alone = fit([logits[i] for i in others], [answers[i] for i in others], may_have_bias=False)
+        for i in np.flatnonzero(folds == fold):
+            assert probs[i] == pytest.approx(softmax([logits[i]], alone.temperature)[0])
+
+
+def test_lower_means_by_so_many_standard_errors():
+    others = np.zeros(4)
+    losses = np.array([-3.0, 1.0, -3.0, 1.0])  # mean -1, standard deviation 2.31, standard error 1.15
+    assert is_lower(losses, others, 0.8) and not is_lower(losses, others, 0.9)
+    assert not is_lower(others, others, 0) and not is_lower(others, losses, 0)
+
+
+# --- calibration.json -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metadata", "key"),
+    [
+        ({}, "orders identity"),
+        ({"orders": "identity", "scales": [1.0], "average": "log"}, "orders identity"),
+        ({"orders": 1}, "orders identity"),
+        ({"orders": 8, "scales": [1.0], "average": "mean"}, "orders 8"),
+        ({"orders": "rotations", "scales": [1.0, 0.9, 1.1], "average": "log"},
+         "orders rotations, scales 0.9 1.0 1.1, average log"),
+        ({"scales": [0.9, 1]}, "orders identity, scales 0.9 1.0"),
+    ],
+)  # fmt: skip
+def test_views_have_one_name(metadata, key):
+    assert views_key(metadata) == key
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder as a run leaves it, with 300 validation rows of a model that is twice too sure."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    logits, answers = drawn(300, 2.0)
+    predictions = Predictions([f"v{i}" for i in range(300)], logits, answers, {"run": str(folder)})
+    write_predictions(folder / "validation.parquet", predictions)
+    return folder
+
+
+def test_the_names_of_a_run_folders_files_are_those_of_the_modules_that_write_them():
+    assert (calibration.RUN, calibration.VALIDATION) == (run_folder.RUN, run_folder.VALIDATION)
+    assert (calibration.OUT_OF_FOLD, calibration.ROWS) == (out_of_fold.OUT_OF_FOLD, split.ROWS)
+
+
+def test_what_is_found_is_written_and_read_for_the_same_views_only(run):
+    table = calibrate_run(run)
+    found = read_calibration(run, {"orders": "identity"})
+    assert found.temperature == pytest.approx(2, rel=0.25) and found.bias is None
+    assert read_calibration(run, {"orders": "rotations"}) is None and read_calibration(run.parent, {}) is None
+    entry = json.loads((run / CALIBRATION).read_text())["orders identity"]
+    predictions = read_predictions(run / "validation.parquet")
+    assert entry["rows"] == 300 and entry["source"] == "validation.parquet"
+    assert entry["before"]["nll"] == pytest.approx(nll(softmax(predictions.choice_logits), predictions.answers))
+    after = full_metrics(cross_fit(predictions.choice_logits, predictions.answers, False), predictions.answers)
+    assert {name: entry["after"][name] for name in after} == pytest.approx(after)
+    assert entry["after"]["nll"] < entry["before"]["nll"] and entry["after"]["ece"] < entry["before"]["ece"]
+    assert f"temperature {found.temperature:.3f}, no bias, from 300 rows" in table and "cross-fitted" in table
+
+
+def test_other_views_are_kept_and_their_positions_are_no_letters(run):
+    logits, answers = drawn_four(600, PLANTED)
+    ids = [f"w{i}" for i in range(600)]
+    for orders in ("identity", "rotations"):
+        predictions = Predictions(ids, logits, answers, {"run": str(run), "orders": orders})
+        write_predictions(run.parent / f"{orders}.parquet", predictions)
+        calibrate_run(run, run.parent / f"{orders}.parquet")
+    assert read_calibration(run, {}).bias is not None
+    assert read_calibration(run, {"orders": "rotations"}).bias is None
+
+
+def test_out_of_fold_predictions_come_first_and_a_folds_own_file_is_of_the_whole(run):
+    predictions = read_predictions(run / "validation.parquet")
+    write_predictions(run / "out_of_fold.parquet", replace(predictions, ids=[f"o{i}" for i in range(300)]))
+    calibrate_run(run)
+    assert json.loads((run / CALIBRATION).read_text())["orders identity"]["source"] == "out_of_fold.parquet"
+    of_fold = replace(predictions, metadata={"run": str(run / "fold0")})
+    write_predictions(run.parent / "fold0.parquet", of_fold)
+    assert "Wrote" in calibrate_run(run, run.parent / "fold0.parquet")
+
+
+def test_a_fold_has_its_own_calibration_or_that_of_all_folds(run):
+    (run / "fold0").mkdir()
+    calibrate_run(run)
+    assert read_calibration(run / "fold0", {}) is None  # a run within another is no fold of it
+    write_predictions(run / "out_of_fold.parquet", read_predictions(run / "validation.parquet"))
+    calibrate_run(run)
+    found = read_calibration(run, {})
+    assert found is not None and read_calibration(run / "fold0", {}) == found
+    assert read_calibration(run / "fold0", {"orders": "all"}) is None
+    (run / "fold0" / CALIBRATION).write_text('{"orders identity": {"temperature": 3, "bias": null}}')
+    assert read_calibration(run / "fold0", {}) == Calibration(3)
+
+
+def test_a_folder_that_was_moved_knows_its_predictions(run):
+    predictions = read_predictions(run / "validation.parquet")
+    write_predictions(run.parent / "p.parquet", predictions)
+    run.rename(run.parent / "moved")
+    assert "Wrote" in calibrate_run(run.parent / "moved", run.parent / "p.parquet")
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"answers": [None] * 2 + [0] * 298}, "no answer to learn from in rows v0, v1"),
+        ({"metadata": {"run": "elsewhere/run"}}, "holds predictions of elsewhere/run, not of"),
+        ({"metadata": {"run": None, "base_model": "some/base"}}, "the base model some/base as it is"),
+        ({"metadata": {"ensemble": {}}}, "is an ensemble"),
+        ({"ids": [f"t{i}" for i in range(300)]}, "was trained on rows t3, t4"),
+        ({"first": 19}, "has 19 rows; a temperature needs at least 20"),
+    ],
+)
+def test_rows_that_say_nothing_of_the_run_are_refused(run, change, part):
+    (run / "rows.csv").write_text("part,id\ntrain,t3\ntrain,t4\nvalidation,v0\ntrain,v0\n")
+    predictions = read_predictions(run / "validation.parquet")
+    first = change.pop("first", 300)
+    predictions = replace(predictions, **change)
+    rows = {name: getattr(predictions, name)[:first] for name in ("ids", "choice_logits", "answers", "blanked")}
+    write_predictions(run.parent / "p.parquet", replace(predictions, **rows))
+    with pytest.raises(InputError) as error:
+        calibrate_run(run, run.parent / "p.parquet")
+    assert part in str(error.value) and not (run / CALIBRATION).exists()
+
+
+def test_damaged_and_missing_folders_are_errors(run):
+    for text in ("{", "[]", '{"orders identity": {"temperature": -1}}', '{"orders identity": 3}'):
+        (run / CALIBRATION).write_text(text)
+        with pytest.raises(InputError, match="is damaged"):
+            read_calibration(run, {})
+        with pytest.raises(InputError, match="is damaged"):
+            calibrate_run(run)
+        assert (run / CALIBRATION).read_text() == text
+    with pytest.raises(InputError, match="no such run folder"):
+        calibrate_run(run / "nowhere")
+    with pytest.raises(InputError, match="holds no finished run"):
+        calibrate_run(run.parent)
+    (run / "validation.parquet").unlink()
+    with pytest.raises(InputError, match="Give --predictions"):
+        calibrate_run(run)

@@ -1,15 +1,19 @@
 import csv
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import write_contest, write_csv
+from test_calibration import drawn
 from test_data import rows_of
 from test_split import noise
 
+from vqa_sft.calibration import read_calibration
 from vqa_sft.cli import main
 from vqa_sft.data import read_examples
 from vqa_sft.folds import read_folds
+from vqa_sft.predictions import Predictions, write_predictions
 
 
 @pytest.fixture
@@ -244,3 +248,67 @@ def test_a_command_refuses_options_that_it_does_not_have(tmp_path, run):
     write_contest(tmp_path, num_rows=2)
     code, _, err = run("score", "a.parquet", "--fast")
     assert code == 2 and "unrecognized arguments: --fast" in err
+
+
+# --- after predicting -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["score", "calibrate", "ensemble", "submit", "diff", "doubt"])
+def test_help_says_what_a_command_does_with_an_example(command, run):
+    code, out, _ = run(command, "--help")
+    assert code == 0 and f"Example: vqa-sft {command} " in " ".join(out.split()) and "%%" not in out
+
+
+def test_every_command_of_the_docs_exists_with_its_options(run):
+    text = (Path(__file__).parent.parent / "docs" / "prediction.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = [line.split() for line in text.splitlines() if line.startswith("    vqa-sft ")]
+    assert {words[1] for words in commands} == {"score", "calibrate", "ensemble", "submit", "diff", "doubt"}
+    for words in commands:
+        _, shown, _ = run(words[1], "--help")
+        assert all(word in shown for word in words if word.startswith("--")), words
+
+
+def test_from_validation_to_submission(tmp_path, run):
+    """Calibrate, ensemble, submit, diff and doubt, each on what the one before it wrote."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    logits, answers = drawn(100, 2.0)
+    validation = Predictions([f"v{i}" for i in range(100)], logits, answers, {"run": str(folder)})
+    write_predictions(folder / "validation.parquet", validation)
+    code, out, _ = run("calibrate", folder)
+    assert code == 0 and out.split()[:5] == ["accuracy", "nll", "brier", "ece", "ece_equal_mass"]
+    metadata = {"calibration": read_calibration(folder, {}).as_dict}
+    ids = [f"t{i}" for i in range(100)]
+    for name, seed in (("a", 1), ("b", 2)):
+        predictions = Predictions(ids, drawn(100, 2.0, seed)[0], [None] * 100, metadata)
+        predictions.choice_logits = [[*row[:2]] for row in predictions.choice_logits]
+        write_predictions(tmp_path / f"{name}.parquet", predictions)
+    a, b, both = (tmp_path / f"{name}.parquet" for name in ("a", "b", "both"))
+    assert run("ensemble", a, b, "--output", both, "--weights", "3,1", "--average", "log")[0] == 0
+    assert run("submit", both, "--output", tmp_path / "s.csv")[0] == 0
+    code, out, _ = run("diff", both, tmp_path / "s.csv")
+    assert code == 0 and "0 of 100 answers changed" in out
+    code, out, _ = run("diff", a, both, "--all")
+    assert code == 0 and "Largest change of a probability" in out
+    options = ("--coverage", 0.8, "--calibrate-on", folder / "validation.parquet", "--output", tmp_path / "d.csv")
+    code, out, _ = run("doubt", a, *options)
+    assert code == 0 and "Sets for a coverage of 80%" in out and len((tmp_path / "d.csv").read_text().split()) == 101
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("score", "nowhere.parquet"),
+        ("calibrate", "nowhere"),
+        ("ensemble", "nowhere.parquet", "nowhere.parquet", "--output", "out.parquet"),
+        ("submit", "nowhere.parquet", "--output", "s.csv"),
+        ("diff", "nowhere.csv", "nowhere.csv"),
+        ("doubt", "nowhere.parquet"),
+    ],
+)
+def test_what_is_not_there_is_said_in_one_line(tmp_path, monkeypatch, run, arguments):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*arguments)
+    assert code == 2 and not out and err.startswith("error: no such ") and len(err.splitlines()) == 1
+    assert not [*tmp_path.iterdir()]

@@ -14,6 +14,7 @@ import pytest
 from conftest import RECIPES, run_script, write_hard_contest
 
 from vqa_sft import checkpoints, run_folder
+from vqa_sft.calibration import calibrate_run, read_calibration
 from vqa_sft.config import read_recipe
 from vqa_sft.errors import InputError
 from vqa_sft.folds import write_folds
@@ -76,6 +77,11 @@ def test_every_row_of_a_fold_is_answered_by_the_run_that_did_not_see_it(whole):
     assert content["nll"] == pytest.approx(nll(softmax(together.choice_logits), together.answers))
     assert content["nll_95"][0] < content["nll"] < content["nll_95"][1]
     assert [*content["folds"]] == ["fold0", "fold1", "fold2"]
+
+
+def test_out_of_fold_predictions_calibrate_the_folder_of_all_folds(whole):
+    assert "from 20 rows of" in calibrate_run(whole)
+    assert 0.05 <= read_calibration(whole, {"orders": "identity"}).temperature <= 20
 
 
 def num_steps(run):

@@ -1,17 +1,17 @@
+import math
 from dataclasses import replace
 
+import pyarrow.parquet as pq
 import pytest
 
-from vqa_sft.cli import score_table
-from vqa_sft.columns import Columns
 from vqa_sft.errors import InputError
 from vqa_sft.predictions import (
     Predictions,
     read_answers,
     read_predictions,
+    score_table,
     with_answers,
     write_predictions,
-    write_submission,
 )
 
 THREE = Predictions(
@@ -27,26 +27,6 @@ def test_a_prediction_file_gives_back_what_was_written(tmp_path):
     write_predictions(tmp_path / "new" / "p.parquet", THREE)
     assert read_predictions(tmp_path / "new" / "p.parquet") == THREE
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["p.parquet"]
-
-
-CHOICES = [["cat", "dog"], ["1", "2", "3"], ["yes", "no"]]
-
-
-@pytest.mark.parametrize(
-    ("answer_format", "is_upper", "answers"),
-    [
-        (None, False, "aba"),
-        ("letter", True, "ABA"),
-        ("index_from_0", False, "010"),
-        ("index_from_1", False, "121"),
-        ("text", False, ["cat", "2", "yes"]),
-    ],
-)
-def test_a_submission_is_written_as_the_data_write_their_answers(tmp_path, answer_format, is_upper, answers):
-    columns = Columns("key", ("path",), "question", ("a", "b", "c"), "label", None, answer_format, is_upper)
-    write_submission(tmp_path / "s.csv", THREE, columns, CHOICES)
-    lines = [f"{row_id},{answer}" for row_id, answer in zip("xyz", answers, strict=True)]
-    assert (tmp_path / "s.csv").read_text().splitlines() == ["key,label", *lines]
 
 
 def test_rows_that_were_answered_without_their_picture_are_marked(tmp_path):
@@ -87,7 +67,66 @@ def test_the_score_table_holds_the_metrics_of_every_file(tmp_path):
     write_predictions(tmp_path / "p.parquet", THREE)
     (tmp_path / "a.csv").write_text("id,answer\nx,a\ny,a\nz,a\n")
     table = score_table([f"mine={tmp_path / 'p.parquet'}"], str(tmp_path / "a.csv")).splitlines()
-    assert table[0].split() == ["rows", "accuracy", "nll", "ece"]
-    assert table[1].split()[:3] == ["mine", "3", "0.6667"]
+    assert table[0].split() == ["rows", "accuracy", "nll", "brier", "ece", "ece_equal_mass"]
+    assert table[1].split()[:3] == ["mine", "3", "0.6667"] and len(table) == 2
     with pytest.raises(InputError, match="holds rows without an answer"):
         score_table([str(tmp_path / "p.parquet")], None)
+
+
+def test_a_calibrated_file_has_a_line_without_its_calibration_and_one_with_it(tmp_path):
+    answers = [0, 0, 1]
+    write_predictions(tmp_path / "raw.parquet", replace(THREE, answers=answers))
+    calibrated = replace(THREE, answers=answers, metadata={"calibration": {"temperature": 1.3, "bias": None}})
+    write_predictions(tmp_path / "p.parquet", calibrated)
+    raw = score_table([f"p={tmp_path / 'raw.parquet'}"]).splitlines()[1].split()
+    before, after = score_table([f"p={tmp_path / 'p.parquet'}"]).splitlines()[1:]
+    assert before.startswith("p, as scored") and before.split()[3:] == raw[1:]
+    assert after.startswith("p, temperature 1.30 ") and after.split()[3:] != raw[1:]
+
+
+def test_probabilities_are_the_softmax_of_tempered_and_shifted_logits():
+    calibrated = replace(THREE, metadata={"calibration": {"temperature": 2.0, "bias": [0.0, 1.0, -1.0]}})
+    shifted = [[-0.25, 0.5], [-1.0, 0.875, -2.5], [-0.375, 0.625]]
+    for row, logits in zip(calibrated.probs, shifted, strict=True):
+        whole = sum(math.exp(number) for number in logits)
+        assert row.tolist() == pytest.approx([math.exp(number) / whole for number in logits])
+    assert THREE.best == [0, 1, 0] and calibrated.best == [1, 1, 1]
+    assert [row.sum() for row in THREE.probs] == pytest.approx([1, 1, 1])
+    shorter = replace(THREE, metadata={"calibration": {"temperature": 2.0, "bias": [0.0, 1.0]}})
+    assert shorter.probs[1][2] / shorter.probs[1][0] == pytest.approx(math.exp(-0.5))  # as if its last were 0
+    for metadata in ({}, {"calibration": None}):
+        assert replace(THREE, metadata=metadata).probs[0].tolist() == THREE.probs[0].tolist()
+
+
+def test_agreement_is_kept_and_a_file_from_before_it_is_read(tmp_path):
+    known = replace(THREE, agreement=[1.0, None, 0.25])
+    write_predictions(tmp_path / "p.parquet", known)
+    assert read_predictions(tmp_path / "p.parquet") == known
+    pq.write_table(pq.read_table(tmp_path / "p.parquet").drop_columns(["agreement"]), tmp_path / "old.parquet")
+    assert read_predictions(tmp_path / "old.parquet") == THREE
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"ids": ["x", "y", "x"]}, "more than once, of row x"),
+        ({"choice_logits": [[-0.5, -1.0], [float("nan"), 0.0], [0.0, 0.0]]}, "is damaged: row y"),
+        ({"metadata": [1]}, "its metadata are no mapping"),
+        ({"metadata": {"calibration": 1.3}}, "a temperature above 0"),
+        ({"metadata": {"calibration": {"temperature": 0}}}, "a temperature above 0"),
+        ({"metadata": {"calibration": {"temperature": 1.0, "bias": ["a"]}}}, "a temperature above 0"),
+    ],
+)
+def test_damaged_files_are_errors(tmp_path, change, part):
+    write_predictions(tmp_path / "p.parquet", replace(THREE, **change))
+    with pytest.raises(InputError, match=part):
+        read_predictions(tmp_path / "p.parquet")
+
+
+def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
+    write_predictions(tmp_path / "p.parquet", THREE)
+    with pytest.raises(TypeError):
+        write_predictions(tmp_path / "p.parquet", replace(THREE, metadata={"a": object()}))
+    with pytest.raises(InputError, match="cannot be written"):
+        write_predictions(tmp_path / "p.parquet" / "q.parquet", THREE)
+    assert read_predictions(tmp_path / "p.parquet") == THREE and len([*tmp_path.iterdir()]) == 1

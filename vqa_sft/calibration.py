@@ -1,31 +1,291 @@
-"""The NLL that choice probabilities have once a temperature is fitted. numpy and scipy, no torch.
+"""How sure to be: the temperature of a run's choice logits, and perhaps a bias of its letters. No torch.
 
-probabilities = softmax(choice logits / temperature) (Guo et al. 2017, arXiv 1706.04599, section 4.2). It changes no
-answer. Above 1 where a model is too sure of itself.
+probabilities = softmax(choice logits / temperature + bias): temperature scaling (Guo et al. 2017, arXiv 1706.04599,
+section 4.2), and with a bias its vector scaling with one temperature for all. A temperature alone changes no answer; it
+is above 1 where a model is too sure of itself. What `vqa-sft calibrate` finds stands in calibration.json of the run
+folder, one entry for each way of scoring (orders, scales, average): more views make a model less sure of itself.
 """
 
-from collections.abc import Sequence
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 
-HIGHEST = 20.0  # temperature
+from vqa_sft.errors import InputError, name_rows, printable
+from vqa_sft.metrics import as_table, describe, softmax, with_intervals
+from vqa_sft.predictions import Predictions, check_calibration, read_predictions, whole
+
+LOWEST, HIGHEST = 0.05, 20.0  # temperature
+NUM_FOLDS = 5
+MIN_ROWS = 20
+CALIBRATION = "calibration.json"
+# Files of a run folder, named in run_folder, out_of_fold and split; the first two import torch.
+RUN, VALIDATION, OUT_OF_FOLD, ROWS = "run.json", "validation.parquet", "out_of_fold.parquet", "rows.csv"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`bias` has one number for each choice position (letter), in units of logits at temperature 1; None: no bias."""
+
+    temperature: float = 1.0
+    bias: list[float] | None = None
+
+    def probs(self, choice_logits: Sequence[Sequence[float]]) -> list[np.ndarray]:
+        return softmax(choice_logits, self.temperature, self.bias)
+
+    @property
+    def as_dict(self) -> dict[str, Any]:
+        """What stands under "calibration" in the metadata of a prediction file."""
+        return asdict(self)
+
+
+def fit(choice_logits: Sequence[Sequence[float]], answers: Sequence[int], *, may_have_bias: bool) -> Calibration:
+    """The likeliest temperature, between 0.05 and 20, where log temperature ~ N(0, 1) beforehand.
+
+    That is the minimum of the summed NLL + (log temperature)^2 / 2. Without the second term a hundred rows that are all
+    right ask for temperature 0; with it they ask for a little less than 1, and a thousand rows that say something
+    drown it.
+
+    With `may_have_bias` a bias as well, each number ~ N(0, 1) beforehand, if it lowers the NLL of rows that it was not
+    fitted on, five parts in turn, by more than two standard errors of the rows' differences.
+    """
+    temperature_alone = Calibration(_fit_temperature(choice_logits, answers))
+    if not may_have_bias or len(answers) < MIN_ROWS:
+        return temperature_alone
+    without, with_bias = (
+        -np.log([row[answer] for row, answer in zip(cross_fit(choice_logits, answers, bias), answers, strict=True)])
+        for bias in (False, True)
+    )
+    return _fit_bias(choice_logits, answers) if is_lower(with_bias, without, 2) else temperature_alone
+
+
+def cross_fit(choice_logits: Sequence[Sequence[float]], answers: Sequence[int], has_bias: bool) -> list[np.ndarray]:
+    """Probabilities of every row by what was fitted on the other four parts of five."""
+    probs: list[np.ndarray] = [np.empty(0)] * len(answers)
+    fold_of = deal_rows(len(answers))
+    for fold in range(NUM_FOLDS):
+        rows, others = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
+        part = [choice_logits[i] for i in others], [answers[i] for i in others]
+        found = _fit_bias(*part) if has_bias else Calibration(_fit_temperature(*part))
+        for i, row in zip(rows, found.probs([choice_logits[i] for i in rows]), strict=True):
+            probs[i] = np.maximum(row, np.finfo(np.float32).tiny)
+    return probs
+
+
+def deal_rows(num_rows: int, seed: int = 0) -> np.ndarray:
+    """A fold (N,) for each row, drawn; the same at every call."""
+    return np.random.default_rng(seed).permutation(num_rows) % NUM_FOLDS
+
+
+def is_lower(losses: np.ndarray, others: np.ndarray, num_errors: float) -> bool:
+    """Whether the mean of the rows' `losses` lies below that of `others` by more than so many standard errors of the
+    mean difference."""
+    gains = others - losses
+    return bool(gains.mean() > max(num_errors * gains.std(ddof=1) / np.sqrt(len(gains)), 1e-12))
+
+
+def _pad(logits: Sequence[Sequence[float]]) -> np.ndarray:
+    """(N, C) with -inf where a row has fewer choices; the largest of each row is 0."""
+    lengths = np.array([len(row) for row in logits])
+    is_own = np.arange(lengths.max()) < lengths[:, None]
+    padded = np.full(is_own.shape, -np.inf)
+    padded[is_own] = np.concatenate([np.asarray(row, dtype=np.float64) for row in logits])
+    return padded - padded.max(axis=1, keepdims=True)
+
+
+def _nll_of_rows(padded: np.ndarray, answers: Sequence[int]) -> np.ndarray:
+    """(N,) in nats, of logits whose largest is near 0."""
+    return np.log(np.exp(padded).sum(axis=1)) - padded[np.arange(len(padded)), np.asarray(answers)]
+
+
+def _fit_temperature(choice_logits: Sequence[Sequence[float]], answers: Sequence[int]) -> float:
+    padded = _pad(choice_logits)
+
+    def loss(log_temperature: float) -> float:
+        return _nll_of_rows(padded * np.exp(-log_temperature), answers).sum() + log_temperature**2 / 2
+
+    # The sum of two terms, each with one lowest point, may have two: the best of a grid says which.
+    grid = np.linspace(np.log(LOWEST), np.log(HIGHEST), 31)
+    best = int(np.argmin([loss(point) for point in grid]))
+    bounds = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x))
+
+
+def _fit_bias(choice_logits: Sequence[Sequence[float]], answers: Sequence[int]) -> Calibration:
+    """Temperature and bias together; in 1 / temperature and the bias the NLL is convex."""
+    padded, rows = _pad(choice_logits), np.arange(len(answers))
+    is_own = np.isfinite(padded)
+    known = np.where(is_own, padded, 0.0)
+
+    def loss(found: np.ndarray) -> tuple[float, np.ndarray]:
+        log_temperature, bias = found[0], found[1:]
+        tempered = known * np.exp(-log_temperature)
+        logits = np.where(is_own, tempered + bias, -np.inf)
+        logits -= logits.max(axis=1, keepdims=True)
+        probs = np.exp(logits)
+        probs /= probs.sum(axis=1, keepdims=True)
+        slope = probs.copy()  # (N, C)
+        slope[rows, answers] -= 1
+        value = _nll_of_rows(logits, answers).sum() + (found**2).sum() / 2
+        return value, np.array([-(slope * tempered).sum(), *slope.sum(axis=0)]) + found
+
+    start = np.array([np.log(_fit_temperature(choice_logits, answers)), *[0.0] * padded.shape[1]])
+    bounds = [(np.log(LOWEST), np.log(HIGHEST)), *[(None, None)] * padded.shape[1]]
+    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
+    return Calibration(float(np.exp(found[0])), found[1:].tolist())
 
 
 def calibrated_nll(logits: Sequence[Sequence[float]], answers: Sequence[int]) -> float:
     """The lowest NLL, in nats, that a temperature of at least 1, fitted on the same rows, gives: what is lost in ways
     that a temperature cannot mend. Lower ones do not count: a few rows that are all right would ask for 0. Rows may
     differ in length."""
-    lengths = np.array([len(row) for row in logits])
-    is_own = np.arange(lengths.max()) < lengths[:, None]
-    padded = np.full(is_own.shape, -np.inf)
-    padded[is_own] = np.concatenate([np.asarray(row, dtype=np.float64) for row in logits])
-    padded -= padded.max(axis=1, keepdims=True)
-    of_answer = padded[np.arange(len(padded)), np.asarray(answers)]
+    padded = _pad(logits)
 
     def nll(log_temperature: float) -> float:
-        inverse = np.exp(-log_temperature)
-        return float(np.mean(np.log(np.exp(padded * inverse).sum(axis=1)) - of_answer * inverse))
+        return float(_nll_of_rows(padded * np.exp(-log_temperature), answers).mean())
 
     # Convex in 1 / temperature, so there is one lowest point in its logarithm too.
     return min(float(minimize_scalar(nll, bounds=(0.0, np.log(HIGHEST)), method="bounded").fun), nll(0.0))
+
+
+# --- calibration.json -------------------------------------------------------------------------------------------------
+
+
+def views_key(metadata: Mapping[str, Any]) -> str:
+    """How rows were scored, from the metadata of a prediction file: "orders identity", "orders rotations, scales 0.9
+    1.0 1.1, average log". What changes nothing is not said: scale 1 alone, the usual average, that of one view."""
+    orders, scales = metadata.get("orders") or "identity", metadata.get("scales") or [1.0]
+    orders = "identity" if str(orders) == "1" else orders
+    parts = [f"orders {orders}"]
+    if scales != [1.0]:
+        parts.append("scales " + " ".join(str(float(scale)) for scale in sorted(scales)))
+    average = metadata.get("average") or "mean"
+    if average != "mean" and (orders != "identity" or len(scales) > 1):
+        parts.append(f"average {average}")
+    return ", ".join(parts)
+
+
+def read_calibration(folder: str | Path, metadata: Mapping[str, Any]) -> Calibration | None:
+    """What `vqa-sft calibrate` found for the run in this folder and rows scored as `metadata` say; None: nothing.
+
+    One of several folds has what was found for itself, else what was found for all of them in the folder above.
+    Raises InputError for a file that is damaged.
+    """
+    folder, key = Path(folder).resolve(), views_key(metadata)
+    entry = _read_entries(folder).get(key)
+    if entry is None and (folder.parent / OUT_OF_FOLD).is_file():
+        entry = _read_entries(folder.parent).get(key)
+    return None if entry is None else Calibration(entry["temperature"], entry.get("bias"))
+
+
+def _read_entries(folder: str | Path) -> dict[str, Any]:
+    path = Path(folder) / CALIBRATION
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, dict):
+            raise ValueError("no mapping")
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}). Remove it and run `vqa-sft calibrate` again.") from error
+    for key, entry in entries.items():
+        check_calibration(entry, f"{printable(key)!r} in {path}")
+    return entries
+
+
+def calibrate_run(folder: str | Path, file: str | Path | None = None) -> str:
+    """Fit a calibration on `file`, by default the out-of-fold or else the validation predictions of the run, write it
+    to calibration.json, and return a table of what it does.
+
+    Raises InputError where there is nothing to fit on, or the rows are not what they must be.
+    """
+    folder = Path(folder)
+    _check_folder(folder)
+    file = _default_file(folder) if file is None else Path(file)
+    predictions = read_predictions(file)
+    _check_rows(folder, file, predictions)
+    entries, key = _read_entries(folder), views_key(predictions.metadata)
+    logits, answers = predictions.choice_logits, [answer for answer in predictions.answers if answer is not None]
+    # Under other orders a position is no letter.
+    found = fit(logits, answers, may_have_bias=key.startswith("orders identity"))
+    before = with_intervals(softmax(logits), answers)
+    after = with_intervals(cross_fit(logits, answers, found.bias is not None), answers)
+    is_inside = file.resolve().is_relative_to(folder.resolve())
+    source = str(file.resolve().relative_to(folder.resolve())) if is_inside else file.name
+    entry = found.as_dict | {"rows": len(answers), "source": source, "before": before, "after": after}
+    with whole(folder / CALIBRATION) as unfinished:
+        unfinished.write_text(json.dumps(entries | {key: entry}, indent=2) + "\n", encoding="utf-8")
+    names = ["accuracy", "nll", "brier", "ece", "ece_equal_mass"]
+    lines = [["", *names], ["before", *describe(before, names)], ["after", *describe(after, names)]]
+    bias = "no bias" if found.bias is None else "bias " + " ".join(f"{number:+.2f}" for number in found.bias)
+    return (
+        f"{as_table(lines)}\n\n{key}: temperature {found.temperature:.3f}, {bias}, from {len(answers):,} rows of "
+        f"{file}.\n`after` is cross-fitted: each row by what was found on the other four parts of five, for on the\n"
+        f"rows that it was fitted on any temperature looks good.\nWrote {folder / CALIBRATION}"
+    )
+
+
+def _default_file(folder: Path) -> Path:
+    found = [folder / name for name in (OUT_OF_FOLD, VALIDATION) if (folder / name).is_file()]
+    if not found:
+        raise InputError(f"{folder} holds no {OUT_OF_FOLD} and no {VALIDATION}. Give --predictions FILE.parquet.")
+    return found[0]
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"no such run folder: {folder}.")
+    if not any((folder / name).is_file() for name in (RUN, OUT_OF_FOLD)):
+        raise InputError(f"{folder} holds no finished run (no {RUN}). Give the output_dir of a run that has ended.")
+
+
+def _check_rows(folder: Path, file: Path, predictions: Predictions) -> None:
+    """Raises InputError where a temperature from these rows would say little, or nothing of this run."""
+    ids = predictions.ids
+    unknown = [row_id for row_id, answer in zip(ids, predictions.answers, strict=True) if answer is None]
+    if unknown:
+        raise InputError(f"{file} has no answer to learn from in {name_rows(unknown, len(ids))}.")
+    if len(ids) < MIN_ROWS:
+        raise InputError(f"{file} has {len(ids)} rows; a temperature needs at least {MIN_ROWS}.")
+    if file.resolve() in {(folder / name).resolve() for name in (OUT_OF_FOLD, VALIDATION)}:
+        return
+    if "ensemble" in predictions.metadata:
+        raise InputError(
+            f"{file} is an ensemble, and a temperature belongs to one run. Give the run's own predictions."
+        )
+    if "run" in predictions.metadata and not _is_of(folder, predictions.metadata["run"]):
+        of = predictions.metadata["run"] or f"the base model {predictions.metadata.get('base_model')} as it is"
+        raise InputError(
+            f"{file} holds predictions of {of}, not of {folder}. Give that run, or this one's predictions."
+        )
+    seen = set(ids) & _trained_on(folder)
+    if seen:
+        raise InputError(
+            f"{folder} was trained on {name_rows([i for i in ids if i in seen], len(ids))} of {file}: there it is "
+            "surer than elsewhere. Give rows that it did not see."
+        )
+
+
+def _is_of(folder: Path, run: str | None) -> bool:
+    """Whether `run`, as a prediction file names it, is the run in this folder or one of its folds; the folder may have
+    been moved since, and its own predictions tell its earlier name."""
+    names = [str(folder)]
+    for name in (OUT_OF_FOLD, VALIDATION):
+        if (folder / name).is_file():
+            names.append(read_predictions(folder / name).metadata.get("run") or str(folder))
+    return run is not None and any(Path(run).resolve().is_relative_to(Path(name).resolve()) for name in names)
+
+
+def _trained_on(folder: Path) -> set[str]:
+    """Ids of the training rows; without those that other rows have too, for two sets may both count from 0."""
+    parts: dict[str, set[str]] = {}
+    if (folder / ROWS).is_file():
+        with (folder / ROWS).open(newline="", encoding="utf-8") as file:
+            for part, row_id in list(csv.reader(file))[1:]:
+                parts.setdefault(part, set()).add(row_id)
+    return parts.pop("train", set()).difference(*parts.values())

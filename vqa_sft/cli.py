@@ -1,4 +1,4 @@
-"""`vqa-sft check | folds | memory | score | soup | merge | push`: laptop tools, a thin shell over the modules."""
+"""`vqa-sft check | folds | score | calibrate | submit | ...`: laptop tools, a thin shell over the modules."""
 
 import argparse
 import contextlib
@@ -41,17 +41,19 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of the data
     parser = argparse.ArgumentParser(
         prog="vqa-sft",
-        description="Check data, make folds, score prediction files, average, merge and push runs.",
+        description="Check data, make folds; score, calibrate and combine predictions; average, merge and push runs.",
     )
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_check(commands)
     _add_folds(commands)
     _add_memory(commands)
 
-    score = commands.add_parser("score", help="accuracy, NLL and ECE of prediction files, as a table")
-    score.add_argument("predictions", nargs="+", help="FILE.parquet or NAME=FILE.parquet")
-    score.add_argument("--answers", help="CSV with id and answer; default: the answers in the prediction files")
-    score.set_defaults(run=lambda args: print(score_table(args.predictions, args.answers)))
+    _add_score(commands)
+    _add_calibrate(commands)
+    _add_ensemble(commands)
+    _add_submit(commands)
+    _add_diff(commands)
+    _add_doubt(commands)
 
     soup = commands.add_parser("soup", help="one adapter from several runs: the mean of what they change in the base")
     soup.add_argument("run_folders", nargs="+", metavar="RUN", help="folders of finished runs on one base")
@@ -128,6 +130,177 @@ def _add_memory(commands: Any) -> None:
     memory.add_argument("--text-tokens", type=int, default=160, metavar="N", help="of a row, with the template")
     memory.add_argument("--pictures", type=int, default=1, metavar="N", help="of a row, each of max_pixels")
     memory.set_defaults(run=_memory)
+
+
+def _add_score(commands: Any) -> None:
+    score = commands.add_parser(
+        "score",
+        help="accuracy, NLL, Brier score and ECE of prediction files, as a table",
+        description="Accuracy, NLL (nats), Brier score, ECE (bins of equal width, and of equally many rows), each with "
+        "the 95% interval of 1,000 bootstrap resamples. A file that knows its calibration has a line without it and a "
+        "line with it. Example: vqa-sft score runs/a/validation.parquet mine=runs/b/validation.parquet",
+    )
+    score.add_argument("predictions", nargs="+", help="FILE.parquet or NAME=FILE.parquet")
+    score.add_argument("--answers", help="CSV with id and answer; default: the answers in the prediction files")
+    score.set_defaults(run=_score)
+
+
+def _add_calibrate(commands: Any) -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="find a run's temperature on rows that it did not train on",
+        description="Find how sure a run may be: a temperature, and a bias of its letters where that proves itself. "
+        "Written to calibration.json in RUN, which later predictions with the same orders and scales use. Prints what "
+        "it does to NLL, Brier score and ECE. Example: vqa-sft calibrate runs/mine",
+    )
+    calibrate.add_argument("run_folder", metavar="RUN", help="folder of a finished run, or of all its folds")
+    calibrate.add_argument(
+        "--predictions",
+        metavar="FILE",
+        help="prediction file of this run with answers; default: out_of_fold.parquet in RUN, else validation.parquet",
+    )
+    calibrate.set_defaults(run=_calibrate)
+
+
+def _add_ensemble(commands: Any) -> None:
+    ensemble = commands.add_parser(
+        "ensemble",
+        help="one prediction file from several: a weighted mean of their calibrated probabilities",
+        description="One prediction file from several for the same rows, aligned by id. Example: vqa-sft ensemble "
+        "a/test.parquet b/test.parquet --output both.parquet --weights learned --learn-on a/out_of_fold.parquet "
+        "b/out_of_fold.parquet",
+    )
+    ensemble.add_argument("predictions", nargs="+", metavar="FILE", help="prediction files; the first gives the order")
+    ensemble.add_argument("--output", required=True, metavar="OUT", help="prediction file to write (.parquet)")
+    ensemble.add_argument(
+        "--average",
+        choices=("mean", "log", "vote"),
+        default="mean",
+        help="of probabilities (default), of their logarithms (the geometric mean), or of best choices: 0.99 of a vote "
+        "goes to its choice, the rest to all",
+    )
+    ensemble.add_argument(
+        "--weights",
+        default="mean",
+        metavar="W",
+        help="mean (default: equal), learned, numbers such as 0.6,0.4, or a file of --save-weights",
+    )
+    ensemble.add_argument(
+        "--learn-on",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="prediction files with answers, one for each FILE in their order, of rows that the runs did not train on; "
+        "learned weights that do no better there than equal ones are not used",
+    )
+    ensemble.add_argument("--save-weights", metavar="JSON", help="write the weights, for --weights")
+    ensemble.set_defaults(run=_ensemble)
+
+
+def _add_submit(commands: Any) -> None:
+    from vqa_sft.answers import FORMATS
+
+    submit = commands.add_parser(
+        "submit",
+        help="write a submission from a prediction file, as a contest's sample has it",
+        description="Write a submission from a prediction file: id and answer letter, or columns, rows and format as "
+        "in a template. Example: vqa-sft submit both.parquet --output submission.csv --template sample_submission.csv",
+    )
+    submit.add_argument("predictions", metavar="FILE", help="prediction file")
+    submit.add_argument("--output", required=True, metavar="CSV", help="submission to write")
+    submit.add_argument(
+        "--template",
+        metavar="CSV",
+        help="sample submission: a column with the ids of FILE, and one for the answer or one for the probability of "
+        "each choice",
+    )
+    submit.add_argument(
+        "--answer-format",
+        choices=(*FORMATS, "probabilities"),
+        help="how answers are written; default: as in the template, else letter",
+    )
+    submit.add_argument("--data", metavar="TEST", help="the data that were predicted, for answers written as texts")
+    submit.add_argument("--overwrite", action="store_true", help="replace a file with other columns")
+    submit.set_defaults(run=_submit)
+
+
+def _add_diff(commands: Any) -> None:
+    diff = commands.add_parser(
+        "diff",
+        help="say which answers changed between two submissions or prediction files",
+        description="Say which answers changed between two submissions (.csv) or prediction files (.parquet), aligned "
+        "by id. Example: vqa-sft diff old.csv new.csv --data test.csv",
+    )
+    diff.add_argument("before", metavar="A")
+    diff.add_argument("after", metavar="B")
+    diff.add_argument("--data", metavar="TEST", help="the data: show the question and both choices of a changed row")
+    diff.add_argument("--all", action="store_true", help="name all changed rows, not the first 20")
+    diff.set_defaults(run=_diff)
+
+
+def _add_doubt(commands: Any) -> None:
+    doubt = commands.add_parser(
+        "doubt",
+        help="say how sure each answer is, and give sets that hold the answer as often as asked",
+        description="Say how sure each answer of a prediction file is: probability, margin over the second choice, "
+        "entropy; where answers are known, what errors are left if the doubtful rows go to somebody else. Example: "
+        "vqa-sft doubt test.parquet --coverage 0.9 --calibrate-on runs/mine/validation.parquet --output doubt.csv",
+    )
+    doubt.add_argument("predictions", metavar="FILE", help="prediction file")
+    doubt.add_argument(
+        "--coverage",
+        type=float,
+        metavar="SHARE",
+        help="give sets of choices that hold the answer in this share of rows",
+    )
+    doubt.add_argument(
+        "--calibrate-on",
+        metavar="HELD_OUT",
+        help="prediction file with answers, scored as FILE is and with none of its rows, that says how large the sets "
+        "must be: validation or out-of-fold rows, which share none with test rows",
+    )
+    doubt.add_argument("--output", metavar="CSV", help="write a line for every row")
+    doubt.add_argument("--overwrite", action="store_true", help="replace a file with other columns")
+    doubt.set_defaults(run=_doubt)
+
+
+def _score(args: argparse.Namespace) -> None:
+    from vqa_sft.predictions import score_table
+
+    print(score_table(args.predictions, args.answers))
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from vqa_sft.calibration import calibrate_run
+
+    print(calibrate_run(args.run_folder, args.predictions))
+
+
+def _ensemble(args: argparse.Namespace) -> None:
+    from vqa_sft.ensemble import write_ensemble
+
+    how = {"average": args.average, "weights": args.weights, "learn_on": args.learn_on}
+    print(write_ensemble(args.predictions, args.output, **how, save_weights=args.save_weights))
+
+
+def _submit(args: argparse.Namespace) -> None:
+    from vqa_sft.submission import submit
+
+    how = {"template": args.template, "answer_format": args.answer_format, "data": args.data}
+    print(submit(args.predictions, args.output, **how, overwrite=args.overwrite))
+
+
+def _diff(args: argparse.Namespace) -> None:
+    from vqa_sft.diff import describe
+
+    print(describe(args.before, args.after, data=args.data, show_all=args.all))
+
+
+def _doubt(args: argparse.Namespace) -> None:
+    from vqa_sft.doubt import describe
+
+    how = {"coverage": args.coverage, "calibrate_on": args.calibrate_on, "output": args.output}
+    print(describe(args.predictions, **how, overwrite=args.overwrite))
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -392,25 +565,6 @@ def _push(args: argparse.Namespace) -> str:
     from vqa_sft.hub import push_run
 
     return push_run(args.run_folder, args.repo, private=args.private)
-
-
-def score_table(files: list[str], answers_file: str | None) -> str:
-    """A table with one line a prediction file: rows, accuracy, NLL in nats, ECE."""
-    from vqa_sft.metrics import all_metrics, softmax
-    from vqa_sft.predictions import read_answers, read_predictions, with_answers
-
-    answers = read_answers(answers_file) if answers_file else None
-    lines = [("", "rows", "accuracy", "nll", "ece")]
-    for item in files:
-        name, _, path = ("", "", item) if Path(item).exists() else item.partition("=")
-        predictions = read_predictions(path)
-        if answers is not None:
-            predictions = with_answers(predictions, answers)
-        if None in predictions.answers:
-            raise InputError(f"{path} holds rows without an answer. Give --answers FILE.csv.")
-        values = all_metrics(softmax(predictions.choice_logits), predictions.answers)
-        lines.append((name or path, str(len(predictions.ids)), *(f"{value:.4f}" for value in values.values())))
-    return "\n".join("  ".join([line[0].ljust(24), *(cell.rjust(8) for cell in line[1:])]) for line in lines)
 
 
 if __name__ == "__main__":

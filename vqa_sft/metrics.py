@@ -1,4 +1,4 @@
-"""Accuracy, NLL and ECE of choice probabilities. numpy only, no torch."""
+"""Accuracy, NLL, Brier score and ECE of choice probabilities. numpy only, no torch."""
 
 from collections.abc import Sequence
 
@@ -36,32 +36,112 @@ def ece_of(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15) -> f
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def softmax(logits: Sequence[Sequence[float]]) -> list[np.ndarray]:
-    """Probabilities of rows that may differ in length."""
-    rows = [np.asarray(row, dtype=np.float64) for row in logits]
-    return [np.exp(row - row.max()) / np.exp(row - row.max()).sum() for row in rows]
+def ece_equal_mass(probs: Sequence[Sequence[float]], answers: Sequence[int], num_bins: int = 15) -> float:
+    """The same with bins of equally many rows, give or take one (Nguyen and O'Connor 2015, arXiv 1508.05154).
+
+    Of equal-width bins the last holds most rows of a sure model. Rows of one top probability stay in their order.
+    """
+    confidence = np.array([max(row) for row in probs])
+    correct = np.array([int(np.argmax(row)) == answer for row, answer in zip(probs, answers, strict=True)])
+    order = np.argsort(confidence, kind="stable")
+    return float(_equal_mass((confidence - correct)[order][None], num_bins)[0])
+
+
+def _equal_mass(gaps: np.ndarray, num_bins: int = 15) -> np.ndarray:
+    """ECE (R,) from confidence minus correctness (R, N), each of the R lines sorted by confidence."""
+    num_rows = gaps.shape[1]
+    starts = np.unique(np.arange(num_bins) * num_rows // num_bins)  # fewer bins where rows are fewer
+    return np.abs(np.add.reduceat(gaps, starts, axis=1)).sum(axis=1) / num_rows
+
+
+def brier(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> float:
+    """Mean over rows of the squared distance to the answer, summed over choices: 0 to 2 (Brier 1950, Verification of
+    forecasts expressed in terms of probability, equation 2)."""
+    return float(np.mean([_brier_of(row, answer) for row, answer in zip(probs, answers, strict=True)]))
+
+
+def _brier_of(row: Sequence[float], answer: int) -> float:
+    return float(np.square(row).sum() - 2 * row[answer] + 1)
+
+
+def softmax(
+    logits: Sequence[Sequence[float]], temperature: float = 1.0, bias: Sequence[float] | None = None
+) -> list[np.ndarray]:
+    """softmax(logits / temperature + bias) of rows that may differ in length: as much of the bias as a row has choices,
+    0 for choices beyond it."""
+    rows = [np.asarray(row, dtype=np.float64) / temperature for row in logits]
+    if bias is not None:
+        shift = np.zeros(max(len(bias), *map(len, rows)))
+        shift[: len(bias)] = bias
+        rows = [row + shift[: len(row)] for row in rows]
+    rows = [np.exp(row - row.max()) for row in rows]
+    return [row / row.sum() for row in rows]
 
 
 def all_metrics(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> dict[str, float]:
+    """What training logs."""
     return {"accuracy": accuracy(probs, answers), "nll": nll(probs, answers), "ece": ece(probs, answers)}
+
+
+def full_metrics(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> dict[str, float]:
+    """Everything that is known of probabilities: accuracy, nll, brier, ece, ece_equal_mass."""
+    functions = (accuracy, nll, brier, ece, ece_equal_mass)
+    return {function.__name__: function(probs, answers) for function in functions}
 
 
 def bootstrap(
     probs: Sequence[Sequence[float]], answers: Sequence[int], num_resamples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """The middle 95% of every metric over rows drawn anew with replacement (Efron 1979, the percentile interval).
+    """The middle 95% of every one of `full_metrics` over rows drawn anew with replacement (Efron 1979, the percentile
+    interval).
 
-    Rows count as independent; several questions about one picture are not quite.
+    Rows count as independent; several questions about one picture are not quite. ECE is an average of absolute values:
+    chance alone makes it larger, in a resample more so, and of a well-calibrated model its interval lies high.
     """
     rng = np.random.default_rng(seed)
     confidence = np.array([max(row) for row in probs])
-    correct = np.array([int(np.argmax(row)) == answer for row, answer in zip(probs, answers, strict=True)])
-    of_answer = np.array([row[answer] for row, answer in zip(probs, answers, strict=True)])
-    found: dict[str, list[float]] = {"accuracy": [], "nll": [], "ece": []}
-    for _ in range(num_resamples):
-        rows = rng.integers(len(correct), size=len(correct))
-        found["accuracy"].append(float(correct[rows].mean()))
-        found["nll"].append(nll_of(of_answer[rows]))
-        found["ece"].append(ece_of(confidence[rows], correct[rows]))
-    low_high = {name: np.percentile(values, [2.5, 97.5]) for name, values in found.items()}
+    # In the order of their confidence, so that sorted ranks are sorted confidences. The rows drawn do not depend on the
+    # probabilities, so that before and after may be compared.
+    order = np.argsort(confidence, kind="stable")
+    rank = np.argsort(order)
+    confidence, num_rows, num_bins = confidence[order], len(order), 15
+    correct = np.array([int(np.argmax(row)) == answer for row, answer in zip(probs, answers, strict=True)])[order]
+    of_answer = np.array([row[answer] for row, answer in zip(probs, answers, strict=True)])[order]
+    minus_log = -np.log(np.maximum(of_answer, np.finfo(np.float32).tiny))
+    squares = np.array([_brier_of(row, answer) for row, answer in zip(probs, answers, strict=True)])[order]
+    gaps = confidence - correct
+    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)  # as in ece_of
+    found: dict[str, list[np.ndarray]] = {name: [] for name in ("accuracy", "nll", "brier", "ece", "ece_equal_mass")}
+    block = max(1, 2_000_000 // num_rows)  # resamples at a time: tens of MiB
+    for start in range(0, num_resamples, block):
+        drawn = rng.integers(num_rows, size=(min(block, num_resamples - start), num_rows))
+        rows = np.sort(rank[drawn], axis=1)  # (R, N)
+        places = bins[rows] + num_bins * np.arange(len(rows))[:, None]
+        sums = np.bincount(places.ravel(), weights=gaps[rows].ravel(), minlength=num_bins * len(rows))
+        found["accuracy"].append(correct[rows].mean(axis=1))
+        found["nll"].append(minus_log[rows].mean(axis=1))
+        found["brier"].append(squares[rows].mean(axis=1))
+        found["ece"].append(np.abs(sums.reshape(-1, num_bins)).sum(axis=1) / num_rows)
+        found["ece_equal_mass"].append(_equal_mass(gaps[rows], num_bins))
+    low_high = {name: np.percentile(np.concatenate(values), [2.5, 97.5]) for name, values in found.items()}
     return {name: (float(low), float(high)) for name, (low, high) in low_high.items()}
+
+
+def with_intervals(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> dict[str, float | list[float]]:
+    """`full_metrics` and their 95% intervals: {"nll": 0.5, ..., "nll_95": [0.4, 0.6], ...}."""
+    intervals = bootstrap(probs, answers)
+    return full_metrics(probs, answers) | {f"{name}_95": [*interval] for name, interval in intervals.items()}
+
+
+def describe(values: dict[str, float | list[float]], names: Sequence[str]) -> list[str]:
+    """Cells of a table from `with_intervals`: "0.5000 [0.400, 0.600]"."""
+    return [f"{values[name]:.4f} [{values[f'{name}_95'][0]:.3f}, {values[f'{name}_95'][1]:.3f}]" for name in names]
+
+
+def as_table(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text: the first column to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    )

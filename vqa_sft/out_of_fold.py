@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vqa_sft import run_folder
 from vqa_sft.errors import InputError, name_rows
-from vqa_sft.metrics import all_metrics, bootstrap, softmax
+from vqa_sft.metrics import all_metrics, softmax, with_intervals
 from vqa_sft.predictions import Predictions, read_predictions, write_predictions
 from vqa_sft.split import ROWS
 
@@ -38,8 +38,8 @@ def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
     write_predictions(Path(folder) / OUT_OF_FOLD, Predictions(ids, [*logits], [*answers], metadata))
 
     probs = softmax(logits)
-    values, intervals = all_metrics(probs, answers), bootstrap(probs, answers)
-    content = {"rows": len(ids)} | values | {f"{name}_95": [*interval] for name, interval in intervals.items()}
+    values, content = all_metrics(probs, answers), {"rows": len(ids)} | with_intervals(probs, answers)
+    intervals = {name: content[f"{name}_95"] for name in values}
     content["folds"] = {name: all_metrics(softmax(part.choice_logits), part.answers) for name, part in parts.items()}
     run_folder.write_json(Path(folder) / METRICS, content)
     lines = [("", "rows", *values)]

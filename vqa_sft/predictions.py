@@ -1,13 +1,24 @@
-"""The prediction file and the submission file. No torch.
+"""The prediction file. No torch.
 
-A prediction file is Parquet: `id`, `choice_logits` (log-probabilities of the row's own choices, dataset order, ragged,
-no -inf), `answer` (null where unknown) and `blanked` (answered without a picture that could not be used), in the row
-order of the data. Its metadata say what made it.
+A prediction file is Parquet, in the row order of the data:
+
+    id             of the row
+    choice_logits  log-probabilities of the row's own choices, averaged over views; dataset order, ragged, no -inf.
+                   Never tempered: what the model said, whatever is made of it later
+    answer         null where unknown
+    blanked        answered without a picture that could not be used
+    agreement      share of the row's views whose best choice is the averaged best one (of an ensemble: the share of the
+                   weights); null where unknown, and files without the column are read too
+
+Its metadata say what made it. Under "calibration" they hold the temperature, and perhaps a bias, that were found for
+the run and these views: `Predictions.probs` applies them.
 """
 
-import csv
 import json
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,10 +26,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vqa_sft.answers import write_answer
-from vqa_sft.columns import Columns
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.mcq import LETTERS
+from vqa_sft.metrics import as_table, describe, softmax, with_intervals
 from vqa_sft.sources import open_source
 
 SCHEMA = pa.schema(
@@ -27,9 +37,11 @@ SCHEMA = pa.schema(
         ("choice_logits", pa.list_(pa.float32())),
         ("answer", pa.int64()),
         ("blanked", pa.bool_()),
+        ("agreement", pa.float32()),
     ]
 )
 METADATA_KEY = b"vqa_sft"
+CALIBRATION = "calibration"  # in the metadata
 
 
 @dataclass
@@ -42,61 +54,103 @@ class Predictions:
     metadata: dict = field(default_factory=dict)
     blanked: list[bool] = field(default_factory=list)  # empty: none
 
+    agreement: list[float | None] = field(default_factory=list)  # empty: unknown
+
+    @property
+    def probs(self) -> list[np.ndarray]:
+        """Probabilities of each row's choices: softmax(choice_logits / temperature + bias) where the metadata hold a
+        calibration, else softmax(choice_logits)."""
+        calibration = self.metadata.get(CALIBRATION) or {}
+        return softmax(self.choice_logits, calibration.get("temperature", 1.0), calibration.get("bias"))
+
     @property
     def best(self) -> list[int]:
         """The likeliest choice of each row; ties go to the first."""
-        return [int(np.argmax(row)) for row in self.choice_logits]
+        return [int(np.argmax(row)) for row in self.probs]
+
+    def calibrated_as(self, other: "Predictions") -> "Predictions":
+        """The same rows with the calibration of `other`, or with none: what is learnt on held-out rows must be learnt
+        on such probabilities as it will be used on."""
+        rest = {key: value for key, value in self.metadata.items() if key != CALIBRATION}
+        own = other.metadata.get(CALIBRATION)
+        return replace(self, metadata=rest | ({CALIBRATION: own} if own else {}))
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its place at the end: a file is there whole or not at all."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"{path} cannot be written: {error}. Name another file.") from error
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
     """Write `predictions` whole or not at all."""
-    blanked = predictions.blanked or [False] * len(predictions.ids)
-    columns = [predictions.ids, predictions.choice_logits, predictions.answers, blanked]
+    num_rows = len(predictions.ids)
+    blanked = predictions.blanked or [False] * num_rows
+    agreement = predictions.agreement or [None] * num_rows
+    columns = [predictions.ids, predictions.choice_logits, predictions.answers, blanked, agreement]
     table = pa.Table.from_arrays([pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA)
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(predictions.metadata, ensure_ascii=False)})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    pq.write_table(table, unfinished)
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        pq.write_table(table, unfinished)
 
 
 def read_predictions(path: str | Path) -> Predictions:
-    """Raises InputError when there is no such file or it is not a prediction file."""
+    """Raises InputError when there is no such file, it is not a prediction file, or it is damaged."""
     if not Path(path).is_file():
         raise InputError(f"no such prediction file: {path}.")
     try:
         table = pq.read_table(path)
+        if "agreement" not in table.schema.names:
+            table = table.append_column("agreement", pa.nulls(len(table), pa.float32()))
         columns = [table.select(SCHEMA.names).cast(SCHEMA)[name].to_pylist() for name in SCHEMA.names]
         metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).") from error
-    ids, choice_logits, answers, blanked = columns
-    predictions = Predictions(ids, choice_logits, answers, metadata, blanked)
-    bad = [
-        row_id
-        for row_id, logits, answer in zip(ids, choice_logits, answers, strict=True)
-        if not logits or not np.isfinite(logits).all() or not (answer is None or 0 <= answer < len(logits))
-    ]
-    if bad or not predictions.ids:
-        raise InputError(f"{path} is damaged: " + (name_rows(bad, len(predictions.ids)) if bad else "no rows") + ".")
+    ids, choice_logits, answers, blanked, agreement = columns
+    is_known = any(share is not None for share in agreement)
+    predictions = Predictions(ids, choice_logits, answers, metadata, blanked, agreement if is_known else [])
+    _check(path, predictions)
     return predictions
 
 
-def write_submission(
-    path: str | Path, predictions: Predictions, columns: Columns, choices: Sequence[Sequence[str]]
-) -> None:
-    """A CSV of id and answer, in the names and the answer format of the data; `choices` are those of each row."""
-    best = zip(predictions.best, choices, strict=True)
-    answers = [write_answer(i, texts, columns.answer_format, columns.answers_are_upper) for i, texts in best]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([columns.id, columns.answer])
-        writer.writerows(zip(predictions.ids, answers, strict=True))
-    unfinished.replace(path)
+def _check(path: str | Path, predictions: Predictions) -> None:
+    """Raises InputError for what the code after it cannot bear."""
+    ids = predictions.ids
+    bad = [
+        row_id
+        for row_id, logits, answer in zip(ids, predictions.choice_logits, predictions.answers, strict=True)
+        if not logits or None in logits or not np.isfinite(logits).all()
+        or not (answer is None or 0 <= answer < len(logits))
+    ]  # fmt: skip
+    if bad or not ids:
+        raise InputError(f"{path} is damaged: " + (name_rows(bad, len(ids)) if bad else "no rows") + ".")
+    twice = [row_id for row_id, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise InputError(f"{path} is damaged: ids stand in it more than once, of {name_rows(twice, len(ids))}.")
+    if not isinstance(predictions.metadata, dict):
+        raise InputError(f"{path} is damaged: its metadata are no mapping.")
+    if CALIBRATION in predictions.metadata and predictions.metadata[CALIBRATION] is not None:
+        check_calibration(predictions.metadata[CALIBRATION], f"the calibration in {path}")
+
+
+def check_calibration(values: object, what: str) -> None:
+    """Raises InputError where `values` are no {"temperature": above 0, "bias": null or numbers}."""
+    known = values if isinstance(values, dict) else {}
+    bias = known.get("bias")
+    numbers = [known.get("temperature"), *(bias if isinstance(bias, list) else [])]
+    are_numbers = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    if not are_numbers or numbers[0] <= 0 or not (bias is None or isinstance(bias, list)):
+        raise InputError(f"{what} is damaged: a temperature above 0 and a bias of numbers or null are expected.")
 
 
 def read_answers(path: str | Path) -> dict[str, int]:
@@ -128,3 +182,32 @@ def with_answers(predictions: Predictions, answers: dict[str, int]) -> Predictio
     if beyond:
         raise InputError(f"the answer is none of the row's choices in {name_rows(beyond, len(predictions.ids))}.")
     return replace(predictions, answers=list(matched))
+
+
+def read_named(item: str) -> tuple[str, Predictions]:
+    """The name and the predictions of FILE.parquet or NAME=FILE.parquet."""
+    name, _, path = ("", "", item) if Path(item).exists() or "=" not in item else item.partition("=")
+    return name or path, read_predictions(path)
+
+
+def score_table(files: Sequence[str], answers_file: str | None = None) -> str:
+    """A table of rows, accuracy, NLL in nats, Brier score and both ECE, with 95% intervals: a line a prediction file,
+    two for a calibrated one, without its calibration and with it."""
+    answers = read_answers(answers_file) if answers_file else None
+    lines = []
+    for item in files:
+        name, predictions = read_named(item)
+        if answers is not None:
+            predictions = with_answers(predictions, answers)
+        if None in predictions.answers:
+            raise InputError(f"{name} holds rows without an answer. Give --answers FILE.csv.")
+        calibration = predictions.metadata.get(CALIBRATION)
+        kinds = [("", softmax(predictions.choice_logits))]
+        if calibration:
+            told = f", temperature {calibration['temperature']:.2f}" + ", bias" * bool(calibration.get("bias"))
+            kinds = [(", as scored", kinds[0][1]), (told, predictions.probs)]
+        for kind, probs in kinds:
+            values = with_intervals(probs, predictions.answers)
+            names = [key for key in values if not key.endswith("_95")]
+            lines.append([name + kind, f"{len(predictions.ids):,}", *describe(values, names)])
+    return as_table([["", "rows", *names], *lines])

@@ -1,0 +1,296 @@
+"""Several prediction files -> one: a weighted mean of calibrated probabilities. No torch.
+
+    files of one set of rows -> aligned by id -> experts (M files, N rows, C choices) -> pooled -> prediction file
+
+`mean` pools probabilities (a linear opinion pool), `log` their logarithms (a logarithmic pool: the normalised geometric
+mean), `vote` each file's best choice (a linear pool of votes).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy.optimize import minimize
+
+from vqa_sft.calibration import MIN_ROWS, NUM_FOLDS, deal_rows, is_lower
+from vqa_sft.errors import InputError, name_rows
+from vqa_sft.predictions import CALIBRATION, Predictions, read_predictions, whole, write_predictions
+
+AVERAGES = ("mean", "log", "vote")
+VOTE = 0.99  # of a vote goes to the choice; the rest is spread over all, for log 0 cannot stand in a file
+WEIGHTS_START = b'{\n  "average"'  # how a file of --save-weights begins
+TINY = float(np.finfo(np.float32).tiny)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """`weights` is None where the plain mean is as good; NLL in nats, cross-fitted."""
+
+    weights: list[float] | None
+    nll: float
+    nll_of_mean: float
+    num_rows: int
+
+
+def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Predictions]:
+    """The same rows in the order of the first file.
+
+    Raises InputError where ids, numbers of choices or known answers differ.
+    """
+    first, aligned = files[0], []
+    for file, name in zip(files, names, strict=True):
+        row_of = {row_id: i for i, row_id in enumerate(file.ids)}
+        missing = [row_id for row_id in first.ids if row_id not in row_of]
+        known = set(first.ids)
+        foreign = [row_id for row_id in file.ids if row_id not in known]
+        for what, ids, total in (("lacks", missing, len(first.ids)), ("also has", foreign, len(file.ids))):
+            if ids:
+                raise InputError(
+                    f"{name} {what} {name_rows(ids, total)}, and {names[0]} has "
+                    f"{'them' if what == 'lacks' else 'not'}. Give predictions for the same rows."
+                )
+        rows = [row_of[row_id] for row_id in first.ids]
+        aligned.append(_take(file, rows))
+        pairs = list(zip(first.ids, first.choice_logits, aligned[-1].choice_logits, strict=True))
+        other_length = [row_id for row_id, one, other in pairs if len(one) != len(other)]
+        if other_length:
+            raise InputError(
+                f"{name} and {names[0]} have other numbers of choices in {name_rows(other_length, len(rows))}. Give "
+                "predictions for the same data."
+            )
+    known_answers: list[int | None] = [None] * len(first.ids)
+    for file, name in zip(aligned, names, strict=True):
+        both = zip(file.ids, known_answers, file.answers, strict=True)
+        differ = [row_id for row_id, one, other in both if None not in (one, other) and one != other]
+        if differ:
+            raise InputError(
+                f"{name} has other answers than the files before it in {name_rows(differ, len(rows))}. Give "
+                "predictions for the same data."
+            )
+        known_answers = [other if one is None else one for one, other in zip(known_answers, file.answers, strict=True)]
+    for file in aligned:
+        file.answers = list(known_answers)
+    return aligned
+
+
+def _take(file: Predictions, rows: Sequence[int]) -> Predictions:
+    blanked, agreement = ([values[i] for i in rows] if values else [] for values in (file.blanked, file.agreement))
+    ids, logits, answers = ([values[i] for i in rows] for values in (file.ids, file.choice_logits, file.answers))
+    return Predictions(ids, logits, answers, file.metadata, blanked, agreement)
+
+
+def experts_of(files: Sequence[Predictions], average: str) -> np.ndarray:
+    """What is pooled (M, N, C), 0 where a row has fewer choices: calibrated probabilities, or smoothed votes."""
+    lengths = np.array([len(row) for row in files[0].choice_logits])
+    is_own = np.arange(lengths.max()) < lengths[:, None]  # (N, C)
+    experts = np.zeros((len(files), *is_own.shape))
+    for expert, file in zip(experts, files, strict=True):
+        expert[is_own] = np.maximum(np.concatenate(file.probs), TINY)
+        if average == "vote":
+            best = expert.argmax(axis=1)
+            expert[is_own] = ((1 - VOTE) / np.repeat(lengths, lengths)).ravel()
+            expert[np.arange(len(best)), best] += VOTE
+    return experts
+
+
+def pool(experts: np.ndarray, weights: Sequence[float], average: str) -> np.ndarray:
+    """Probabilities (N, C) of the experts (M, N, C) together; the weights sum to 1."""
+    if average != "log":
+        return np.tensordot(np.asarray(weights), experts, axes=1)
+    is_own = experts[0] > 0
+    logs = np.tensordot(np.asarray(weights), np.log(np.where(is_own, experts, 1.0)), axes=1)
+    pooled = np.where(is_own, np.exp(logs - np.where(is_own, logs, -np.inf).max(axis=1, keepdims=True)), 0.0)
+    return np.maximum(pooled / pooled.sum(axis=1, keepdims=True), TINY * is_own)
+
+
+def learn_weights(experts: np.ndarray, answers: Sequence[int], average: str) -> np.ndarray:
+    """The weights (M,), none below 0 and 1 together, with the lowest NLL of the pool on these rows."""
+    if average == "log":
+        return _learn_log(experts, np.asarray(answers))
+    of_answer = experts[:, np.arange(len(answers)), answers]  # (M, N)
+    weights = np.full(len(experts), 1 / len(experts))
+    # Expectation-maximisation for mixture weights (Dempster, Laird and Rubin 1977): no step raises the NLL, which is
+    # convex in the weights.
+    for _ in range(5_000):
+        shares = weights[:, None] * of_answer
+        new = (shares / shares.sum(axis=0)).mean(axis=1)
+        if np.abs(new - weights).max() < 1e-9:
+            break
+        weights = new
+    return new
+
+
+def _learn_log(experts: np.ndarray, answers: np.ndarray) -> np.ndarray:
+    is_own, rows = experts[0] > 0, np.arange(len(answers))
+    logs = np.log(np.where(is_own, experts, 1.0))
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:  # convex
+        probs = pool(experts, weights, "log")
+        slope = probs.copy()
+        slope[rows, answers] -= 1
+        return -np.log(probs[rows, answers]).mean(), (logs * slope).sum(axis=(1, 2)) / len(rows)
+
+    start = np.full(len(experts), 1 / len(experts))
+    simplex = {"type": "eq", "fun": lambda weights: weights.sum() - 1, "jac": lambda weights: np.ones(len(weights))}
+    found = minimize(loss, start, jac=True, method="SLSQP", bounds=[(0, 1)] * len(start), constraints=[simplex]).x
+    return np.maximum(found, 0) / np.maximum(found, 0).sum()
+
+
+def learn(files: Sequence[Predictions], average: str) -> Learned:
+    """Weights from rows with answers, if they prove themselves: fitted on four parts of five in turn, they must lower
+    the NLL of the fifth, against equal weights, by more than one standard error of the rows' differences."""
+    experts, answers = experts_of(files, average), np.array(files[0].answers)
+    rows = np.arange(len(answers))
+    equal = np.full(len(files), 1 / len(files))
+    losses_of_mean = -np.log(pool(experts, equal, average)[rows, answers])
+    losses, fold_of = np.empty(len(answers)), deal_rows(len(answers))
+    for fold in range(NUM_FOLDS):
+        others, own = fold_of != fold, np.flatnonzero(fold_of == fold)
+        weights = learn_weights(experts[:, others], answers[others], average)
+        losses[own] = -np.log(pool(experts[:, own], weights, average)[np.arange(len(own)), answers[own]])
+    proves_itself = is_lower(losses, losses_of_mean, 1)
+    weights = learn_weights(experts, answers, average).tolist() if proves_itself else None
+    return Learned(weights, float(losses.mean()), float(losses_of_mean.mean()), len(answers))
+
+
+def combine(files: Sequence[Predictions], names: Sequence[str], weights: Sequence[float], average: str) -> Predictions:
+    """One set of predictions from aligned files. Its `choice_logits` are logarithms of the pooled probabilities, which
+    are calibrated already; its `agreement` is the share of the weights that choose as all together do."""
+    first, experts = files[0], experts_of(files, average)
+    probs = pool(experts, weights, average)
+    logits = [np.log(row[: len(own)]).tolist() for row, own in zip(probs, first.choice_logits, strict=True)]
+    agree = (experts.argmax(axis=2) == probs.argmax(axis=1)).T @ np.asarray(weights)  # (N,)
+    made_of = [
+        {"file": str(name), "weight": float(weight)} | {key: file.metadata.get(key) for key in _MADE_BY}
+        for name, weight, file in zip(names, weights, files, strict=True)
+    ]
+    metadata = {"ensemble": {"average": average, "files": made_of}}
+    blanked = [any(row) for row in zip(*(file.blanked or [False] * len(first.ids) for file in files), strict=True)]
+    return Predictions(first.ids, logits, first.answers, metadata, blanked, np.minimum(agree, 1).tolist())
+
+
+_MADE_BY = ("base_model", "run", "orders", "scales", "average", CALIBRATION)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def write_ensemble(
+    names: Sequence[str],
+    output: str | Path,
+    *,
+    average: str = "mean",
+    weights: str = "mean",
+    learn_on: Sequence[str] = (),
+    save_weights: str | Path | None = None,
+) -> str:
+    """`vqa-sft ensemble`: write the files' ensemble to `output`, and say how much of each is in it.
+
+    `weights` is "mean", "learned" (on the files `learn_on`), numbers ("0.6,0.4"), or a file of `save_weights`.
+    Raises InputError before anything is written.
+    """
+    if len(names) < 2:
+        raise InputError(f"an ensemble is of two prediction files at least; got {len(names)}.")
+    if (weights == "learned") != bool(learn_on):
+        raise InputError("--weights learned and --learn-on FILES belong together; one is missing.")
+    _check_output(Path(output), [*names, *learn_on])
+    if save_weights is not None:
+        _check_weights_file(Path(save_weights))
+    files = align([read_predictions(name) for name in names], names)
+    notes: list[str] = []
+    if weights == "learned":
+        learned = _learn_on(files, learn_on, average, names)
+        found = learned.weights or [1 / len(files)] * len(files)
+        compared = f"NLL {learned.nll:.4f}, cross-fitted; of equal weights {learned.nll_of_mean:.4f}"
+        if learned.weights:
+            notes.append(f"Weights learned on {learned.num_rows:,} rows ({compared}).")
+        else:
+            notes.append(
+                f"Learned weights do not prove themselves on {learned.num_rows:,} rows ({compared}): equal weights are "
+                "used."
+            )
+        read = set(files[0].ids) & set(read_predictions(learn_on[0]).ids)
+        if read and learned.weights:
+            notes.append("They were learned on rows of this ensemble, so its own metrics look a little too good.")
+    else:
+        found = _given_weights(weights, names, average)
+    ensemble = combine(files, names, found, average)
+    ensemble.metadata["ensemble"] |= {"weights_from": weights, "learn_on": [str(name) for name in learn_on]}
+    if save_weights is not None:
+        _save_weights(Path(save_weights), found, names, average)
+    write_predictions(output, ensemble)
+    lines = [f"{weight:7.4f}  {name}" for weight, name in zip(found, names, strict=True)]
+    return "\n".join([*notes, *lines, f"Wrote {len(ensemble.ids):,} rows to {output} ({average})."])
+
+
+def _learn_on(files: Sequence[Predictions], learn_on: Sequence[str], average: str, names: Sequence[str]) -> Learned:
+    if len(learn_on) != len(files):
+        raise InputError(
+            f"--learn-on needs one file for each of the {len(files)}, in their order; got {len(learn_on)}."
+        )
+    held_out = align([read_predictions(name) for name in learn_on], learn_on)
+    unknown = [row_id for row_id, answer in zip(held_out[0].ids, held_out[0].answers, strict=True) if answer is None]
+    if unknown:
+        raise InputError(f"--learn-on: there is no answer in {name_rows(unknown, len(held_out[0].ids))}.")
+    if len(held_out[0].ids) < MIN_ROWS:
+        raise InputError(f"--learn-on: weights need at least {MIN_ROWS} rows; got {len(held_out[0].ids)}.")
+    # As sure as the files that the weights are for.
+    return learn([one.calibrated_as(other) for one, other in zip(held_out, files, strict=True)], average)
+
+
+def _given_weights(text: str, names: Sequence[str], average: str) -> list[float]:
+    if text == "mean":
+        return [1 / len(names)] * len(names)
+    of = average
+    try:
+        if Path(text).suffix == ".json":
+            saved = json.loads(Path(text).read_text(encoding="utf-8"))
+            numbers, of = [float(one["weight"]) for one in saved["files"]], saved["average"]
+            by_name = dict(zip([one["file"] for one in saved["files"]], numbers, strict=True))
+            if set(by_name) == set(map(str, names)):  # the same files, perhaps in another order
+                numbers = [by_name[str(name)] for name in names]
+        else:
+            numbers = [float(part) for part in text.split(",")]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"--weights must be mean, learned, numbers such as 0.6,0.4 or a file of --save-weights; got {text}."
+        ) from error
+    if of != average:
+        raise InputError(f"the weights in {text} are for --average {of}; got {average}.")
+    if len(numbers) != len(names):
+        raise InputError(f"--weights {text}: {len(numbers)} weights for {len(names)} files. Give one for each.")
+    if not np.isfinite(numbers).all() or min(numbers) < 0 or sum(numbers) <= 0:
+        raise InputError(f"--weights {text}: no weight may be below 0, and one must be above it.")
+    return [number / sum(numbers) for number in numbers]
+
+
+def _check_weights_file(path: Path) -> None:
+    if path.suffix != ".json":
+        raise InputError(f"--save-weights writes a .json file; got {path}.")
+    if path.exists() and not path.read_bytes().startswith(WEIGHTS_START):
+        raise InputError(f"{path} exists and is no file of --save-weights. Name another file.")
+
+
+def _save_weights(path: Path, weights: Sequence[float], names: Sequence[str], average: str) -> None:
+    files = [{"file": str(name), "weight": weight} for name, weight in zip(names, weights, strict=True)]
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps({"average": average, "files": files}, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_output(output: Path, inputs: Sequence[str]) -> None:
+    """Raises InputError where the ensemble would replace what is none."""
+    if output.suffix != ".parquet":
+        raise InputError(f"--output must end in .parquet; got {output}.")
+    if any(output.resolve() == Path(name).resolve() for name in inputs):
+        raise InputError(f"--output is one of the files that are read: {output}. Name another.")
+    if output.exists() and not _is_ensemble(output):
+        raise InputError(f"{output} exists and is no ensemble. Name another --output.")
+
+
+def _is_ensemble(path: Path) -> bool:
+    try:
+        return "ensemble" in read_predictions(path).metadata
+    except InputError:
+        return False
