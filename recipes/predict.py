@@ -39,18 +39,18 @@ quiet()
 
 from vqa_sft import run_folder, shards
 from vqa_sft.answers import FORMATS
+from vqa_sft.calibration import read_calibration, views_key
 from vqa_sft.columns import Columns, check_columns, with_context_of
 from vqa_sft.config import RecipeArguments
 from vqa_sft.data import Loaded, read_examples, stream_examples
 from vqa_sft.errors import InputError, exits_with_message, explains_breakdown, name_rows
-from vqa_sft.mcq import view_orders
-from vqa_sft.metrics import softmax
+from vqa_sft.mcq import LETTERS, view_orders
 from vqa_sft.predictions import Predictions, read_predictions, write_predictions
 from vqa_sft.problems import Problems
 from vqa_sft.prompts import Prompts
 from vqa_sft.scan import scan_pictures
 from vqa_sft.split import VALIDATION, read_parts, select
-from vqa_sft.submission import write_submission
+from vqa_sft.submission import PROBABILITIES, STYLES, Style, write
 
 MOST_ORDERS = 120  # of one row; all of five choices
 
@@ -88,6 +88,7 @@ def main() -> None:
     runs = {folder: base_run(args) if folder == "none" else run_folder.read_run(folder) for folder in folders}
     check_outputs(args, folders)
     data = read_data(args, runs)
+    style_of(args, data)  # a template of other rows is found before they are scored
     for note in [note for source in data.loaded for note in source.notes] * is_main:
         print(note)
     if args.orders == "all" and math.factorial(data.num_choices) > MOST_ORDERS:
@@ -181,66 +182,99 @@ def write_results(
 ) -> str:
     """Write the prediction files and the submission from what was scored, block by block; what was done, in words."""
     folders, output = [*runs], Path(args.output)
-    of_run = [
-        metadata
-        | {"base_model": run["recipe"]["model_name_or_path"], "run": None if folder == "none" else folder}
-        | {"prompts_digest": Prompts(**run["prompts"]).digest}
-        for folder, run in runs.items()
-    ]
-    together = of_run[0] | {"run": folders} if len(folders) > 1 else of_run[0]
+    of_run = [about_run(args, folder, run, metadata) for folder, run in runs.items()]
+    together = of_run[0]
+    if len(folders) > 1:
+        together = {name: value for name, value in together.items() if name != "calibration"}
+        together["run"] = os.path.commonpath(list(map(os.path.abspath, folders)))
     if args.part == VALIDATION:
-        together |= {"split": VALIDATION if len(folders) == 1 else "out-of-fold"}
-    columns = submission_columns(data.loaded[0].columns, data.trained, args.answer_format)
-    files: dict[Path, list[Path]] = {}
+        together["split"] = VALIDATION if len(folders) == 1 else "out-of-fold"
+    elif len(folders) > 1:
+        shares = [{"run": folder, "weight": 1 / len(folders)} for folder in folders]
+        together["ensemble"] = {"average": "mean", "runs": shares}
+    style = style_of(args, data)
+    written: dict[Path, list[Path]] = {}
 
-    def put(path: Path, write: Any, *what: Any) -> None:
-        part = parts / f"{len(files.setdefault(path, []))}-{path.name}"
-        write(part, *what)
-        files[path].append(part)
+    def put(path: Path, save: Any, *what: Any) -> None:
+        part = parts / f"{len(written.setdefault(path, []))}-{path.name}"
+        save(part, *what)
+        written[path].append(part)
 
     num_rows, blanked = 0, []
-    for tables in blocks_of_passes(args, passes, parts, data):
-        ids, answers, choices, blank, logits = tables  # logits: of each run
-        of_block = [
-            Predictions(ids, of_one, answers, about, blank) for of_one, about in zip(logits, of_run, strict=False)
+    for ids, answers, choices, blank, of_block in blocks_of_passes(args, passes, parts, data):
+        alone = [
+            Predictions(ids, logits, answers, about, blank, agreement)
+            for (logits, agreement), about in zip(of_block, of_run, strict=False)
         ]
-        if len(of_block) == 1:
-            mean = replace(of_block[0], metadata=together)
-        else:
-            probs = [softmax(predictions.choice_logits) for predictions in of_block]
-            mixed = [np.log(np.mean(of_row, axis=0)).tolist() for of_row in zip(*probs, strict=True)]
-            mean = Predictions(ids, mixed, answers, together, blank)
-            for folder, predictions in zip(folders, of_block, strict=True):
+        mean = replace(alone[0], metadata=together)
+        if len(alone) > 1:
+            probs = [np.mean(of_row, axis=0) for of_row in zip(*(found.probs for found in alone), strict=True)]
+            agreement = np.mean([found.agreement for found in alone], axis=0).tolist()
+            mean = replace(mean, choice_logits=[np.log(row).tolist() for row in probs], agreement=agreement)
+            for folder, predictions in zip(folders, alone, strict=True):
                 put(path_of_run(output, folder, folders), write_predictions, predictions)
         put(output.with_suffix(".parquet"), write_predictions, mean)
-        put(output, write_submission, mean, columns, choices)
+        put(output, write, mean, style, choices)
         num_rows += len(ids)
         blanked += [row_id for row_id, is_blank in zip(ids, blank, strict=True) if is_blank]
-    for path, written in files.items():
-        shards.join_files(written, path)
+    for path, pieces in written.items():
+        shards.join_files(pieces, path)
     said = f"Wrote {num_rows:,} answers to {args.output}"
     if blanked:
         said += f"\nGuessed without their pictures, which could not be used: {name_rows(blanked, num_rows)}"
+    bare = [folder for folder, about in zip(folders, of_run, strict=True) if "calibration" not in about]
+    if bare and folders != ["none"] and args.part == "all":
+        said += f"\nProbabilities are as they were scored: no temperature is known of {', '.join(bare)} for "
+        said += f"{views_key(metadata)}. To find one: --part validation with the same views, then vqa-sft calibrate."
     return said
 
 
+def about_run(args: argparse.Namespace, folder: str, run: dict, metadata: dict) -> dict[str, Any]:
+    """The metadata of a run's prediction file, with the temperature that was found for it and these views."""
+    about = metadata | {
+        "base_model": run["recipe"]["model_name_or_path"],
+        "run": None if folder == "none" else folder,
+        "prompts_digest": Prompts(**run["prompts"]).digest,
+    }
+    # A temperature is fitted on validation rows as they were scored.
+    found = read_calibration(folder, metadata) if folder != "none" and args.part == "all" else None
+    return about | ({"calibration": found.as_dict} if found else {})
+
+
+def style_of(args: argparse.Namespace, data: Data) -> Style:
+    """How the submission is written: as the template, else in the names and the answer format of the data, or those of
+    training where the data have no answers. Raises InputError for a template of other rows."""
+    if args.template:
+        rows = data.loaded[0].examples
+        counts, choices = list(map(len, rows["choices"])), rows["choices"][:]
+        return Style.from_template(args.template, rows["id"][:], counts, args.answer_format, choices)
+    style = Style.from_columns(submission_columns(data.loaded[0].columns, data.trained, args.answer_format))
+    if args.answer_format != PROBABILITIES:
+        return style
+    letters = tuple(LETTERS[: data.num_choices])
+    return replace(style, answers=letters, answer_format=PROBABILITIES, header=(style.id, *letters))
+
+
 def blocks_of_passes(args: argparse.Namespace, passes: Sequence[Pass], parts: Path, data: Data) -> Iterator[tuple]:
-    """(ids, answers, choices, blanked, choice logits of each run) of every block, the runs in the order of the groups;
-    of validation rows all at once, in the order of the data, each by the run that it belongs to."""
+    """(ids, answers, choices, blanked, and of each run its choice logits and agreement) of every block, the runs in the
+    order of the groups; of validation rows all at once, in the order of the data, each by the run that it belongs
+    to."""
     names = ("id", "answer", "choices", "blanked")
     if args.part == VALIDATION:
-        tables = [table for number in range(len(passes)) for table in shards.read_blocks(parts, number)]
-        table = pa.concat_tables(tables)
+        table = pa.concat_tables([table for i in range(len(passes)) for table in shards.read_blocks(parts, i)])
         order = {row_id: i for i, row_id in enumerate(i for source in data.loaded for i in source.examples["id"])}
         ids = table["id"].to_pylist()
         table = table.take(sorted(range(len(ids)), key=lambda row: order[ids[row]]))
-        logits = [of_runs[0] for of_runs in table["choice_logits"].to_pylist()]
-        yield *(table[name].to_pylist() for name in names), [logits]
+        yield *(table[name].to_pylist() for name in names), _by_run(table)
         return
-    for tables in zip(*(shards.read_blocks(parts, number) for number in range(len(passes))), strict=True):
-        by_row = [table["choice_logits"].to_pylist() for table in tables]
-        logits = [[of_runs[i] for of_runs in rows] for rows in by_row for i in range(len(rows[0]))]
-        yield *(tables[0][name].to_pylist() for name in names), logits
+    for tables in zip(*(shards.read_blocks(parts, i) for i in range(len(passes))), strict=True):
+        yield *(tables[0][name].to_pylist() for name in names), [run for table in tables for run in _by_run(table)]
+
+
+def _by_run(table: pa.Table) -> list[tuple[list, list]]:
+    """Choice logits and agreement of every row, for each run."""
+    logits, agreement = (table[name].to_pylist() for name in ("choice_logits", "agreement"))
+    return list(zip(zip(*logits, strict=True), zip(*agreement, strict=True), strict=True))
 
 
 def check_outputs(args: argparse.Namespace, folders: Sequence[str]) -> None:
@@ -249,6 +283,8 @@ def check_outputs(args: argparse.Namespace, folders: Sequence[str]) -> None:
     parquet = output.with_suffix(".parquet")
     if args.data is not None and output.resolve() == Path(args.data).resolve():
         raise InputError(f"--output is --data ({args.data}). Name another --output.")
+    if args.template is not None and output.resolve() == Path(args.template).resolve():
+        raise InputError(f"--output is --template ({args.template}). Name another --output.")
     if output.suffix != ".csv":
         raise InputError(f"--output must end in .csv; got {args.output}.")
     if parquet.name == run_folder.VALIDATION and run_folder.is_finished(output.parent):
@@ -303,7 +339,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--image_root", help="folder of the pictures; default: the folder of the file")
     parser.add_argument("--columns", type=mapping, help="as in a recipe: '{id: key, image: photo}'; default: found")
     parser.add_argument("--keep_rows", type=mapping, help="as in a recipe: '{column: value}'")
-    parser.add_argument("--answer_format", choices=FORMATS, help="how answers are written; default: as in training")
+    parser.add_argument("--answer_format", choices=STYLES, help="how answers are written; default: as in training")
+    parser.add_argument("--template", help="a contest's sample submission, whose columns, rows and letters are taken")
     parser.add_argument("--encoding", help="of text files; default: detected")
     parser.add_argument(
         "--on_bad_image",
@@ -357,8 +394,10 @@ def parse_args() -> argparse.Namespace:
         raise InputError("min_pixels and max_pixels belong to the run; they go with --run none only.")
     if args.data is None and args.part == "all":
         raise InputError("--data is missing: the rows to score.")
-    if args.part == VALIDATION and (args.streaming or args.limit):
-        raise InputError("--part validation scores the run's own rows; --streaming and --limit do not go with it.")
+    if args.part == VALIDATION and (args.streaming or args.limit or args.template):
+        raise InputError("--part validation scores the run's own rows: no --streaming, --limit or --template with it.")
+    if args.template and args.streaming:
+        raise InputError("--template needs rows that are known. Leave it out, and give it to vqa-sft submit later.")
     for name, low in (("batch_size", 1), ("num_workers", 0), ("limit", 1)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise InputError(f"--{name} must be at least {low}; got {getattr(args, name)}.")
@@ -413,7 +452,8 @@ def data_options(args: argparse.Namespace, recipe: dict, trained: Columns | None
     options["image_root"] = args.image_root  # test pictures lie where the test data say, not where training did
     if trained is not None:
         options["columns"] = with_context_of(trained, options["columns"])
-    options["answer_format"] = args.answer_format or (trained and trained.answer_format)
+    options["answer_format"] = args.answer_format if args.answer_format != PROBABILITIES else None
+    options["answer_format"] = options["answer_format"] or (trained and trained.answer_format)
     return options | {"split": args.split, "config": args.data_config, "limit": args.limit}
 
 
@@ -521,7 +561,7 @@ def submission_columns(columns: Columns, trained: Columns | None, answer_format:
     how = {"id": columns.id or "id", "answer": columns.answer or (trained and trained.answer) or "answer"}
     if columns.answer_format is None and trained is not None:  # no row has an answer
         how |= {"answer_format": trained.answer_format, "answers_are_upper": trained.answers_are_upper}
-    return replace(columns, **how | ({"answer_format": answer_format} if answer_format else {}))
+    return replace(columns, **how | ({"answer_format": answer_format} if answer_format in FORMATS else {}))
 
 
 def check_choices(folder: str, trained: Columns, loaded: Loaded, num_letters: int) -> None:

@@ -60,7 +60,11 @@ def test_runs_that_take_turns_on_one_base_answer_as_each_alone(three, tmp_path, 
     assert not np.allclose(logits_of(alone[0]), logits_of(alone[1]), atol=1e-3)
     mean = np.mean([softmax(found.choice_logits) for found in alone], axis=0)
     np.testing.assert_allclose(np.exp(logits_of(together)), mean, atol=1e-6)
-    assert together.metadata["run"] == [str(run / f"fold{fold}") for fold in range(3)]
+    assert together.metadata["run"] == str(run)
+    assert [made["file"] for made in together.metadata["ensemble"]["files"]] == [
+        f"out.fold{i}.parquet" for i in (0, 1, 2)
+    ]
+    np.testing.assert_allclose(together.agreement, np.mean([found.agreement for found in alone], axis=0), atol=1e-6)
 
 
 def test_a_run_of_another_kind_has_the_base_loaded_anew(three, tmp_path, capsys):

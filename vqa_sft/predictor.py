@@ -16,10 +16,10 @@ from accelerate.utils import send_to_device
 from PIL import Image
 
 from vqa_sft import run_folder, scorer, scoring
+from vqa_sft.calibration import Calibration, read_calibration
 from vqa_sft.errors import InputError
 from vqa_sft.images import source_of
 from vqa_sft.mcq import LETTERS, view_orders
-from vqa_sft.metrics import softmax
 from vqa_sft.question_types import find_type
 
 Picture = str | Path | bytes | Image.Image
@@ -58,7 +58,8 @@ class Predictor:
         )
         self.collators = self.scorer.collators(orders, scales)
         self.orders, self.average, self.batch_size = orders, average, batch_size
-        self.num_runs = len(folders)
+        metadata = {"orders": orders, "scales": [*scales], "average": average}
+        self.calibrations = [read_calibration(folder, metadata) or Calibration() for folder in folders]
 
     def __call__(
         self,
@@ -111,8 +112,10 @@ class Predictor:
                 letter_ids,
                 self.scorer.precision,
                 self.scorer.adapters,
-                range(self.num_runs),
+                range(len(self.calibrations)),
             )
             scales.append((groups, logits, batch["orders"], batch["num_choices"]))
         scored = scoring.undo_orders(range(len(rows)), scales, self.average)
-        return [np.mean(softmax(of_runs), axis=0) for of_runs in scored.choice_logits]
+        of_runs = zip(*scored.choice_logits, strict=True)
+        probs = [found.probs(logits) for found, logits in zip(self.calibrations, of_runs, strict=True)]
+        return [np.mean(of_row, axis=0) for of_row in zip(*probs, strict=True)]

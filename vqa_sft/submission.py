@@ -226,13 +226,6 @@ def write(
         writer.writerows(rows)
 
 
-def write_submission(
-    path: str | Path, predictions: Predictions, columns: Columns, choices: Sequence[Sequence[str]]
-) -> None:
-    """A CSV of id and answer, in the names and the answer format of the data; `choices` are those of each row."""
-    write(path, predictions, Style.from_columns(columns), choices)
-
-
 def check_output(
     path: str | Path, header: Sequence[str], inputs: Sequence[str | Path | None], overwrite: bool = False
 ) -> None:
