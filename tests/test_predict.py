@@ -61,9 +61,8 @@ def test_runs_that_take_turns_on_one_base_answer_as_each_alone(three, tmp_path, 
     mean = np.mean([softmax(found.choice_logits) for found in alone], axis=0)
     np.testing.assert_allclose(np.exp(logits_of(together)), mean, atol=1e-6)
     assert together.metadata["run"] == str(run)
-    assert [made["file"] for made in together.metadata["ensemble"]["files"]] == [
-        f"out.fold{i}.parquet" for i in (0, 1, 2)
-    ]
+    made_of = [made["run"] for made in together.metadata["ensemble"]["runs"]]
+    assert made_of == [str(run / f"fold{fold}") for fold in range(3)]
     np.testing.assert_allclose(together.agreement, np.mean([found.agreement for found in alone], axis=0), atol=1e-6)
 
 
