@@ -42,8 +42,9 @@ SETS = {
 }
 
 
-def write_set(output: Path, task: TaskSet, seed: int = 0) -> None:
-    """Write the pictures and the two files of a set; the same arguments write the same bytes."""
+def write_set(output: Path, task: TaskSet, seed: int = 0, *, choice_seed: int | None = None) -> None:
+    """Write the pictures and the two files of a set; the same arguments write the same bytes. `choice_seed` draws the
+    wrong choices of single test digits anew."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -54,7 +55,8 @@ def write_set(output: Path, task: TaskSet, seed: int = 0) -> None:
     for split, indices, num_rows in zip(("train", "test"), parts, (task.num_train, task.num_test), strict=True):
         rng = random.Random(f"{seed}/{split}/{task.num_digits}")
         if task.num_digits == 1:
-            rows = make_rows(split, indices[:num_rows], digits.target, seed)
+            is_anew = split == "test" and choice_seed is not None
+            rows = make_rows(split, indices[:num_rows], digits.target, choice_seed if is_anew else seed)
             for row, index in zip(rows, indices, strict=False):
                 to_picture(digits.images[index]).save(output / row["path"])
         else:

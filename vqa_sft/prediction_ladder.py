@@ -1,0 +1,209 @@
+"""What each way of predicting is worth: one table a set, with intervals, calibrated and not.
+
+    python -m vqa_sft.prediction_ladder                          # three sets, 5,000 test rows; minutes on a GPU
+    python -m vqa_sft.prediction_ladder --sets few --rows 500 --views "one order" rotations --use_cpu
+
+The tiny base learns the sets of vqa_sft/ladder.py in three folds, by recipes/demo.yaml with its defaults. Every way is
+recipes/predict.py: for the rows out of fold, on which `vqa-sft calibrate` finds a temperature for these views, and for
+test rows. "One fold" is the first of them; the other lines are the mean of three. Test rows are all different ones, but
+those of `digits` show each of its test pictures several times, with other wrong choices.
+
+Brackets hold the middle 95% of 1,000 resamples of the rows; a difference to one order of one fold compares the same
+rows, both calibrated or both not.
+"""
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from vqa_sft.calibration import calibrate_run
+from vqa_sft.errors import InputError, exits_with_message
+from vqa_sft.folds import write_folds
+from vqa_sft.ladder import DEMO, ROOT
+from vqa_sft.metrics import softmax, with_intervals
+from vqa_sft.predictions import Predictions, read_predictions
+from vqa_sft.tiny.numbers import SETS, TaskSet, write_set
+
+NUM_FOLDS = 3
+VIEWS: dict[str, list[str]] = {
+    "one order": [],
+    "rotations": ["--orders", "rotations"],
+    "all orders": ["--orders", "all"],
+    "three scales": ["--scales", "0.9,1.0,1.1"],
+    "rotations x scales": ["--orders", "rotations", "--scales", "0.9,1.0,1.1"],
+}
+FIRST = "one order"
+
+
+@exits_with_message
+def main() -> None:
+    args = parse_args()
+    commands = [train_command(args, name) for name in args.sets if not (args.work / name / "run.done").is_file()]
+    run_all(commands, args)
+    for name in args.sets:
+        (args.work / name / "run.done").touch()
+    ways = [(name, views) for name in args.sets for views in args.views]
+    run_all([predict_command(args, *way, "validation") for way in ways], args)
+    for way in ways:
+        calibrate_run(args.work / way[0] / "run", file_of(args, *way, "validation"))
+    run_all([predict_command(args, *way, "test") for way in ways], args)
+    for name in args.sets:
+        print(f"{name}: {SETS[name].about}\n\n{table(args, name)}\n")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usual = ["digits", "similar", "few"]
+    parser.add_argument("--sets", nargs="+", default=usual, choices=[*SETS], metavar="SET", help=", ".join(SETS))
+    parser.add_argument(
+        "--views", nargs="+", default=[*VIEWS], choices=[*VIEWS], metavar="VIEWS", help="; ".join(VIEWS)
+    )
+    parser.add_argument("--rows", type=int, default=5000, help="test rows")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="commands at a time; default: one a core")
+    parser.add_argument("--work", type=Path, default=Path("runs/prediction_ladder"), help="folder of data and runs")
+    parser.add_argument("--use_cpu", action="store_true", help="do not use the GPUs")
+    args = parser.parse_args()
+    if args.rows < 20 or args.jobs < 1:
+        raise InputError(f"--rows must be at least 20 and --jobs at least 1; got {args.rows} and {args.jobs}.")
+    if FIRST not in args.views:
+        raise InputError(f"--views needs {FIRST!r}, to which the others are compared.")
+    return args
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+
+
+def write_rows(folder: Path, task: TaskSet, num_rows: int) -> None:
+    """train.csv, test.csv with so many rows, and folds.csv."""
+    if task.num_digits == 1:  # a round has every test digit once, with other wrong choices
+        rows: list[dict] = []
+        for seed in range(-(-num_rows // task.num_test)):
+            write_set(folder, task, choice_seed=seed)
+            rows += [row | {"id": f"{row['id']}_{seed}"} for row in _unturned(folder)]
+    else:
+        write_set(folder, replace(task, num_test=num_rows))
+        rows = _unturned(folder)
+    with (folder / "test.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows[:num_rows])
+    with (folder / "train.csv").open(newline="", encoding="utf-8") as file:
+        ids = [row["id"] for row in csv.DictReader(file)]
+    write_folds(folder / "folds.csv", ids, [i % NUM_FOLDS for i in range(len(ids))])
+
+
+def _unturned(folder: Path) -> list[dict]:
+    with (folder / "test.csv").open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row["id"].endswith("/0")]
+
+
+def train_command(args: argparse.Namespace, name: str) -> list[str]:
+    folder = args.work / name
+    if not (folder / "folds.csv").is_file():
+        write_rows(folder, SETS[name], args.rows)
+    values = {"train_data": folder / "train.csv", "folds_file": folder / "folds.csv", "fold": "all"}
+    values |= {"output_dir": folder / "run", "num_train_epochs": SETS[name].num_epochs, "validation_fraction": 0}
+    values |= {"use_cpu": args.use_cpu, "compile_layers": False, "disable_tqdm": True}
+    tokens = [str(token) for key, value in values.items() for token in (f"--{key}", value)]
+    return [str(ROOT / "recipes" / "sft.py"), "--config", str(DEMO), *tokens]
+
+
+def predict_command(args: argparse.Namespace, name: str, views: str, part: str) -> list[str]:
+    folder = args.work / name
+    command = [str(ROOT / "recipes" / "predict.py"), "--run", str(folder / "run"), "--batch_size", "256"]
+    command += ["--output", str(file_of(args, name, views, part).with_suffix(".csv")), *VIEWS[views]]
+    command += ["--part", "validation"] if part == "validation" else ["--data", str(folder / "test.csv")]
+    return command + ["--use_cpu"] * args.use_cpu
+
+
+def file_of(args: argparse.Namespace, name: str, views: str, part: str) -> Path:
+    return args.work / name / f"{part}_{views.replace(' ', '_')}.parquet"
+
+
+def run_all(commands: Sequence[list[str]], args: argparse.Namespace) -> None:
+    """Some at a time, each on one of the GPUs. Raises InputError where one fails."""
+    num_gpus = 0
+    if not args.use_cpu:
+        import torch
+
+        num_gpus = torch.cuda.device_count()
+    running: list[tuple[subprocess.Popen, Path]] = []
+    args.work.mkdir(parents=True, exist_ok=True)
+    for number, command in enumerate(commands):
+        if len(running) == args.jobs:
+            _wait(*running.pop(0))
+        log = args.work / f"job{number}.log"
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment["CUDA_VISIBLE_DEVICES"] = str(number % num_gpus) if num_gpus else ""
+        with log.open("w") as file:
+            process = subprocess.Popen([sys.executable, *command], env=environment, stdout=file, stderr=file)
+        running.append((process, log))
+    for process, log in running:
+        _wait(process, log)
+
+
+def _wait(process: subprocess.Popen, log: Path) -> None:
+    if process.wait():
+        raise InputError(f"a command failed with exit code {process.returncode}; {log} says why.")
+
+
+# --- Table ------------------------------------------------------------------------------------------------------------
+
+
+def read_ways(args: argparse.Namespace, name: str) -> dict[str, tuple[list[np.ndarray], list[np.ndarray], list[int]]]:
+    """Of every line of the table: probabilities as they were scored, and calibrated, and the answers."""
+    ways = {}
+    for views in args.views:
+        mean = file_of(args, name, views, "test")
+        folds: list[Predictions] = [
+            read_predictions(mean.with_name(f"{mean.stem}.fold{fold}.parquet")) for fold in range(NUM_FOLDS)
+        ]
+        raw = [softmax(fold.choice_logits) for fold in folds]
+        answers = [int(answer) for answer in folds[0].answers]
+        ways[f"one fold, {views}"] = raw[0], folds[0].probs, answers
+        together = [np.mean(rows, axis=0) for rows in zip(*raw, strict=True)]
+        ways[f"three folds, {views}"] = together, read_predictions(mean).probs, answers
+    return dict(sorted(ways.items(), key=lambda way: way[0].startswith("three")))  # stable
+
+
+def table(args: argparse.Namespace, name: str) -> str:
+    ways = read_ways(args, name)
+    head = ["", "accuracy", "NLL", "calibrated NLL", "ECE", "calibrated ECE", "NLL - first", "calibrated NLL - first"]
+    lines = [head, ["---"] * len(head)]
+    first = ways[f"one fold, {FIRST}"]
+    for way, (raw, calibrated, answers) in ways.items():
+        before, after = with_intervals(raw, answers), with_intervals(calibrated, answers)
+        cells = [_cell(before, "accuracy"), *(_cell(found, key) for key in ("nll", "ece") for found in (before, after))]
+        for probs, others in ((raw, first[0]), (calibrated, first[1])):
+            cells.append("" if probs is others else difference(_losses(probs, answers), _losses(others, answers)))
+        lines.append([way, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(values: dict, key: str) -> str:
+    low, high = values[f"{key}_95"]
+    return f"{values[key]:.4f} [{low:.3f}, {high:.3f}]"
+
+
+def _losses(probs: Sequence[np.ndarray], answers: Sequence[int]) -> np.ndarray:
+    of_answer = np.array([row[answer] for row, answer in zip(probs, answers, strict=True)])
+    return -np.log(np.maximum(of_answer, np.finfo(np.float32).tiny))
+
+
+def difference(losses: np.ndarray, others: np.ndarray, num_resamples: int = 1000) -> str:
+    """The mean difference of the rows' losses, and the middle 95% of its resamples."""
+    gaps, rng = losses - others, np.random.default_rng(0)
+    means = [gaps[rng.integers(len(gaps), size=len(gaps))].mean() for _ in range(num_resamples)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return f"{gaps.mean():+.4f} [{low:+.4f}, {high:+.4f}]"
+
+
+if __name__ == "__main__":
+    main()
