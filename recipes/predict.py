@@ -8,7 +8,7 @@
 
 One forward a batch, the letters' logits at the last prompt position. Beside the submission (id and answer letter, in
 the data's own format) stands the prediction file: submission.parquet, with log-probabilities of every choice. Of
-several runs each has a prediction file too, and the submission is of the mean of their probabilities.
+several runs each has a prediction file too, and the submission is of their probabilities' mean.
 
 What is scored is kept in submission.csv.parts/ as it comes: the same command goes on where a killed one stopped.
 """
@@ -28,7 +28,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import yaml
 from datasets import Dataset, IterableDataset
@@ -43,6 +42,7 @@ from vqa_sft.calibration import read_calibration, views_key
 from vqa_sft.columns import Columns, check_columns, with_context_of
 from vqa_sft.config import RecipeArguments
 from vqa_sft.data import Loaded, read_examples, stream_examples
+from vqa_sft.ensemble import AVERAGES, combine
 from vqa_sft.errors import InputError, exits_with_message, explains_breakdown, name_rows
 from vqa_sft.mcq import LETTERS, view_orders
 from vqa_sft.predictions import Predictions, read_predictions, write_predictions
@@ -189,9 +189,6 @@ def write_results(
         together["run"] = os.path.commonpath(list(map(os.path.abspath, folders)))
     if args.part == VALIDATION:
         together["split"] = VALIDATION if len(folders) == 1 else "out-of-fold"
-    elif len(folders) > 1:
-        shares = [{"run": folder, "weight": 1 / len(folders)} for folder in folders]
-        together["ensemble"] = {"average": "mean", "runs": shares}
     style = style_of(args, data)
     written: dict[Path, list[Path]] = {}
 
@@ -206,13 +203,12 @@ def write_results(
             Predictions(ids, logits, answers, about, blank, agreement)
             for (logits, agreement), about in zip(of_block, of_run, strict=False)
         ]
-        mean = replace(alone[0], metadata=together)
+        mean = alone[0]
         if len(alone) > 1:
-            probs = [np.mean(of_row, axis=0) for of_row in zip(*(found.probs for found in alone), strict=True)]
-            agreement = np.mean([found.agreement for found in alone], axis=0).tolist()
-            mean = replace(mean, choice_logits=[np.log(row).tolist() for row in probs], agreement=agreement)
+            mean = combine(alone, folders, [1 / len(folders)] * len(folders), args.average_runs)
             for folder, predictions in zip(folders, alone, strict=True):
                 put(path_of_run(output, folder, folders), write_predictions, predictions)
+        mean = replace(mean, metadata=mean.metadata | together)
         put(output.with_suffix(".parquet"), write_predictions, mean)
         put(output, write, mean, style, choices)
         num_rows += len(ids)
@@ -368,6 +364,13 @@ def parse_args() -> argparse.Namespace:
         choices=("mean", "log"),
         default="mean",
         help="over orders and scales: of the probabilities (default), or of their logarithms",
+    )
+    parser.add_argument(
+        "--average_runs",
+        choices=AVERAGES,
+        default="log",
+        help="over several runs: of the logarithms of their calibrated probabilities (default), of the probabilities, "
+        "or of their votes",
     )
     parser.add_argument(
         "--batch_size", type=int, default=16, help="rows per forward and process, each order counted as one"

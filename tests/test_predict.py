@@ -58,12 +58,14 @@ def test_runs_that_take_turns_on_one_base_answer_as_each_alone(three, tmp_path, 
         assert np.array_equal(logits_of(found), logits_of(expected))
         assert found.metadata == expected.metadata
     assert not np.allclose(logits_of(alone[0]), logits_of(alone[1]), atol=1e-3)
-    mean = np.mean([softmax(found.choice_logits) for found in alone], axis=0)
-    np.testing.assert_allclose(np.exp(logits_of(together)), mean, atol=1e-6)
+    probs = [softmax(found.choice_logits) for found in alone]
+    geometric = np.exp(np.mean(np.log(probs), axis=0))
+    np.testing.assert_allclose(np.exp(logits_of(together)), geometric / geometric.sum(1, keepdims=True), atol=1e-6)
+    mean = predict(run, tmp_path / "mean.csv", *test, "--average_runs", "mean")
+    np.testing.assert_allclose(np.exp(logits_of(mean)), np.mean(probs, axis=0), atol=1e-6)
     assert together.metadata["run"] == str(run)
-    made_of = [made["run"] for made in together.metadata["ensemble"]["runs"]]
+    made_of = [made["run"] for made in together.metadata["ensemble"]["files"]]
     assert made_of == [str(run / f"fold{fold}") for fold in range(3)]
-    np.testing.assert_allclose(together.agreement, np.mean([found.agreement for found in alone], axis=0), atol=1e-6)
 
 
 def test_a_run_of_another_kind_has_the_base_loaded_anew(three, tmp_path, capsys):

@@ -5,8 +5,8 @@
 
 The tiny base learns the sets of vqa_sft/ladder.py in three folds, by recipes/demo.yaml with its defaults. Every way is
 recipes/predict.py: for the rows out of fold, on which `vqa-sft calibrate` finds a temperature for these views, and for
-test rows. "One fold" is the first of them; the other lines are the mean of three. Test rows are all different ones, but
-those of `digits` show each of its test pictures several times, with other wrong choices.
+test rows. "One fold" is the first of them; the other lines are three together (the mean of logarithms). Test rows are
+all different ones, but those of `digits` show each of its test pictures several times, with other wrong choices.
 
 Brackets hold the middle 95% of 1,000 resamples of the rows; a difference to one order of one fold compares the same
 rows, both calibrated or both not.
@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from vqa_sft.calibration import calibrate_run
+from vqa_sft.ensemble import pool
 from vqa_sft.errors import InputError, exits_with_message
 from vqa_sft.folds import write_folds
 from vqa_sft.ladder import DEMO, ROOT
@@ -168,7 +169,7 @@ def read_ways(args: argparse.Namespace, name: str) -> dict[str, tuple[list[np.nd
         raw = [softmax(fold.choice_logits) for fold in folds]
         answers = [int(answer) for answer in folds[0].answers]
         ways[f"one fold, {views}"] = raw[0], folds[0].probs, answers
-        together = [np.mean(rows, axis=0) for rows in zip(*raw, strict=True)]
+        together = pool(np.array(raw), [1 / NUM_FOLDS] * NUM_FOLDS, "log")
         ways[f"three folds, {views}"] = together, read_predictions(mean).probs, answers
     return dict(sorted(ways.items(), key=lambda way: way[0].startswith("three")))  # stable
 

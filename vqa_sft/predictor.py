@@ -17,20 +17,23 @@ from PIL import Image
 
 from vqa_sft import run_folder, scorer, scoring
 from vqa_sft.calibration import Calibration, read_calibration
+from vqa_sft.ensemble import combine
 from vqa_sft.errors import InputError
 from vqa_sft.images import source_of
 from vqa_sft.mcq import LETTERS, view_orders
+from vqa_sft.predictions import Predictions
 from vqa_sft.question_types import find_type
 
 Picture = str | Path | bytes | Image.Image
 
 
 class Predictor:
-    """Probabilities of choices by one or several runs, whose probabilities are averaged; each run's own temperature for
-    these views is applied where `vqa-sft calibrate` found one.
+    """Probabilities of choices by one or several runs together; each run's own temperature for these views is applied
+    where `vqa-sft calibrate` found one.
 
-    `orders`, `scales` and `average` are those of recipes/predict.py, `batch_size` counts views. Raises InputError for
-    folders that hold no run, and for runs that one model cannot score (other bases, prompts, picture sizes, ranks).
+    `orders`, `scales`, `average` and `average_runs` are those of recipes/predict.py, `batch_size` counts views. Raises
+    InputError for folders that hold no run, and for runs that one model cannot score (other bases, prompts, picture
+    sizes, ranks).
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Predictor:
         orders: str | int = "identity",
         scales: Sequence[float] = (1.0,),
         average: str = "mean",
+        average_runs: str = "log",
         batch_size: int = 16,
         use_cpu: bool = False,
         compile_layers: bool = False,
@@ -57,8 +61,10 @@ class Predictor:
             compile_layers=compile_layers,
         )
         self.collators = self.scorer.collators(orders, scales)
-        self.orders, self.average, self.batch_size = orders, average, batch_size
+        self.orders, self.average, self.average_runs = orders, average, average_runs
+        self.batch_size = batch_size
         metadata = {"orders": orders, "scales": [*scales], "average": average}
+        self.folders = folders
         self.calibrations = [read_calibration(folder, metadata) or Calibration() for folder in folders]
 
     def __call__(
@@ -116,6 +122,12 @@ class Predictor:
             )
             scales.append((groups, logits, batch["orders"], batch["num_choices"]))
         scored = scoring.undo_orders(range(len(rows)), scales, self.average)
-        of_runs = zip(*scored.choice_logits, strict=True)
-        probs = [found.probs(logits) for found, logits in zip(self.calibrations, of_runs, strict=True)]
-        return [np.mean(of_row, axis=0) for of_row in zip(*probs, strict=True)]
+        of_runs = list(zip(*scored.choice_logits, strict=True))
+        if len(of_runs) == 1:
+            return self.calibrations[0].probs(of_runs[0])
+        ids, answers = [row["id"] for row in rows], [None] * len(rows)
+        runs = [
+            Predictions(ids, list(logits), answers, {"calibration": found.as_dict})
+            for found, logits in zip(self.calibrations, of_runs, strict=True)
+        ]
+        return combine(runs, self.folders, [1 / len(runs)] * len(runs), self.average_runs).probs

@@ -1,0 +1,90 @@
+"""`vqa_sft.Predictor`: the same probabilities as recipes/predict.py, from Python."""
+
+import csv
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import run_script
+from PIL import Image
+from test_predict import three  # noqa: F401
+
+import vqa_sft
+from vqa_sft.calibration import calibrate_run
+from vqa_sft.errors import InputError
+from vqa_sft.predictions import read_predictions
+
+
+def rows_of(contest):
+    with (contest / "test.csv").open() as file:
+        return [*csv.DictReader(file)]
+
+
+def asked(contest, rows):
+    pictures = [contest / row["path"] for row in rows]
+    return pictures, [row["question"] for row in rows], [[row[letter] for letter in "abcd"] for row in rows]
+
+
+@pytest.mark.parametrize("how", [{}, {"orders": "rotations", "scales": [1.0, 1.2], "average": "log"}])
+@pytest.mark.parametrize("folds", [["fold0"], ["fold0", "fold2"]])
+def test_one_row_or_many_have_the_probabilities_of_the_recipe(three, tmp_path, how, folds):  # noqa: F811
+    contest, run = three
+    runs = [run / fold for fold in folds]
+    given = [f"--{name}={','.join(map(str, v)) if isinstance(v, list) else v}" for name, v in how.items()]
+    given += ["--data", contest / "test.csv", "--output", tmp_path / "out.csv", "--num_workers", 0, "--use_cpu"]
+    run_script("predict", "--run", *runs, *given)
+    expected = read_predictions(tmp_path / "out.parquet").probs
+    predict = vqa_sft.Predictor(*runs, use_cpu=True, batch_size=10, **how)
+    pictures, questions, choices = asked(contest, rows_of(contest))
+    for found, row in zip(predict(pictures, questions, choices), expected, strict=True):
+        np.testing.assert_allclose(found, row, atol=1e-5)
+    np.testing.assert_allclose(predict(pictures[3], questions[3], choices[3]), expected[3], atol=1e-5)
+
+
+def test_a_picture_is_a_path_the_bytes_of_a_file_or_in_memory(three):  # noqa: F811
+    contest, run = three
+    predict = vqa_sft.Predictor(run / "fold0", use_cpu=True)
+    (path,), (question,), (choices,) = asked(contest, rows_of(contest)[:1])
+    expected = predict(path, question, choices)
+    opened = Image.open(path)
+    for picture in (str(path), path.read_bytes(), opened, opened.convert("RGBA"), [path]):
+        np.testing.assert_allclose(predict(picture, question, choices), expected, atol=1e-6)
+    assert not np.allclose(predict(None, question, choices), expected, atol=1e-3)
+    assert predict([path, path], question, choices[:2]).shape == (2,)
+
+
+def test_the_temperature_of_the_run_is_applied(three, tmp_path):  # noqa: F811
+    contest, run = three
+    pictures, questions, choices = asked(contest, rows_of(contest)[:4])
+    raw = vqa_sft.Predictor(run / "fold1", use_cpu=True)(pictures, questions, choices)
+    calibrate_run(run)
+    try:
+        found = vqa_sft.Predictor(run / "fold1", use_cpu=True)(pictures, questions, choices)
+        other = vqa_sft.Predictor(run / "fold1", use_cpu=True, orders="rotations")
+        assert other.calibrations[0].temperature == 1  # found for one order alone
+    finally:
+        (run / "calibration.json").unlink()
+    assert [row.argmax() for row in found] == [row.argmax() for row in raw]
+    assert not np.allclose(found, raw, atol=1e-9)
+
+
+def test_what_cannot_be_asked_is_an_input_error(three):  # noqa: F811
+    contest, run = three
+    predict = vqa_sft.Predictor(run / "fold0", use_cpu=True)
+    path = contest / rows_of(contest)[0]["path"]
+    with pytest.raises(InputError, match="2 to 4 choices, A to D as in training; got 5"):
+        predict(path, "Which?", list("abcde"))
+    with pytest.raises(InputError, match="2 questions, 1 pictures"):
+        predict([path], ["Which?", "What?"], [["a", "b"]] * 2)
+    with pytest.raises(InputError, match="cannot be read"):
+        predict(contest / "test.csv", "Which?", ["a", "b"])
+    with pytest.raises(InputError, match="Give runs of one kind"):
+        vqa_sft.Predictor(run / "fold0", run.parent / "other")
+    with pytest.raises(InputError, match="no such run folder"):
+        vqa_sft.Predictor(run / "fold7")
+
+
+def test_the_package_itself_needs_no_torch():
+    code = "import sys, vqa_sft; assert 'torch' not in sys.modules; vqa_sft.Predictor; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
