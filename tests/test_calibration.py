@@ -200,7 +200,10 @@ def test_other_views_are_kept_and_their_positions_are_no_letters(run):
     for orders in ("identity", "rotations"):
         predictions = Predictions(ids, logits, answers, {"run": str(run), "orders": orders})
         write_predictions(run.parent / f"{orders}.parquet", predictions)
-        calibrate_run(run, run.parent / f"{orders}.parquet")
+        table = calibrate_run(run, run.parent / f"{orders}.parquet")
+    # With its bias the identity has the lower NLL.
+    compared = table[table.index("Known of this run") :]
+    assert 0 < compared.index("orders identity") < compared.index("orders rotations")
     assert read_calibration(run, {}).bias is not None
     assert read_calibration(run, {"orders": "rotations"}).bias is None
 

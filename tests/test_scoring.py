@@ -11,7 +11,14 @@ from vqa_sft.errors import InputError
 from vqa_sft.mcq import choice_to_letter, choices_to_letters
 from vqa_sft.model import load_model, load_processor
 from vqa_sft.prompts import Prompts
-from vqa_sft.scoring import answer_logits, find_letter_ids, letter_logits, to_choice_logits
+from vqa_sft.scoring import (
+    answer_logits,
+    find_letter_ids,
+    find_spellings,
+    letter_logits,
+    same_pictures_together,
+    to_choice_logits,
+)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -144,3 +151,27 @@ def test_choice_logits_are_put_back_into_dataset_order():
     # Choice 0 of the first row stands under B, choice 1 under C, choice 2 under A.
     torch.testing.assert_close(torch.tensor(rows[0]), torch.tensor([1.0, 2.0, 0.0]).log_softmax(0))
     torch.testing.assert_close(torch.tensor(rows[1]), torch.tensor([6.0, 5.0]).log_softmax(0))
+
+
+@torch.no_grad()
+def test_of_a_base_model_the_probabilities_of_all_spellings_of_a_letter_are_summed(road):
+    model, processor, letter_ids, rows = road
+    spelled = find_spellings(processor, 4)
+    assert (spelled == letter_ids[:, None]).any(dim=1).all()  # the one that a run is trained on among them
+    for letter, ids in zip("ABCD", spelled.tolist(), strict=True):
+        texts = {processor.tokenizer.convert_ids_to_tokens(token) for token in ids if token >= 0}
+        assert {text.strip("Ġ▁ ").upper() for text in texts} == {letter} and len(texts) == sum(i >= 0 for i in ids)
+    batch = collate(processor, rows)
+    probs = answer_logits(model, batch).softmax(dim=-1)
+    expected = [[sum(float(row[i]) for i in ids if i >= 0) for ids in spelled.tolist()] for row in probs]
+    found = letter_logits(model, batch, spelled).softmax(dim=-1)
+    expected = torch.tensor(expected)
+    torch.testing.assert_close(found, expected / expected.sum(dim=1, keepdim=True), atol=1e-6, rtol=1e-4)
+
+
+def test_rows_with_one_picture_stand_together_and_keep_their_order_else():
+    def row(*paths):
+        return [{"bytes": None, "path": path} for path in paths]
+
+    images = [row("a"), row("b"), row(), row("a"), row("a", "b"), row("b"), row(), row("a")]
+    assert same_pictures_together({"images": images}) == [0, 3, 7, 1, 5, 2, 4, 6]

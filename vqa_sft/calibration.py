@@ -226,8 +226,19 @@ def calibrate_run(folder: str | Path, file: str | Path | None = None) -> str:
     return (
         f"{as_table(lines)}\n\n{key}: temperature {found.temperature:.3f}, {bias}, from {len(answers):,} rows of "
         f"{file}.\n`after` is cross-fitted: each row by what was found on the other four parts of five, for on the\n"
-        f"rows that it was fitted on any temperature looks good.\nWrote {folder / CALIBRATION}"
+        f"rows that it was fitted on any temperature looks good.\n{_compare(entries | {key: entry})}Wrote "
+        f"{folder / CALIBRATION}"
     )
+
+
+def _compare(entries: Mapping[str, Any]) -> str:
+    """Where several ways of scoring are known, their NLL, the lowest first."""
+    if len(entries) < 2:
+        return ""
+    known = sorted(entries.items(), key=lambda item: item[1]["after"]["nll"])
+    lines = [["views", "rows", "NLL after"]]
+    lines += [[key, f"{entry['rows']:,}", *describe(entry["after"], ["nll"])] for key, entry in known]
+    return f"\nKnown of this run, the best first:\n{as_table(lines)}\n"
 
 
 def _default_file(folder: Path) -> Path:
