@@ -161,13 +161,21 @@ def test_averages_are_of_probabilities_or_of_their_logarithms():
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_a_scale_changes_the_sides_of_a_picture_within_and_beyond_the_limits(families, family):
+def test_a_scale_changes_the_sides_that_a_picture_has_within_the_limits(families, family):
     processor = load_processor(families(family), min_pixels=64 * 64, max_pixels=320 * 320)
-    px = processor.image_processor.patch_size
-    for size, expected in (((640, 640), 320), ((128, 128), 128), ((32, 32), 64)):
-        for scale in (0.5, 1.0, 1.5):
-            collator = AnswerCollator(processor, Prompts(), 4, packer=lambda batch: batch, scale=scale)
-            row = {"id": "a", "images": [Image.new("RGB", size)], "choices": ["x", "y"]}
-            collator.image = lambda row, i: row["images"][i]
-            _, high, wide = collator.pixels([row])["image_grid_thw"][0].tolist()
-            assert high == wide and abs(high * px - expected * scale) <= px * 2
+    px = processor.image_processor.patch_size * processor.image_processor.merge_size
+
+    def sides_px(size, scale):
+        collator = AnswerCollator(processor, Prompts(), 4, packer=lambda batch: batch, scale=scale)
+        row = {"id": "a", "images": [Image.new("RGB", size)], "choices": ["x", "y"]}
+        collator.image = lambda row, i: row["images"][i]
+        _, high, wide = collator.pixels([row])["image_grid_thw"][0].tolist()
+        return high * px // 2, wide * px // 2  # two patches a token
+
+    for size in ((640, 640), (128, 256), (32, 32), (300, 200)):
+        whole = sides_px(size, 1)
+        for scale in (0.5, 0.9, 1.1, 1.5):
+            expected = tuple(max(1, round(side / px * scale)) * px for side in whole)
+            assert sides_px(size, scale) == expected
+    # Nine and eleven tenths of ten tokens, and not eleven of both.
+    assert [sides_px((10 * px, 10 * px), scale)[0] // px for scale in (0.9, 1, 1.1)] == [9, 10, 11]

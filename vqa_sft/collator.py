@@ -32,6 +32,7 @@ import torch
 from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from transformers import ProcessorMixin
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.images import MAX_ASPECT, augment, digest_of, open_image
@@ -134,7 +135,7 @@ class AnswerCollator:
     With other `views` than "identity" (mcq.view_orders) the batch holds every row in several orders, one after another.
     With a `packer` pictures are there once for all orders of a row, and for all rows whose prompts are the same up to
     their pictures and these; the packer is told so by `leaders`. With a `scale` other than 1, of packed rows alone,
-    pictures have that times their sides within the pixel limits.
+    pictures have that times the sides that they would have.
     """
 
     shows_targets = False  # evaluations compare with the answers
@@ -260,14 +261,19 @@ class AnswerCollator:
         process = functools.partial(self.processor.image_processor, return_tensors="pt")
         if self.scale == 1:
             return dict(process(images))
-        found = [process([image], size=self.scaled(image)) for image in images]
+        scaled = [self.scaled(image) for image in images]
+        areas = [image.width * image.height for image in scaled]
+        sizes = [dict.fromkeys(("shortest_edge", "longest_edge"), area) for area in areas]  # leave them as they are
+        found = [process([image], size=size) for image, size in zip(scaled, sizes, strict=True)]
         return {name: torch.cat([of_image[name] for of_image in found]) for name in found[0]}
 
-    def scaled(self, image: Image.Image) -> dict[str, int]:
-        """Pixel limits that give the picture `scale` times the sides which it has within the processor's own."""
-        limits = self.processor.image_processor.size
-        own = min(max(image.width * image.height, limits["shortest_edge"]), limits["longest_edge"])
-        return dict.fromkeys(("shortest_edge", "longest_edge"), round(own * self.scale**2))
+    def scaled(self, image: Image.Image) -> Image.Image:
+        """The picture with `scale` times the sides that the processor would give it, in whole tokens."""
+        processor = self.processor.image_processor
+        px, limits = processor.patch_size * processor.merge_size, processor.size
+        sides = smart_resize(image.height, image.width, px, limits["shortest_edge"], limits["longest_edge"])
+        height, width = (max(1, round(side * self.scale / px)) * px for side in sides)
+        return image.resize((width, height), Image.Resampling.BICUBIC)
 
     def tokenize(self, texts: list[str], grids: torch.Tensor, **how: object) -> dict[str, torch.Tensor]:
         """As the processor does it for pictures that it sees, from their grids (pictures, 3) alone."""
