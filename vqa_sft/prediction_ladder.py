@@ -33,12 +33,13 @@ from vqa_sft.predictions import Predictions, read_predictions
 from vqa_sft.tiny.numbers import SETS, TaskSet, write_set
 
 NUM_FOLDS = 3
+SCALES = "0.67,1.0,1.33"  # the pictures have three tokens a side
 VIEWS: dict[str, list[str]] = {
     "one order": [],
     "rotations": ["--orders", "rotations"],
     "all orders": ["--orders", "all"],
-    "three scales": ["--scales", "0.9,1.0,1.1"],
-    "rotations x scales": ["--orders", "rotations", "--scales", "0.9,1.0,1.1"],
+    "three scales": ["--scales", SCALES],
+    "rotations x scales": ["--orders", "rotations", "--scales", SCALES],
 }
 FIRST = "one order"
 
