@@ -37,7 +37,7 @@ from vqa_sft.quiet import quiet
 
 quiet()
 
-from vqa_sft import run_folder, shards
+from vqa_sft import out_of_fold, run_folder, shards
 from vqa_sft.answers import FORMATS
 from vqa_sft.calibration import read_calibration, views_key
 from vqa_sft.columns import Columns, check_columns, with_context_of
@@ -280,14 +280,15 @@ def _by_run(table: pa.Table) -> list[tuple[list, list]]:
 def check_outputs(args: argparse.Namespace, folders: Sequence[str]) -> None:
     """Raises InputError where a file cannot be written, or would replace what we did not write."""
     output = Path(args.output)
+    if output.suffix != ".csv":
+        raise InputError(f"--output must end in .csv; got {args.output or 'nothing'}.")
     parquet = output.with_suffix(".parquet")
     if args.data is not None and output.resolve() == Path(args.data).resolve():
         raise InputError(f"--output is --data ({args.data}). Name another --output.")
     if args.template is not None and output.resolve() == Path(args.template).resolve():
         raise InputError(f"--output is --template ({args.template}). Name another --output.")
-    if output.suffix != ".csv":
-        raise InputError(f"--output must end in .csv; got {args.output}.")
-    if parquet.name == run_folder.VALIDATION and run_folder.is_finished(output.parent):
+    beside = {run_folder.VALIDATION: run_folder.RUN, out_of_fold.OUT_OF_FOLD: out_of_fold.METRICS}.get(parquet.name)
+    if beside and (output.parent / beside).is_file():
         raise InputError(f"{parquet} holds the run's own validation predictions. Name another --output.")
     if output.exists() and not is_ours(parquet) or parquet.exists() and not is_ours(parquet):
         raise InputError(f"{output} or {parquet} exists and is none of our submissions. Name another --output.")
@@ -410,14 +411,19 @@ def orders(text: str) -> str | int:
     if text in ("identity", "rotations", "all"):
         return text
     if not text.isdecimal() or not 1 <= int(text) <= MOST_ORDERS:
-        raise ValueError(text)
+        known = f"identity, rotations, all or a number from 1 to {MOST_ORDERS}"
+        raise argparse.ArgumentTypeError(f"{known} is needed; got {text!r}.")
     return int(text)
 
 
 def scales(text: str) -> list[float]:
-    found = [float(part) for part in text.split(",")]
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [0.0]
     if not all(0.25 <= scale <= 4 for scale in found) or len(set(found)) < len(found):
-        raise ValueError(text)
+        known = "different numbers from 0.25 to 4, such as 0.9,1.0,1.1,"
+        raise argparse.ArgumentTypeError(f"{known} are needed; got {text!r}.")
     return found
 
 
@@ -425,10 +431,10 @@ def mapping(text: str) -> dict:
     """A mapping in YAML's short form, as a recipe writes it."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(text) from error
+    except yaml.YAMLError:
+        value = None
     if not isinstance(value, dict):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"a mapping such as '{{id: key}}' is needed; got {text!r}.")
     return value
 
 

@@ -1,6 +1,7 @@
 """recipes/predict.py: several runs at once, their own validation rows, streams, and predictions that were killed."""
 
 import csv
+import io
 import os
 import random
 import signal
@@ -13,8 +14,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import RECIPES, run_script, write_contest
+from PIL import Image
 
-from vqa_sft import scoring, shards
+from vqa_sft import Predictor, scoring, shards
+from vqa_sft.errors import InputError
 from vqa_sft.folds import write_folds
 from vqa_sft.metrics import softmax
 from vqa_sft.predictions import read_predictions
@@ -183,6 +186,40 @@ def test_a_folder_that_is_in_the_way_is_left_alone(three, tmp_path, capsys):
     assert (tmp_path / "out.csv.parts" / "precious.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("output", "part"),
+    [
+        ("run/out_of_fold.csv", "holds the run's own validation predictions"),
+        ("run/fold0/validation.csv", "holds the run's own validation predictions"),
+        ("", "must end in .csv; got nothing"),
+        ("run", "must end in .csv"),
+        ("folds.csv", "is none of our submissions"),
+    ],
+)
+def test_what_is_no_submission_of_ours_is_never_replaced(three, capsys, output, part):
+    contest, runs = three
+    files = {path: path.read_bytes() for path in runs.parent.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as end:
+        predict(runs / "fold0", runs.parent / output if output else "", "--data", contest / "test.csv")
+    assert end.value.code == 2 and part in capsys.readouterr().err
+    assert files == {path: path.read_bytes() for path in runs.parent.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--orders", "121"], "identity, rotations, all or a number from 1 to 120 is needed; got '121'"),
+        (["--scales", "1,1"], "different numbers from 0.25 to 4"),
+        (["--scales", "abc"], "are needed; got 'abc'"),
+        (["--columns", "{"], "a mapping such as '{id: key}' is needed; got '{'"),
+    ],
+)
+def test_an_option_that_means_nothing_is_told_what_is_needed(three, tmp_path, capsys, options, part):
+    with pytest.raises(SystemExit) as end:
+        predict(three[1] / "fold0", tmp_path / "s.csv", "--data", three[0] / "test.csv", *options)
+    assert end.value.code == 2 and part in " ".join(capsys.readouterr().err.split())
+
+
 def num_done(folder):
     """Rows in the shards of a prediction that may be writing them."""
     return sum(len(pq.read_table(path)) for path in (folder / "out.csv.parts").glob("pass*-block0/*.parquet"))
@@ -235,3 +272,87 @@ def test_a_broken_shard_of_a_lost_machine_is_scored_again(tmp_path):
     assert shards.read_shards(folder)["row"].to_pylist() == [0, 1, 2]
     next(folder.iterdir()).write_bytes(b"PAR1")
     assert shards.rows_done(folder) < {0, 1, 2}
+
+
+# --- vqa_sft.Predictor ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def predictor(three):
+    return Predictor(three[1] / "fold0", use_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"orders": 0}, "orders must be identity"),
+        ({"orders": True}, "orders must be identity"),
+        ({"orders": "foo"}, "orders must be identity"),
+        ({"orders": 121}, "orders must be identity"),
+        ({"scales": ()}, "scales must be a list"),
+        ({"scales": 1.0}, "scales must be a list"),
+        ({"scales": "1,2"}, "scales must be a list"),
+        ({"scales": (0,)}, "scales must be a list"),
+        ({"scales": (1, 1.0)}, "scales must be different"),
+        ({"average": "max"}, "average must be mean or log"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"batch_size": 2.5}, "batch_size must be"),
+    ],
+)
+def test_a_predictor_refuses_the_options_that_predict_refuses(three, options, part):
+    with pytest.raises(InputError, match=part):
+        Predictor(three[1] / "fold0", use_cpu=True, **options)
+
+
+def test_a_predictor_of_no_run_is_an_error_and_so_is_a_run_under_two_names(three, tmp_path):
+    for runs, part in (
+        ([], "no run"),
+        ([tmp_path / "nowhere"], "no such run folder"),
+        ([three[1] / "fold0", three[1] / "fold1" / ".." / "fold0"], "is given twice"),
+    ):
+        with pytest.raises(InputError, match=part):
+            Predictor(*runs, use_cpu=True)
+
+
+TWO = ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ((None, "What?", "cat"), "choices of question 1 must be a list of texts; got 'cat' .str."),
+        ((None, "What?", {"cat", "dog"}), "choices of question 1 must be a list"),
+        ((None, "What?", None), "choices of question 1 must be a list"),
+        ((None, "What?", ["cat"]), "needs 2 to 4 choices"),
+        ((None, "What?", [*"abcde"]), "needs 2 to 4 choices"),
+        ((None, "What?", ["cat", None]), "a choice of question 1 is no text: None"),
+        ((None, "What?", ["cat", float("nan")]), "a choice of question 1 is no text: nan"),
+        ((None, "What?", ["cat", "\ud800"]), "a choice of question 1 holds half a character"),
+        ((None, None, TWO), "questions of several questions are a list; got None"),
+        (([None, None], ["What?", None], [TWO, TWO]), "question 2 is no text: None"),
+        ((None, ["What?"], [TWO]), "pictures of several questions are a list; got None"),
+        (([None, None], ["What?"], [TWO]), "as many questions as pictures and choices"),
+        (([None], ["What?"], ["ab"]), "choices of question 1 must be a list"),
+        ((np.zeros((8, 8, 3), np.uint8), "What?", TWO), "of an array: Image.fromarray"),
+        (([np.zeros((8, 8, 3), np.uint8)], "What?", TWO), "of an array: Image.fromarray"),
+        ((io.BytesIO(b"x"), "What?", TWO), "a picture of question 1 is a path"),
+        ((Image.new("RGB", (0, 0)), "What?", TWO), "a picture of question 1 cannot be read"),
+        (("nowhere.png", "What?", TWO), "cannot be read"),
+        ((b"", "What?", TWO), "cannot be read"),
+    ],
+)
+def test_a_predictor_says_what_is_wrong_with_a_question(predictor, given, part):
+    with pytest.raises(InputError, match=part):
+        predictor(*given)
+
+
+def test_a_predictor_takes_pictures_and_choices_of_any_usual_kind(predictor):
+    picture = Image.new("RGB", (32, 32), "red")
+    expected = predictor(picture, "What?", ["1", "2"])
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    for same in (file.getvalue(), picture.convert("RGBA"), [picture], (picture,)):
+        assert predictor(same, "What?", (1, 2)) == pytest.approx(expected, abs=1e-6)
+    assert predictor([picture], ["What?"], [np.array(["1", "2"])])[0] == pytest.approx(expected, abs=1e-6)
+    for other in (Image.new("RGB", (1, 1)), Image.new("I;16", (40, 40)), picture.convert("L"), None):
+        assert predictor(other, "What?", TWO).sum() == pytest.approx(1)
