@@ -88,7 +88,11 @@ def main() -> None:
     runs = {folder: base_run(args) if folder == "none" else run_folder.read_run(folder) for folder in folders}
     check_outputs(args, folders)
     data = read_data(args, runs)
-    style_of(args, data)  # a template of other rows is found before they are scored
+    # A template of other rows and a damaged calibration are found before the rows are scored.
+    style_of(args, data)
+    views = {"orders": args.orders, "scales": args.scales, "average": args.average}
+    for folder, run in runs.items():
+        about_run(args, folder, run, views)
     for note in [note for source in data.loaded for note in source.notes] * is_main:
         print(note)
     if args.orders == "all" and math.factorial(data.num_choices) > MOST_ORDERS:
@@ -139,8 +143,7 @@ def main() -> None:
                     blank = launch.from_main(found)
                 score(args, model, of_pass.runs, examples, blank, folder)
         if is_main:
-            metadata = {"orders": args.orders, "scales": args.scales, "average": args.average}
-            metadata |= {"precision": ", ".join(dict.fromkeys(precisions.values()))}
+            metadata = views | {"precision": ", ".join(dict.fromkeys(precisions.values()))}
             print(write_results(args, runs, data, passes, parts, metadata))
             shutil.rmtree(parts)
     launch.leave()
@@ -497,7 +500,8 @@ def read_validation(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
             sources[key] = [read_examples(source, split=split, **options) for source, split in named]
             for source in sources[key]:
                 source.problems.raise_if_any(source.name)
-        rows = select(sources[key], read_parts(folder, sources[key]), VALIDATION)
+        hint = "Give --data with the rows that it was trained on, in their order."
+        rows = select(sources[key], read_parts(folder, sources[key], hint), VALIDATION)
         if rows is None:
             raise InputError(f"{folder} was trained without validation rows. Give --data with rows it has not seen.")
         rows_of[folder] = rows

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,6 +219,31 @@ def test_an_option_that_means_nothing_is_told_what_is_needed(three, tmp_path, ca
     with pytest.raises(SystemExit) as end:
         predict(three[1] / "fold0", tmp_path / "s.csv", "--data", three[0] / "test.csv", *options)
     assert end.value.code == 2 and part in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "options", "part"),
+    [
+        ("calibration.json", b"[", ["--data", "test.csv"], "calibration.json is damaged"),
+        ("chat_template.jinja", b"\xff\xfe{% if", ["--data", "test.csv"], "cannot be loaded"),
+        ("rows.csv", b"\xff\xfe", ["--part", "validation"], "rows.csv, which says what the run was trained on"),
+        ("rows.csv", None, ["--part", "validation"], "rows.csv, which says what the run was trained on"),
+        ("rows.csv", b"part,id\ntrain,x\n", ["--part", "validation"], "Give --data with the rows that it was"),
+    ],
+)
+def test_a_damaged_run_is_told_before_rows_are_scored(
+    three, tmp_path, monkeypatch, capsys, file, content, options, part
+):
+    contest, runs = three
+    monkeypatch.chdir(contest)
+    run = shutil.copytree(runs / "fold0", tmp_path / "run")
+    (run / file).unlink(missing_ok=True)
+    if content is not None:
+        (run / file).write_bytes(content)
+    rows = count_batches(monkeypatch)
+    with pytest.raises(SystemExit) as end:
+        predict(run, tmp_path / "s.csv", *options)
+    assert end.value.code == 2 and part in capsys.readouterr().err and not rows
 
 
 def num_done(folder):
