@@ -14,6 +14,7 @@ What is scored is kept in submission.csv.parts/ as it comes: the same command go
 """
 
 import argparse
+import glob
 import hashlib
 import json
 import math
@@ -43,7 +44,7 @@ from vqa_sft.calibration import read_calibration, views_key
 from vqa_sft.columns import Columns, check_columns, with_context_of
 from vqa_sft.config import RecipeArguments
 from vqa_sft.data import Loaded, read_examples, stream_examples
-from vqa_sft.errors import InputError, exits_with_message, explains_breakdown, name_rows
+from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown, name_rows
 from vqa_sft.mcq import LETTERS, view_orders
 from vqa_sft.predictions import Predictions, read_predictions, write_predictions
 from vqa_sft.problems import Problems
@@ -108,7 +109,8 @@ def main() -> None:
     from vqa_sft import launch, scorer
 
     launch.check_processes(args.use_cpu)
-    PartialState(cpu=args.use_cpu)
+    with explains((ValueError, RuntimeError), "the processes do not find each other: use accelerate launch"):
+        PartialState(cpu=args.use_cpu)
     blank = launch.from_main(blank)
 
     # One pass for the runs that one model scores together; for a run's own validation rows one for each run.
@@ -131,7 +133,7 @@ def main() -> None:
         for number, of_pass in enumerate(passes):
             for block, examples in enumerate(blocks_of(of_pass.examples)):
                 folder = parts / f"pass{number}-block{block}"
-                if launch.from_main(folder.with_name(f"{folder.name}.parquet").is_file()):
+                if launch.from_main(shards.is_finished(folder) if is_main else None):
                     continue
                 if loaded_group != of_pass.group:
                     model = None  # its memory is needed
@@ -552,9 +554,24 @@ def describe_plan(args: argparse.Namespace, runs: dict[str, dict], data: Data) -
     for source in data.loaded:
         digest.update(f"{source.name} {source.columns}".encode())
         if isinstance(source.examples, Dataset):
-            for row in source.examples.select_columns(["id", "question", "context", "choices", "answer"]):
-                digest.update(json.dumps(row).encode())
+            for row in source.examples.select_columns(["id", "question", "context", "choices", "answer", "images"]):
+                pictures = [describe_picture(image) for image in row.pop("images")]
+                digest.update(json.dumps([row, pictures]).encode())
+        else:  # its rows are not known: the files that they come from
+            files = sorted(path for path in glob.glob(args.data, recursive=True) if os.path.isfile(path))
+            digest.update(json.dumps([describe_picture({"bytes": None, "path": path}) for path in files]).encode())
     return plan | {"rows": digest.hexdigest()}
+
+
+def describe_picture(image: dict) -> list:
+    """What tells one {bytes, path} from another: its content, or the path, size and time of its file."""
+    if image["bytes"] is not None:
+        return [hashlib.sha256(image["bytes"]).hexdigest()]
+    try:
+        facts = os.stat(image["path"])
+    except (OSError, ValueError):
+        return [image["path"]]
+    return [image["path"], facts.st_size, facts.st_mtime_ns]
 
 
 def find_blank(loaded: Loaded, on_bad_image: str) -> dict[str, tuple[int, ...]]:

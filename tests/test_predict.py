@@ -155,26 +155,63 @@ def test_a_prediction_that_was_broken_off_goes_on_where_it_stopped(three, tmp_pa
     assert not (tmp_path / "out.csv.parts").exists()
 
 
-@pytest.mark.parametrize("change", ["orders", "rows", "weights"])
+@pytest.mark.parametrize("change", ["orders", "rows", "weights", "pictures", "stream"])
 def test_what_another_prediction_left_is_not_taken_over(three, tmp_path, monkeypatch, change):
     contest, run = three
+    contest = shutil.copytree(contest, tmp_path / "contest")
     test, more = ["--data", contest / "test.csv", "--batch_size", 4], []
+    if change == "stream":
+        test.append("--streaming")
     with monkeypatch.context() as patched:
         break_after(patched, 3)
         with pytest.raises(KeyboardInterrupt):
             predict(run / "fold0", tmp_path / "out.csv", *test)
     if change == "orders":
         more = ["--orders", 2]
-    elif change == "rows":
+    elif change in ("rows", "stream"):
         text = (contest / "test.csv").read_text()
-        (tmp_path / "images").symlink_to(contest / "images")
-        (tmp_path / "test.csv").write_text(text.replace("Which colour", "What colour"))
-        test[1] = tmp_path / "test.csv"
+        (contest / "test.csv").write_text(text.replace("Which colour", "What colour"))
+    elif change == "pictures":
+        os.utime(next((contest / "images").iterdir()))
     else:
         os.utime(run / "fold0" / "adapter_model.safetensors")
     sizes = count_batches(monkeypatch)
     predict(run / "fold0", tmp_path / "out.csv", *test, *more)
     assert sum(sizes) == 24
+
+
+def test_a_broken_block_of_a_lost_machine_is_scored_again(three, tmp_path, monkeypatch):
+    contest, run = three
+    test = ("--data", contest / "test.csv")
+    predict(run / "fold0", tmp_path / "whole.csv", *test)
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "join_files", lambda *_: sys.exit(1))
+        with pytest.raises(SystemExit):
+            predict(run / "fold0", tmp_path / "out.csv", *test)
+    (tmp_path / "out.csv.parts" / "pass0-block0.parquet").write_bytes(b"PAR1")
+    predict(run / "fold0", tmp_path / "out.csv", *test)
+    assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"RANK": "1"}, "the environment says RANK=1, which no launcher does"),
+        ({"RANK": "x"}, "the environment says RANK=x"),
+        ({"WORLD_SIZE": "abc"}, "the environment says WORLD_SIZE=abc"),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"},
+            "the environment says RANK=0, LOCAL_RANK=0, WORLD_SIZE=0",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "the processes do not find each other"),
+    ],
+)
+def test_an_environment_that_no_launcher_makes_is_an_error(three, tmp_path, given, part):
+    command = [sys.executable, RECIPES / "predict.py", "--run", three[1] / "fold0", "--data", three[0] / "test.csv"]
+    command += ["--output", tmp_path / "s.csv", "--use_cpu", "--num_workers", "0"]
+    done = subprocess.run([*map(str, command)], env=ENVIRONMENT | given, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and part in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_folder_that_is_in_the_way_is_left_alone(three, tmp_path, capsys):
