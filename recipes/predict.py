@@ -14,6 +14,7 @@ What is scored is kept in submission.csv.parts/ as it comes: the same command go
 """
 
 import argparse
+import glob
 import hashlib
 import json
 import math
@@ -36,14 +37,14 @@ from vqa_sft.quiet import quiet
 
 quiet()
 
-from vqa_sft import run_folder, shards
+from vqa_sft import out_of_fold, run_folder, shards
 from vqa_sft.answers import FORMATS
 from vqa_sft.calibration import read_calibration, views_key
 from vqa_sft.columns import Columns, check_columns, with_context_of
 from vqa_sft.config import RecipeArguments
 from vqa_sft.data import Loaded, read_examples, stream_examples
 from vqa_sft.ensemble import AVERAGES, combine
-from vqa_sft.errors import InputError, exits_with_message, explains_breakdown, name_rows
+from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown, name_rows
 from vqa_sft.mcq import LETTERS, view_orders
 from vqa_sft.predictions import Predictions, read_predictions, write_predictions
 from vqa_sft.problems import Problems
@@ -88,7 +89,11 @@ def main() -> None:
     runs = {folder: base_run(args) if folder == "none" else run_folder.read_run(folder) for folder in folders}
     check_outputs(args, folders)
     data = read_data(args, runs)
-    style_of(args, data)  # a template of other rows is found before they are scored
+    # A template of other rows and a damaged calibration are found before the rows are scored.
+    style_of(args, data)
+    views = {"orders": args.orders, "scales": args.scales, "average": args.average}
+    for folder, run in runs.items():
+        about_run(args, folder, run, views)
     for note in [note for source in data.loaded for note in source.notes] * is_main:
         print(note)
     if args.orders == "all" and math.factorial(data.num_choices) > MOST_ORDERS:
@@ -104,7 +109,8 @@ def main() -> None:
     from vqa_sft import launch, scorer
 
     launch.check_processes(args.use_cpu)
-    PartialState(cpu=args.use_cpu)
+    with explains((ValueError, RuntimeError), "the processes do not find each other: use accelerate launch"):
+        PartialState(cpu=args.use_cpu)
     blank = launch.from_main(blank)
 
     # One pass for the runs that one model scores together; for a run's own validation rows one for each run.
@@ -127,7 +133,7 @@ def main() -> None:
         for number, of_pass in enumerate(passes):
             for block, examples in enumerate(blocks_of(of_pass.examples)):
                 folder = parts / f"pass{number}-block{block}"
-                if launch.from_main(folder.with_name(f"{folder.name}.parquet").is_file()):
+                if launch.from_main(shards.is_finished(folder) if is_main else None):
                     continue
                 if loaded_group != of_pass.group:
                     model = None  # its memory is needed
@@ -139,8 +145,7 @@ def main() -> None:
                     blank = launch.from_main(found)
                 score(args, model, of_pass.runs, examples, blank, folder)
         if is_main:
-            metadata = {"orders": args.orders, "scales": args.scales, "average": args.average}
-            metadata |= {"precision": ", ".join(dict.fromkeys(precisions.values()))}
+            metadata = views | {"precision": ", ".join(dict.fromkeys(precisions.values()))}
             print(write_results(args, runs, data, passes, parts, metadata))
             shutil.rmtree(parts)
     launch.leave()
@@ -276,14 +281,15 @@ def _by_run(table: pa.Table) -> list[tuple[list, list]]:
 def check_outputs(args: argparse.Namespace, folders: Sequence[str]) -> None:
     """Raises InputError where a file cannot be written, or would replace what we did not write."""
     output = Path(args.output)
+    if output.suffix != ".csv":
+        raise InputError(f"--output must end in .csv; got {args.output or 'nothing'}.")
     parquet = output.with_suffix(".parquet")
     if args.data is not None and output.resolve() == Path(args.data).resolve():
         raise InputError(f"--output is --data ({args.data}). Name another --output.")
     if args.template is not None and output.resolve() == Path(args.template).resolve():
         raise InputError(f"--output is --template ({args.template}). Name another --output.")
-    if output.suffix != ".csv":
-        raise InputError(f"--output must end in .csv; got {args.output}.")
-    if parquet.name == run_folder.VALIDATION and run_folder.is_finished(output.parent):
+    beside = {run_folder.VALIDATION: run_folder.RUN, out_of_fold.OUT_OF_FOLD: out_of_fold.METRICS}.get(parquet.name)
+    if beside and (output.parent / beside).is_file():
         raise InputError(f"{parquet} holds the run's own validation predictions. Name another --output.")
     if output.exists() and not is_ours(parquet) or parquet.exists() and not is_ours(parquet):
         raise InputError(f"{output} or {parquet} exists and is none of our submissions. Name another --output.")
@@ -413,14 +419,19 @@ def orders(text: str) -> str | int:
     if text in ("identity", "rotations", "all"):
         return text
     if not text.isdecimal() or not 1 <= int(text) <= MOST_ORDERS:
-        raise ValueError(text)
+        known = f"identity, rotations, all or a number from 1 to {MOST_ORDERS}"
+        raise argparse.ArgumentTypeError(f"{known} is needed; got {text!r}.")
     return int(text)
 
 
 def scales(text: str) -> list[float]:
-    found = [float(part) for part in text.split(",")]
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [0.0]
     if not all(0.25 <= scale <= 4 for scale in found) or len(set(found)) < len(found):
-        raise ValueError(text)
+        known = "different numbers from 0.25 to 4, such as 0.9,1.0,1.1,"
+        raise argparse.ArgumentTypeError(f"{known} are needed; got {text!r}.")
     return found
 
 
@@ -428,10 +439,10 @@ def mapping(text: str) -> dict:
     """A mapping in YAML's short form, as a recipe writes it."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(text) from error
+    except yaml.YAMLError:
+        value = None
     if not isinstance(value, dict):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"a mapping such as '{{id: key}}' is needed; got {text!r}.")
     return value
 
 
@@ -494,7 +505,8 @@ def read_validation(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
             sources[key] = [read_examples(source, split=split, **options) for source, split in named]
             for source in sources[key]:
                 source.problems.raise_if_any(source.name)
-        rows = select(sources[key], read_parts(folder, sources[key]), VALIDATION)
+        hint = "Give --data with the rows that it was trained on, in their order."
+        rows = select(sources[key], read_parts(folder, sources[key], hint), VALIDATION)
         if rows is None:
             raise InputError(f"{folder} was trained without validation rows. Give --data with rows it has not seen.")
         rows_of[folder] = rows
@@ -545,9 +557,24 @@ def describe_plan(args: argparse.Namespace, runs: dict[str, dict], data: Data) -
     for source in data.loaded:
         digest.update(f"{source.name} {source.columns}".encode())
         if isinstance(source.examples, Dataset):
-            for row in source.examples.select_columns(["id", "question", "context", "choices", "answer"]):
-                digest.update(json.dumps(row).encode())
+            for row in source.examples.select_columns(["id", "question", "context", "choices", "answer", "images"]):
+                pictures = [describe_picture(image) for image in row.pop("images")]
+                digest.update(json.dumps([row, pictures]).encode())
+        else:  # its rows are not known: the files that they come from
+            files = sorted(path for path in glob.glob(args.data, recursive=True) if os.path.isfile(path))
+            digest.update(json.dumps([describe_picture({"bytes": None, "path": path}) for path in files]).encode())
     return plan | {"rows": digest.hexdigest()}
+
+
+def describe_picture(image: dict) -> list:
+    """What tells one {bytes, path} from another: its content, or the path, size and time of its file."""
+    if image["bytes"] is not None:
+        return [hashlib.sha256(image["bytes"]).hexdigest()]
+    try:
+        facts = os.stat(image["path"])
+    except (OSError, ValueError):
+        return [image["path"]]
+    return [image["path"], facts.st_size, facts.st_mtime_ns]
 
 
 def find_blank(loaded: Loaded, on_bad_image: str) -> dict[str, tuple[int, ...]]:

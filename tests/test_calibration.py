@@ -261,6 +261,15 @@ def test_rows_that_say_nothing_of_the_run_are_refused(run, change, part):
     assert part in str(error.value) and not (run / CALIBRATION).exists()
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe\xff", b"a,b,c\n1,2,3\n", b"part,id\ntrain\n"])
+def test_damaged_rows_are_an_error(run, content):
+    (run / "rows.csv").write_bytes(content)
+    predictions = read_predictions(run / "validation.parquet")
+    write_predictions(run.parent / "p.parquet", predictions)
+    with pytest.raises(InputError, match="rows.csv, which says what the run was trained on, is damaged"):
+        calibrate_run(run, run.parent / "p.parquet")
+
+
 def test_damaged_and_missing_folders_are_errors(run):
     for text in ("{", "[]", '{"orders identity": {"temperature": -1}}', '{"orders identity": 3}'):
         (run / CALIBRATION).write_text(text)

@@ -96,6 +96,7 @@ def test_prediction_files_tell_the_largest_change_and_whether_it_is_for_the_bett
     write_predictions(tmp_path / "unknown.parquet", replace(files[2], answers=[None] * 10))
     assert "right" not in describe(tmp_path / "unknown.parquet", tmp_path / "unknown.parquet")
     assert "0 right -> wrong, 0 wrong -> right (McNemar's exact test: p = 1)" in describe(files[0], files[0])
+    assert "No probability changed." in describe(files[0], files[0])
 
 
 def test_texts_are_compared_as_they_are_but_for_case(write):

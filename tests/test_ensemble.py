@@ -230,6 +230,7 @@ def test_weights_are_learned_on_probabilities_calibrated_as_those_that_they_are_
         ({"weights": "1,-1"}, "no weight may be below 0"),
         ({"weights": "0,0"}, "no weight may be below 0, and one must be above"),
         ({"weights": "nan,1"}, "no weight may be"),
+        ({"weights": "1e308,1e308"}, "no weight may be"),  # their sum is infinite
         ({"weights": "best"}, "--weights must be mean, learned"),
         ({"weights": "nowhere.json"}, "--weights must be mean, learned"),
         ({"weights": "learned"}, "belong together"),
@@ -255,6 +256,8 @@ def test_nothing_but_an_ensemble_is_replaced(files, tmp_path):
     assert not (tmp_path / "out.parquet").exists()
     with pytest.raises(InputError, match="at least; got 1"):
         write_ensemble(paths[:1], tmp_path / "out.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet is given twice"):
+        write_ensemble([*paths[:2], paths[0]], tmp_path / "out.parquet")
     write_ensemble(paths[:2], tmp_path / "out.parquet", average="log", save_weights=tmp_path / "new.json")
     write_ensemble(paths[:2], tmp_path / "out.parquet", average="log", save_weights=tmp_path / "new.json")
     with pytest.raises(InputError, match="are for --average log; got mean"):

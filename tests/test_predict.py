@@ -1,8 +1,10 @@
 """recipes/predict.py: several runs at once, their own validation rows, streams, and predictions that were killed."""
 
 import csv
+import io
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +15,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import RECIPES, run_script, write_contest
+from PIL import Image
 
-from vqa_sft import scoring, shards
+from vqa_sft import Predictor, scoring, shards
+from vqa_sft.errors import InputError
 from vqa_sft.folds import write_folds
 from vqa_sft.metrics import softmax
 from vqa_sft.predictions import read_predictions
@@ -153,26 +157,63 @@ def test_a_prediction_that_was_broken_off_goes_on_where_it_stopped(three, tmp_pa
     assert not (tmp_path / "out.csv.parts").exists()
 
 
-@pytest.mark.parametrize("change", ["orders", "rows", "weights"])
+@pytest.mark.parametrize("change", ["orders", "rows", "weights", "pictures", "stream"])
 def test_what_another_prediction_left_is_not_taken_over(three, tmp_path, monkeypatch, change):
     contest, run = three
+    contest = shutil.copytree(contest, tmp_path / "contest")
     test, more = ["--data", contest / "test.csv", "--batch_size", 4], []
+    if change == "stream":
+        test.append("--streaming")
     with monkeypatch.context() as patched:
         break_after(patched, 3)
         with pytest.raises(KeyboardInterrupt):
             predict(run / "fold0", tmp_path / "out.csv", *test)
     if change == "orders":
         more = ["--orders", 2]
-    elif change == "rows":
+    elif change in ("rows", "stream"):
         text = (contest / "test.csv").read_text()
-        (tmp_path / "images").symlink_to(contest / "images")
-        (tmp_path / "test.csv").write_text(text.replace("Which colour", "What colour"))
-        test[1] = tmp_path / "test.csv"
+        (contest / "test.csv").write_text(text.replace("Which colour", "What colour"))
+    elif change == "pictures":
+        os.utime(next((contest / "images").iterdir()))
     else:
         os.utime(run / "fold0" / "adapter_model.safetensors")
     sizes = count_batches(monkeypatch)
     predict(run / "fold0", tmp_path / "out.csv", *test, *more)
     assert sum(sizes) == 24
+
+
+def test_a_broken_block_of_a_lost_machine_is_scored_again(three, tmp_path, monkeypatch):
+    contest, run = three
+    test = ("--data", contest / "test.csv")
+    predict(run / "fold0", tmp_path / "whole.csv", *test)
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "join_files", lambda *_: sys.exit(1))
+        with pytest.raises(SystemExit):
+            predict(run / "fold0", tmp_path / "out.csv", *test)
+    (tmp_path / "out.csv.parts" / "pass0-block0.parquet").write_bytes(b"PAR1")
+    predict(run / "fold0", tmp_path / "out.csv", *test)
+    assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"RANK": "1"}, "the environment says RANK=1, which no launcher does"),
+        ({"RANK": "x"}, "the environment says RANK=x"),
+        ({"WORLD_SIZE": "abc"}, "the environment says WORLD_SIZE=abc"),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"},
+            "the environment says RANK=0, LOCAL_RANK=0, WORLD_SIZE=0",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "the processes do not find each other"),
+    ],
+)
+def test_an_environment_that_no_launcher_makes_is_an_error(three, tmp_path, given, part):
+    command = [sys.executable, RECIPES / "predict.py", "--run", three[1] / "fold0", "--data", three[0] / "test.csv"]
+    command += ["--output", tmp_path / "s.csv", "--use_cpu", "--num_workers", "0"]
+    done = subprocess.run([*map(str, command)], env=ENVIRONMENT | given, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and part in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_folder_that_is_in_the_way_is_left_alone(three, tmp_path, capsys):
@@ -183,6 +224,65 @@ def test_a_folder_that_is_in_the_way_is_left_alone(three, tmp_path, capsys):
         predict(run / "fold0", tmp_path / "out.csv", "--data", contest / "test.csv")
     assert "is in the way" in capsys.readouterr().err
     assert (tmp_path / "out.csv.parts" / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("output", "part"),
+    [
+        ("run/out_of_fold.csv", "holds the run's own validation predictions"),
+        ("run/fold0/validation.csv", "holds the run's own validation predictions"),
+        ("", "must end in .csv; got nothing"),
+        ("run", "must end in .csv"),
+        ("folds.csv", "is none of our submissions"),
+    ],
+)
+def test_what_is_no_submission_of_ours_is_never_replaced(three, capsys, output, part):
+    contest, runs = three
+    files = {path: path.read_bytes() for path in runs.parent.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit) as end:
+        predict(runs / "fold0", runs.parent / output if output else "", "--data", contest / "test.csv")
+    assert end.value.code == 2 and part in capsys.readouterr().err
+    assert files == {path: path.read_bytes() for path in runs.parent.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--orders", "121"], "identity, rotations, all or a number from 1 to 120 is needed; got '121'"),
+        (["--scales", "1,1"], "different numbers from 0.25 to 4"),
+        (["--scales", "abc"], "are needed; got 'abc'"),
+        (["--columns", "{"], "a mapping such as '{id: key}' is needed; got '{'"),
+    ],
+)
+def test_an_option_that_means_nothing_is_told_what_is_needed(three, tmp_path, capsys, options, part):
+    with pytest.raises(SystemExit) as end:
+        predict(three[1] / "fold0", tmp_path / "s.csv", "--data", three[0] / "test.csv", *options)
+    assert end.value.code == 2 and part in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "options", "part"),
+    [
+        ("calibration.json", b"[", ["--data", "test.csv"], "calibration.json is damaged"),
+        ("chat_template.jinja", b"\xff\xfe{% if", ["--data", "test.csv"], "cannot be loaded"),
+        ("rows.csv", b"\xff\xfe", ["--part", "validation"], "rows.csv, which says what the run was trained on"),
+        ("rows.csv", None, ["--part", "validation"], "rows.csv, which says what the run was trained on"),
+        ("rows.csv", b"part,id\ntrain,x\n", ["--part", "validation"], "Give --data with the rows that it was"),
+    ],
+)
+def test_a_damaged_run_is_told_before_rows_are_scored(
+    three, tmp_path, monkeypatch, capsys, file, content, options, part
+):
+    contest, runs = three
+    monkeypatch.chdir(contest)
+    run = shutil.copytree(runs / "fold0", tmp_path / "run")
+    (run / file).unlink(missing_ok=True)
+    if content is not None:
+        (run / file).write_bytes(content)
+    rows = count_batches(monkeypatch)
+    with pytest.raises(SystemExit) as end:
+        predict(run, tmp_path / "s.csv", *options)
+    assert end.value.code == 2 and part in capsys.readouterr().err and not rows
 
 
 def num_done(folder):
@@ -237,3 +337,87 @@ def test_a_broken_shard_of_a_lost_machine_is_scored_again(tmp_path):
     assert shards.read_shards(folder)["row"].to_pylist() == [0, 1, 2]
     next(folder.iterdir()).write_bytes(b"PAR1")
     assert shards.rows_done(folder) < {0, 1, 2}
+
+
+# --- vqa_sft.Predictor ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def predictor(three):
+    return Predictor(three[1] / "fold0", use_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"orders": 0}, "orders must be identity"),
+        ({"orders": True}, "orders must be identity"),
+        ({"orders": "foo"}, "orders must be identity"),
+        ({"orders": 121}, "orders must be identity"),
+        ({"scales": ()}, "scales must be a list"),
+        ({"scales": 1.0}, "scales must be a list"),
+        ({"scales": "1,2"}, "scales must be a list"),
+        ({"scales": (0,)}, "scales must be a list"),
+        ({"scales": (1, 1.0)}, "scales must be different"),
+        ({"average": "max"}, "average must be mean or log"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"batch_size": 2.5}, "batch_size must be"),
+    ],
+)
+def test_a_predictor_refuses_the_options_that_predict_refuses(three, options, part):
+    with pytest.raises(InputError, match=part):
+        Predictor(three[1] / "fold0", use_cpu=True, **options)
+
+
+def test_a_predictor_of_no_run_is_an_error_and_so_is_a_run_under_two_names(three, tmp_path):
+    for runs, part in (
+        ([], "no run"),
+        ([tmp_path / "nowhere"], "no such run folder"),
+        ([three[1] / "fold0", three[1] / "fold1" / ".." / "fold0"], "is given twice"),
+    ):
+        with pytest.raises(InputError, match=part):
+            Predictor(*runs, use_cpu=True)
+
+
+TWO = ["cat", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ((None, "What?", "cat"), "choices of question 1 must be a list of texts; got 'cat' .str."),
+        ((None, "What?", {"cat", "dog"}), "choices of question 1 must be a list"),
+        ((None, "What?", None), "choices of question 1 must be a list"),
+        ((None, "What?", ["cat"]), "needs 2 to 4 choices"),
+        ((None, "What?", [*"abcde"]), "needs 2 to 4 choices"),
+        ((None, "What?", ["cat", None]), "a choice of question 1 is no text: None"),
+        ((None, "What?", ["cat", float("nan")]), "a choice of question 1 is no text: nan"),
+        ((None, "What?", ["cat", "\ud800"]), "a choice of question 1 holds half a character"),
+        ((None, None, TWO), "questions of several questions are a list; got None"),
+        (([None, None], ["What?", None], [TWO, TWO]), "question 2 is no text: None"),
+        ((None, ["What?"], [TWO]), "pictures of several questions are a list; got None"),
+        (([None, None], ["What?"], [TWO]), "as many questions as pictures and choices"),
+        (([None], ["What?"], ["ab"]), "choices of question 1 must be a list"),
+        ((np.zeros((8, 8, 3), np.uint8), "What?", TWO), "of an array: Image.fromarray"),
+        (([np.zeros((8, 8, 3), np.uint8)], "What?", TWO), "of an array: Image.fromarray"),
+        ((io.BytesIO(b"x"), "What?", TWO), "a picture of question 1 is a path"),
+        ((Image.new("RGB", (0, 0)), "What?", TWO), "a picture of question 1 cannot be read"),
+        (("nowhere.png", "What?", TWO), "cannot be read"),
+        ((b"", "What?", TWO), "cannot be read"),
+    ],
+)
+def test_a_predictor_says_what_is_wrong_with_a_question(predictor, given, part):
+    with pytest.raises(InputError, match=part):
+        predictor(*given)
+
+
+def test_a_predictor_takes_pictures_and_choices_of_any_usual_kind(predictor):
+    picture = Image.new("RGB", (32, 32), "red")
+    expected = predictor(picture, "What?", ["1", "2"])
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    for same in (file.getvalue(), picture.convert("RGBA"), [picture], (picture,)):
+        assert predictor(same, "What?", (1, 2)) == pytest.approx(expected, abs=1e-6)
+    assert predictor([picture], ["What?"], [np.array(["1", "2"])])[0] == pytest.approx(expected, abs=1e-6)
+    for other in (Image.new("RGB", (1, 1)), Image.new("I;16", (40, 40)), picture.convert("L"), None):
+        assert predictor(other, "What?", TWO).sum() == pytest.approx(1)

@@ -111,7 +111,11 @@ def test_agreement_is_kept_and_a_file_from_before_it_is_read(tmp_path):
     [
         ({"ids": ["x", "y", "x"]}, "more than once, of row x"),
         ({"choice_logits": [[-0.5, -1.0], [float("nan"), 0.0], [0.0, 0.0]]}, "is damaged: row y"),
+        ({"choice_logits": [[-0.5, -1.0], [0.0] * 27, [0.0, 0.0]]}, "is damaged: row y"),
+        ({"ids": ["x", None, "z"]}, "1 of 3 rows have no id"),
         ({"metadata": [1]}, "its metadata are no mapping"),
+        ({"metadata": {"scales": "x"}}, "`scales` in its metadata"),
+        ({"metadata": {"run": 7}}, "`run` in its metadata"),
         ({"metadata": {"calibration": 1.3}}, "a temperature above 0"),
         ({"metadata": {"calibration": {"temperature": 0}}}, "a temperature above 0"),
         ({"metadata": {"calibration": {"temperature": 1.0, "bias": ["a"]}}}, "a temperature above 0"),
@@ -121,6 +125,20 @@ def test_damaged_files_are_errors(tmp_path, change, part):
     write_predictions(tmp_path / "p.parquet", replace(THREE, **change))
     with pytest.raises(InputError, match=part):
         read_predictions(tmp_path / "p.parquet")
+
+
+def test_damaged_pages_are_an_error(tmp_path):
+    write_predictions(tmp_path / "p.parquet", THREE)
+    content = bytearray((tmp_path / "p.parquet").read_bytes())
+    content[4:40] = b"\xff" * 36  # the header of the first page
+    (tmp_path / "p.parquet").write_bytes(content)
+    with pytest.raises(InputError, match="is not a prediction file"):
+        read_predictions(tmp_path / "p.parquet")
+
+
+def test_a_folder_that_cannot_be_made_is_an_error():
+    with pytest.raises(InputError, match="cannot be written"):
+        write_predictions("/proc/nowhere/p.parquet", THREE)
 
 
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path):

@@ -296,7 +296,12 @@ def _trained_on(folder: Path) -> set[str]:
     """Ids of the training rows; without those that other rows have too, for two sets may both count from 0."""
     parts: dict[str, set[str]] = {}
     if (folder / ROWS).is_file():
-        with (folder / ROWS).open(newline="", encoding="utf-8") as file:
-            for part, row_id in list(csv.reader(file))[1:]:
-                parts.setdefault(part, set()).add(row_id)
+        try:
+            with (folder / ROWS).open(newline="", encoding="utf-8") as file:
+                for part, row_id in list(csv.reader(file))[1:]:
+                    parts.setdefault(part, set()).add(row_id)
+        except (ValueError, csv.Error) as error:
+            raise InputError(
+                f"{folder / ROWS}, which says what the run was trained on, is damaged ({error}). Train it again."
+            ) from error
     return parts.pop("train", set()).difference(*parts.values())

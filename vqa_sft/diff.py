@@ -147,7 +147,8 @@ def _compare(before: Predictions, after: Predictions, names: Sequence[str]) -> s
     row = int(np.argmax([change.max() for change in changes]))
     choice = int(changes[row].argmax())
     p, q = before.probs[row][choice], after.probs[row][choice]
-    said = f"Largest change of a probability: {p:.3f} -> {q:.3f}, choice {LETTERS[choice]} of row {before.ids[row]}."
+    where = f"choice {LETTERS[choice]} of row {printable(before.ids[row])}"
+    said = f"Largest change of a probability: {p:.3f} -> {q:.3f}, {where}." if p != q else "No probability changed."
     rows = [i for i, answer in enumerate(before.answers) if answer is not None]
     if not rows:
         return said

@@ -7,6 +7,7 @@ mean), `vote` each file's best choice (a linear pool of votes).
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,6 +194,9 @@ def write_ensemble(
     """
     if len(names) < 2:
         raise InputError(f"an ensemble is of two prediction files at least; got {len(names)}.")
+    twice = [name for number, name in enumerate(names) if name in names[:number]]
+    if twice:
+        raise InputError(f"{twice[0]} is given twice. Give it once, and with --weights more of it.")
     if (weights == "learned") != bool(learn_on):
         raise InputError("--weights learned and --learn-on FILES belong together; one is missing.")
     _check_output(Path(output), [*names, *learn_on])
@@ -261,7 +265,7 @@ def _given_weights(text: str, names: Sequence[str], average: str) -> list[float]
         raise InputError(f"the weights in {text} are for --average {of}; got {average}.")
     if len(numbers) != len(names):
         raise InputError(f"--weights {text}: {len(numbers)} weights for {len(names)} files. Give one for each.")
-    if not np.isfinite(numbers).all() or min(numbers) < 0 or sum(numbers) <= 0:
+    if not math.isfinite(sum(numbers)) or min(numbers) < 0 or sum(numbers) <= 0:
         raise InputError(f"--weights {text}: no weight may be below 0, and one must be above it.")
     return [number / sum(numbers) for number in numbers]
 

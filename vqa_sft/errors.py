@@ -107,7 +107,8 @@ def exits_with_message(main: Callable[[], None]) -> Callable[[], None]:
             if not (is_ours or broke or isinstance(error, OSError) and error.errno in MACHINE_ERRORS):
                 raise
             alone = isinstance(error, ProcessError) or broke is not None
-            if os.environ.get("RANK", "0") == "0" or alone:
+            is_only = os.environ.get("WORLD_SIZE", "1") == "1"  # whatever its rank is called
+            if os.environ.get("RANK", "0") == "0" or is_only or alone:
                 text = broke or str(error)
                 if "Original Traceback" in text and not broke:
                     # What a data loader's worker raises comes with the worker's traceback before it.

@@ -11,12 +11,23 @@ from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.deepspeed import deepspeed_config
 
-from vqa_sft.errors import InputError, name_rows
+from vqa_sft.errors import InputError, ProcessError, name_rows, printable
 
 
 def check_processes(use_cpu: bool) -> None:
     """Raises InputError where one process sees several GPUs, or several processes would not know of each other."""
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        rank, num_processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        int(os.environ.get("LOCAL_RANK", "0"))
+        is_one_of_them = 0 <= rank < num_processes
+    except ValueError:
+        is_one_of_them = False
+    if not is_one_of_them:
+        given = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name in os.environ}
+        said = printable(", ".join(f"{name}={value}" for name, value in given.items()))
+        raise ProcessError(
+            f"the environment says {said}, which no launcher does. Unset them, or use accelerate launch."
+        )
     num_gpus = 0 if use_cpu else torch.cuda.device_count()
     if num_processes > 1 and not use_cpu and not torch.accelerator.is_available():
         # accelerate then gives every process a world of its own: each would train alone, in the same folder.

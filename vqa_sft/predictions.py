@@ -80,11 +80,12 @@ class Predictions:
 def whole(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to, which takes its place at the end: a file is there whole or not at all."""
     path = Path(path)
+    unfinished = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
+        unfinished.touch()
+    except OSError as error:
         raise InputError(f"{path} cannot be written: {error}. Name another file.") from error
-    unfinished = path.with_name(path.name + ".part")
     try:
         yield unfinished
         unfinished.replace(path)
@@ -114,7 +115,7 @@ def read_predictions(path: str | Path) -> Predictions:
             table = table.append_column("agreement", pa.nulls(len(table), pa.float32()))
         columns = [table.select(SCHEMA.names).cast(SCHEMA)[name].to_pylist() for name in SCHEMA.names]
         metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
-    except (pa.ArrowException, KeyError, ValueError) as error:
+    except (pa.ArrowException, KeyError, ValueError, OSError) as error:  # OSError: pages that are damaged
         raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).") from error
     ids, choice_logits, answers, blanked, agreement = columns
     is_known = any(share is not None for share in agreement)
@@ -126,10 +127,12 @@ def read_predictions(path: str | Path) -> Predictions:
 def _check(path: str | Path, predictions: Predictions) -> None:
     """Raises InputError for what the code after it cannot bear."""
     ids = predictions.ids
+    if None in ids:
+        raise InputError(f"{path} is damaged: {ids.count(None):,} of {len(ids):,} rows have no id.")
     bad = [
         row_id
         for row_id, logits, answer in zip(ids, predictions.choice_logits, predictions.answers, strict=True)
-        if not logits or None in logits or not np.isfinite(logits).all()
+        if not logits or len(logits) > len(LETTERS) or None in logits or not np.isfinite(logits).all()
         or not (answer is None or 0 <= answer < len(logits))
     ]  # fmt: skip
     if bad or not ids:
@@ -139,6 +142,11 @@ def _check(path: str | Path, predictions: Predictions) -> None:
         raise InputError(f"{path} is damaged: ids stand in it more than once, of {name_rows(twice, len(ids))}.")
     if not isinstance(predictions.metadata, dict):
         raise InputError(f"{path} is damaged: its metadata are no mapping.")
+    scales, run = predictions.metadata.get("scales") or [], predictions.metadata.get("run")
+    if not isinstance(scales, list) or not all(type(scale) in (int, float) for scale in scales):
+        raise InputError(f"{path} is damaged: `scales` in its metadata are no numbers.")
+    if not (run is None or isinstance(run, str)):
+        raise InputError(f"{path} is damaged: `run` in its metadata is no folder.")
     if CALIBRATION in predictions.metadata and predictions.metadata[CALIBRATION] is not None:
         check_calibration(predictions.metadata[CALIBRATION], f"the calibration in {path}")
 

@@ -5,7 +5,8 @@ predict("cat.jpg", "What is it?", ["a cat", "a dog"])                      ->  a
 predict([one, other], ["What?", "Which?"], [["a", "b"], ["x", "y", "z"]])  ->  a list of two arrays
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from PIL import Image
 
 from vqa_sft import run_folder, scorer, scoring
 from vqa_sft.calibration import Calibration, read_calibration
-from vqa_sft.ensemble import combine
-from vqa_sft.errors import InputError
+from vqa_sft.ensemble import AVERAGES, combine
+from vqa_sft.errors import InputError, explains, printable
 from vqa_sft.images import source_of
 from vqa_sft.mcq import LETTERS, view_orders
 from vqa_sft.predictions import Predictions
 from vqa_sft.question_types import find_type
 
 Picture = str | Path | bytes | Image.Image
+MOST_ORDERS = 120  # of one row, as in recipes/predict.py
 
 
 class Predictor:
@@ -47,12 +49,17 @@ class Predictor:
         use_cpu: bool = False,
         compile_layers: bool = False,
     ) -> None:
+        _check_views(orders, scales, average, batch_size)
+        if average_runs not in AVERAGES:
+            raise InputError(f"average_runs must be one of {', '.join(AVERAGES)}; got {_shown(average_runs)}.")
         folders = run_folder.runs_in([str(run) for run in runs])
         described = {folder: run_folder.read_run(folder) for folder in folders}
         if len(scorer.groups_of(described)) != 1:
             raise InputError(f"one model cannot score {', '.join(folders) or 'no run'}. Give runs of one kind.")
         PartialState(cpu=use_cpu)
         self.num_choices = described[folders[0]]["num_letters"]
+        if orders == "all" and math.factorial(self.num_choices) > MOST_ORDERS:
+            raise InputError(f"{self.num_choices} choices have too many orders for all. Give rotations, or a number.")
         self.scorer = scorer.load(
             folders,
             described[folders[0]],
@@ -78,6 +85,12 @@ class Predictor:
         a PIL image."""
         if isinstance(question, str):
             return self._of_rows([self._row(0, images, question, choices)])[0]
+        for what, value in (("questions", question), ("pictures", images), ("choices", choices)):
+            if isinstance(value, Picture) or not hasattr(value, "__len__"):
+                raise InputError(
+                    f"{what} of several questions are a list; got {_shown(value)}. One question is a str, beside one "
+                    "picture and one list of choices."
+                )
         if not len(images) == len(question) == len(choices):
             raise InputError(
                 f"there must be as many questions as pictures and choices; got {len(question)} questions, "
@@ -89,6 +102,13 @@ class Predictor:
 
     def _row(self, number: int, images: Any, question: str, choices: Sequence[str]) -> dict:
         """An example as data.py would read it."""
+        row = f"question {number + 1}"
+        if isinstance(choices, str | bytes | Mapping | Set) or not hasattr(choices, "__iter__"):
+            raise InputError(f"the choices of {row} must be a list of texts; got {_shown(choices)}.")
+        choices = list(choices)
+        _check_text(question, row, str)
+        for choice in choices:
+            _check_text(choice, f"a choice of {row}", str | int | float | np.number)
         choices = [str(choice) for choice in choices]
         if not 2 <= len(choices) <= self.num_choices:
             raise InputError(
@@ -99,8 +119,14 @@ class Predictor:
             images = []
         elif isinstance(images, Picture):
             images = [images]
-        sources = [source_of(image) for image in images]
-        texts = {"question": str(question), "choices": choices, "context": ""}
+        if not isinstance(images, list | tuple) or not all(isinstance(image, Picture) for image in images):
+            raise InputError(
+                f"a picture of {row} is a path, the bytes of a file or a PIL image (of an array: Image.fromarray), and "
+                f"several are a list; got {_shown(images)}."
+            )
+        with explains((ValueError, OSError), f"a picture of {row} cannot be read"):
+            sources = [source_of(image) for image in images]
+        texts = {"question": question, "choices": choices, "context": ""}
         kind = find_type(texts["question"], choices)
         return texts | {"id": str(number), "images": sources, "answer": None, "question_type": kind}
 
@@ -131,3 +157,32 @@ class Predictor:
             for found, logits in zip(self.calibrations, of_runs, strict=True)
         ]
         return combine(runs, self.folders, [1 / len(runs)] * len(runs), self.average_runs).probs
+
+
+def _shown(value: Any) -> str:
+    return f"{printable(repr(value), 60)} ({type(value).__name__})"
+
+
+def _check_text(text: Any, what: str, kinds: Any) -> None:
+    if not isinstance(text, kinds) or text != text:  # NaN, which pandas has where a text is missing
+        raise InputError(f"{what} is no text: {_shown(text)}.")
+    with explains(UnicodeEncodeError, f"{what} holds half a character"):
+        str(text).encode()
+
+
+def _check_views(orders: Any, scales: Any, average: Any, batch_size: Any) -> None:
+    """Raises InputError for what recipes/predict.py would not take either."""
+    is_number = type(orders) is int and 1 <= orders <= MOST_ORDERS
+    if not is_number and orders not in ("identity", "rotations", "all"):
+        raise InputError(
+            f"orders must be identity, rotations, all or a number from 1 to {MOST_ORDERS}; got {_shown(orders)}."
+        )
+    are_numbers = isinstance(scales, list | tuple) and all(type(scale) in (int, float) for scale in scales)
+    if not are_numbers or not scales or not all(0.25 <= scale <= 4 for scale in scales):
+        raise InputError(f"scales must be a list of numbers from 0.25 to 4; got {_shown(scales)}.")
+    if len(set(scales)) < len(scales):
+        raise InputError(f"scales must be different numbers; got {_shown(scales)}.")
+    if average not in ("mean", "log"):
+        raise InputError(f"average must be mean or log; got {_shown(average)}.")
+    if type(batch_size) is not int or batch_size < 1:
+        raise InputError(f"batch_size must be a number of at least 1; got {_shown(batch_size)}.")

@@ -206,7 +206,8 @@ def runs_in(folders: Sequence[str]) -> list[str]:
         folds = sorted(Path(folder).glob("fold*"), key=lambda path: (len(path.name), path.name))
         folds = [str(path) for path in folds if (path / MARKER).is_file()]
         found += folds if folds and not is_finished(folder) else [folder]
-    twice = [folder for number, folder in enumerate(found) if folder in found[:number]]
+    places = [Path(folder).resolve() for folder in found]
+    twice = [folder for number, folder in enumerate(found) if places[number] in places[:number]]
     if twice:
         raise InputError(f"the run {twice[0]} is given twice. Give it once.")
     return found

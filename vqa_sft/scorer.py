@@ -38,8 +38,8 @@ def groups_of(runs: Mapping[str, dict[str, Any]]) -> list[list[str]]:
         kind = None if folder == BASE else kind_of(folder)
         parts = [kind or folder, run["num_letters"], run["prompts"], run.get("precision")]
         parts += [run["recipe"].get(name) for name in _OF_BASE]
-        parts += [path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("*processor*.json"))]
-        parts += [path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("chat_template*"))]
+        for name in ("*processor*.json", "chat_template*"):  # damaged ones are found where they are loaded
+            parts += [path.read_text("utf-8", "replace") for path in sorted(Path(folder).glob(name)) if path.is_file()]
         groups.setdefault(json.dumps(parts, sort_keys=True, default=str), []).append(folder)
     return [*groups.values()]
 

@@ -124,6 +124,19 @@ def finish_block(folder: Path, beside: pa.Table) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a block stands in one file; a damaged one, of a machine that lost power, is removed and scored again."""
+    path = folder.with_name(folder.name + ".parquet")
+    try:
+        pq.read_table(path)
+    except FileNotFoundError:
+        return False
+    except (OSError, pa.ArrowException):
+        path.unlink()
+        return False
+    return True
+
+
 def read_blocks(folder: Path, num_pass: int) -> Iterator[pa.Table]:
     """The whole blocks of a pass, in their order."""
     number = 0

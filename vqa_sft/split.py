@@ -133,17 +133,27 @@ def write_parts(folder: str | Path, loaded: Sequence[Loaded], parts: Sequence[li
     unfinished.replace(Path(folder) / ROWS)
 
 
-def read_parts(folder: str | Path, loaded: Sequence[Loaded]) -> list[list[str] | None]:
-    """The parts that a run in this folder began with. Raises InputError when the data have other rows by now."""
+def read_parts(
+    folder: str | Path,
+    loaded: Sequence[Loaded],
+    hint: str = "Choose another output_dir, or give --overwrite to start anew.",
+) -> list[list[str] | None]:
+    """The parts that a run in this folder began with. Raises InputError, with the hint, when the data have other rows
+    by now."""
     is_stream = isinstance(loaded[0].examples, datasets.IterableDataset)
-    with (Path(folder) / ROWS).open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))[1:]
+    try:
+        with (Path(folder) / ROWS).open(newline="", encoding="utf-8") as file:
+            lines = [(part, row_id) for part, row_id in list(csv.reader(file))[1:]]
+    except (OSError, ValueError, csv.Error) as error:
+        raise InputError(
+            f"{Path(folder) / ROWS}, which says what the run was trained on, cannot be read ({error}). Train it again."
+        ) from error
     loaded = [data for data in loaded if not isinstance(data.examples, datasets.IterableDataset)]
     ids = [row_id for data in loaded for row_id in data.examples["id"]]
     if [row_id for _, row_id in lines] != ids:
         raise InputError(
             f"the run in {folder} began with {len(lines):,} rows, and the data have {len(ids):,} or other ids by now. "
-            "Choose another output_dir, or give --overwrite to start anew."
+            + hint
         )
     parts = iter(part for part, _ in lines)
     return [None] * is_stream + [[next(parts) for _ in range(len(data.examples))] for data in loaded]

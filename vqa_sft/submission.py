@@ -88,7 +88,7 @@ class Style:
             raise InputError(f"{path} has one column beside {id_name}; --answer-format {PROBABILITIES} needs {most}.")
         row_of = {row_id: i for i, row_id in enumerate(ids)}
         # Without texts, no cell is one.
-        texts = choices or [[f"\0{i}" for i in range(number)] for number in num_choices]
+        texts = choices or [[f"<choice {letter}>" for letter in LETTERS[:number]] for number in num_choices]
         cells = [(row[answers[0]], texts[row_of[row[id_name]]]) for row in rows]
         known = [(cell, texts) for cell, texts in cells if cell.casefold() not in UNKNOWN]
         answer_format = answer_format or _find_format(path, answers[0], known)
