@@ -22,7 +22,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,21 +36,21 @@ from vqa_sft.quiet import quiet
 
 quiet()
 
-from vqa_sft import out_of_fold, run_folder, shards
+from vqa_sft import run_folder, shards
 from vqa_sft.answers import FORMATS
 from vqa_sft.calibration import read_calibration, views_key
 from vqa_sft.columns import Columns, check_columns, with_context_of
 from vqa_sft.config import RecipeArguments
 from vqa_sft.data import Loaded, read_examples, stream_examples
-from vqa_sft.ensemble import AVERAGES, combine
+from vqa_sft.ensemble import AVERAGES
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown, name_rows
 from vqa_sft.mcq import LETTERS, view_orders
-from vqa_sft.predictions import Predictions, read_predictions, write_predictions
 from vqa_sft.problems import Problems
 from vqa_sft.prompts import Prompts
+from vqa_sft.results import block_of_parts, blocks_of_runs, check_outputs, write_results
 from vqa_sft.scan import scan_pictures
 from vqa_sft.split import VALIDATION, read_parts, select
-from vqa_sft.submission import PROBABILITIES, STYLES, Style, write
+from vqa_sft.submission import PROBABILITIES, STYLES, Style
 
 MOST_ORDERS = 120  # of one row; all of five choices
 
@@ -87,7 +86,7 @@ def main() -> None:
     # What to score, and how: all of it is in the run folders.
     folders = run_folder.runs_in(args.run)
     runs = {folder: base_run(args) if folder == "none" else run_folder.read_run(folder) for folder in folders}
-    check_outputs(args, folders)
+    check_outputs(Path(args.output), {"--data": args.data, "--template": args.template}, folders)
     data = read_data(args, runs)
     # A template of other rows and a damaged calibration are found before the rows are scored.
     style_of(args, data)
@@ -125,7 +124,7 @@ def main() -> None:
         passes = [Pass(group, [*range(len(group))], data.rows_of[group[0]]) for group in groups]
     goes_on = "goes on with what was scored."
     with explains_breakdown(f"for {args.output}", lambda: goes_on):
-        plan = describe_plan(args, runs, data) if is_main else {}
+        plan = describe_plan(args, runs, data) | {"precision": precisions} if is_main else {}
         parts, is_begun = launch.from_main(shards.open_parts(Path(args.output), plan) if is_main else None)
         if is_begun and is_main:
             print(f"Going on with what {parts} holds.")
@@ -145,8 +144,11 @@ def main() -> None:
                     blank = launch.from_main(found)
                 score(args, model, of_pass.runs, examples, blank, folder)
         if is_main:
-            metadata = views | {"precision": ", ".join(dict.fromkeys(precisions.values()))}
-            print(write_results(args, runs, data, passes, parts, metadata))
+            about = {folder: about_run(args, folder, run, views) for folder, run in runs.items()}
+            for group in groups:
+                for folder in group:
+                    about[folder]["precision"] = precisions[group[0]]
+            print(finish(args, data, about, len(passes), parts))
             shutil.rmtree(parts)
     launch.leave()
 
@@ -182,51 +184,24 @@ def score(
     state.wait_for_everyone()
 
 
-def write_results(
-    args: argparse.Namespace, runs: dict[str, dict], data: Data, passes: Sequence[Pass], parts: Path, metadata: dict
-) -> str:
-    """Write the prediction files and the submission from what was scored, block by block; what was done, in words."""
-    folders, output = [*runs], Path(args.output)
-    of_run = [about_run(args, folder, run, metadata) for folder, run in runs.items()]
-    together = of_run[0]
-    if len(folders) > 1:
-        together = {name: value for name, value in together.items() if name != "calibration"}
-        together["run"] = os.path.commonpath(list(map(os.path.abspath, folders)))
+def finish(args: argparse.Namespace, data: Data, about: dict[str, dict], num_passes: int, parts: Path) -> str:
+    """Write the results; what was done, in words. `about` holds the metadata of each run."""
+    blocks = blocks_of_runs(parts, num_passes)
     if args.part == VALIDATION:
-        together["split"] = VALIDATION if len(folders) == 1 else "out-of-fold"
-    style = style_of(args, data)
-    written: dict[Path, list[Path]] = {}
-
-    def put(path: Path, save: Any, *what: Any) -> None:
-        part = parts / f"{len(written.setdefault(path, []))}-{path.name}"
-        save(part, *what)
-        written[path].append(part)
-
-    num_rows, blanked = 0, []
-    for ids, answers, choices, blank, of_block in blocks_of_passes(args, passes, parts, data):
-        alone = [
-            Predictions(ids, logits, answers, about, blank, agreement)
-            for (logits, agreement), about in zip(of_block, of_run, strict=False)
-        ]
-        mean = alone[0]
-        if len(alone) > 1:
-            mean = combine(alone, folders, [1 / len(folders)] * len(folders), args.average_runs)
-            for folder, predictions in zip(folders, alone, strict=True):
-                put(path_of_run(output, folder, folders), write_predictions, predictions)
-        mean = replace(mean, metadata=mean.metadata | together)
-        put(output.with_suffix(".parquet"), write_predictions, mean)
-        put(output, write, mean, style, choices)
-        num_rows += len(ids)
-        blanked += [row_id for row_id, is_blank in zip(ids, blank, strict=True) if is_blank]
-    for path, pieces in written.items():
-        shards.join_files(pieces, path)
+        ids = [row_id for source in data.loaded for row_id in source.examples["id"]]
+        blocks = block_of_parts(parts, num_passes, ids)
+        for metadata in about.values():
+            metadata["split"] = VALIDATION if len(about) == 1 else "out-of-fold"
+    how = (style_of(args, data), args.average_runs)
+    num_rows, blanked = write_results(Path(args.output), parts, blocks, about, *how)
     said = f"Wrote {num_rows:,} answers to {args.output}"
     if blanked:
         said += f"\nGuessed without their pictures, which could not be used: {name_rows(blanked, num_rows)}"
-    bare = [folder for folder, about in zip(folders, of_run, strict=True) if "calibration" not in about]
-    if bare and folders != ["none"] and args.part == "all":
-        said += f"\nProbabilities are as they were scored: no temperature is known of {', '.join(bare)} for "
-        said += f"{views_key(metadata)}. To find one: --part validation with the same views, then vqa-sft calibrate."
+    bare = [folder for folder, metadata in about.items() if "calibration" not in metadata]
+    if bare and bare != ["none"] and args.part == "all":
+        key = views_key(about[bare[0]])
+        said += f"\nProbabilities are as they were scored: no temperature is known of {', '.join(bare)} for {key}. To "
+        said += "find one: --part validation with the same views, then vqa-sft calibrate."
     return said
 
 
@@ -254,68 +229,6 @@ def style_of(args: argparse.Namespace, data: Data) -> Style:
         return style
     letters = tuple(LETTERS[: data.num_choices])
     return replace(style, answers=letters, answer_format=PROBABILITIES, header=(style.id, *letters))
-
-
-def blocks_of_passes(args: argparse.Namespace, passes: Sequence[Pass], parts: Path, data: Data) -> Iterator[tuple]:
-    """(ids, answers, choices, blanked, and of each run its choice logits and agreement) of every block, the runs in the
-    order of the groups; of validation rows all at once, in the order of the data, each by the run that it belongs
-    to."""
-    names = ("id", "answer", "choices", "blanked")
-    if args.part == VALIDATION:
-        table = pa.concat_tables([table for i in range(len(passes)) for table in shards.read_blocks(parts, i)])
-        order = {row_id: i for i, row_id in enumerate(i for source in data.loaded for i in source.examples["id"])}
-        ids = table["id"].to_pylist()
-        table = table.take(sorted(range(len(ids)), key=lambda row: order[ids[row]]))
-        yield *(table[name].to_pylist() for name in names), _by_run(table)
-        return
-    for tables in zip(*(shards.read_blocks(parts, i) for i in range(len(passes))), strict=True):
-        yield *(tables[0][name].to_pylist() for name in names), [run for table in tables for run in _by_run(table)]
-
-
-def _by_run(table: pa.Table) -> list[tuple[list, list]]:
-    """Choice logits and agreement of every row, for each run."""
-    logits, agreement = (table[name].to_pylist() for name in ("choice_logits", "agreement"))
-    return list(zip(zip(*logits, strict=True), zip(*agreement, strict=True), strict=True))
-
-
-def check_outputs(args: argparse.Namespace, folders: Sequence[str]) -> None:
-    """Raises InputError where a file cannot be written, or would replace what we did not write."""
-    output = Path(args.output)
-    if output.suffix != ".csv":
-        raise InputError(f"--output must end in .csv; got {args.output or 'nothing'}.")
-    parquet = output.with_suffix(".parquet")
-    if args.data is not None and output.resolve() == Path(args.data).resolve():
-        raise InputError(f"--output is --data ({args.data}). Name another --output.")
-    if args.template is not None and output.resolve() == Path(args.template).resolve():
-        raise InputError(f"--output is --template ({args.template}). Name another --output.")
-    beside = {run_folder.VALIDATION: run_folder.RUN, out_of_fold.OUT_OF_FOLD: out_of_fold.METRICS}.get(parquet.name)
-    if beside and (output.parent / beside).is_file():
-        raise InputError(f"{parquet} holds the run's own validation predictions. Name another --output.")
-    if output.exists() and not is_ours(parquet) or parquet.exists() and not is_ours(parquet):
-        raise InputError(f"{output} or {parquet} exists and is none of our submissions. Name another --output.")
-    for path in [path_of_run(output, folder, folders) for folder in folders] * (len(folders) > 1):
-        if path.exists() and not is_ours(path):
-            raise InputError(f"{path} exists and is no prediction file. Name another --output.")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise InputError(f"{output} cannot be written: {error}.") from error
-
-
-def path_of_run(output: Path, folder: str, folders: Sequence[str]) -> Path:
-    """Where the prediction file of one of several runs stands: out.fold0.parquet, as short as tells them apart."""
-    parts = [Path(other).resolve().parts for other in folders]
-    length = next(n for n in range(1, 100) if len({own[-n:] for own in parts}) == len(parts))
-    return output.with_name(f"{output.stem}.{'_'.join(Path(folder).resolve().parts[-length:])}.parquet")
-
-
-def is_ours(parquet: Path) -> bool:
-    try:
-        return bool(read_predictions(parquet).metadata)
-    except InputError:
-        return False
 
 
 def parse_args() -> argparse.Namespace:

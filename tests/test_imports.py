@@ -31,6 +31,7 @@ WITHOUT_TORCH = (
     "doubt",
     "submission",
     "shards",
+    "results",
     "check",
     "fix",
     "report",
