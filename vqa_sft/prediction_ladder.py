@@ -6,7 +6,9 @@
 The tiny base learns the sets of vqa_sft/ladder.py in three folds, by recipes/demo.yaml with its defaults. Every way is
 recipes/predict.py: for the rows out of fold, on which `vqa-sft calibrate` finds a temperature for these views, and for
 test rows. "One fold" is the first of them; the other lines are three together (the mean of logarithms). Test rows are
-all different ones, but those of `digits` show each of its test pictures several times, with other wrong choices.
+all different ones, but those of `digits` show each of its test pictures several times, with other wrong choices. The
+folds have seen pictures of one size; "trained on sizes" is one more run of the first fold that has seen others, and is
+compared to its own first line.
 
 Brackets hold the middle 95% of 1,000 resamples of the rows; a difference to one order of one fold compares the same
 rows, both calibrated or both not.
@@ -42,20 +44,27 @@ VIEWS: dict[str, list[str]] = {
     "rotations x scales": ["--orders", "rotations", "--scales", SCALES],
 }
 FIRST = "one order"
+FOLDS, SIZED = "run", "run_sized"
+# Of sides between two and four tokens; the tower learns them too.
+SIZES = {"image_augmentation": 0.35, "min_pixels": 56**2, "max_pixels": 112**2 * 2, "adapt_tower": True}
+SIZES |= {"cache_image_features": False}
+Way = tuple[str, str, str]  # set, run, views
 
 
 @exits_with_message
 def main() -> None:
     args = parse_args()
-    commands = [train_command(args, name) for name in args.sets if not (args.work / name / "run.done").is_file()]
+    runs = [(name, run) for name in args.sets for run in (FOLDS, SIZED)]
+    commands = [train_command(args, *run) for run in runs if not (args.work / "_".join(run)).is_file()]
     run_all(commands, args)
-    for name in args.sets:
-        (args.work / name / "run.done").touch()
-    ways = [(name, views) for name in args.sets for views in args.views]
-    run_all([predict_command(args, *way, "validation") for way in ways], args)
+    for run in runs:
+        (args.work / "_".join(run)).touch()  # is done
+    ways: list[Way] = [(name, FOLDS, views) for name in args.sets for views in args.views]
+    ways += [(name, SIZED, views) for name in args.sets for views in args.views if views in (FIRST, "three scales")]
+    run_all([predict_command(args, way, "validation") for way in ways], args)
     for way in ways:
-        calibrate_run(args.work / way[0] / "run", file_of(args, *way, "validation"))
-    run_all([predict_command(args, *way, "test") for way in ways], args)
+        calibrate_run(args.work / way[0] / way[1], file_of(args, way, "validation"))
+    run_all([predict_command(args, way, "test") for way in ways], args)
     for name in args.sets:
         print(f"{name}: {SETS[name].about}\n\n{table(args, name)}\n")
 
@@ -106,27 +115,30 @@ def _unturned(folder: Path) -> list[dict]:
         return [row for row in csv.DictReader(file) if row["id"].endswith("/0")]
 
 
-def train_command(args: argparse.Namespace, name: str) -> list[str]:
+def train_command(args: argparse.Namespace, name: str, run: str) -> list[str]:
     folder = args.work / name
     if not (folder / "folds.csv").is_file():
         write_rows(folder, SETS[name], args.rows)
-    values = {"train_data": folder / "train.csv", "folds_file": folder / "folds.csv", "fold": "all"}
-    values |= {"output_dir": folder / "run", "num_train_epochs": SETS[name].num_epochs, "validation_fraction": 0}
+    values = {"train_data": folder / "train.csv", "folds_file": folder / "folds.csv", "validation_fraction": 0}
+    values |= {"fold": "all"} if run == FOLDS else SIZES | {"fold": 0}
+    values |= {"output_dir": folder / run, "num_train_epochs": SETS[name].num_epochs}
     values |= {"use_cpu": args.use_cpu, "compile_layers": False, "disable_tqdm": True}
     tokens = [str(token) for key, value in values.items() for token in (f"--{key}", value)]
     return [str(ROOT / "recipes" / "sft.py"), "--config", str(DEMO), *tokens]
 
 
-def predict_command(args: argparse.Namespace, name: str, views: str, part: str) -> list[str]:
+def predict_command(args: argparse.Namespace, way: Way, part: str) -> list[str]:
+    name, run, views = way
     folder = args.work / name
-    command = [str(ROOT / "recipes" / "predict.py"), "--run", str(folder / "run"), "--batch_size", "256"]
-    command += ["--output", str(file_of(args, name, views, part).with_suffix(".csv")), *VIEWS[views]]
+    command = [str(ROOT / "recipes" / "predict.py"), "--run", str(folder / run), "--batch_size", "256"]
+    command += ["--output", str(file_of(args, way, part).with_suffix(".csv")), *VIEWS[views]]
     command += ["--part", "validation"] if part == "validation" else ["--data", str(folder / "test.csv")]
     return command + ["--use_cpu"] * args.use_cpu
 
 
-def file_of(args: argparse.Namespace, name: str, views: str, part: str) -> Path:
-    return args.work / name / f"{part}_{views.replace(' ', '_')}.parquet"
+def file_of(args: argparse.Namespace, way: Way, part: str) -> Path:
+    name, run, views = way
+    return args.work / name / f"{run}_{part}_{views.replace(' ', '_')}.parquet"
 
 
 def run_all(commands: Sequence[list[str]], args: argparse.Namespace) -> None:
@@ -161,26 +173,29 @@ def _wait(process: subprocess.Popen, log: Path) -> None:
 
 def read_ways(args: argparse.Namespace, name: str) -> dict[str, tuple[list[np.ndarray], list[np.ndarray], list[int]]]:
     """Of every line of the table: probabilities as they were scored, and calibrated, and the answers."""
-    ways = {}
+    one, three, sized = {}, {}, {}
     for views in args.views:
-        mean = file_of(args, name, views, "test")
+        mean = file_of(args, (name, FOLDS, views), "test")
         folds: list[Predictions] = [
             read_predictions(mean.with_name(f"{mean.stem}.fold{fold}.parquet")) for fold in range(NUM_FOLDS)
         ]
         raw = [softmax(fold.choice_logits) for fold in folds]
         answers = [int(answer) for answer in folds[0].answers]
-        ways[f"one fold, {views}"] = raw[0], folds[0].probs, answers
+        one[f"one fold, {views}"] = raw[0], folds[0].probs, answers
         together = pool(np.array(raw), [1 / NUM_FOLDS] * NUM_FOLDS, "log")
-        ways[f"three folds, {views}"] = together, read_predictions(mean).probs, answers
-    return dict(sorted(ways.items(), key=lambda way: way[0].startswith("three")))  # stable
+        three[f"three folds, {views}"] = together, read_predictions(mean).probs, answers
+        if (path := file_of(args, (name, SIZED, views), "test")).is_file():
+            found = read_predictions(path)
+            sized[f"trained on sizes, {views}"] = softmax(found.choice_logits), found.probs, answers
+    return one | three | sized
 
 
 def table(args: argparse.Namespace, name: str) -> str:
     ways = read_ways(args, name)
     head = ["", "accuracy", "NLL", "calibrated NLL", "ECE", "calibrated ECE", "NLL - first", "calibrated NLL - first"]
     lines = [head, ["---"] * len(head)]
-    first = ways[f"one fold, {FIRST}"]
     for way, (raw, calibrated, answers) in ways.items():
+        first = ways[("trained on sizes, " if way.startswith("trained") else "one fold, ") + FIRST]
         before, after = with_intervals(raw, answers), with_intervals(calibrated, answers)
         cells = [_cell(before, "accuracy"), *(_cell(found, key) for key in ("nll", "ece") for found in (before, after))]
         for probs, others in ((raw, first[0]), (calibrated, first[1])):

@@ -1,0 +1,58 @@
+"""What each way of predicting is worth: its rows, its commands and its table."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from vqa_sft import prediction_ladder
+from vqa_sft.prediction_ladder import FIRST, difference, write_rows
+from vqa_sft.tiny.numbers import SETS, TaskSet
+
+
+def test_digits_are_asked_about_again_with_other_wrong_choices(tmp_path):
+    task = TaskSet("", 30, 1, 1, num_test=10)
+    write_rows(tmp_path, task, 25)
+    with (tmp_path / "test.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    assert len({row["id"] for row in rows}) == 25 and len({row["path"] for row in rows}) == 10
+    again = [row for row in rows if row["path"] == rows[0]["path"]]
+    assert len({tuple(sorted(row[letter] for letter in "abcd")) for row in again}) > 1
+    assert len({row[row["answer"]] for row in again}) == 1  # the digit stays what it is
+    with (tmp_path / "folds.csv").open() as file:
+        assert sorted({row["fold"] for row in csv.DictReader(file)}) == ["0", "1", "2"]
+
+
+def test_a_difference_compares_the_same_rows():
+    rng = np.random.default_rng(0)
+    hard = rng.exponential(size=2000)  # what a row costs whoever answers it
+    mean, low, high = map(
+        float, difference(hard - 0.01, hard).replace("[", "").replace("]", "").replace(",", "").split()
+    )
+    assert mean == low == high == pytest.approx(-0.01)
+
+
+def test_the_table_has_a_line_for_every_way_and_goes_on_with_what_is_done(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SETS, "few", TaskSet("a handful", 60, 1))
+    arguments = [
+        "--sets",
+        "few",
+        "--rows",
+        "20",
+        "--views",
+        FIRST,
+        "three scales",
+        "--work",
+        str(tmp_path),
+        "--use_cpu",
+    ]
+    monkeypatch.setattr("sys.argv", ["prediction_ladder", *arguments, "--jobs", "2"])
+    prediction_ladder.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "---" not in line]
+    names = [line.split("|")[1].strip() for line in lines]
+    of_run = ("one fold", "three folds", "trained on sizes")
+    assert names == ["", *(f"{run}, {views}" for run in of_run for views in (FIRST, "three scales"))]
+    assert all(len(line.split("|")) == 10 for line in lines)
+    monkeypatch.setattr(prediction_ladder, "train_command", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(prediction_ladder, "run_all", lambda commands, args: None)
+    prediction_ladder.main()
