@@ -14,7 +14,6 @@ What is scored is kept in submission.csv.parts/ as it comes: the same command go
 """
 
 import argparse
-import glob
 import hashlib
 import json
 import math
@@ -49,10 +48,13 @@ from vqa_sft.problems import Problems
 from vqa_sft.prompts import Prompts
 from vqa_sft.results import block_of_parts, blocks_of_runs, check_outputs, write_results
 from vqa_sft.scan import scan_pictures
+from vqa_sft.sources import find_files
 from vqa_sft.split import VALIDATION, read_parts, select
 from vqa_sft.submission import PROBABILITIES, STYLES, Style
 
 MOST_ORDERS = 120  # of one row; all of five choices
+# What a run's or a base's numbers depend on, and not what is made of them later.
+MODEL_FILES = ("*.safetensors", "run.json", "*config.json", "chat_template*", "tokenizer*")
 
 
 @dataclass
@@ -318,6 +320,8 @@ def parse_args() -> argparse.Namespace:
         raise InputError("--data is missing: the rows to score.")
     if args.part == VALIDATION and (args.streaming or args.limit or args.template):
         raise InputError("--part validation scores the run's own rows: no --streaming, --limit or --template with it.")
+    if args.part == VALIDATION and args.on_bad_image != "error":
+        raise InputError("--part validation: bad pictures were found in training. Leave --on_bad_image out.")
     if args.template and args.streaming:
         raise InputError("--template needs rows that are known. Leave it out, and give it to vqa-sft submit later.")
     for name, low in (("batch_size", 1), ("num_workers", 0), ("limit", 1)):
@@ -392,7 +396,8 @@ def read_data(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
         return read_validation(args, runs)
     options = data_options(args, run["recipe"], trained)
     if args.streaming:
-        loaded = stream_examples(args.data, answers="optional", **options)
+        known = [other["num_letters"] for other in runs.values() if other["num_letters"]]
+        loaded = stream_examples(args.data, answers="optional", max_choices=min(known, default=None), **options)
     else:
         loaded = read_examples(args.data, answers="optional", **options)
         loaded.problems.raise_if_any(loaded.name)
@@ -411,10 +416,11 @@ def read_validation(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
         options["image_root"] = args.image_root or own.image_root
         named = [(args.data or own.train_data, own.train_split)]
         named += [(own.validation_data, own.validation_split)] * (own.validation_data is not None)
+        named = named[own.streaming :]  # a stream is trained on as a whole
+        if not named:
+            raise InputError(f"{folder} was trained without validation rows. Give --data with rows it has not seen.")
         key = repr((named, options))
         if key not in sources:
-            if own.streaming:
-                named = named[1:]  # a stream is trained on as a whole
             sources[key] = [read_examples(source, split=split, **options) for source, split in named]
             for source in sources[key]:
                 source.problems.raise_if_any(source.name)
@@ -437,8 +443,12 @@ def blocks_of(examples: Dataset | IterableDataset) -> Iterator[Dataset]:
     if isinstance(examples, Dataset):
         yield examples
         return
-    rows = []
+    rows: list[dict] = []
+    seen: set[int] = set()  # some ninety bytes a row
     for row in examples:
+        if hash(row["id"]) in seen:
+            raise InputError(f"the id {row['id']} stands more than once in the data. Give every row one of its own.")
+        seen.add(hash(row["id"]))
         rows.append(row)
         if len(rows) == shards.BLOCK_ROWS:
             yield Dataset.from_list(rows, features=examples.features)
@@ -460,12 +470,12 @@ def load_options(args: argparse.Namespace, data: Data) -> dict[str, Any]:
 def describe_plan(args: argparse.Namespace, runs: dict[str, dict], data: Data) -> dict[str, Any]:
     """What the numbers depend on: another plan begins anew."""
     names = ("model", "part", "data", "orders", "scales", "average", "batch_size", "on_bad_image", "streaming")
-    names += ("min_pixels", "max_pixels", "limit", "use_cpu")
+    names += ("min_pixels", "max_pixels", "limit", "use_cpu", "columns", "keep_rows", "image_root", "split")
+    names += ("data_config", "encoding", "answer_format")
     plan: dict[str, Any] = {name: getattr(args, name) for name in names}
-    for folder in runs:
-        files = sorted(Path(folder).glob("*.safetensors")) + [Path(folder) / run_folder.RUN]
-        facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files if path.is_file()]
-        plan.setdefault("runs", []).append([folder, facts])
+    for folder in [*runs, *{run["recipe"]["model_name_or_path"] for run in runs.values()}]:  # a base may be a folder
+        files = [path for pattern in MODEL_FILES for path in sorted(Path(folder).glob(pattern))]
+        plan.setdefault("models", []).append([folder, [describe_file(path) for path in files]])
     digest = hashlib.sha256()
     for source in data.loaded:
         digest.update(f"{source.name} {source.columns}".encode())
@@ -474,8 +484,8 @@ def describe_plan(args: argparse.Namespace, runs: dict[str, dict], data: Data) -
                 pictures = [describe_picture(image) for image in row.pop("images")]
                 digest.update(json.dumps([row, pictures]).encode())
         else:  # its rows are not known: the files that they come from
-            files = sorted(path for path in glob.glob(args.data, recursive=True) if os.path.isfile(path))
-            digest.update(json.dumps([describe_picture({"bytes": None, "path": path}) for path in files]).encode())
+            files = find_files([args.data]) or sorted(Path(args.data).rglob("*"))
+            digest.update(json.dumps([describe_file(path) for path in files]).encode())
     return plan | {"rows": digest.hexdigest()}
 
 
@@ -483,11 +493,15 @@ def describe_picture(image: dict) -> list:
     """What tells one {bytes, path} from another: its content, or the path, size and time of its file."""
     if image["bytes"] is not None:
         return [hashlib.sha256(image["bytes"]).hexdigest()]
+    return describe_file(image["path"])
+
+
+def describe_file(path: str | Path) -> list:
     try:
-        facts = os.stat(image["path"])
+        facts = os.stat(path)
     except (OSError, ValueError):
-        return [image["path"]]
-    return [image["path"], facts.st_size, facts.st_mtime_ns]
+        return [str(path)]
+    return [str(path), facts.st_size, facts.st_mtime_ns]
 
 
 def find_blank(loaded: Loaded, on_bad_image: str) -> dict[str, tuple[int, ...]]:

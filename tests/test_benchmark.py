@@ -63,5 +63,6 @@ def test_every_kind_of_case_runs_on_a_cpu(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("sys.argv", ["benchmark", "--tiny", "--steps", "2", "--work", str(tmp_path)])
     benchmark.main()
     lines = [line.split("|") for line in capfd.readouterr().out.splitlines() if line.startswith("|")][2:]
-    assert [line[1].strip() for line in lines] == ["TRL", "train", "cached features", "score"]
+    scored = ["score", "rotations", "five runs", "one row at a time"]
+    assert [line[1].strip() for line in lines] == ["TRL", "train", "cached features", *scored]
     assert all(float(line[3]) > 0 for line in lines)

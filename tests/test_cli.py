@@ -262,7 +262,7 @@ def test_help_says_what_a_command_does_with_an_example(command, run):
 def test_every_command_of_the_docs_exists_with_its_options(run):
     text = (Path(__file__).parent.parent / "docs" / "prediction.md").read_text(encoding="utf-8").replace("\\\n", " ")
     commands = [line.split() for line in text.splitlines() if line.startswith("    vqa-sft ")]
-    assert {words[1] for words in commands} == {"score", "calibrate", "ensemble", "submit", "diff", "doubt"}
+    assert {words[1] for words in commands} == {"score", "calibrate", "ensemble", "submit", "diff", "doubt", "merge"}
     for words in commands:
         _, shown, _ = run(words[1], "--help")
         assert all(word in shown for word in words if word.startswith("--")), words
@@ -301,7 +301,7 @@ def test_from_validation_to_submission(tmp_path, run):
     [
         ("score", "nowhere.parquet"),
         ("calibrate", "nowhere"),
-        ("ensemble", "nowhere.parquet", "nowhere.parquet", "--output", "out.parquet"),
+        ("ensemble", "nowhere.parquet", "nothing.parquet", "--output", "out.parquet"),
         ("submit", "nowhere.parquet", "--output", "s.csv"),
         ("diff", "nowhere.csv", "nowhere.csv"),
         ("doubt", "nowhere.parquet"),

@@ -11,17 +11,21 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import RECIPES, run_script, write_contest
+from conftest import RECIPES, run_script, write_contest, write_csv
 from PIL import Image
 
-from vqa_sft import Predictor, scoring, shards
+from vqa_sft import Predictor, data, run_folder, scoring, shards
+from vqa_sft.calibration import read_calibration
+from vqa_sft.data import read_examples, stream_examples
 from vqa_sft.errors import InputError
 from vqa_sft.folds import write_folds
 from vqa_sft.metrics import softmax
-from vqa_sft.predictions import read_predictions
+from vqa_sft.out_of_fold import write_out_of_fold
+from vqa_sft.predictions import read_predictions, write_predictions
 from vqa_sft.tiny import TINY_PATH
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -421,3 +425,53 @@ def test_a_predictor_takes_pictures_and_choices_of_any_usual_kind(predictor):
     assert predictor([picture], ["What?"], [np.array(["1", "2"])])[0] == pytest.approx(expected, abs=1e-6)
     for other in (Image.new("RGB", (1, 1)), Image.new("I;16", (40, 40)), picture.convert("L"), None):
         assert predictor(other, "What?", TWO).sum() == pytest.approx(1)
+
+
+def test_folds_that_a_later_training_put_aside_are_not_scored(three, tmp_path):
+    _, run = three
+    for name in ("fold0", "fold1", "fold0.old", "fold1_merged"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / run_folder.MARKER).touch()
+    assert run_folder.runs_in([str(tmp_path)]) == [str(tmp_path / "fold0"), str(tmp_path / "fold1")]
+
+
+def test_new_out_of_fold_predictions_end_an_earlier_temperature(three, tmp_path):
+    _, run = three
+    shutil.copytree(run, tmp_path / "run")
+    folds = [tmp_path / "run" / f"fold{fold}" for fold in range(3)]
+    write_out_of_fold(tmp_path / "run", folds)
+    (tmp_path / "run" / "calibration.json").write_text('{"orders identity": {"temperature": 2.0}}')
+    write_out_of_fold(tmp_path / "run", folds)  # the same as before
+    assert read_calibration(folds[0], {}).temperature == 2
+    shutil.copytree(folds[0], tmp_path / "run" / "soup")
+    assert read_calibration(tmp_path / "run" / "soup", {}) is None  # lies beside the folds and is none of them
+    changed = read_predictions(folds[0] / "validation.parquet")
+    changed.choice_logits[0] = [-1.0, -2.0, -3.0, -0.5]
+    write_predictions(folds[0] / "validation.parquet", changed)
+    write_out_of_fold(tmp_path / "run", folds)
+    assert read_calibration(folds[0], {}) is None
+
+
+def test_an_id_twice_in_a_stream_is_told(three, tmp_path, capsys, monkeypatch):
+    contest, run = three
+    monkeypatch.setattr(data, "_HEAD", 10)  # rows that are read before the others
+    with (contest / "test.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    (tmp_path / "images").symlink_to(contest / "images")
+    write_csv(tmp_path / "test.csv", [row | {"id": f"row_{number % 20}"} for number, row in enumerate(rows)])
+    with pytest.raises(SystemExit):
+        predict(run / "fold0", tmp_path / "out.csv", "--data", tmp_path / "test.csv", "--streaming")
+    assert "row_0 stands more than once" in capsys.readouterr().err
+
+
+def test_rows_left_out_of_a_stream_do_not_change_the_numbers_of_the_others(tmp_path):
+    pictures = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "blue", "black")]
+    rows = {"image": pictures, "question": [f"Which, {i}?" for i in range(4)], "choices": [["a", "b"]] * 4}
+    features = {"image": datasets.Image(), "question": datasets.Value("string"), "part": datasets.Value("string")}
+    features |= {"choices": datasets.List(datasets.Value("string"))}
+    rows["part"] = ["x", "y", "x", "y"]
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(tmp_path / "saved")
+    how = {"answers": "optional", "keep_rows": {"part": "y"}}
+    streamed = [(row["id"], row["question"]) for row in stream_examples(str(tmp_path / "saved"), **how).examples]
+    examples = read_examples(str(tmp_path / "saved"), **how).examples
+    assert streamed == [(row["id"], row["question"]) for row in examples] == [("1", "Which, 1?"), ("3", "Which, 3?")]

@@ -85,6 +85,18 @@ def test_what_cannot_be_asked_is_an_input_error(three):  # noqa: F811
         vqa_sft.Predictor(run / "fold7")
 
 
+def test_a_run_that_was_trained_with_contexts_asks_for_one(three):  # noqa: F811
+    contest, run = three
+    predict = vqa_sft.Predictor(run / "fold0", use_cpu=True)
+    (path,), (question,), (choices,) = asked(contest, rows_of(contest)[:1])
+    bare = predict(path, question, choices)
+    assert not np.allclose(predict(path, question, choices, context="It is night, and all is dark."), bare, atol=1e-9)
+    predict.has_context = True
+    with pytest.raises(InputError, match="trained with contexts, and question 1 has none"):
+        predict(path, question, choices)
+    np.testing.assert_array_equal(predict([path], [question], [choices], [""])[0], bare)
+
+
 def test_the_package_itself_needs_no_torch():
     code = "import sys, vqa_sft; assert 'torch' not in sys.modules; vqa_sft.Predictor; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -69,6 +69,7 @@ def test_tokens_that_all_rows_begin_with_stand_once(road):
     plain = AnswerCollator(processor, Prompts(), 4)
     packed = AnswerCollator(processor, Prompts(), 4, packer=speed.pack_rows(model.get_base_model(), "fp32"))
     system = processor.tokenizer(render_prompt(processor, rows[2], range(4), Prompts()).split(rows[2]["question"])[0])
+    packed.shares_pictures = False  # as in training
     batch = packed(rows)
     places, own, copies = batch["shared_prefix"]
     # Up to the user's turn, for one of the rows has no picture.

@@ -178,7 +178,8 @@ def read_calibration(folder: str | Path, metadata: Mapping[str, Any]) -> Calibra
     """
     folder, key = Path(folder).resolve(), views_key(metadata)
     entry = _read_entries(folder).get(key)
-    if entry is None and (folder.parent / OUT_OF_FOLD).is_file():
+    is_fold = folder.name.startswith("fold") and folder.name[4:].isdecimal()
+    if entry is None and is_fold and (folder.parent / OUT_OF_FOLD).is_file():
         entry = _read_entries(folder.parent).get(key)
     return None if entry is None else Calibration(entry["temperature"], entry.get("bias"))
 

@@ -51,6 +51,7 @@ _READ_SCHEMA = FEATURES.arrow_schema.remove(4).append(pa.field("cell", pa.string
 _BATCH = 1_000  # rows turned into Arrow at a time
 _HEAD = 1_000  # rows of a stream that tell its columns, answer format and number of choices
 _PARTS = 16  # workers and processes among which a streamed text file can be dealt
+_NUMBER = "vqa_sft_number"  # of a streamed row in its source
 _LONG_TEXT = 20_000  # characters, some five thousand tokens
 # How JPEG, PNG, GIF and WebP begin in base64: benchmark files in TSV hold their pictures so.
 _BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
@@ -189,10 +190,11 @@ def stream_examples(
     reader.settle_answers(lambda: ((row["cell"], row["choices"]) for row in head), answer_format)
     reader.max_choices = max_choices or max(len(row["choices"]) for row in head)
     if reader.inside:
-        examples = opened.table.filter(reader.keeps) if keep_rows else opened.table
-        examples = examples.map(
-            reader.example, with_indices=True, remove_columns=opened.columns, features=reader.features
-        )
+        # Numbered before rows are left out: without a column for them, ids are those numbers.
+        numbered = opened.table.map(_number, with_indices=True)
+        numbered = numbered.filter(reader.keeps) if keep_rows else numbered
+        dropped = [*opened.columns, _NUMBER]
+        examples = numbered.map(reader.numbered_example, remove_columns=dropped, features=reader.features)
     else:
         # In training every part reads the whole text and yields each sixteenth row: text is cheap, and workers share
         # the pictures. Prediction keeps the order of the rows.
@@ -203,6 +205,10 @@ def stream_examples(
         examples = examples.take(limit)
     notes = [*opened.notes, safe(f"{opened.name}: a stream; {reader.columns.describe()}")]
     return Loaded(opened.name, examples, reader.columns, reader.problems, (), notes, reader.max_choices)
+
+
+def _number(row: dict, number: int) -> dict:
+    return row | {_NUMBER: number}
 
 
 def _stream_parts(reader: "RowReader", parts: list[int], num_parts: int) -> Iterator[dict]:
@@ -288,6 +294,9 @@ class RowReader:
                     self.problems.add("path_outside", texts["id"], number, picture["path"][:60])
             self.problems.raise_if_any(self.source.name)
         return texts | {"answer": answer}
+
+    def numbered_example(self, row: dict) -> dict:
+        return self.example(row, row[_NUMBER])
 
     def read(self, number: int, folder: str | None, row: dict) -> dict:
         """The canonical fields of a row but for `answer`, whose cell stays text until its format is known."""

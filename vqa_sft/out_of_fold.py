@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vqa_sft import run_folder
+from vqa_sft.calibration import CALIBRATION
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.metrics import all_metrics, softmax, with_intervals
 from vqa_sft.predictions import Predictions, read_predictions, write_predictions
@@ -35,7 +36,11 @@ def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
     ids = [row_id for row_id in data[str(runs[0])] if row_id in row_of]
     logits, answers = zip(*(row_of[row_id] for row_id in ids), strict=True)
     metadata = next(iter(parts.values())).metadata | {"run": str(folder), "split": "out-of-fold", "folds": [*parts]}
-    write_predictions(Path(folder) / OUT_OF_FOLD, Predictions(ids, [*logits], [*answers], metadata))
+    file = Path(folder) / OUT_OF_FOLD
+    before = file.read_bytes() if file.is_file() else None
+    write_predictions(file, Predictions(ids, [*logits], [*answers], metadata))
+    if file.read_bytes() != before:  # temperatures were those of other weights
+        (Path(folder) / CALIBRATION).unlink(missing_ok=True)
 
     probs = softmax(logits)
     values, content = all_metrics(probs, answers), {"rows": len(ids)} | with_intervals(probs, answers)

@@ -54,6 +54,12 @@ Way = tuple[str, str, str]  # set, run, views
 @exits_with_message
 def main() -> None:
     args = parse_args()
+    for name in args.sets:
+        if not (args.work / name / f"{args.rows}_rows").is_file():
+            write_rows(args.work / name, SETS[name], args.rows)
+            for other in (args.work / name).glob("*_rows"):
+                other.unlink()
+            (args.work / name / f"{args.rows}_rows").touch()
     runs = [(name, run) for name in args.sets for run in (FOLDS, SIZED)]
     commands = [train_command(args, *run) for run in runs if not (args.work / "_".join(run)).is_file()]
     run_all(commands, args)
@@ -117,8 +123,6 @@ def _unturned(folder: Path) -> list[dict]:
 
 def train_command(args: argparse.Namespace, name: str, run: str) -> list[str]:
     folder = args.work / name
-    if not (folder / "folds.csv").is_file():
-        write_rows(folder, SETS[name], args.rows)
     values = {"train_data": folder / "train.csv", "folds_file": folder / "folds.csv", "validation_fraction": 0}
     values |= {"fold": "all"} if run == FOLDS else SIZES | {"fold": 0}
     values |= {"output_dir": folder / run, "num_train_epochs": SETS[name].num_epochs}

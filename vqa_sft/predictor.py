@@ -5,6 +5,7 @@ predict("cat.jpg", "What is it?", ["a cat", "a dog"])                      ->  a
 predict([one, other], ["What?", "Which?"], [["a", "b"], ["x", "y", "z"]])  ->  a list of two arrays
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -58,6 +59,7 @@ class Predictor:
             raise InputError(f"one model cannot score {', '.join(folders) or 'no run'}. Give runs of one kind.")
         PartialState(cpu=use_cpu)
         self.num_choices = described[folders[0]]["num_letters"]
+        self.has_context = described[folders[0]]["columns"].get("context") is not None
         if orders == "all" and math.factorial(self.num_choices) > MOST_ORDERS:
             raise InputError(f"{self.num_choices} choices have too many orders for all. Give rotations, or a number.")
         self.scorer = scorer.load(
@@ -79,28 +81,32 @@ class Predictor:
         images: Picture | Sequence[Picture] | None,
         question: str | Sequence[str],
         choices: Sequence[str] | Sequence[Sequence[str]],
+        context: str | Sequence[str] | None = None,
     ) -> np.ndarray | list[np.ndarray]:
         """Probabilities (C,) of the choices of one question about `images`: a picture, several, or None. Of lists of
         questions, pictures of each, and choices of each, a list of them. A picture is a path, the bytes of a file, or
         a PIL image."""
         if isinstance(question, str):
-            return self._of_rows([self._row(0, images, question, choices)])[0]
-        for what, value in (("questions", question), ("pictures", images), ("choices", choices)):
+            return self._of_rows([self._row(0, images, question, choices, context)])[0]
+        if context is None and hasattr(question, "__len__"):
+            context = [None] * len(question)
+        for what, value in (("questions", question), ("pictures", images), ("choices", choices), ("contexts", context)):
             if isinstance(value, Picture) or not hasattr(value, "__len__"):
                 raise InputError(
                     f"{what} of several questions are a list; got {_shown(value)}. One question is a str, beside one "
                     "picture and one list of choices."
                 )
-        if not len(images) == len(question) == len(choices):
+        if not len(images) == len(question) == len(choices) == len(context):
             raise InputError(
                 f"there must be as many questions as pictures and choices; got {len(question)} questions, "
-                f"{len(images)} pictures and {len(choices)} lists of choices."
+                f"{len(images)} pictures, {len(choices)} lists of choices and {len(context)} contexts."
             )
-        rows = [self._row(number, *of_row) for number, of_row in enumerate(zip(images, question, choices, strict=True))]
+        together = enumerate(zip(images, question, choices, context, strict=True))
+        rows = [self._row(number, *of_row) for number, of_row in together]
         size = max(1, self.batch_size // len(view_orders(self.num_choices, self.orders)))
         return [probs for start in range(0, len(rows), size) for probs in self._of_rows(rows[start : start + size])]
 
-    def _row(self, number: int, images: Any, question: str, choices: Sequence[str]) -> dict:
+    def _row(self, number: int, images: Any, question: str, choices: Sequence[str], context: str | None) -> dict:
         """An example as data.py would read it."""
         row = f"question {number + 1}"
         if isinstance(choices, str | bytes | Mapping | Set) or not hasattr(choices, "__iter__"):
@@ -126,9 +132,14 @@ class Predictor:
             )
         with explains((ValueError, OSError), f"a picture of {row} cannot be read"):
             sources = [source_of(image) for image in images]
-        texts = {"question": question, "choices": choices, "context": ""}
+        if context is None and self.has_context:
+            raise InputError(f"the run was trained with contexts, and {row} has none. Give context, '' for no text.")
+        _check_text(context or "", f"the context of {row}", str)
+        texts = {"question": question, "choices": choices, "context": context or ""}
         kind = find_type(texts["question"], choices)
-        return texts | {"id": str(number), "images": sources, "answer": None, "question_type": kind}
+        # By which orders are drawn where only some are taken: that of the texts, wherever they stand in a list.
+        row_id = hashlib.sha256("\n".join([question, *choices]).encode()).hexdigest()[:16]
+        return texts | {"id": row_id, "images": sources, "answer": None, "question_type": kind}
 
     @torch.no_grad()
     def _of_rows(self, rows: list[dict]) -> list[np.ndarray]:

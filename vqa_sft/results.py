@@ -127,7 +127,7 @@ def check_outputs(output: Path, inputs: Mapping[str, str | None], folders: Seque
 def path_of_run(output: Path, folder: str, folders: Sequence[str]) -> Path:
     """Where the prediction file of one of several runs stands: out.fold0.parquet, as short as tells them apart."""
     parts = [Path(other).resolve().parts for other in folders]
-    length = next(n for n in range(1, 100) if len({own[-n:] for own in parts}) == len(parts))
+    length = next(n for n in range(1, 100) if len({"_".join(own[-n:]) for own in parts}) == len(parts))
     return output.with_name(f"{output.stem}.{'_'.join(Path(folder).resolve().parts[-length:])}.parquet")
 
 

@@ -204,7 +204,8 @@ def runs_in(folders: Sequence[str]) -> list[str]:
     found = []
     for folder in folders:
         folds = sorted(Path(folder).glob("fold*"), key=lambda path: (len(path.name), path.name))
-        folds = [str(path) for path in folds if (path / MARKER).is_file()]
+        # And not fold0.old, which a later training put aside.
+        folds = [str(path) for path in folds if path.name[4:].isdecimal() and (path / MARKER).is_file()]
         found += folds if folds and not is_finished(folder) else [folder]
     places = [Path(folder).resolve() for folder in found]
     twice = [folder for number, folder in enumerate(found) if places[number] in places[:number]]

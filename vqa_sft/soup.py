@@ -18,13 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vqa_sft import run_folder
+from vqa_sft.calibration import CALIBRATION
 from vqa_sft.errors import InputError
 from vqa_sft.split import ROWS
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Not of the soup: what one of the runs learnt, answered or was told.
 OWN_FILES = {CONFIG, WEIGHTS, run_folder.RUN, run_folder.METRICS, run_folder.RECIPE, run_folder.VALIDATION}
-OWN_FILES |= {ROWS, "README.md", "training_args.bin"}
+OWN_FILES |= {ROWS, CALIBRATION, "README.md", "training_args.bin"}
 ZERO = 1e-6  # singular values below this share of the largest are rounding
 # Other ways to adapt than s B A; where one is on, the mean is not known.
 VARIANTS = (
