@@ -444,7 +444,7 @@ def blocks_of(examples: Dataset | IterableDataset) -> Iterator[Dataset]:
         yield examples
         return
     rows: list[dict] = []
-    seen: set[int] = set()  # some ninety bytes a row
+    seen: set[int] = set()  # 70 to 90 bytes a row
     for row in examples:
         if hash(row["id"]) in seen:
             raise InputError(f"the id {row['id']} stands more than once in the data. Give every row one of its own.")
