@@ -43,7 +43,7 @@ from vqa_sft.config import RecipeArguments
 from vqa_sft.data import Loaded, read_examples, stream_examples
 from vqa_sft.ensemble import AVERAGES
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown, name_rows
-from vqa_sft.mcq import LETTERS, view_orders
+from vqa_sft.mcq import LETTERS, MOST_ORDERS, view_orders
 from vqa_sft.problems import Problems
 from vqa_sft.prompts import Prompts
 from vqa_sft.results import block_of_parts, blocks_of_runs, check_outputs, write_results
@@ -52,7 +52,6 @@ from vqa_sft.sources import find_files
 from vqa_sft.split import VALIDATION, read_parts, select
 from vqa_sft.submission import PROBABILITIES, STYLES, Style
 
-MOST_ORDERS = 120  # of one row; all of five choices
 # What a run's or a base's numbers depend on, and not what is made of them later.
 MODEL_FILES = ("*.safetensors", "run.json", "*config.json", "chat_template*", "tokenizer*")
 

@@ -17,6 +17,7 @@ import string
 from collections.abc import Sequence
 
 LETTERS = string.ascii_uppercase
+MOST_ORDERS = 120  # in which a row is scored; all of five choices
 
 
 def identity_order(num_choices: int) -> tuple[int, ...]:

@@ -22,12 +22,11 @@ from vqa_sft.calibration import Calibration, read_calibration
 from vqa_sft.ensemble import AVERAGES, combine
 from vqa_sft.errors import InputError, explains, printable
 from vqa_sft.images import source_of
-from vqa_sft.mcq import LETTERS, view_orders
+from vqa_sft.mcq import LETTERS, MOST_ORDERS, view_orders
 from vqa_sft.predictions import Predictions
 from vqa_sft.question_types import find_type
 
 Picture = str | Path | bytes | Image.Image
-MOST_ORDERS = 120  # of one row, as in recipes/predict.py
 
 
 class Predictor:

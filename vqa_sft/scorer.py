@@ -59,7 +59,6 @@ class Scorer:
     num_letters: int
     letter_ids: torch.Tensor
     precision: str
-    base_model: str
     packer: Packer | None
     adapters: Adapters | None
     store: cache.FeatureStore | None
@@ -129,7 +128,6 @@ def load(
         num_letters=num_letters,
         letter_ids=letter_ids,
         precision=precision,
-        base_model=model_args.model_name_or_path,
         packer=packer,
         adapters=adapters,
         store=store,
