@@ -148,6 +148,7 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
         precision=precision,
         fast=args.fast,
         compiles=speed.pays_compilation(num_rows, args.compile_layers),
+        memory_budget=args.activation_memory_budget,
         **args.adapted_parts,
     )
     if args.auto_batch:
@@ -213,7 +214,8 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     trains_vision = any(p.requires_grad for p in models.vision_parameters(speed.base_of(trainer.model)))
     launch.check_pictures(known, trains_vision=trains_vision)
     if args.fast:
-        speed.speed_up_training(trainer, num_rows, compile_layers=args.compile_layers)
+        budget = args.activation_memory_budget
+        speed.speed_up_training(trainer, num_rows, compile_layers=args.compile_layers, memory_budget=budget)
     if features is not None:
         seen = [rows for rows in (train, validation) if rows is not None]
         batch_size, num_workers = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers

@@ -101,6 +101,8 @@ def test_a_number_may_be_the_text_of_a_text_field(tmp_path):
         ("vision_learning_rate: 1e-5\n", "nothing outside the language model is trained; set adapt_tower"),
         ("averaging: ema\nmetric_for_best_model: accuracy\n", "averaging chooses between raw and averaged"),
         ("fast: false\ncompile_layers: true\n", "compile_layers needs fast"),
+        ("compile_layers: false\nactivation_memory_budget: 0.4\n", "activation_memory_budget is of compiled layers"),
+        ("activation_memory_budget: 1.5\n", "activation_memory_budget must be between 0 and 1"),
         ("accelerator_config: none.json\n", "accelerator_config: none.json cannot be read"),
         ("accelerator_config: {dispatch_batches: true}\n", "dispatch_batches cuts batches by rows"),
         ("on_bad_image: blank\n", "must be 'error' or 'skip'; got 'blank'"),

@@ -44,8 +44,8 @@ def allocated_gib(shape, plan):
 
 # One H200, torch 2.11, bf16, AdamW, LoRA of rank 32 on the seven linear layers, 448 px (256 tokens) a row; peak of
 # max_memory_allocated in GiB (docs/speed.md holds most). Compiled layers keep all that the compiler chooses to keep,
-# or less: speed.MEMORY_BUDGET.
-ALL = {"compiled": True, "keeps_less": False}
+# or as much as the default of activation_memory_budget lets them.
+ALL, LESS = {"compiled": True}, {"compiled": True, "memory_budget": 0.7}
 OLD = {"rides": False}  # before adapters rode on the base
 H200 = [
     (B7, Plan(16, text_tokens=75, **OLD), 5296, 50.3),
@@ -55,10 +55,10 @@ H200 = [
     (B7, Plan(16, text_tokens=167, **ALL), 6768, 46.5),
     (B7, Plan(16, text_tokens=219, **ALL), 7604, 50.2),
     (B7, Plan(32, text_tokens=219, **ALL), 15209, 83.5),
-    (B7, Plan(16, text_tokens=167, compiled=True), 6768, 36.7),
+    (B7, Plan(16, text_tokens=167, **LESS), 6768, 36.7),
     (B3, Plan(32, text_tokens=219, **ALL), 15209, 57.6),
-    (B7, Plan(16, text_tokens=167, shared_tokens=22, compiled=True), 6438, 36.9),
-    (B7, Plan(4, text_tokens=167, shared_tokens=22, compiled=True), 1626, 21.8),
+    (B7, Plan(16, text_tokens=167, shared_tokens=22, **LESS), 6438, 36.9),
+    (B7, Plan(4, text_tokens=167, shared_tokens=22, **LESS), 1626, 21.8),
 ]
 
 
@@ -92,7 +92,7 @@ def test_peaks_of_the_t4_recipes(name, plan, measured_gib):
 
 
 def test_a_peak_reserved_by_the_recipe_of_7b_is_that_of_the_documents():
-    plan = Plan(16, eval_batch=16, text_tokens=167, max_pixels=448 * 448, compiled=True)
+    plan = Plan(16, eval_batch=16, text_tokens=167, max_pixels=448 * 448, **LESS)
     assert need_gib(shape_of(B7), plan) == pytest.approx(37.7, rel=0.03)
 
 
@@ -242,7 +242,7 @@ def saved_bytes(name, how, num_tokens=40, *, rides=False):
 @pytest.mark.parametrize("rides", [False, True])
 def test_what_a_layer_keeps_is_what_autograd_saves(small, how, rides):
     shape = shape_of_small(small, how)
-    plan = Plan(1, compiled=how.get("compiled", False), keeps_less=False, rides=rides)
+    plan = Plan(1, compiled=how.get("compiled", False), rides=rides)
     attention, mlp = memory.kept_by_layer(shape, plan)
     rides = rides and how in ({}, {"compiled": True})
     assert sum(attention.values()) + sum(mlp.values()) == saved_bytes(small, how, rides=rides)
@@ -263,6 +263,14 @@ def test_more_rows_pixels_text_pictures_and_rank_need_more():
         needs = [need_gib(shape, replace(plan, **{name: factor * getattr(plan, name)})) for factor in range(1, 9)]
         assert needs == sorted(needs) and needs[0] < needs[-1]
     assert need_gib(shape_of(B7, rank=16), plan) < need_gib(shape, plan)
+
+
+@pytest.mark.parametrize("name", [B7, B3, B8])
+def test_a_smaller_activation_memory_budget_needs_less_and_more_than_recomputing_all(name):
+    shape, plan = shape_of(name), Plan(8, max_pixels=448 * 448, compiled=True)
+    needs = [need_gib(shape, replace(plan, memory_budget=budget)) for budget in (1, 0.7, 0.5, 0.2)]
+    assert needs == sorted(needs, reverse=True) and len(set(needs)) == 4
+    assert needs[-1] > need_gib(shape, replace(plan, checkpointing=True))
 
 
 @pytest.mark.parametrize("name", [B7, B3, B8])

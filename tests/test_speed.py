@@ -130,6 +130,19 @@ def test_adapters_of_another_kind_stay_as_they_are(families, how):
     assert lora.ride_on_base(get_peft_model(base, lora_config(args, base)).get_base_model().get_decoder()) == 0
 
 
+def test_a_model_in_training_is_not_walked_over_again(families):
+    model = load_model(ModelConfig(model_name_or_path=families("qwen2_5_vl"), dtype=None), "fp32")
+    speed.stay_in_training(model)
+    for mode in (False, True):
+        assert model.train(mode) is model
+        assert {module.training for module in model.modules()} == {mode}
+    layer = model.get_decoder().layers[0].eval()
+    model.train()
+    assert not layer.training  # nobody looked
+    other = copy.deepcopy(model).eval()
+    assert model.training and not other.training and other.train().training
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "llava"])
 def test_layers_that_are_not_compiled_say_why(families, family, capsys):
     args = ModelConfig(model_name_or_path=families(family), dtype=None)

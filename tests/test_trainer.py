@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 from vqa_sft.collator import AnswerCollator, TrainCollator, render_prompt
 from vqa_sft.config import read_recipe
@@ -93,6 +94,14 @@ def test_one_accumulated_step_is_the_gradient_of_the_full_sequence_loss(families
     for name, parameter in trained.items():
         torch.testing.assert_close(before[name] - parameter, gradients[name], atol=1e-5, rtol=1e-3)
     assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_weights_are_counted_once_and_come_to_the_work_that_the_library_logs(families, contest, tmp_path):
+    trainer, examples, _ = build_trainer(families("qwen2_5_vl"), contest, tmp_path / "run", num_rows=3, max_steps=1)
+    batch = trainer.data_collator(list(examples))
+    assert trainer.floating_point_ops(batch) == transformers.Trainer.floating_point_ops(trainer, batch) > 0
+    trainer.model.num_parameters = None
+    assert trainer.floating_point_ops(batch)
 
 
 def test_smoothing_spreads_over_the_letters_and_trains_the_right_one(families, contest, tmp_path):

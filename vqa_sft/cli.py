@@ -536,6 +536,7 @@ def _memory(args: argparse.Namespace) -> None:
             recipe.model_args(),
             fast=recipe.arguments.fast,
             compile_layers=recipe.arguments.compile_layers,
+            memory_budget=recipe.arguments.activation_memory_budget,
             max_pixels=recipe.arguments.max_pixels,
             states_global_batch=recipe.arguments.global_batch_size is not None,
             text_tokens=args.text_tokens,

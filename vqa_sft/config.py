@@ -136,6 +136,11 @@ class RecipeArguments:
         "Compile the layers: about a minute at the start; default: for runs that are long enough, on newer GPUs.",
         default=None,
     )
+    # Compiled layers keep less at the same speed (docs/speed.md); torch's own default is 1.
+    activation_memory_budget: float = _help(
+        "How much of what compiled layers would keep for the backward pass they may keep; the rest is computed again.",
+        default=0.7,
+    )
     auto_batch: bool = _help(
         "Choose micro-batch, accumulation and gradient_checkpointing for the GPU's memory; rows per step stay.",
         default=False,
@@ -255,6 +260,7 @@ BOUNDS = {
     "min_pixels": (1, 10**8),
     "max_pixels": (1, 10**8),
     "global_batch_size": (1, None),
+    "activation_memory_budget": (0, 1),
     "early_stopping_patience": (1, None),
     "validation_fraction": (0, 0.5),
     "vocabulary_weight": (0, 1),
@@ -564,6 +570,10 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
         ),
         ("averaging is of adapters; remove use_peft: false.", own.averaging and values.get("use_peft") is False),
         ("compile_layers needs fast; remove fast: false.", own.compile_layers and not own.fast),
+        (
+            "activation_memory_budget is of compiled layers; remove compile_layers: false.",
+            "activation_memory_budget" in values and own.compile_layers is False,
+        ),
         (
             "on_bad_image: skip needs check_images.",
             own.on_bad_image == "skip" and not own.check_images,

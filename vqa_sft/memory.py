@@ -107,7 +107,7 @@ class Plan:
     pictures: int = 1  # of a row
     checkpointing: bool = False
     compiled: bool = False
-    keeps_less: bool = True  # compiled layers under speed.MEMORY_BUDGET
+    memory_budget: float = 1.0  # of compiled layers, see speed.speed_up
     fast: bool = True
     rides: bool = True  # lora.py, where it can be had
     # The kernel takes fewer keys than queries; keys are "repeated" for it (old GPUs); "unfused": (T, T) is kept.
@@ -223,6 +223,7 @@ def read_needs(
     precision: str,
     fast: bool,
     compiles: bool,
+    memory_budget: float,
     **adapted_parts: bool,
 ) -> tuple[Shape, Plan]:
     """Shape and plan of a run that is about to start: its longest row, pixels, and what this GPU can do."""
@@ -233,6 +234,7 @@ def read_needs(
         model_args,
         precision=precision,
         fast=fast,
+        memory_budget=memory_budget,
         attention=attention_of(training_args.device, precision, fast),
         max_pixels=processor.image_processor.size["longest_edge"],
     )
@@ -312,8 +314,9 @@ def kept_by_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], dict[str,
     Uncompiled is what autograd saves in the library's forward (tests/test_memory.py counts it there). Frozen linear
     layers keep nothing; their adapters keep their input, because PEFT converts it to the adapter's fp32 and autocast
     back: a copy for each. Without that conversion (4 and 8 bit) layers share one. Compiled is what torch.compile's
-    partitioner saves: norms, rotations and activations are computed again, layers share inputs; and if it
-    `keeps_less`, inputs of linear layers are computed again too.
+    partitioner saves: norms, rotations and activations are computed again, layers share inputs. On a memory budget
+    below 1 the inputs of linear layers are computed again too, then `up`, then `gate` (as measured on an H200 at
+    0.7, 0.4 and 0.2, docs/speed.md).
     """
     size, hidden, wide = plan.value_bytes, shape.hidden, shape.intermediate
     query, key = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
@@ -324,9 +327,7 @@ def kept_by_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], dict[str,
     def copies(*names: str) -> int:
         """How many times the one input of these linear layers is kept."""
         num = sum(name in shape.adapted or shape.trains_base for name in names)
-        if plan.compiled:
-            return min(num, 0 if plan.keeps_less and not shape.trains_base else 1)
-        return num if separate else min(num, 1)
+        return num if separate and not plan.compiled else min(num, 1)
 
     def narrow(*names: str) -> int:
         return size * shape.rank * len(shape.adapted & set(names))
@@ -365,7 +366,23 @@ def kept_by_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], dict[str,
     if shape.trains_base and not plan.compiled:  # a norm whose weight is trained keeps what it is multiplied with
         attention["normed"] = size * (hidden + (query + key if shape.normalises_heads else 0))
         mlp["normed"] = size * hidden
+    if plan.compiled and not shape.trains_base:
+        _stay_within(plan.memory_budget, attention, mlp)
     return attention, mlp
+
+
+def _stay_within(budget: float, attention: dict[str, float], mlp: dict[str, float]) -> None:
+    """What torch's partitioner leaves out where a layer may keep the share `budget` of what it would, beside its own
+    input, which it has to keep."""
+    own = attention["norm: input, 1 / rms"]
+    limit = own + budget * (sum(attention.values()) + sum(mlp.values()) - own)
+    if budget < 1:
+        attention |= {"inputs of q, k, v": 0, "input of o": 0}
+        mlp |= {"inputs of gate and up": 0, "input of down": 0}
+    one = mlp["gate and up"] / 2
+    for _ in ("up", "gate"):
+        if sum(attention.values()) + sum(mlp.values()) > limit:
+            mlp["gate and up"] -= one
 
 
 def _rides(shape: Shape, plan: Plan) -> bool:
@@ -559,6 +576,7 @@ def describe_recipe(
     *,
     fast: bool,
     compile_layers: bool | None,
+    memory_budget: float,
     max_pixels: int | None,
     states_global_batch: bool,
     text_tokens: int,
@@ -575,6 +593,7 @@ def describe_recipe(
         precision=precision,
         max_pixels=max_pixels or pixel_limit(model_args),
         fast=fast,
+        memory_budget=memory_budget,
         # fp16 is for GPUs before compute capability 8.0.
         attention="repeated" if precision == "fp16" else "grouped" if fast and precision == "bf16" else "unfused",
         text_tokens=text_tokens,

@@ -34,7 +34,7 @@ _FREE = {
     "output_dir", "overwrite", "push_to_hub", "hub_model_id", "hub_private_repo", "report_to", "logging_steps",
     "dataloader_num_workers", "disable_tqdm", "run_name", "check_images",
     "auto_batch", "gradient_checkpointing", "activation_checkpointing", "per_device_eval_batch_size",
-    "fast", "compile_layers", "cache_image_features", "time_budget_h",
+    "fast", "compile_layers", "activation_memory_budget", "cache_image_features", "time_budget_h",
 }  # fmt: skip
 _MICRO_BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "vqa-sft")

@@ -23,7 +23,6 @@ from vqa_sft.model import DTYPES
 MAX_GRAPHS = 32
 # Compilation takes about a minute; a run of fewer rows is over sooner without it.
 MIN_ROWS_TO_COMPILE = 3000
-MEMORY_BUDGET = 0.7  # of what a compiled layer would keep by itself
 
 
 def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) -> packing.Packer | None:
@@ -77,8 +76,9 @@ def _forward_keeping(
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
-def speed_up(model: nn.Module, *, compile_layers: bool = False) -> None:
-    """Speed up the picture tower, and compile its blocks and the decoder's layers if asked and able."""
+def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: float = 1.0) -> None:
+    """Speed up the picture tower, and compile its blocks and the decoder's layers if asked and able. Of what a compiled
+    layer would keep for its backward pass, it keeps the share `memory_budget` and computes again what is cheapest."""
     base = base_of(model)
     if base.config.model_type not in packing.MODELS:
         if compile_layers:
@@ -101,16 +101,16 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False) -> None:
         torch._dynamo.config.recompile_limit = MAX_GRAPHS
         # A shape that does not compile runs uncompiled.
         torch._dynamo.config.suppress_errors = True
-        # Compiled layers keep less for the backward pass and compute again what is cheap: on an H200 a fifth less
-        # memory at the same speed (docs/speed.md).
-        torch._functorch.config.activation_memory_budget = MEMORY_BUDGET
+        torch._functorch.config.activation_memory_budget = memory_budget
         layers = [*base.get_decoder().layers, *(tower.blocks if vision.is_frozen(tower) else ())]
         for layer in layers:
             layer.compile(dynamic=True)  # in place: names stay, and a copy of the model is not compiled
         say(f"{len(layers)} layers are compiled; the first steps are slow")
 
 
-def speed_up_training(trainer: Trainer, num_rows: int, *, compile_layers: bool | None) -> None:
+def speed_up_training(
+    trainer: Trainer, num_rows: int, *, compile_layers: bool | None, memory_budget: float = 1.0
+) -> None:
     """`speed_up` of a trainer's model, as far as its weights stand whole on every process."""
     if launch.shards_weights():
         say("picture tower and layers stay the library's: their weights are spread over processes")
@@ -118,7 +118,19 @@ def speed_up_training(trainer: Trainer, num_rows: int, *, compile_layers: bool |
     compiles = pays_compilation(num_rows, compile_layers)
     if compiles and trainer.is_deepspeed_enabled:
         say("layers are not compiled: DeepSpeed moves their weights")
-    speed_up(trainer.model, compile_layers=compiles and not trainer.is_deepspeed_enabled)
+    stay_in_training(trainer.model)
+    compiles = compiles and not trainer.is_deepspeed_enabled
+    speed_up(trainer.model, compile_layers=compiles, memory_budget=memory_budget)
+
+
+def stay_in_training(model: nn.Module) -> None:
+    """Let `model.train()` do nothing where it is training already: the Trainer calls it for every micro-batch, and
+    its walk over the 2,700 modules of a 7B model takes 5 ms, in which a GPU that has few rows waits."""
+    model.train = types.MethodType(_train, model)
+
+
+def _train(model: nn.Module, mode: bool = True) -> nn.Module:
+    return model if model.training == mode else type(model).train(model, mode)
 
 
 def pays_compilation(num_rows: float, asked: bool | None) -> bool:
