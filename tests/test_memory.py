@@ -69,6 +69,11 @@ def test_peaks_measured_on_an_h200(name, plan, tokens, measured_gib):
     assert allocated_gib(shape, plan) == pytest.approx(measured_gib, rel=0.03)
 
 
+def test_a_peak_reserved_on_a_small_activation_memory_budget():
+    plan = Plan(12, text_tokens=167, shared_tokens=22, max_pixels=448 * 448, compiled=True, memory_budget=0.2)
+    assert need_gib(shape_of(B7), plan) == pytest.approx(22.0, rel=0.03)
+
+
 @pytest.mark.parametrize("rows, text_tokens, measured_gib", [(16, 75, 17.0), (32, 167, 19.3)])
 def test_peaks_of_scoring_measured_on_an_h200(rows, text_tokens, measured_gib):
     """By a model with an adapter and without an optimiser; the second is reserved memory."""
