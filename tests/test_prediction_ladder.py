@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vqa_sft import prediction_ladder
-from vqa_sft.prediction_ladder import FIRST, difference, write_rows
+from vqa_sft.prediction_ladder import FIRST, LESS, MORE, difference, write_rows
 from vqa_sft.tiny.numbers import SETS, TaskSet
 
 
@@ -41,6 +41,8 @@ def test_the_table_has_a_line_for_every_way_and_goes_on_with_what_is_done(tmp_pa
         "20",
         "--views",
         FIRST,
+        LESS,
+        MORE,
         "three scales",
         "--work",
         str(tmp_path),
@@ -51,8 +53,9 @@ def test_the_table_has_a_line_for_every_way_and_goes_on_with_what_is_done(tmp_pa
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "---" not in line]
     names = [line.split("|")[1].strip() for line in lines]
     of_run = ("one fold", "three folds", "trained on sizes")
-    assert names == ["", *(f"{run}, {views}" for run in of_run for views in (FIRST, "three scales"))]
+    views = (FIRST, LESS, MORE, "three scales", "scales, learned weights")
+    assert names == ["", *(f"{run}, {way}" for run in of_run for way in views)]
     assert all(len(line.split("|")) == 10 for line in lines)
     monkeypatch.setattr(prediction_ladder, "train_command", lambda *args: pytest.fail("trained again"))
-    monkeypatch.setattr(prediction_ladder, "run_all", lambda commands, args: None)
+    monkeypatch.setattr(prediction_ladder, "run_all", lambda commands, args: commands and pytest.fail("done again"))
     prediction_ladder.main()
