@@ -37,7 +37,7 @@ quiet()
 
 from vqa_sft import run_folder, shards
 from vqa_sft.answers import FORMATS
-from vqa_sft.calibration import read_calibration, views_key
+from vqa_sft.calibration import harm_of_scales, read_calibration, views_key
 from vqa_sft.columns import Columns, check_columns, with_context_of
 from vqa_sft.config import RecipeArguments
 from vqa_sft.data import Loaded, read_examples, stream_examples
@@ -94,7 +94,9 @@ def main() -> None:
     views = {"orders": args.orders, "scales": args.scales, "average": args.average}
     for folder, run in runs.items():
         about_run(args, folder, run, views)
-    for note in [note for source in data.loaded for note in source.notes] * is_main:
+    harms = [harm_of_scales(folder, views) for folder in folders if folder != "none" and args.part == "all"]
+    notes = [note for source in data.loaded for note in source.notes]
+    for note in dict.fromkeys([*notes, *filter(None, harms)] * is_main):
         print(note)
     if args.orders == "all" and math.factorial(data.num_choices) > MOST_ORDERS:
         raise InputError(

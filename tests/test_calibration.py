@@ -13,6 +13,7 @@ from vqa_sft.calibration import (
     calibrated_nll,
     cross_fit,
     fit,
+    harm_of_scales,
     is_lower,
     read_calibration,
     views_key,
@@ -206,6 +207,23 @@ def test_other_views_are_kept_and_their_positions_are_no_letters(run):
     assert 0 < compared.index("orders identity") < compared.index("orders rotations")
     assert read_calibration(run, {}).bias is not None
     assert read_calibration(run, {"orders": "rotations"}).bias is None
+
+
+def test_scales_that_hurt_are_named_and_others_are_not(run):
+    logits, answers = drawn(300, 1.0)
+    rng = np.random.default_rng(1)
+    noisy = [(row + rng.normal(scale=3, size=len(row))).tolist() for row in logits]
+    for scales, rows in (([1.0], logits), ([0.5, 1.0], noisy), ([0.9, 1.0], logits)):
+        metadata = {"run": str(run), "orders": "rotations", "scales": scales}
+        predictions = Predictions([f"w{i}" for i in range(300)], rows, answers, metadata)
+        write_predictions(run.parent / "p.parquet", predictions)
+        assert harm_of_scales(run, metadata) == ""  # nothing is known yet
+        calibrate_run(run, run.parent / "p.parquet")
+    harm = harm_of_scales(run, {"orders": "rotations", "scales": [0.5, 1.0]})
+    entries = json.loads((run / CALIBRATION).read_text())
+    assert f"{entries['orders rotations, scales 0.5 1.0']['after']['nll']:.3f} with them" in harm
+    for views in ({"orders": "rotations", "scales": [0.9, 1.0]}, {"orders": "rotations"}, {"scales": [0.5, 1.0]}):
+        assert harm_of_scales(run, views) == ""
 
 
 def test_out_of_fold_predictions_come_first_and_a_folds_own_file_is_of_the_whole(run):

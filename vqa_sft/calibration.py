@@ -176,12 +176,34 @@ def read_calibration(folder: str | Path, metadata: Mapping[str, Any]) -> Calibra
     One of several folds has what was found for itself, else what was found for all of them in the folder above.
     Raises InputError for a file that is damaged.
     """
-    folder, key = Path(folder).resolve(), views_key(metadata)
-    entry = _read_entries(folder).get(key)
-    is_fold = folder.name.startswith("fold") and folder.name[4:].isdecimal()
-    if entry is None and is_fold and (folder.parent / OUT_OF_FOLD).is_file():
-        entry = _read_entries(folder.parent).get(key)
+    key = views_key(metadata)
+    entry = _entries_with(folder, key).get(key)
     return None if entry is None else Calibration(entry["temperature"], entry.get("bias"))
+
+
+def harm_of_scales(folder: str | Path, metadata: Mapping[str, Any]) -> str:
+    """A sentence where `vqa-sft calibrate` knows that the run in this folder is better without the scales of these
+    views: its NLL with them lies above the 95% interval of that without. Else nothing."""
+    key, without = views_key(metadata), views_key({**metadata, "scales": None})
+    entries = _entries_with(folder, key)
+    own, plain = (entries.get(name, {}).get("after") for name in (key, without))
+    if key == without or not own or not plain or own["nll"] <= plain["nll_95"][1]:
+        return ""
+    return (
+        f"The scales do harm: on rows that were not trained on the NLL is {own['nll']:.3f} with them and "
+        f"{plain['nll']:.3f} without (calibrated, {without}). Leave --scales out; or score every scale alone, and let "
+        "vqa-sft ensemble --weights learned weigh them."
+    )
+
+
+def _entries_with(folder: str | Path, key: str) -> dict[str, Any]:
+    """Of calibration.json in the folder; of one of several folds, that of the folder above if its own lacks `key`."""
+    folder = Path(folder).resolve()
+    entries = _read_entries(folder)
+    is_fold = folder.name.startswith("fold") and folder.name[4:].isdecimal()
+    if key not in entries and is_fold and (folder.parent / OUT_OF_FOLD).is_file():
+        return _read_entries(folder.parent)
+    return entries
 
 
 def _read_entries(folder: str | Path) -> dict[str, Any]:
