@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import os
 import random
 import shutil
@@ -103,6 +104,16 @@ def test_the_validation_rows_of_a_run_are_its_own_and_of_folds_those_out_of_fold
     with pytest.raises(SystemExit):
         predict([run / "fold0", run.parent / "other"], tmp_path / "twice.csv", "--part", "validation")
     assert "several of the runs validate on" in capsys.readouterr().err
+
+
+def test_scales_that_are_known_to_hurt_are_told_once_before_they_are_scored(three, tmp_path, capsys):
+    contest, run = three
+    shutil.copytree(run, tmp_path / "run")
+    with_and_without = [{"after": {"nll": nll, "nll_95": [nll, nll]}, "temperature": 1} for nll in (0.9, 0.5)]
+    entries = dict(zip(("orders identity, scales 0.5 1.0", "orders identity"), with_and_without, strict=True))
+    (tmp_path / "run" / "calibration.json").write_text(json.dumps(entries))
+    predict(tmp_path / "run", tmp_path / "s.csv", "--data", contest / "test.csv", "--scales", "0.5,1", "--limit", 4)
+    assert capsys.readouterr().out.count("the NLL is 0.900 with them and 0.500 without") == 1
 
 
 def test_a_stream_is_answered_as_the_whole_file_in_its_order(three, tmp_path, monkeypatch):

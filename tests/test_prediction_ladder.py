@@ -1,11 +1,13 @@
 """What each way of predicting is worth: its rows, its commands and its table."""
 
+import argparse
 import csv
 
 import numpy as np
 import pytest
 
 from vqa_sft import prediction_ladder
+from vqa_sft.errors import InputError
 from vqa_sft.prediction_ladder import FIRST, LESS, MORE, difference, write_rows
 from vqa_sft.tiny.numbers import SETS, TaskSet
 
@@ -59,3 +61,13 @@ def test_the_table_has_a_line_for_every_way_and_goes_on_with_what_is_done(tmp_pa
     monkeypatch.setattr(prediction_ladder, "train_command", lambda *args: pytest.fail("trained again"))
     monkeypatch.setattr(prediction_ladder, "run_all", lambda commands, args: commands and pytest.fail("done again"))
     prediction_ladder.main()
+
+
+def test_commands_do_not_wait_for_slower_ones_and_one_that_fails_is_named(tmp_path):
+    args = argparse.Namespace(use_cpu=True, jobs=2, work=tmp_path)
+    note = "import sys, time; time.sleep(float(sys.argv[1])); open(sys.argv[2], 'a').write(sys.argv[1] + ' ')"
+    commands = [["-c", note, seconds, str(tmp_path / "done")] for seconds in ("3", "0.1", "0.2", "0.3")]
+    prediction_ladder.run_all(commands, args)
+    assert (tmp_path / "done").read_text() == "0.1 0.2 0.3 3 "
+    with pytest.raises(InputError, match="exit code 7; .*job1.log says why"):
+        prediction_ladder.run_all([["-c", ""], ["-c", "raise SystemExit(7)"]], args)

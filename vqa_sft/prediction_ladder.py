@@ -21,6 +21,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -163,24 +164,26 @@ def run_all(commands: Sequence[list[str]], args: argparse.Namespace) -> None:
         import torch
 
         num_gpus = torch.cuda.device_count()
-    running: list[tuple[subprocess.Popen, Path]] = []
     args.work.mkdir(parents=True, exist_ok=True)
-    for number, command in enumerate(commands):
-        if len(running) == args.jobs:
-            _wait(*running.pop(0))
-        log = args.work / f"job{number}.log"
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        environment["CUDA_VISIBLE_DEVICES"] = str(number % num_gpus) if num_gpus else ""
-        with log.open("w") as file:
-            process = subprocess.Popen([sys.executable, *command], env=environment, stdout=file, stderr=file)
-        running.append((process, log))
-    for process, log in running:
-        _wait(process, log)
-
-
-def _wait(process: subprocess.Popen, log: Path) -> None:
-    if process.wait():
-        raise InputError(f"a command failed with exit code {process.returncode}; {log} says why.")
+    waiting, running = [*enumerate(commands)], {}  # process -> its log
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                number, command = waiting.pop(0)
+                log = args.work / f"job{number}.log"
+                environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                environment["CUDA_VISIBLE_DEVICES"] = str(number % num_gpus) if num_gpus else ""
+                with log.open("w") as file:
+                    process = subprocess.Popen([sys.executable, *command], env=environment, stdout=file, stderr=file)
+                running[process] = log
+            for process in [process for process in running if process.poll() is not None]:
+                log = running.pop(process)
+                if process.returncode:
+                    raise InputError(f"a command failed with exit code {process.returncode}; {log} says why.")
+            time.sleep(0.1)
+    finally:
+        for process in running:
+            process.terminate()
 
 
 # --- Table ------------------------------------------------------------------------------------------------------------
