@@ -215,6 +215,8 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     launch.check_pictures(known, trains_vision=trains_vision)
     if args.fast:
         budget = args.activation_memory_budget
+        if "activation_memory_budget" in recipe.values and not speed.pays_compilation(num_rows, args.compile_layers):
+            speed.say("layers are not compiled for so few rows, and keep all; compile_layers: true compiles them")
         speed.speed_up_training(trainer, num_rows, compile_layers=args.compile_layers, memory_budget=budget)
     if features is not None:
         seen = [rows for rows in (train, validation) if rows is not None]

@@ -224,6 +224,12 @@ def test_scales_that_hurt_are_named_and_others_are_not(run):
     assert f"{entries['orders rotations, scales 0.5 1.0']['after']['nll']:.3f} with them" in harm
     for views in ({"orders": "rotations", "scales": [0.9, 1.0]}, {"orders": "rotations"}, {"scales": [0.5, 1.0]}):
         assert harm_of_scales(run, views) == ""
+    alone = entries["orders rotations, scales 0.5 1.0"]
+    (run / CALIBRATION).write_text(json.dumps(entries | {"orders rotations, scales 0.5": alone}))
+    assert harm_of_scales(run, {"orders": "rotations", "scales": [0.5]}) == ""  # alone, to be weighed
+    entries["orders rotations"]["rows"] = 9
+    (run / CALIBRATION).write_text(json.dumps(entries))
+    assert harm_of_scales(run, {"orders": "rotations", "scales": [0.5, 1.0]}) == ""  # of other rows
 
 
 def test_out_of_fold_predictions_come_first_and_a_folds_own_file_is_of_the_whole(run):

@@ -131,12 +131,15 @@ def test_adapters_of_another_kind_stay_as_they_are(families, how):
 
 
 def test_a_model_in_training_is_not_walked_over_again(families):
-    model = load_model(ModelConfig(model_name_or_path=families("qwen2_5_vl"), dtype=None), "fp32")
+    args = ModelConfig(model_name_or_path=families("qwen2_5_vl"), use_peft=True, lora_r=4, dtype=None)
+    base = load_model(args, "fp32")
+    model = get_peft_model(base, lora_config(args, base))
+    assert model.training and not base.training
     speed.stay_in_training(model)
-    for mode in (False, True):
+    for mode in (True, False, True):
         assert model.train(mode) is model
         assert {module.training for module in model.modules()} == {mode}
-    layer = model.get_decoder().layers[0].eval()
+    layer = base.get_decoder().layers[0].eval()
     model.train()
     assert not layer.training  # nobody looked
     other = copy.deepcopy(model).eval()

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from vqa_sft import speed
 from vqa_sft.collator import AnswerCollator, TrainCollator, render_prompt
 from vqa_sft.config import read_recipe
 from vqa_sft.data import load_examples
@@ -94,6 +95,25 @@ def test_one_accumulated_step_is_the_gradient_of_the_full_sequence_loss(families
     for name, parameter in trained.items():
         torch.testing.assert_close(before[name] - parameter, gradients[name], atol=1e-5, rtol=1e-3)
     assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_recomputation_begins_with_the_first_step(families, contest, tmp_path):
+    trainer, _, _ = build_trainer(
+        families("qwen2_5_vl"),
+        contest,
+        tmp_path / "run",
+        num_rows=8,
+        max_steps=2,
+        per_device_train_batch_size=4,
+        gradient_checkpointing=True,
+        save_strategy="no",
+    )
+    speed.speed_up_training(trainer, 8, compile_layers=False)
+    calls = []
+    mlp = trainer.model.get_base_model().get_decoder().layers[0].mlp
+    mlp.register_forward_hook(lambda *args: calls.append(trainer.state.global_step))
+    trainer.train()
+    assert calls == [0, 0, 1, 1]  # forward, and once more on the way back
 
 
 def test_weights_are_counted_once_and_come_to_the_work_that_the_library_logs(families, contest, tmp_path):

@@ -177,33 +177,35 @@ def read_calibration(folder: str | Path, metadata: Mapping[str, Any]) -> Calibra
     Raises InputError for a file that is damaged.
     """
     key = views_key(metadata)
-    entry = _entries_with(folder, key).get(key)
+    entry = _read_entries(_folder_of(folder, key)).get(key)
     return None if entry is None else Calibration(entry["temperature"], entry.get("bias"))
 
 
 def harm_of_scales(folder: str | Path, metadata: Mapping[str, Any]) -> str:
-    """A sentence where `vqa-sft calibrate` knows that the run in this folder is better without the scales of these
-    views: its NLL with them lies above the 95% interval of that without. Else nothing."""
+    """A sentence where `vqa-sft calibrate` knows that the run in this folder is better without the several scales of
+    these views: on as many rows its NLL with them lies above the 95% interval of that without. Else nothing."""
     key, without = views_key(metadata), views_key({**metadata, "scales": None})
-    entries = _entries_with(folder, key)
-    own, plain = (entries.get(name, {}).get("after") for name in (key, without))
-    if key == without or not own or not plain or own["nll"] <= plain["nll_95"][1]:
+    entries = _read_entries(folder := _folder_of(folder, key))
+    known = [entries.get(name, {}) for name in (key, without)]
+    own, plain = (entry.get("after") or {} for entry in known)
+    same_rows = known[0].get("rows") == known[1].get("rows")
+    if len(metadata.get("scales") or []) < 2 or not same_rows or "nll" not in own or "nll_95" not in plain:
+        return ""
+    if own["nll"] <= plain["nll_95"][1]:
         return ""
     return (
-        f"The scales do harm: on rows that were not trained on the NLL is {own['nll']:.3f} with them and "
-        f"{plain['nll']:.3f} without (calibrated, {without}). Leave --scales out; or score every scale alone, and let "
-        "vqa-sft ensemble --weights learned weigh them."
+        f"These scales do harm, says {folder / CALIBRATION}: on rows that were not trained on the NLL is "
+        f"{own['nll']:.3f} with them and {plain['nll']:.3f} without ({without}, calibrated). Leave --scales out; or "
+        "score every scale alone, and let vqa-sft ensemble --weights learned weigh them."
     )
 
 
-def _entries_with(folder: str | Path, key: str) -> dict[str, Any]:
-    """Of calibration.json in the folder; of one of several folds, that of the folder above if its own lacks `key`."""
+def _folder_of(folder: str | Path, key: str) -> Path:
+    """Whose calibration.json holds `key`: that of the run, or for one of several folds without it the folder above."""
     folder = Path(folder).resolve()
-    entries = _read_entries(folder)
     is_fold = folder.name.startswith("fold") and folder.name[4:].isdecimal()
-    if key not in entries and is_fold and (folder.parent / OUT_OF_FOLD).is_file():
-        return _read_entries(folder.parent)
-    return entries
+    is_above = is_fold and (folder.parent / OUT_OF_FOLD).is_file() and key not in _read_entries(folder)
+    return folder.parent if is_above else folder
 
 
 def _read_entries(folder: str | Path) -> dict[str, Any]:

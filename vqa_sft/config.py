@@ -482,6 +482,8 @@ def _check_trackers(report_to: str | list[str]) -> None:
 def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -> Iterable[tuple[str, bool]]:
     quantised = values.get("load_in_4bit") or values.get("load_in_8bit")
     adapts = [name for name, is_adapted in own.adapted_parts.items() if is_adapted]
+    uncompiled = ["compile_layers: false"] * (own.compile_layers is False) + ["fast: false"] * (not own.fast)
+    uncompiled += ["a quantised base"] * bool(quantised)
     own_adapter = [name for name in values if name.startswith(("lora_", "use_rslora", "use_dora"))] + adapts
     needs_validation = [
         name for name in ("early_stopping_patience", "load_best_model_at_end", "eval_on_start") if values.get(name)
@@ -571,8 +573,9 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
         ("averaging is of adapters; remove use_peft: false.", own.averaging and values.get("use_peft") is False),
         ("compile_layers needs fast; remove fast: false.", own.compile_layers and not own.fast),
         (
-            "activation_memory_budget is of compiled layers; remove compile_layers: false.",
-            "activation_memory_budget" in values and own.compile_layers is False,
+            "activation_memory_budget is of compiled layers, and there are none with "
+            f"{next(iter(uncompiled), '')}. Remove one of the two.",
+            "activation_memory_budget" in values and uncompiled,
         ),
         (
             "on_bad_image: skip needs check_images.",

@@ -64,12 +64,16 @@ def main() -> None:
     for name in args.sets:
         if not (args.work / name / f"{args.rows}_rows").is_file():
             write_rows(args.work / name, SETS[name], args.rows)
-            for other in (args.work / name).glob("*_rows"):
-                other.unlink()
+            for other in [*(args.work / name).glob("*_rows"), *(args.work / name).glob("*_test_*")]:
+                other.unlink()  # of other rows
             (args.work / name / f"{args.rows}_rows").touch()
     runs = [(name, run) for name in args.sets for run in (FOLDS, SIZED)]
-    commands = [train_command(args, *run) for run in runs if not (args.work / "_".join(run)).is_file()]
-    run_all(commands, args)
+    new = [run for run in runs if not (args.work / "_".join(run)).is_file()]
+    for name, run in new:
+        for part in ("validation", "test"):  # of an earlier training
+            for old in (args.work / name).glob(f"{run}_{part}_*"):
+                old.unlink()
+    run_all([train_command(args, *run) for run in new], args)
     for run in runs:
         (args.work / "_".join(run)).touch()  # is done
     ways: list[Way] = [(name, FOLDS, views) for name in args.sets for views in args.views]
