@@ -19,8 +19,9 @@ SPELLING = {"qwen2_5_vl": "{}", "llava": " {}", "qwen3_vl": "{}", "smolvlm": " {
 
 def build_trainer(folder, contest, output_dir, num_rows, shuffle_choices=True, own=None, **values):
     """A trainer over the first rows of the contest, whose adapter is random on both sides."""
-    values = {"model_name_or_path": folder, "output_dir": output_dir, "train_data": contest / "train.csv"} | values
-    values |= {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0, "gradient_checkpointing": False}
+    usual = {"model_name_or_path": folder, "output_dir": output_dir, "train_data": contest / "train.csv"}
+    usual |= {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0, "gradient_checkpointing": False}
+    values = usual | values
     recipe = read_recipe([token for key, value in values.items() for token in (f"--{key}", str(value))])
     examples, _ = load_examples(str(contest / "train.csv"), limit=num_rows)
     processor = load_processor(folder)
@@ -111,7 +112,7 @@ def test_recomputation_begins_with_the_first_step(families, contest, tmp_path):
     speed.speed_up_training(trainer, 8, compile_layers=False)
     calls = []
     mlp = trainer.model.get_base_model().get_decoder().layers[0].mlp
-    mlp.register_forward_hook(lambda *args: calls.append(trainer.state.global_step))
+    mlp.register_forward_pre_hook(lambda *args: calls.append(trainer.state.global_step))
     trainer.train()
     assert calls == [0, 0, 1, 1]  # forward, and once more on the way back
 
