@@ -369,6 +369,8 @@ def test_a_gpu_that_is_large_enough_and_one_that_is_not(run):  # noqa: F811
     assert lines and all(line.startswith("  --") for line in lines)
     for line in lines:  # what is said to fit, fits
         assert run("memory", RECIPES / "qwen7b.yaml", "--gpu-gib", 24, *line.split())[0] == 0
+    code, out, _ = run("memory", RECIPES / "qwen7b_24gb.yaml", "--gpu-gib", 23.6)
+    assert code == 0 and "It fits:" in out and "compiled, activation_memory_budget 0.2" in out
     code, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--gpu-gib", 2)
     assert code == 1 and "Nothing known makes it fit" in out
 

@@ -635,11 +635,12 @@ def describe(shape: Shape, plans: dict[str, Plan]) -> str:
         scoring = (f"{scoring_gib(shape, plan):.2f}" for plan in plans.values())
         lines.append((f"in evaluations, {plan.eval_batch} rows at a time", *scoring))
     pictures = f"{plan.pictures} picture{'s' * (plan.pictures > 1)} of {plan.max_pixels:,} px"
+    compiled = f", compiled, activation_memory_budget {plan.memory_budget:g}" if plan.compiled else ""
     rows = [
         f"{plan.micro_batch} rows of {pictures} ({picture_tokens(shape, plan):,} tokens) and {plan.text_tokens} tokens "
         f"of text: {num_tokens(shape, plan):,} tokens.",
         f"{shape.trained / 1e6:,.1f} million trained weights, "
-        f"{'with' if plan.checkpointing else 'without'} gradient_checkpointing. In GiB:",
+        f"{'with' if plan.checkpointing else 'without'} gradient_checkpointing{compiled}. In GiB:",
     ]
     table = ["  " + line[0].ljust(34) + "".join(cell.rjust(12) for cell in line[1:]) for line in lines]
     return "\n".join([*rows, *table])
