@@ -574,7 +574,7 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
         ("compile_layers needs fast; remove fast: false.", own.compile_layers and not own.fast),
         (
             "activation_memory_budget is of compiled layers, and there are none with "
-            f"{next(iter(uncompiled), '')}. Remove one of the two.",
+            f"{', '.join(uncompiled)}. Remove one of the two.",
             "activation_memory_budget" in values and uncompiled,
         ),
         (

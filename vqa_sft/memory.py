@@ -315,8 +315,8 @@ def kept_by_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], dict[str,
     layers keep nothing; their adapters keep their input, because PEFT converts it to the adapter's fp32 and autocast
     back: a copy for each. Without that conversion (4 and 8 bit) layers share one. Compiled is what torch.compile's
     partitioner saves: norms, rotations and activations are computed again, layers share inputs. On a memory budget
-    below 1 the inputs of linear layers are computed again too, then `up`, then `gate` (as measured on an H200 at
-    0.7, 0.4 and 0.2, docs/speed.md).
+    below 1 the inputs of linear layers are computed again too, then `up`, then `gate`: that is assumed, and fits the
+    peaks measured on an H200 at 0.7, 0.4 and 0.2 (docs/speed.md).
     """
     size, hidden, wide = plan.value_bytes, shape.hidden, shape.intermediate
     query, key = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
