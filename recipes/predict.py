@@ -37,7 +37,7 @@ quiet()
 
 from vqa_sft import run_folder, shards
 from vqa_sft.answers import FORMATS
-from vqa_sft.calibration import harm_of_scales, read_calibration, views_key
+from vqa_sft.calibration import read_calibration, views_key, worth_of_scales
 from vqa_sft.columns import Columns, check_columns, with_context_of
 from vqa_sft.config import RecipeArguments
 from vqa_sft.data import Loaded, read_examples, stream_examples
@@ -94,9 +94,9 @@ def main() -> None:
     views = {"orders": args.orders, "scales": args.scales, "average": args.average}
     for folder, run in runs.items():
         about_run(args, folder, run, views)
-    harms = [harm_of_scales(folder, views) for folder in folders if folder != "none" and args.part == "all"]
+    worths = [worth_of_scales(folder, views) for folder in folders if folder != "none" and args.part == "all"]
     notes = [note for source in data.loaded for note in source.notes]
-    for note in dict.fromkeys([*notes, *filter(None, harms)] * is_main):
+    for note in dict.fromkeys([*notes, *filter(None, worths)] * is_main):
         print(note)
     if args.orders == "all" and math.factorial(data.num_choices) > MOST_ORDERS:
         raise InputError(
@@ -176,7 +176,7 @@ def score(
     how |= {"adapters": model.adapters, "runs": runs}
     try:
         for batch in score_batches(model.model, examples, batches, collators, model.letter_ids, **how):
-            scored.add(batch.rows, batch.choice_logits, batch.agreement)
+            scored.add(batch.rows, batch.choice_logits, batch.agreement, batch.scale_logits)
     finally:
         scored.flush()
     state.wait_for_everyone()
@@ -279,7 +279,8 @@ def parse_args() -> argparse.Namespace:
         type=scales,
         default=[1.0],
         metavar="0.9,1.0,1.1",
-        help="of the pictures' sides, one pass over the data each (default: 1.0; Qwen2.5-VL and Qwen3-VL)",
+        help="of the pictures' sides, one pass over the data each (default: 1.0; Qwen2.5-VL and Qwen3-VL), with the "
+        "weights that vqa-sft calibrate found, else equal ones",
     )
     parser.add_argument(
         "--average",

@@ -13,10 +13,11 @@ from vqa_sft.calibration import (
     calibrated_nll,
     cross_fit,
     fit,
-    harm_of_scales,
     is_lower,
     read_calibration,
     views_key,
+    weigh_scales,
+    worth_of_scales,
 )
 from vqa_sft.errors import InputError
 from vqa_sft.metrics import full_metrics, nll, softmax
@@ -209,27 +210,124 @@ def test_other_views_are_kept_and_their_positions_are_no_letters(run):
     assert read_calibration(run, {"orders": "rotations"}).bias is None
 
 
-def test_scales_that_hurt_are_named_and_others_are_not(run):
-    logits, answers = drawn(300, 1.0)
-    rng = np.random.default_rng(1)
-    noisy = [(row + rng.normal(scale=3, size=len(row))).tolist() for row in logits]
-    for scales, rows in (([1.0], logits), ([0.5, 1.0], noisy), ([0.9, 1.0], logits)):
-        metadata = {"run": str(run), "orders": "rotations", "scales": scales}
-        predictions = Predictions([f"w{i}" for i in range(300)], rows, answers, metadata)
-        write_predictions(run.parent / "p.parquet", predictions)
-        assert harm_of_scales(run, metadata) == ""  # nothing is known yet
-        calibrate_run(run, run.parent / "p.parquet")
-    harm = harm_of_scales(run, {"orders": "rotations", "scales": [0.5, 1.0]})
-    entries = json.loads((run / CALIBRATION).read_text())
-    assert f"{entries['orders rotations, scales 0.5 1.0']['after']['nll']:.3f} with them" in harm
-    for views in ({"orders": "rotations", "scales": [0.9, 1.0]}, {"orders": "rotations"}, {"scales": [0.5, 1.0]}):
-        assert harm_of_scales(run, views) == ""
-    alone = entries["orders rotations, scales 0.5 1.0"]
-    (run / CALIBRATION).write_text(json.dumps(entries | {"orders rotations, scales 0.5": alone}))
-    assert harm_of_scales(run, {"orders": "rotations", "scales": [0.5]}) == ""  # alone, to be weighed
-    entries["orders rotations"]["rows"] = 9
-    (run / CALIBRATION).write_text(json.dumps(entries))
-    assert harm_of_scales(run, {"orders": "rotations", "scales": [0.5, 1.0]}) == ""  # of other rows
+# --- Scales -----------------------------------------------------------------------------------------------------------
+
+
+def seen_at_scales(noises, num_rows=600, average="mean", seed=0):
+    """Rows whose answers follow logits that each scale sees with so much noise."""
+    logits, answers = drawn(num_rows, 1.0, seed)
+    rng = np.random.default_rng(seed + 1)
+    of_scales = [
+        [np.log(softmax([row + rng.normal(scale=noise, size=len(row))])[0]).tolist() for noise in noises]
+        for row in logits
+    ]
+    metadata = {"orders": "rotations", "scales": [1.0, 0.5, 2.0][: len(noises)], "average": average}
+    predictions = Predictions([f"w{i}" for i in range(num_rows)], [], answers, metadata, scale_logits=of_scales)
+    predictions.choice_logits = predictions.weigh_scales([1 / len(noises)] * len(noises))
+    return predictions
+
+
+@pytest.mark.parametrize("average", ["mean", "log"])
+def test_weighed_scales_equal_a_loop_over_rows(average):
+    predictions = seen_at_scales([0, 1, 2], 50, average)
+    weights = [0.5, 0.2, 0.3]
+    for row, of_scales in zip(predictions.weigh_scales(weights), predictions.scale_logits, strict=True):
+        logs = np.array(of_scales)
+        pooled = np.exp(weights @ logs) if average == "log" else weights @ np.exp(logs)
+        assert np.exp(row) == pytest.approx(pooled / pooled.sum(), abs=1e-9)
+
+
+@pytest.mark.parametrize("average", ["mean", "log"])
+def test_a_scale_that_the_model_reads_badly_gets_no_weight_and_equal_weights_would_hurt(average):
+    predictions = seen_at_scales([0, 8, 9], average=average)
+    found = weigh_scales(predictions, predictions.answers)
+    assert found.chosen == "1.0 alone" and found.weights["1.0 alone"] == {"1.0": 1.0, "0.5": 0.0, "2.0": 0.0}
+    assert found.nll["equal weights"] > found.nll["1.0 alone"] + 0.05
+    assert found.weights["learned weights"]["1.0"] > 0.9
+
+
+def test_scales_that_know_as_much_as_each_other_are_taken_together():
+    predictions = seen_at_scales([3, 3, 3])
+    found = weigh_scales(predictions, predictions.answers)
+    assert found.chosen != "1.0 alone" and min(found.weights[found.chosen].values()) > 0.2
+    assert found.nll[found.chosen] < found.nll["1.0 alone"] - 0.05
+
+
+def test_the_better_of_two_scales_gets_the_more_weight_whatever_their_order():
+    predictions = seen_at_scales([4, 2])
+    found = weigh_scales(predictions, predictions.answers)
+    assert found.chosen == "learned weights" and found.weights[found.chosen]["0.5"] > 0.6
+    turned = [of_scales[::-1] for of_scales in predictions.scale_logits]
+    turned = replace(predictions, scale_logits=turned, metadata=predictions.metadata | {"scales": [0.5, 1.0]})
+    again = weigh_scales(turned, turned.answers)
+    assert again.weights[again.chosen] == pytest.approx(found.weights[found.chosen], abs=1e-6)
+
+
+def test_the_nll_of_weights_is_that_of_rows_they_were_not_learned_on():
+    """Of scales that know nothing, learned weights are noise: on their own rows they look better than they are."""
+    predictions = seen_at_scales([9, 9, 9], 60)
+    found = weigh_scales(predictions, predictions.answers)
+    logits = predictions.weigh_scales([*found.weights["learned weights"].values()])
+    own = nll(fit(logits, predictions.answers, may_have_bias=False).probs(logits), predictions.answers)
+    assert found.nll["learned weights"] > own
+
+
+def test_weights_are_kept_with_the_run_and_no_scale_makes_it_worse(run):
+    file = run.parent / "scales.parquet"
+    for noises, only in (([0, 8, 9], "1.0"), ([3, 3, 3], None)):
+        predictions = seen_at_scales(noises)
+        predictions.metadata |= {"run": str(run)}
+        write_predictions(file, predictions)
+        table = calibrate_run(run, file)
+        found = read_calibration(run, predictions.metadata)
+        assert ("1.0 alone (taken)" in table) == bool(only) and "equal weights" in table
+        said = worth_of_scales(run, predictions.metadata)
+        assert said.startswith(f"Of these scales only {only} counts") if only else said == ""
+        # As they are used: on other rows, whose file names its scales in another order.
+        test = replace(predictions, metadata=predictions.metadata | {"calibration": found.as_dict})
+        turned = {"scales": [2.0, 0.5, 1.0], "calibration": found.as_dict}
+        turned = replace(test, scale_logits=[row[::-1] for row in test.scale_logits], metadata=turned)
+        for row, other in zip(test.probs, turned.probs, strict=True):
+            assert row == pytest.approx(other, abs=1e-9)
+        alone = [row[0] for row in predictions.scale_logits]
+        if only:
+            assert np.concatenate(test.probs) == pytest.approx(np.concatenate(found.probs(alone)), abs=1e-6)
+        entry = json.loads((run / CALIBRATION).read_text())["orders rotations, scales 0.5 1.0 2.0"]
+        best = fit(alone, test.answers, may_have_bias=False).probs(alone)
+        assert entry["after"]["nll"] < nll(best, test.answers) + 0.01
+
+
+def test_what_scales_are_worth_is_said_where_it_is_not_known(run):
+    several = {"orders": "rotations", "scales": [0.5, 1.0]}
+    assert "they count equally" in worth_of_scales(run, several)
+    for known in ({"scales": [0.5]}, {"orders": "rotations"}):
+        assert worth_of_scales(run, known) == ""
+    entry = {"temperature": 1.0, "scale_weights": {"0.5": 0.5, "1.0": 0.5}}
+    (run / CALIBRATION).write_text(json.dumps({"orders rotations, scales 0.5 1.0": entry}))
+    assert worth_of_scales(run, several) == ""
+
+
+@pytest.mark.parametrize(
+    "weights", [[0.5, 0.5], {}, {"0.5": 1.0}, {"0.5": 0.4, "1.0": 0.5}, {"0.5": -1, "1.0": 2}, {"0.5": "a", "1.0": 1}]
+)
+def test_damaged_weights_are_an_error(run, weights):
+    entry = {"temperature": 1.0, "scale_weights": weights}
+    (run / CALIBRATION).write_text(json.dumps({"orders identity, scales 0.5 1.0": entry}))
+    with pytest.raises(InputError, match="is damaged: "):
+        read_calibration(run, {"scales": [0.5, 1.0]})
+
+
+def test_held_out_rows_of_other_scales_cannot_be_weighed():
+    predictions = seen_at_scales([0, 1], 30)
+    weighed = {"calibration": {"temperature": 1.0, "scale_weights": {"1.0": 0.3, "0.5": 0.7}}}
+    predictions.metadata |= weighed
+    assert predictions.calibrated_as(predictions).metadata["calibration"] == weighed["calibration"]
+    for other in (replace(predictions, scale_logits=[]), seen_at_scales([0, 1, 2], 30)):
+        with pytest.raises(InputError, match="Score both at the same scales"):
+            other.calibrated_as(predictions)
+
+
+# --- The file of a run ------------------------------------------------------------------------------------------------
 
 
 def test_out_of_fold_predictions_come_first_and_a_folds_own_file_is_of_the_whole(run):

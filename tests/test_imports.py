@@ -24,6 +24,7 @@ WITHOUT_TORCH = (
     "split",
     "prompts",
     "metrics",
+    "pooling",
     "predictions",
     "calibration",
     "ensemble",

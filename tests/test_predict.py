@@ -20,7 +20,7 @@ from conftest import RECIPES, run_script, write_contest, write_csv
 from PIL import Image
 
 from vqa_sft import Predictor, data, run_folder, scoring, shards
-from vqa_sft.calibration import read_calibration
+from vqa_sft.calibration import calibrate_run, read_calibration
 from vqa_sft.data import read_examples, stream_examples
 from vqa_sft.errors import InputError
 from vqa_sft.folds import write_folds
@@ -106,14 +106,36 @@ def test_the_validation_rows_of_a_run_are_its_own_and_of_folds_those_out_of_fold
     assert "several of the runs validate on" in capsys.readouterr().err
 
 
-def test_scales_that_are_known_to_hurt_are_told_once_before_they_are_scored(three, tmp_path, capsys):
+def test_scales_count_as_calibrate_found_them_on_the_rows_out_of_fold(three, tmp_path, capsys):
     contest, run = three
-    shutil.copytree(run, tmp_path / "run")
-    with_and_without = [{"after": {"nll": nll, "nll_95": [nll, nll]}, "temperature": 1} for nll in (0.9, 0.5)]
-    entries = dict(zip(("orders identity, scales 0.5 1.0", "orders identity"), with_and_without, strict=True))
-    (tmp_path / "run" / "calibration.json").write_text(json.dumps(entries))
-    predict(tmp_path / "run", tmp_path / "s.csv", "--data", contest / "test.csv", "--scales", "0.5,1", "--limit", 4)
-    assert capsys.readouterr().out.count("the NLL is 0.900 with them and 0.500 without") == 1
+    shutil.copytree(run, run := tmp_path / "run")
+    scales, test = ("--scales", "0.5,1"), ("--data", contest / "test.csv")
+    held_out = predict(run, tmp_path / "held_out.csv", *scales, "--part", "validation")
+    assert "What each scale is worth" not in capsys.readouterr().out
+    equal = predict(run, tmp_path / "equal.csv", *scales, *test)
+    assert capsys.readouterr().out.count("is not known: they count equally") == 3  # of each fold
+    calibrate_run(run, tmp_path / "held_out.parquet")
+    path = run / "calibration.json"
+    entries = json.loads(path.read_text())
+    (entry,) = entries.values()
+    assert entry["scale_weights"].keys() == {"0.5", "1.0"} and entry["rows"] == len(held_out.ids)
+    # The found ones may be 0 and 1.
+    path.write_text(json.dumps({key: entry | {"scale_weights": {"0.5": 0.25, "1.0": 0.75}} for key in entries}))
+    predict(run, tmp_path / "out.csv", *scales, *test)
+    assert "is not known" not in capsys.readouterr().out
+    for fold in range(3):
+        found = read_predictions(tmp_path / f"out.fold{fold}.parquet")
+        parts = [predict(run / f"fold{fold}", tmp_path / "one.csv", "--scales", scale, *test) for scale in ("0.5", "1")]
+        weighed = 0.25 * np.exp(logits_of(parts[0])) + 0.75 * np.exp(logits_of(parts[1]))
+        expected = softmax(np.log(weighed), entry["temperature"], entry["bias"])
+        np.testing.assert_allclose(found.probs, expected, atol=1e-6)
+        assert np.array_equal(logits_of(found), logits_of(read_predictions(tmp_path / f"equal.fold{fold}.parquet")))
+    assert equal.ids == found.ids
+    predictor = Predictor(run / "fold2", scales=[1.0, 0.5], use_cpu=True)
+    with (contest / "test.csv").open() as file:
+        row = next(csv.DictReader(file))
+    asked = predictor(contest / row["path"], row["question"], [row[letter] for letter in "abcd"])
+    np.testing.assert_allclose(asked, found.probs[0], atol=1e-5)
 
 
 def test_a_stream_is_answered_as_the_whole_file_in_its_order(three, tmp_path, monkeypatch):
@@ -346,8 +368,8 @@ def test_a_prediction_killed_at_any_moment_gives_the_same_bytes(three, tmp_path,
 def test_a_broken_shard_of_a_lost_machine_is_scored_again(tmp_path):
     folder = tmp_path / "pass0-block0"
     shard = shards.Shards(folder, every_s=0)
-    shard.add([2, 0], [[[-1.0, -0.5]], [[-0.1, -2.0]]], [[1.0], [1.0]])
-    shard.add([1], [[[-0.7, -0.7, -3.0]]], [[0.5]])
+    shard.add([2, 0], [[[-1.0, -0.5]], [[-0.1, -2.0]]], [[1.0], [1.0]], [[[]], [[]]])
+    shard.add([1], [[[-0.7, -0.7, -3.0]]], [[0.5]], [[[]]])
     assert shards.rows_done(folder) == {0, 1, 2}
     assert shards.read_shards(folder)["row"].to_pylist() == [0, 1, 2]
     next(folder.iterdir()).write_bytes(b"PAR1")

@@ -98,6 +98,15 @@ def test_probabilities_are_the_softmax_of_tempered_and_shifted_logits():
         assert replace(THREE, metadata=metadata).probs[0].tolist() == THREE.probs[0].tolist()
 
 
+def test_what_each_scale_says_is_kept_and_other_files_have_no_such_column(tmp_path):
+    two = [[row, [number / 2 for number in row]] for row in THREE.choice_logits]
+    known = replace(THREE, scale_logits=two, metadata={"scales": [1.0, 0.5]})
+    write_predictions(tmp_path / "p.parquet", known)
+    assert read_predictions(tmp_path / "p.parquet") == known
+    write_predictions(tmp_path / "one.parquet", THREE)
+    assert "scale_logits" not in pq.read_schema(tmp_path / "one.parquet").names
+
+
 def test_agreement_is_kept_and_a_file_from_before_it_is_read(tmp_path):
     known = replace(THREE, agreement=[1.0, None, 0.25])
     write_predictions(tmp_path / "p.parquet", known)
@@ -116,11 +125,15 @@ def test_agreement_is_kept_and_a_file_from_before_it_is_read(tmp_path):
         ({"metadata": [1]}, "its metadata are no mapping"),
         ({"metadata": {"scales": "x"}}, "`scales` in its metadata"),
         ({"metadata": {"run": 7}}, "`run` in its metadata"),
+        ({"scale_logits": [[[-0.5, -1.0]]] * 3, "metadata": {"scales": [1.0]}}, "not those of 1 scales"),
+        ({"scale_logits": [[[0.0, 0.0]] * 2] * 3, "metadata": {"scales": [0.9, 1.0]}}, "not those of 2 scales"),
+        ({"metadata": {"scales": [0.9, 1.0], "calibration": {"temperature": 1, "scale_weights": {"0.9": 0, "1.0": 1}}}},
+         "no scale_logits"),
         ({"metadata": {"calibration": 1.3}}, "a temperature above 0"),
         ({"metadata": {"calibration": {"temperature": 0}}}, "a temperature above 0"),
         ({"metadata": {"calibration": {"temperature": 1.0, "bias": ["a"]}}}, "a temperature above 0"),
     ],
-)
+)  # fmt: skip
 def test_damaged_files_are_errors(tmp_path, change, part):
     write_predictions(tmp_path / "p.parquet", replace(THREE, **change))
     with pytest.raises(InputError, match=part):

@@ -62,7 +62,7 @@ def test_the_temperature_of_the_run_is_applied(three, tmp_path):  # noqa: F811
     try:
         found = vqa_sft.Predictor(run / "fold1", use_cpu=True)(pictures, questions, choices)
         other = vqa_sft.Predictor(run / "fold1", use_cpu=True, orders="rotations")
-        assert other.calibrations[0].temperature == 1  # found for one order alone
+        assert other.metadata[0]["calibration"]["temperature"] == 1  # found for one order alone
     finally:
         (run / "calibration.json").unlink()
     assert [row.argmax() for row in found] == [row.argmax() for row in raw]

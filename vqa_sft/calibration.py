@@ -4,12 +4,16 @@ probabilities = softmax(choice logits / temperature + bias): temperature scaling
 section 4.2), and with a bias its vector scaling with one temperature for all. A temperature alone changes no answer; it
 is above 1 where a model is too sure of itself. What `vqa-sft calibrate` finds stands in calibration.json of the run
 folder, one entry for each way of scoring (orders, scales, average): more views make a model less sure of itself.
+
+Pictures at several scales are weighed: equally or with learned weights, where that lowers the NLL of rows that it was
+not learned on, else by the scale nearest to that of training alone. A model reads other sizes than it was trained on
+worse, and how much worse nobody knows beforehand.
 """
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +22,8 @@ from scipy.optimize import minimize, minimize_scalar
 
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.metrics import as_table, describe, softmax, with_intervals
-from vqa_sft.predictions import Predictions, check_calibration, read_predictions, whole
+from vqa_sft.pooling import experts_of_scales, learn_weights
+from vqa_sft.predictions import Predictions, check_calibration, read_predictions, scale_names, whole
 
 LOWEST, HIGHEST = 0.05, 20.0  # temperature
 NUM_FOLDS = 5
@@ -30,12 +35,15 @@ RUN, VALIDATION, OUT_OF_FOLD, ROWS = "run.json", "validation.parquet", "out_of_f
 
 @dataclass(frozen=True)
 class Calibration:
-    """`bias` has one number for each choice position (letter), in units of logits at temperature 1; None: no bias."""
+    """`bias` has one number for each choice position (letter), in units of logits at temperature 1; None: no bias.
+    `scale_weights` has one for each of several scales ("0.9": 0.25), 1 together; None: they count equally."""
 
     temperature: float = 1.0
     bias: list[float] | None = None
+    scale_weights: dict[str, float] | None = None
 
     def probs(self, choice_logits: Sequence[Sequence[float]]) -> list[np.ndarray]:
+        """Of logits whose scales are weighed already."""
         return softmax(choice_logits, self.temperature, self.bias)
 
     @property
@@ -44,7 +52,14 @@ class Calibration:
         return asdict(self)
 
 
-def fit(choice_logits: Sequence[Sequence[float]], answers: Sequence[int], *, may_have_bias: bool) -> Calibration:
+Logits = Sequence[Sequence[float]]
+# What is learned on the rows of these numbers makes the choice logits of all rows: of scales, their weights.
+FromRows = Callable[[np.ndarray], Logits]
+
+
+def fit(
+    choice_logits: Logits, answers: Sequence[int], *, may_have_bias: bool, from_rows: FromRows | None = None
+) -> Calibration:
     """The likeliest temperature, between 0.05 and 20, where log temperature ~ N(0, 1) beforehand.
 
     That is the minimum of the summed NLL + (log temperature)^2 / 2. Without the second term a hundred rows that are all
@@ -53,28 +68,37 @@ def fit(choice_logits: Sequence[Sequence[float]], answers: Sequence[int], *, may
 
     With `may_have_bias` a bias as well, each number ~ N(0, 1) beforehand, if it lowers the NLL of rows that it was not
     fitted on, five parts in turn, by more than two standard errors of the rows' differences.
+
+    `from_rows` says how `choice_logits` come about where they were learned on these rows too.
     """
     temperature_alone = Calibration(_fit_temperature(choice_logits, answers))
     if not may_have_bias or len(answers) < MIN_ROWS:
         return temperature_alone
     without, with_bias = (
-        -np.log([row[answer] for row, answer in zip(cross_fit(choice_logits, answers, bias), answers, strict=True)])
-        for bias in (False, True)
+        losses_of(cross_fit(choice_logits, answers, has_bias, from_rows), answers) for has_bias in (False, True)
     )
     return _fit_bias(choice_logits, answers) if is_lower(with_bias, without, 2) else temperature_alone
 
 
-def cross_fit(choice_logits: Sequence[Sequence[float]], answers: Sequence[int], has_bias: bool) -> list[np.ndarray]:
+def cross_fit(
+    choice_logits: Logits, answers: Sequence[int], has_bias: bool, from_rows: FromRows | None = None
+) -> list[np.ndarray]:
     """Probabilities of every row by what was fitted on the other four parts of five."""
     probs: list[np.ndarray] = [np.empty(0)] * len(answers)
     fold_of = deal_rows(len(answers))
     for fold in range(NUM_FOLDS):
         rows, others = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
-        part = [choice_logits[i] for i in others], [answers[i] for i in others]
+        logits = choice_logits if from_rows is None else from_rows(others)
+        part = [logits[i] for i in others], [answers[i] for i in others]
         found = _fit_bias(*part) if has_bias else Calibration(_fit_temperature(*part))
-        for i, row in zip(rows, found.probs([choice_logits[i] for i in rows]), strict=True):
+        for i, row in zip(rows, found.probs([logits[i] for i in rows]), strict=True):
             probs[i] = np.maximum(row, np.finfo(np.float32).tiny)
     return probs
+
+
+def losses_of(probs: Sequence[np.ndarray], answers: Sequence[int]) -> np.ndarray:
+    """Negative log-likelihood (N,) of each row's answer, in nats."""
+    return -np.log([row[answer] for row, answer in zip(probs, answers, strict=True)])
 
 
 def deal_rows(num_rows: int, seed: int = 0) -> np.ndarray:
@@ -153,6 +177,49 @@ def calibrated_nll(logits: Sequence[Sequence[float]], answers: Sequence[int]) ->
     return min(float(minimize_scalar(nll, bounds=(0.0, np.log(HIGHEST)), method="bounded").fun), nll(0.0))
 
 
+# --- Scales -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """Ways to weigh scales, the one that was `chosen` among them: their weights from all rows, their NLL in nats,
+    cross-fitted, and how the chosen one makes choice logits from some of the rows."""
+
+    weights: dict[str, dict[str, float]]
+    nll: dict[str, float]
+    chosen: str
+    from_rows: FromRows
+
+
+def weigh_scales(predictions: Predictions, answers: Sequence[int]) -> Weighing:
+    """The scale nearest to that of training alone, unless equal or learned weights lower the NLL of rows that they were
+    not learned on, each way at its own temperature, by more than one standard error of the rows' differences."""
+    names = scale_names(predictions.metadata["scales"])
+    experts, average = experts_of_scales(predictions.scale_logits), predictions.metadata.get("average") or "mean"
+    nearest = min(names, key=lambda name: abs(np.log(names[name])))
+    equal, alone = np.full(len(names), 1 / len(names)), np.array([float(name == nearest) for name in names])
+    every = np.arange(len(answers))
+
+    def learn(rows: np.ndarray) -> np.ndarray:
+        return learn_weights(experts[:, rows], [answers[i] for i in rows], average)
+
+    def logits_by(weights_from: Callable[[np.ndarray], np.ndarray]) -> FromRows:
+        return lambda rows: predictions.weigh_scales(weights_from(rows).tolist())
+
+    first = f"{nearest} alone"
+    ways: dict[str, Callable[[np.ndarray], np.ndarray]]
+    ways = {first: lambda rows: alone, "equal weights": lambda rows: equal, "learned weights": learn}
+    losses = {
+        way: losses_of(cross_fit(predictions.choice_logits, answers, False, logits_by(weights_from)), answers)
+        for way, weights_from in ways.items()
+    }
+    nll = {way: float(of_rows.mean()) for way, of_rows in losses.items()}
+    proven = [way for way in ways if way == first or is_lower(losses[way], losses[first], 1)]
+    chosen = min(proven, key=nll.__getitem__)
+    weights = {way: dict(zip(names, found(every).tolist(), strict=True)) for way, found in ways.items()}
+    return Weighing(weights, nll, chosen, logits_by(ways[chosen]))
+
+
 # --- calibration.json -------------------------------------------------------------------------------------------------
 
 
@@ -178,25 +245,30 @@ def read_calibration(folder: str | Path, metadata: Mapping[str, Any]) -> Calibra
     """
     key = views_key(metadata)
     entry = _read_entries(_folder_of(folder, key)).get(key)
-    return None if entry is None else Calibration(entry["temperature"], entry.get("bias"))
+    if entry is None:
+        return None
+    check_calibration(entry, f"{printable(key)!r} in {Path(folder) / CALIBRATION}", metadata.get("scales") or [1.0])
+    return Calibration(entry["temperature"], entry.get("bias"), entry.get("scale_weights"))
 
 
-def harm_of_scales(folder: str | Path, metadata: Mapping[str, Any]) -> str:
-    """A sentence where `vqa-sft calibrate` knows that the run in this folder is better without the several scales of
-    these views: on as many rows its NLL with them lies above the 95% interval of that without. Else nothing."""
-    key, without = views_key(metadata), views_key({**metadata, "scales": None})
-    entries = _read_entries(folder := _folder_of(folder, key))
-    known = [entries.get(name, {}) for name in (key, without)]
-    own, plain = (entry.get("after") or {} for entry in known)
-    same_rows = known[0].get("rows") == known[1].get("rows")
-    if len(metadata.get("scales") or []) < 2 or not same_rows or "nll" not in own or "nll_95" not in plain:
+def worth_of_scales(folder: str | Path, metadata: Mapping[str, Any]) -> str:
+    """A sentence where several scales are asked of the run in this folder, and nobody knows what each is worth, or
+    `vqa-sft calibrate` has found that only one is. Else nothing."""
+    if len(metadata.get("scales") or []) < 2:
         return ""
-    if own["nll"] <= plain["nll_95"][1]:
+    found = read_calibration(folder, metadata)
+    if found is None or not found.scale_weights:
+        return (
+            f"What each scale is worth to {folder} is not known: they count equally, and one that the model reads "
+            f"badly does harm. Score the validation rows in the same way ({views_key(metadata)}; --part validation), "
+            "and vqa-sft calibrate finds weights."
+        )
+    used = [name for name, weight in found.scale_weights.items() if weight]
+    if len(used) > 1:
         return ""
     return (
-        f"These scales do harm, says {folder / CALIBRATION}: on rows that were not trained on the NLL is "
-        f"{own['nll']:.3f} with them and {plain['nll']:.3f} without ({without}, calibrated). Leave --scales out; or "
-        "score every scale alone, and let vqa-sft ensemble --weights learned weigh them."
+        f"Of these scales only {used[0]} counts for {folder}: the others made nothing better on validation rows. "
+        f"--scales {used[0]} alone scores the same in less time."
     )
 
 
@@ -235,11 +307,17 @@ def calibrate_run(folder: str | Path, file: str | Path | None = None) -> str:
     predictions = read_predictions(file)
     _check_rows(folder, file, predictions)
     entries, key = _read_entries(folder), views_key(predictions.metadata)
-    logits, answers = predictions.choice_logits, [answer for answer in predictions.answers if answer is not None]
+    answers = [answer for answer in predictions.answers if answer is not None]
+    weighing = weigh_scales(predictions, answers) if predictions.scale_logits else None
+    logits, weights, from_rows = predictions.choice_logits, None, None
+    if weighing:
+        weights, from_rows = weighing.weights[weighing.chosen], weighing.from_rows
+        logits = predictions.weigh_scales([*weights.values()])
     # Under other orders a position is no letter.
-    found = fit(logits, answers, may_have_bias=key.startswith("orders identity"))
-    before = with_intervals(softmax(logits), answers)
-    after = with_intervals(cross_fit(logits, answers, found.bias is not None), answers)
+    found = fit(logits, answers, may_have_bias=key.startswith("orders identity"), from_rows=from_rows)
+    found = replace(found, scale_weights=weights)
+    before = with_intervals(softmax(predictions.choice_logits), answers)
+    after = with_intervals(cross_fit(logits, answers, found.bias is not None, from_rows), answers)
     is_inside = file.resolve().is_relative_to(folder.resolve())
     source = str(file.resolve().relative_to(folder.resolve())) if is_inside else file.name
     entry = found.as_dict | {"rows": len(answers), "source": source, "before": before, "after": after}
@@ -249,11 +327,23 @@ def calibrate_run(folder: str | Path, file: str | Path | None = None) -> str:
     lines = [["", *names], ["before", *describe(before, names)], ["after", *describe(after, names)]]
     bias = "no bias" if found.bias is None else "bias " + " ".join(f"{number:+.2f}" for number in found.bias)
     return (
-        f"{as_table(lines)}\n\n{key}: temperature {found.temperature:.3f}, {bias}, from {len(answers):,} rows of "
+        f"{as_table(lines)}\n{_compare_weights(weighing)}\n{key}: temperature {found.temperature:.3f}, {bias}, from "
+        f"{len(answers):,} rows of "
         f"{file}.\n`after` is cross-fitted: each row by what was found on the other four parts of five, for on the\n"
         f"rows that it was fitted on any temperature looks good.\n{_compare(entries | {key: entry})}Wrote "
         f"{folder / CALIBRATION}"
     )
+
+
+def _compare_weights(weighing: Weighing | None) -> str:
+    """What was tried with several scales."""
+    if weighing is None:
+        return ""
+    lines = [["scales", *weighing.weights[weighing.chosen], "NLL"]]
+    for way, weights in weighing.weights.items():
+        taken = " (taken)" if way == weighing.chosen else ""
+        lines.append([way + taken, *(f"{weight:.2f}" for weight in weights.values()), f"{weighing.nll[way]:.4f}"])
+    return f"\n{as_table(lines)}\n"
 
 
 def _compare(entries: Mapping[str, Any]) -> str:

@@ -2,27 +2,25 @@
 
     files of one set of rows -> aligned by id -> experts (M files, N rows, C choices) -> pooled -> prediction file
 
-`mean` pools probabilities (a linear opinion pool), `log` their logarithms (a logarithmic pool: the normalised geometric
-mean), `vote` each file's best choice (a linear pool of votes).
+`mean` and `log` are those of pooling.py, `vote` pools each file's best choice (a linear pool of votes).
 """
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import minimize
 
 from vqa_sft.calibration import MIN_ROWS, NUM_FOLDS, deal_rows, is_lower
 from vqa_sft.errors import InputError, name_rows
+from vqa_sft.pooling import TINY, learn_weights, log_rows, own_choices, pool
 from vqa_sft.predictions import CALIBRATION, Predictions, read_predictions, whole, write_predictions
 
 AVERAGES = ("mean", "log", "vote")
 VOTE = 0.99  # of a vote goes to the choice; the rest is spread over all, for log 0 cannot stand in a file
 WEIGHTS_START = b'{\n  "average"'  # how a file of --save-weights begins
-TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -77,15 +75,14 @@ def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Prediction
 
 
 def _take(file: Predictions, rows: Sequence[int]) -> Predictions:
-    blanked, agreement = ([values[i] for i in rows] if values else [] for values in (file.blanked, file.agreement))
-    ids, logits, answers = ([values[i] for i in rows] for values in (file.ids, file.choice_logits, file.answers))
-    return Predictions(ids, logits, answers, file.metadata, blanked, agreement)
+    names = ("ids", "choice_logits", "answers", "blanked", "agreement", "scale_logits")
+    return replace(file, **{name: [column[i] for i in rows] for name in names if (column := getattr(file, name))})
 
 
 def experts_of(files: Sequence[Predictions], average: str) -> np.ndarray:
     """What is pooled (M, N, C), 0 where a row has fewer choices: calibrated probabilities, or smoothed votes."""
     lengths = np.array([len(row) for row in files[0].choice_logits])
-    is_own = np.arange(lengths.max()) < lengths[:, None]  # (N, C)
+    is_own = own_choices(lengths)  # (N, C)
     experts = np.zeros((len(files), *is_own.shape))
     for expert, file in zip(experts, files, strict=True):
         expert[is_own] = np.maximum(np.concatenate(file.probs), TINY)
@@ -94,49 +91,6 @@ def experts_of(files: Sequence[Predictions], average: str) -> np.ndarray:
             expert[is_own] = ((1 - VOTE) / np.repeat(lengths, lengths)).ravel()
             expert[np.arange(len(best)), best] += VOTE
     return experts
-
-
-def pool(experts: np.ndarray, weights: Sequence[float], average: str) -> np.ndarray:
-    """Probabilities (N, C) of the experts (M, N, C) together; the weights sum to 1."""
-    if average != "log":
-        return np.tensordot(np.asarray(weights), experts, axes=1)
-    is_own = experts[0] > 0
-    logs = np.tensordot(np.asarray(weights), np.log(np.where(is_own, experts, 1.0)), axes=1)
-    pooled = np.where(is_own, np.exp(logs - np.where(is_own, logs, -np.inf).max(axis=1, keepdims=True)), 0.0)
-    return np.maximum(pooled / pooled.sum(axis=1, keepdims=True), TINY * is_own)
-
-
-def learn_weights(experts: np.ndarray, answers: Sequence[int], average: str) -> np.ndarray:
-    """The weights (M,), none below 0 and 1 together, with the lowest NLL of the pool on these rows."""
-    if average == "log":
-        return _learn_log(experts, np.asarray(answers))
-    of_answer = experts[:, np.arange(len(answers)), answers]  # (M, N)
-    weights = np.full(len(experts), 1 / len(experts))
-    # Expectation-maximisation for mixture weights (Dempster, Laird and Rubin 1977): no step raises the NLL, which is
-    # convex in the weights.
-    for _ in range(5_000):
-        shares = weights[:, None] * of_answer
-        new = (shares / shares.sum(axis=0)).mean(axis=1)
-        if np.abs(new - weights).max() < 1e-9:
-            break
-        weights = new
-    return new
-
-
-def _learn_log(experts: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    is_own, rows = experts[0] > 0, np.arange(len(answers))
-    logs = np.log(np.where(is_own, experts, 1.0))
-
-    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:  # convex
-        probs = pool(experts, weights, "log")
-        slope = probs.copy()
-        slope[rows, answers] -= 1
-        return -np.log(probs[rows, answers]).mean(), (logs * slope).sum(axis=(1, 2)) / len(rows)
-
-    start = np.full(len(experts), 1 / len(experts))
-    simplex = {"type": "eq", "fun": lambda weights: weights.sum() - 1, "jac": lambda weights: np.ones(len(weights))}
-    found = minimize(loss, start, jac=True, method="SLSQP", bounds=[(0, 1)] * len(start), constraints=[simplex]).x
-    return np.maximum(found, 0) / np.maximum(found, 0).sum()
 
 
 def learn(files: Sequence[Predictions], average: str) -> Learned:
@@ -161,7 +115,7 @@ def combine(files: Sequence[Predictions], names: Sequence[str], weights: Sequenc
     are calibrated already; its `agreement` is the share of the weights that choose as all together do."""
     first, experts = files[0], experts_of(files, average)
     probs = pool(experts, weights, average)
-    logits = [np.log(row[: len(own)]).tolist() for row, own in zip(probs, first.choice_logits, strict=True)]
+    logits = log_rows(probs, [len(row) for row in first.choice_logits])
     agree = (experts.argmax(axis=2) == probs.argmax(axis=1)).T @ np.asarray(weights)  # (N,)
     made_of = [
         {"file": str(name), "weight": float(weight)} | {key: file.metadata.get(key) for key in _MADE_BY}

@@ -9,9 +9,11 @@ A prediction file is Parquet, in the row order of the data:
     blanked        answered without a picture that could not be used
     agreement      share of the row's views whose best choice is the averaged best one (of an ensemble: the share of the
                    weights); null where unknown, and files without the column are read too
+    scale_logits   only where pictures were scored at several scales by one run: of each scale, in the order of `scales`
+                   in the metadata, what `choice_logits` are of all. Those weigh the scales equally
 
-Its metadata say what made it. Under "calibration" they hold the temperature, and perhaps a bias, that were found for
-the run and these views: `Predictions.probs` applies them.
+Its metadata say what made it. Under "calibration" they hold the temperature, and perhaps a bias and weights of the
+scales, that were found for the run and these views: `Predictions.probs` applies them.
 """
 
 import json
@@ -29,6 +31,7 @@ import pyarrow.parquet as pq
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.mcq import LETTERS
 from vqa_sft.metrics import as_table, describe, softmax, with_intervals
+from vqa_sft.pooling import experts_of_scales, log_rows, pool
 from vqa_sft.sources import open_source
 
 SCHEMA = pa.schema(
@@ -40,6 +43,7 @@ SCHEMA = pa.schema(
         ("agreement", pa.float32()),
     ]
 )
+SCALE_LOGITS = pa.field("scale_logits", pa.list_(pa.list_(pa.float32())))
 METADATA_KEY = b"vqa_sft"
 CALIBRATION = "calibration"  # in the metadata
 
@@ -53,15 +57,23 @@ class Predictions:
     answers: list[int | None]
     metadata: dict = field(default_factory=dict)
     blanked: list[bool] = field(default_factory=list)  # empty: none
-
     agreement: list[float | None] = field(default_factory=list)  # empty: unknown
+    scale_logits: list[list[list[float]]] = field(default_factory=list)  # of S scales; empty: one scale, or unknown
 
     @property
     def probs(self) -> list[np.ndarray]:
         """Probabilities of each row's choices: softmax(choice_logits / temperature + bias) where the metadata hold a
-        calibration, else softmax(choice_logits)."""
+        calibration, with the scales at its weights if it has some; else softmax(choice_logits)."""
         calibration = self.metadata.get(CALIBRATION) or {}
-        return softmax(self.choice_logits, calibration.get("temperature", 1.0), calibration.get("bias"))
+        logits, weights = self.choice_logits, calibration.get("scale_weights")
+        if weights:
+            logits = self.weigh_scales([weights[name] for name in scale_names(self.metadata["scales"])])
+        return softmax(logits, calibration.get("temperature", 1.0), calibration.get("bias"))
+
+    def weigh_scales(self, weights: Sequence[float]) -> list[list[float]]:
+        """What `choice_logits` are with these weights (S,) of the scales; they sum to 1."""
+        probs = pool(experts_of_scales(self.scale_logits), weights, self.metadata.get("average") or "mean")
+        return log_rows(probs, [len(row[0]) for row in self.scale_logits])
 
     @property
     def best(self) -> list[int]:
@@ -73,6 +85,12 @@ class Predictions:
         on such probabilities as it will be used on."""
         rest = {key: value for key, value in self.metadata.items() if key != CALIBRATION}
         own = other.metadata.get(CALIBRATION)
+        weights = (own or {}).get("scale_weights")
+        if weights and (not self.scale_logits or weights.keys() != scale_names(self.metadata["scales"]).keys()):
+            raise InputError(
+                f"held-out rows were scored at the scales {self.metadata.get('scales') or [1.0]}, and those that they "
+                f"stand for at {', '.join(weights)} with a weight each. Score both at the same scales."
+            )
         return replace(self, metadata=rest | ({CALIBRATION: own} if own else {}))
 
 
@@ -100,6 +118,8 @@ def write_predictions(path: str | Path, predictions: Predictions) -> None:
     agreement = predictions.agreement or [None] * num_rows
     columns = [predictions.ids, predictions.choice_logits, predictions.answers, blanked, agreement]
     table = pa.Table.from_arrays([pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA)
+    if predictions.scale_logits:
+        table = table.append_column(SCALE_LOGITS, pa.array(predictions.scale_logits, SCALE_LOGITS.type))
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(predictions.metadata, ensure_ascii=False)})
     with whole(path) as unfinished:
         pq.write_table(table, unfinished)
@@ -114,12 +134,15 @@ def read_predictions(path: str | Path) -> Predictions:
         if "agreement" not in table.schema.names:
             table = table.append_column("agreement", pa.nulls(len(table), pa.float32()))
         columns = [table.select(SCHEMA.names).cast(SCHEMA)[name].to_pylist() for name in SCHEMA.names]
+        has_scales = SCALE_LOGITS.name in table.schema.names
+        scale_logits = table[SCALE_LOGITS.name].cast(SCALE_LOGITS.type).to_pylist() if has_scales else []
         metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
     except (pa.ArrowException, KeyError, ValueError, OSError) as error:  # OSError: pages that are damaged
         raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).") from error
     ids, choice_logits, answers, blanked, agreement = columns
     is_known = any(share is not None for share in agreement)
-    predictions = Predictions(ids, choice_logits, answers, metadata, blanked, agreement if is_known else [])
+    agreement = agreement if is_known else []
+    predictions = Predictions(ids, choice_logits, answers, metadata, blanked, agreement, scale_logits)
     _check(path, predictions)
     return predictions
 
@@ -147,18 +170,50 @@ def _check(path: str | Path, predictions: Predictions) -> None:
         raise InputError(f"{path} is damaged: `scales` in its metadata are no numbers.")
     if not (run is None or isinstance(run, str)):
         raise InputError(f"{path} is damaged: `run` in its metadata is no folder.")
-    if CALIBRATION in predictions.metadata and predictions.metadata[CALIBRATION] is not None:
-        check_calibration(predictions.metadata[CALIBRATION], f"the calibration in {path}")
+    pairs = zip(ids, predictions.choice_logits, predictions.scale_logits, strict=bool(predictions.scale_logits))
+    bad = [row_id for row_id, logits, of_scales in pairs if not _are_like(of_scales, len(scales), len(logits))]
+    if bad or predictions.scale_logits and len(scales) < 2:
+        raise InputError(f"{path} is damaged: scale_logits are not those of {len(scales)} scales.")
+    found = predictions.metadata.get(CALIBRATION)
+    if found is not None:
+        check_calibration(found, f"the calibration in {path}", scales)
+        if found.get("scale_weights") and not predictions.scale_logits:
+            raise InputError(f"{path} is damaged: it has weights of its scales, and no scale_logits.")
 
 
-def check_calibration(values: object, what: str) -> None:
-    """Raises InputError where `values` are no {"temperature": above 0, "bias": null or numbers}."""
+def _are_like(of_scales: list | None, num_scales: int, num_choices: int) -> bool:
+    """Whether they are `num_scales` lists of so many finite numbers."""
+    rows = [row or [] for row in of_scales or []]
+    return len(rows) == num_scales and all(
+        len(row) == num_choices and None not in row and np.isfinite(row).all() for row in rows
+    )
+
+
+def check_calibration(values: object, what: str, scales: Sequence[float] | None = None) -> None:
+    """Raises InputError where `values` are no {"temperature": above 0, "bias": null or numbers, "scale_weights": null
+    or numbers from 0, together 1}; the latter one for each of the `scales`, where these are known."""
     known = values if isinstance(values, dict) else {}
-    bias = known.get("bias")
+    bias, weights = known.get("bias"), known.get("scale_weights")
     numbers = [known.get("temperature"), *(bias if isinstance(bias, list) else [])]
+    numbers += weights.values() if isinstance(weights, dict) else []
     are_numbers = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
     if not are_numbers or numbers[0] <= 0 or not (bias is None or isinstance(bias, list)):
         raise InputError(f"{what} is damaged: a temperature above 0 and a bias of numbers or null are expected.")
+    if weights is not None and not (
+        isinstance(weights, dict)
+        and min(weights.values(), default=-1) >= 0
+        and abs(sum(weights.values()) - 1) < 1e-6
+        and (scales is None or weights.keys() == scale_names(scales).keys())
+    ):
+        known_scales = "each scale" if scales is None else ", ".join(scale_names(scales))
+        raise InputError(
+            f"{what} is damaged: in scale_weights a weight of {known_scales} is expected, none below 0, 1 together."
+        )
+
+
+def scale_names(scales: Sequence[float]) -> dict[str, float]:
+    """Under which names the weights of scales stand in a file, in the order of the scales."""
+    return {str(float(scale)): float(scale) for scale in scales}
 
 
 def read_answers(path: str | Path) -> dict[str, int]:

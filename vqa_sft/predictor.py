@@ -73,7 +73,10 @@ class Predictor:
         self.batch_size = batch_size
         metadata = {"orders": orders, "scales": [*scales], "average": average}
         self.folders = folders
-        self.calibrations = [read_calibration(folder, metadata) or Calibration() for folder in folders]
+        self.metadata = [
+            metadata | {"calibration": (read_calibration(folder, metadata) or Calibration()).as_dict}
+            for folder in folders
+        ]
 
     def __call__(
         self,
@@ -154,18 +157,18 @@ class Predictor:
                 letter_ids,
                 self.scorer.precision,
                 self.scorer.adapters,
-                range(len(self.calibrations)),
+                range(len(self.folders)),
             )
             scales.append((groups, logits, batch["orders"], batch["num_choices"]))
         scored = scoring.undo_orders(range(len(rows)), scales, self.average)
-        of_runs = list(zip(*scored.choice_logits, strict=True))
-        if len(of_runs) == 1:
-            return self.calibrations[0].probs(of_runs[0])
         ids, answers = [row["id"] for row in rows], [None] * len(rows)
+        of_runs = [[*zip(*of_rows, strict=True)] for of_rows in (scored.choice_logits, scored.scale_logits)]
         runs = [
-            Predictions(ids, list(logits), answers, {"calibration": found.as_dict})
-            for found, logits in zip(self.calibrations, of_runs, strict=True)
+            Predictions(ids, [*logits], answers, metadata, scale_logits=[*filter(None, of_scales)])
+            for metadata, logits, of_scales in zip(self.metadata, *of_runs, strict=True)
         ]
+        if len(runs) == 1:
+            return runs[0].probs
         return combine(runs, self.folders, [1 / len(runs)] * len(runs), self.average_runs).probs
 
 

@@ -27,13 +27,14 @@ OWN_FILES = {VALIDATION: RUN, OUT_OF_FOLD: "out_of_fold.json"}
 
 @dataclass
 class Block:
-    """Rows in the order of the data, and what each run says of them: choice logits and agreement of every row."""
+    """Rows in the order of the data, and what each run says of them: choice logits, agreement and scale logits of every
+    row."""
 
     ids: list[str]
     answers: list[int | None]
     choices: list[list[str]]
     blanked: list[bool]
-    of_runs: list[tuple[Sequence, Sequence]]
+    of_runs: list[tuple[Sequence, Sequence, Sequence]]
 
 
 def blocks_of_runs(parts: Path, num_passes: int) -> Iterator[Block]:
@@ -51,13 +52,13 @@ def block_of_parts(parts: Path, num_passes: int, ids: Sequence[str]) -> Iterator
     yield _block(table, _of_runs(table))
 
 
-def _block(table: pa.Table, of_runs: list[tuple[Sequence, Sequence]]) -> Block:
+def _block(table: pa.Table, of_runs: list[tuple[Sequence, Sequence, Sequence]]) -> Block:
     return Block(*(table[name].to_pylist() for name in ("id", "answer", "choices", "blanked")), of_runs)
 
 
-def _of_runs(table: pa.Table) -> list[tuple[Sequence, Sequence]]:
-    logits, agreement = (table[name].to_pylist() for name in ("choice_logits", "agreement"))
-    return list(zip(zip(*logits, strict=True), zip(*agreement, strict=True), strict=True))
+def _of_runs(table: pa.Table) -> list[tuple[Sequence, Sequence, Sequence]]:
+    columns = (table[name].to_pylist() for name in ("choice_logits", "agreement", "scale_logits"))
+    return list(zip(*(zip(*column, strict=True) for column in columns), strict=True))
 
 
 def write_results(
@@ -82,8 +83,8 @@ def write_results(
     num_rows, blanked = 0, []
     for block in blocks:
         alone = [
-            Predictions(block.ids, logits, block.answers, metadata, block.blanked, agreement)
-            for (logits, agreement), metadata in zip(block.of_runs, about.values(), strict=False)
+            Predictions(block.ids, logits, block.answers, metadata, block.blanked, agreement, [*filter(None, scales)])
+            for (logits, agreement, scales), metadata in zip(block.of_runs, about.values(), strict=False)
         ]
         mean = alone[0]
         if len(alone) > 1:

@@ -141,11 +141,13 @@ def average_views(views: Sequence[Sequence[float]], how: str = "mean") -> tuple[
 @dataclass
 class Scored:
     """Some rows of the data, scored by R runs: their numbers there, of each row R lists of choice logits in dataset
-    order, averaged over its views, and R shares of the views that agree with them."""
+    order, averaged over its views, R shares of the views that agree with them, and of several picture scales R times S
+    lists of choice logits, averaged over the views of each; of one none."""
 
     rows: list[int]
     choice_logits: list[list[list[float]]]
     agreement: list[list[float]]
+    scale_logits: list[list[list[list[float]]]]
 
 
 def plan_batches(examples: datasets.Dataset, views: str | int, batch_size: int) -> list[list[int]]:
@@ -254,15 +256,17 @@ def letter_logits_of_runs(
 def undo_orders(rows: Sequence[int], scales: list[tuple], average: str) -> Scored:
     """Undo the orders, and average over the views of each row."""
     num_runs = len(scales[0][1])
-    choice_logits, agreement = ([[] for _ in rows] for _ in "ab")
+    choice_logits, agreement, scale_logits = ([[] for _ in rows] for _ in "abc")
     for run in range(num_runs):
-        views: list[list[list[float]]] = [[] for _ in rows]
-        for groups, logits, orders, num_choices in scales:
+        views: list[list[list[list[float]]]] = [[[] for _ in scales] for _ in rows]
+        for number, (groups, logits, orders, num_choices) in enumerate(scales):
             of_views = to_choice_logits(logits[run].cpu(), orders.cpu(), num_choices.cpu())
             for group, of_view in zip(groups, of_views, strict=True):
-                views[group].append(of_view)
-        for row, of_row in enumerate(views):
-            mean, share = average_views(of_row, average)
+                views[group][number].append(of_view)
+        for row, of_scales in enumerate(views):
+            mean, share = average_views([view for of_scale in of_scales for view in of_scale], average)
             choice_logits[row].append(mean)
             agreement[row].append(share)
-    return Scored([*rows], choice_logits, agreement)
+            alone = [average_views(of_scale, average)[0] for of_scale in of_scales] if len(scales) > 1 else []
+            scale_logits[row].append(alone)
+    return Scored([*rows], choice_logits, agreement, scale_logits)

@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("row", pa.int64()),
         ("choice_logits", pa.list_(pa.list_(pa.float32()))),  # of each run
         ("agreement", pa.list_(pa.float32())),
+        ("scale_logits", pa.list_(pa.list_(pa.list_(pa.float32())))),
     ]
 )
 
@@ -43,7 +44,7 @@ def open_parts(output: Path, plan: dict[str, Any]) -> tuple[Path, bool]:
     What another plan left there, that of another run or of other data, is removed.
     """
     folder = output.with_name(output.name + ".parts")
-    text = json.dumps(plan, indent=1, ensure_ascii=False)
+    text = json.dumps(plan | {"columns": SCHEMA.names}, indent=1, ensure_ascii=False)
     with suppress(OSError, UnicodeDecodeError):
         if (folder / PLAN).read_text(encoding="utf-8") == text:
             return folder, any(folder.glob("*/*.parquet")) or any(folder.glob("*.parquet"))
@@ -71,8 +72,10 @@ class Shards:
         rows: Sequence[int],
         choice_logits: Sequence[Sequence[Sequence[float]]],
         agreement: Sequence[Sequence[float]],
+        scale_logits: Sequence[Sequence[Sequence[Sequence[float]]]],
     ) -> None:
-        self._waiting += zip(rows, choice_logits, agreement, strict=True)
+        """As in scoring.Scored."""
+        self._waiting += zip(rows, choice_logits, agreement, scale_logits, strict=True)
         if time.monotonic() - self._written_s >= self.every_s:
             self.flush()
 
