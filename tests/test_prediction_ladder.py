@@ -8,7 +8,8 @@ import pytest
 
 from vqa_sft import prediction_ladder
 from vqa_sft.errors import InputError
-from vqa_sft.prediction_ladder import FIRST, LESS, MORE, difference, write_rows
+from vqa_sft.prediction_ladder import FIRST, difference, together, write_rows
+from vqa_sft.predictions import Predictions
 from vqa_sft.tiny.numbers import SETS, TaskSet
 
 
@@ -34,6 +35,17 @@ def test_a_difference_compares_the_same_rows():
     assert mean == low == high == pytest.approx(-0.01)
 
 
+def test_lines_without_temperatures_have_the_weights_of_scales_all_the_same():
+    scale_logits = [[np.log([0.7, 0.3]).tolist(), np.log([0.2, 0.8]).tolist()]]
+    known = {"temperature": 2.0, "bias": None, "scale_weights": {"0.5": 0.0, "1.0": 1.0}}
+    metadata = {"scales": [1.0, 0.5], "calibration": known}
+    file = Predictions(["x"], [[-0.5, -0.6]], [0], metadata, scale_logits=scale_logits)
+    raw, calibrated, answers = together([file, file])
+    assert raw[0] == pytest.approx([0.7, 0.3]) and answers == [0]
+    tempered = np.sqrt([0.7, 0.3])
+    assert calibrated[0] == pytest.approx(tempered / tempered.sum())
+
+
 def test_the_table_has_a_line_for_every_way_and_goes_on_with_what_is_done(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SETS, "few", TaskSet("a handful", 60, 1))
     arguments = [
@@ -43,8 +55,6 @@ def test_the_table_has_a_line_for_every_way_and_goes_on_with_what_is_done(tmp_pa
         "20",
         "--views",
         FIRST,
-        LESS,
-        MORE,
         "three scales",
         "--work",
         str(tmp_path),
@@ -55,7 +65,7 @@ def test_the_table_has_a_line_for_every_way_and_goes_on_with_what_is_done(tmp_pa
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "---" not in line]
     names = [line.split("|")[1].strip() for line in lines]
     of_run = ("one fold", "three folds", "trained on sizes")
-    views = (FIRST, LESS, MORE, "three scales", "scales, learned weights")
+    views = (FIRST, "three scales", "three scales, equal weights")
     assert names == ["", *(f"{run}, {way}" for run in of_run for way in views)]
     assert all(len(line.split("|")) == 10 for line in lines)
     monkeypatch.setattr(prediction_ladder, "train_command", lambda *args: pytest.fail("trained again"))

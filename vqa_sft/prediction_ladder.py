@@ -5,12 +5,11 @@
     python -m vqa_sft.prediction_ladder --work runs/prediction_ladder      # once more: what is done is not done again
 
 The tiny base learns the sets of vqa_sft/ladder.py in three folds, by recipes/demo.yaml with its defaults. Every way is
-recipes/predict.py: for the rows out of fold, on which `vqa-sft calibrate` finds a temperature for these views, and for
-test rows. "One fold" is the first of them; the other lines are three together (the mean of logarithms). Test rows are
-all different ones, but those of `digits` show each of its test pictures several times, with other wrong choices. The
-folds have seen pictures of one size; "trained on sizes" is one more run of the first fold that has seen others, and is
-compared to its own first line. "Scales, learned weights" is `vqa-sft ensemble --weights learned` of the three scales,
-each of which has a prediction file of its own; the weights come from the rows out of fold.
+recipes/predict.py: for the rows out of fold, on which `vqa-sft calibrate` finds a temperature for these views and
+weights of the scales, and for test rows. "One fold" is the first of them; the other lines are three together (the mean
+of logarithms). Test rows are all different ones, but those of `digits` show each of its test pictures several times,
+with other wrong choices. The folds have seen pictures of one size; "trained on sizes" is one more run of the first fold
+that has seen others, and is compared to its own first line. "Equal weights" is what scales give without calibrate.
 
 Brackets hold the middle 95% of 1,000 resamples of the rows; a difference to one order of one fold compares the same
 rows, both calibrated or both not.
@@ -28,29 +27,26 @@ from pathlib import Path
 
 import numpy as np
 
-from vqa_sft.calibration import calibrate_run, read_calibration
-from vqa_sft.ensemble import learn, pool
+from vqa_sft.calibration import calibrate_run
+from vqa_sft.ensemble import experts_of
 from vqa_sft.errors import InputError, exits_with_message
 from vqa_sft.folds import write_folds
 from vqa_sft.ladder import DEMO, ROOT
-from vqa_sft.metrics import softmax, with_intervals
-from vqa_sft.predictions import read_predictions
+from vqa_sft.metrics import with_intervals
+from vqa_sft.pooling import pool
+from vqa_sft.predictions import CALIBRATION, Predictions, read_predictions
 from vqa_sft.tiny.numbers import SETS, TaskSet, write_set
 
 NUM_FOLDS = 3
-LESS, MORE = "scale 0.67", "scale 1.33"  # the pictures have three tokens a side
-SCALES = "0.67,1.0,1.33"
+SCALES = "0.67,1.0,1.33"  # the pictures have three tokens a side
 VIEWS: dict[str, list[str]] = {
     "one order": [],
     "rotations": ["--orders", "rotations"],
     "all orders": ["--orders", "all"],
-    LESS: ["--scales", "0.67"],
-    MORE: ["--scales", "1.33"],
     "three scales": ["--scales", SCALES],
     "rotations x scales": ["--orders", "rotations", "--scales", SCALES],
 }
 FIRST = "one order"
-APART = (LESS, FIRST, MORE)  # to be weighed
 FOLDS, SIZED = "run", "run_sized"
 # Of sides between two and four tokens; the tower learns them too.
 SIZES = {"image_augmentation": 0.35, "min_pixels": 56**2, "max_pixels": 112**2 * 2, "adapt_tower": True}
@@ -77,7 +73,7 @@ def main() -> None:
     for run in runs:
         (args.work / "_".join(run)).touch()  # is done
     ways: list[Way] = [(name, FOLDS, views) for name in args.sets for views in args.views]
-    ways += [(name, SIZED, views) for name in args.sets for views in args.views if views in (*APART, "three scales")]
+    ways += [(name, SIZED, views) for name in args.sets for views in args.views if views in (FIRST, "three scales")]
     run_all(predict_commands(args, ways, "validation"), args)
     for way in ways:
         calibrate_run(args.work / way[0] / way[1], file_of(args, way, "validation"))
@@ -197,42 +193,42 @@ Probs = list[np.ndarray]  # of N rows, (C,) each
 
 
 def read_ways(args: argparse.Namespace, name: str) -> dict[str, tuple[Probs, Probs, list[int]]]:
-    """Of every line of the table: probabilities as they were scored, and calibrated, and the answers."""
-    found: dict[str, dict[str, tuple[Probs, Probs]]] = {"one fold": {}, "three folds": {}, "trained on sizes": {}}
+    """Of every line of the table: probabilities at temperature 1, and calibrated, and the answers."""
+    found: dict[str, tuple[Probs, Probs, list[int]]] = {}
     for views in args.views:
         mean = file_of(args, (name, FOLDS, views), "test")
         folds = [read_predictions(mean.with_name(f"{mean.stem}.fold{fold}.parquet")) for fold in range(NUM_FOLDS)]
-        raw = [softmax(fold.choice_logits) for fold in folds]
-        answers = [int(answer) for answer in folds[0].answers]
-        found["one fold"][views] = raw[0], folds[0].probs
-        together = pool(np.array(raw), [1 / NUM_FOLDS] * NUM_FOLDS, "log")
-        found["three folds"][views] = together, read_predictions(mean).probs
+        runs = {"one fold": folds[:1], "three folds": folds}
         if (path := file_of(args, (name, SIZED, views), "test")).is_file():
-            sized = read_predictions(path)
-            found["trained on sizes"][views] = softmax(sized.choice_logits), sized.probs
-    for run, of_views in found.items():
-        if of_views.keys() >= set(APART):
-            weights = weights_of_scales(args, name, SIZED if run == "trained on sizes" else FOLDS)
-            raw, calibrated = (np.array([of_views[views][i] for views in APART]) for i in range(2))
-            of_views["scales, learned weights"] = pool(raw, weights, "mean"), pool(calibrated, weights, "mean")
-    return {
-        f"{run}, {views}": (*probs, answers) for run, of_views in found.items() for views, probs in of_views.items()
-    }
+            runs["trained on sizes"] = [read_predictions(path)]
+        for run, files in runs.items():
+            found[f"{run}, {views}"] = together(files)
+            if files[0].scale_logits:
+                equal = [replace(file, scale_logits=[], metadata={}) for file in files]
+                found[f"{run}, {views}, equal weights"] = together(equal)
+    return found
 
 
-def weights_of_scales(args: argparse.Namespace, name: str, run: str) -> list[float]:
-    """As `vqa-sft ensemble --weights learned` finds them on the rows out of fold, calibrated as the test rows are."""
-    held_out = []
-    for views in APART:
-        predictions = read_predictions(file_of(args, (name, run, views), "validation"))
-        found = read_calibration(args.work / name / run, predictions.metadata)
-        predictions.metadata["calibration"] = found.as_dict
-        held_out.append(predictions)
-    return learn(held_out, "mean").weights or [1 / len(APART)] * len(APART)
+def together(files: Sequence[Predictions]) -> tuple[Probs, Probs, list[int]]:
+    """By the mean of logarithms, without their temperatures and with them; scales at their weights in both."""
+    both = []
+    for known in ((), ("temperature", "bias")):
+        changed = [replace(file, metadata=_only(file.metadata, (*known, "scale_weights"))) for file in files]
+        probs = pool(experts_of(changed, "log"), [1 / len(files)] * len(files), "log")
+        both.append([row[: len(own)] for row, own in zip(probs, files[0].choice_logits, strict=True)])
+    return both[0], both[1], [int(answer) for answer in files[0].answers]
+
+
+def _only(metadata: dict, names: Sequence[str]) -> dict:
+    """With no more of the calibration than this."""
+    known = metadata.get(CALIBRATION) or {}
+    return metadata | {CALIBRATION: {name: known[name] for name in names if name in known}}
 
 
 def table(args: argparse.Namespace, name: str) -> str:
     ways = read_ways(args, name)
+    blocks = ("one fold", "three folds", "trained")
+    ways = dict(sorted(ways.items(), key=lambda way: [way[0].startswith(block) for block in blocks].index(True)))
     head = ["", "accuracy", "NLL", "calibrated NLL", "ECE", "calibrated ECE", "NLL - first", "calibrated NLL - first"]
     lines = [head, ["---"] * len(head)]
     for way, (raw, calibrated, answers) in ways.items():
