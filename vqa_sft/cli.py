@@ -149,7 +149,8 @@ def _add_calibrate(commands: Any) -> None:
     calibrate = commands.add_parser(
         "calibrate",
         help="find a run's temperature on rows that it did not train on",
-        description="Find how sure a run may be: a temperature, and a bias of its letters where that proves itself. "
+        description="Find how sure a run may be: a temperature, and a bias of its letters where that proves itself; of "
+        "pictures at several scales also what weight each has. "
         "Written to calibration.json in RUN, which later predictions with the same orders and scales use. Prints what "
         "it does to NLL, Brier score and ECE. Example: vqa-sft calibrate runs/mine",
     )
