@@ -8,8 +8,10 @@ The tiny base learns the sets of vqa_sft/ladder.py in three folds, by recipes/de
 recipes/predict.py: for the rows out of fold, on which `vqa-sft calibrate` finds a temperature for these views and
 weights of the scales, and for test rows. "One fold" is the first of them; the other lines are three together (the mean
 of logarithms). Test rows are all different ones, but those of `digits` show each of its test pictures several times,
-with other wrong choices. The folds have seen pictures of one size; "trained on sizes" is one more run of the first fold
-that has seen others, and is compared to its own first line. "Equal weights" is what scales give without calibrate.
+with other wrong choices. Those pictures have three tokens a side, and the folds have seen no other size. "Trained on
+sizes" is one more run of the first fold: on the same pictures with eight tokens a side, changed by up to an eighth in
+training, for twice as long; it is compared to its own first line. "Equal weights" is what scales give without
+calibrate.
 
 Brackets hold the middle 95% of 1,000 resamples of the rows; a difference to one order of one fold compares the same
 rows, both calibrated or both not.
@@ -18,6 +20,7 @@ rows, both calibrated or both not.
 import argparse
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from vqa_sft.calibration import calibrate_run
 from vqa_sft.ensemble import experts_of
@@ -38,7 +42,8 @@ from vqa_sft.predictions import CALIBRATION, Predictions, read_predictions
 from vqa_sft.tiny.numbers import SETS, TaskSet, write_set
 
 NUM_FOLDS = 3
-SCALES = "0.67,1.0,1.33"  # the pictures have three tokens a side
+SCALES, LARGE_SCALES = "0.67,1.0,1.33", "0.9,1.0,1.1"  # of three tokens a side, and of eight: one less and one more
+LARGE_PX = 224
 VIEWS: dict[str, list[str]] = {
     "one order": [],
     "rotations": ["--orders", "rotations"],
@@ -48,9 +53,10 @@ VIEWS: dict[str, list[str]] = {
 }
 FIRST = "one order"
 FOLDS, SIZED = "run", "run_sized"
-# Of sides between two and four tokens; the tower learns them too.
-SIZES = {"image_augmentation": 0.35, "min_pixels": 56**2, "max_pixels": 112**2 * 2, "adapt_tower": True}
-SIZES |= {"cache_image_features": False}
+LARGE = "large"  # folder of the large pictures
+# The tower learns the sizes too.
+SIZES = {"image_augmentation": 0.125, "min_pixels": LARGE_PX**2 // 2, "max_pixels": LARGE_PX**2 * 2}
+SIZES |= {"adapt_tower": True, "cache_image_features": False}
 Way = tuple[str, str, str]  # set, run, views
 
 
@@ -60,6 +66,7 @@ def main() -> None:
     for name in args.sets:
         if not (args.work / name / f"{args.rows}_rows").is_file():
             write_rows(args.work / name, SETS[name], args.rows)
+            enlarge(args.work / name, args.work / name / LARGE)
             for other in [*(args.work / name).glob("*_rows"), *(args.work / name).glob("*_test_*")]:
                 other.unlink()  # of other rows
             (args.work / name / f"{args.rows}_rows").touch()
@@ -123,16 +130,27 @@ def write_rows(folder: Path, task: TaskSet, num_rows: int) -> None:
     write_folds(folder / "folds.csv", ids, [i % NUM_FOLDS for i in range(len(ids))])
 
 
+def enlarge(folder: Path, output: Path) -> None:
+    """The same rows with larger pictures."""
+    (output / "images").mkdir(parents=True, exist_ok=True)
+    for name in ("train.csv", "test.csv", "folds.csv"):
+        shutil.copy(folder / name, output)
+    for path in sorted((folder / "images").iterdir()):
+        with Image.open(path) as picture:
+            picture.resize((LARGE_PX, LARGE_PX), Image.Resampling.BICUBIC).save(output / "images" / path.name)
+
+
 def _unturned(folder: Path) -> list[dict]:
     with (folder / "test.csv").open(newline="", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if row["id"].endswith("/0")]
 
 
 def train_command(args: argparse.Namespace, name: str, run: str) -> list[str]:
-    folder = args.work / name
-    values = {"train_data": folder / "train.csv", "folds_file": folder / "folds.csv", "validation_fraction": 0}
+    folder, epochs = args.work / name, SETS[name].num_epochs
+    data = folder if run == FOLDS else folder / LARGE
+    values = {"train_data": data / "train.csv", "folds_file": data / "folds.csv", "validation_fraction": 0}
     values |= {"fold": "all"} if run == FOLDS else SIZES | {"fold": 0}
-    values |= {"output_dir": folder / run, "num_train_epochs": SETS[name].num_epochs}
+    values |= {"output_dir": folder / run, "num_train_epochs": epochs if run == FOLDS else 2 * epochs}
     values |= {"use_cpu": args.use_cpu, "compile_layers": False, "disable_tqdm": True}
     tokens = [str(token) for key, value in values.items() for token in (f"--{key}", value)]
     return [str(ROOT / "recipes" / "sft.py"), "--config", str(DEMO), *tokens]
@@ -147,8 +165,10 @@ def predict_command(args: argparse.Namespace, way: Way, part: str) -> list[str]:
     name, run, views = way
     folder = args.work / name
     command = [str(ROOT / "recipes" / "predict.py"), "--run", str(folder / run), "--batch_size", "256"]
-    command += ["--output", str(file_of(args, way, part).with_suffix(".csv")), *VIEWS[views]]
-    command += ["--part", "validation"] if part == "validation" else ["--data", str(folder / "test.csv")]
+    command += ["--output", str(file_of(args, way, part).with_suffix(".csv"))]
+    command += [LARGE_SCALES if run == SIZED and token == SCALES else token for token in VIEWS[views]]
+    data = folder if run == FOLDS else folder / LARGE
+    command += ["--part", "validation"] if part == "validation" else ["--data", str(data / "test.csv")]
     return command + ["--use_cpu"] * args.use_cpu
 
 
