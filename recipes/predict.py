@@ -94,9 +94,10 @@ def main() -> None:
     views = {"orders": args.orders, "scales": args.scales, "average": args.average}
     for folder, run in runs.items():
         about_run(args, folder, run, views)
-    worths = [worth_of_scales(folder, views) for folder in folders if folder != "none" and args.part == "all"]
     notes = [note for source in data.loaded for note in source.notes]
-    for note in dict.fromkeys([*notes, *filter(None, worths)] * is_main):
+    if args.part == "all" and "none" not in folders:
+        notes += worth_of_scales(folders, views)
+    for note in dict.fromkeys(notes * is_main):
         print(note)
     if args.orders == "all" and math.factorial(data.num_choices) > MOST_ORDERS:
         raise InputError(

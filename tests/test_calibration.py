@@ -281,8 +281,8 @@ def test_weights_are_kept_with_the_run_and_no_scale_makes_it_worse(run):
         table = calibrate_run(run, file)
         found = read_calibration(run, predictions.metadata)
         assert ("1.0 alone (taken)" in table) == bool(only) and "equal weights" in table
-        said = worth_of_scales(run, predictions.metadata)
-        assert said.startswith(f"Of these scales only {only} counts") if only else said == ""
+        said = worth_of_scales([run, run], predictions.metadata)
+        assert said[0].startswith(f"Of these scales only {only} counts for {run}, {run}: ") if only else said == []
         # As they are used: on other rows, whose file names its scales in another order.
         test = replace(predictions, metadata=predictions.metadata | {"calibration": found.as_dict})
         turned = {"scales": [2.0, 0.5, 1.0], "calibration": found.as_dict}
@@ -292,23 +292,36 @@ def test_weights_are_kept_with_the_run_and_no_scale_makes_it_worse(run):
         alone = [row[0] for row in predictions.scale_logits]
         if only:
             assert np.concatenate(test.probs) == pytest.approx(np.concatenate(found.probs(alone)), abs=1e-6)
-        entry = json.loads((run / CALIBRATION).read_text())["orders rotations, scales 0.5 1.0 2.0"]
+        entries = json.loads((run / CALIBRATION).read_text())
+        entry = entries["orders rotations, scales 0.5 1.0 2.0"]
+        if only:  # what was said: that scale alone scores the same
+            assert entries["orders rotations"]["temperature"] == entry["temperature"]
         best = fit(alone, test.answers, may_have_bias=False).probs(alone)
         assert entry["after"]["nll"] < nll(best, test.answers) + 0.01
 
 
 def test_what_scales_are_worth_is_said_where_it_is_not_known(run):
     several = {"orders": "rotations", "scales": [0.5, 1.0]}
-    assert "they count equally" in worth_of_scales(run, several)
+    assert f"is not known of {run}: they count equally" in worth_of_scales([run], several)[0]
     for known in ({"scales": [0.5]}, {"orders": "rotations"}):
-        assert worth_of_scales(run, known) == ""
+        assert worth_of_scales([run], known) == []
     entry = {"temperature": 1.0, "scale_weights": {"0.5": 0.5, "1.0": 0.5}}
     (run / CALIBRATION).write_text(json.dumps({"orders rotations, scales 0.5 1.0": entry}))
-    assert worth_of_scales(run, several) == ""
+    assert worth_of_scales([run], several) == []
 
 
 @pytest.mark.parametrize(
-    "weights", [[0.5, 0.5], {}, {"0.5": 1.0}, {"0.5": 0.4, "1.0": 0.5}, {"0.5": -1, "1.0": 2}, {"0.5": "a", "1.0": 1}]
+    "weights",
+    [
+        [0.5, 0.5],
+        {},
+        {"0.5": 1.0},
+        {"0.5": 0.4, "1.0": 0.5},
+        {"0.5": -1, "1.0": 2},
+        {"0.5": "a", "1.0": 1},
+        {"0.5": 10**400, "1.0": 1},
+        {"0.5": 0.5, "2.0": 0.5},
+    ],
 )
 def test_damaged_weights_are_an_error(run, weights):
     entry = {"temperature": 1.0, "scale_weights": weights}
@@ -317,13 +330,21 @@ def test_damaged_weights_are_an_error(run, weights):
         read_calibration(run, {"scales": [0.5, 1.0]})
 
 
+def test_a_file_that_does_not_say_what_its_scales_do_is_not_calibrated(run):
+    predictions = replace(seen_at_scales([0, 1], 30), scale_logits=[])
+    predictions.metadata |= {"run": str(run)}
+    write_predictions(run.parent / "p.parquet", predictions)
+    with pytest.raises(InputError, match="does not say what each of its scales does"):
+        calibrate_run(run, run.parent / "p.parquet")
+
+
 def test_held_out_rows_of_other_scales_cannot_be_weighed():
     predictions = seen_at_scales([0, 1], 30)
     weighed = {"calibration": {"temperature": 1.0, "scale_weights": {"1.0": 0.3, "0.5": 0.7}}}
     predictions.metadata |= weighed
     assert predictions.calibrated_as(predictions).metadata["calibration"] == weighed["calibration"]
     for other in (replace(predictions, scale_logits=[]), seen_at_scales([0, 1, 2], 30)):
-        with pytest.raises(InputError, match="Score both at the same scales"):
+        with pytest.raises(InputError, match="Score them in the same way"):
             other.calibrated_as(predictions)
 
 

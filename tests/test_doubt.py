@@ -30,6 +30,16 @@ def test_doubts_are_of_calibrated_probabilities():
     assert find_doubts(flat).margin[0] == pytest.approx((3 - 1) / (3 + 1))  # square roots of 9 to 1
 
 
+def test_agreement_is_that_of_equal_scales_and_unknown_of_others():
+    scales = [[np.log([0.7, 0.3]).tolist(), np.log([0.2, 0.8]).tolist()]]
+    file = replace(predictions_of([[0.45, 0.55]], scales=[1.0, 0.5]), scale_logits=scales, agreement=[0.5])
+    for weights, best, agreement in (([1.0, 0.0], 0, None), ([0.5, 0.5], 1, 0.5)):
+        weights = dict(zip(("1.0", "0.5"), weights, strict=True))
+        found = {"temperature": 1.0, "bias": None, "scale_weights": weights}
+        doubts = find_doubts(replace(file, metadata=file.metadata | {"calibration": found}))
+        assert doubts.best == [best] and doubts.agreement == [agreement]
+
+
 def test_the_error_of_the_most_certain_rows_is_that_by_hand():
     is_wrong = np.array([True, False, False, True])
     certainty = np.array([0.1, 0.9, 0.5, 0.3])  # the right ones are the most certain

@@ -6,9 +6,10 @@ import pytest
 from test_calibration import drawn
 
 from vqa_sft import ensemble
-from vqa_sft.ensemble import align, combine, experts_of, learn, learn_weights, pool, write_ensemble
+from vqa_sft.ensemble import align, combine, experts_of, learn, write_ensemble
 from vqa_sft.errors import InputError
 from vqa_sft.metrics import nll, softmax
+from vqa_sft.pooling import learn_weights, pool
 from vqa_sft.predictions import Predictions, read_predictions, write_predictions
 
 
@@ -86,6 +87,22 @@ def test_learned_weights_are_the_lowest_point_of_a_grid(average):
     grid = np.linspace(0, 1, 1001)
     losses = [nll(pool(experts, [w, 1 - w], average), answers) for w in grid]
     assert learn_weights(experts, answers, average)[0] == pytest.approx(grid[np.argmin(losses)], abs=2e-3)
+
+
+@pytest.mark.parametrize("average", ["mean", "log"])
+def test_a_model_that_adds_nothing_gets_no_weight_at_all_though_it_is_nearly_as_good(average):
+    first = ragged(2000)
+    files = [first, other_model(first, noise=0.1), other_model(first, 2, noise=0.2)]
+    experts, answers = experts_of(files, average), np.array(first.answers)
+    found = learn_weights(experts, answers, average)
+    assert found.sum() == pytest.approx(1) and ((found == 0) | (found > 1e-6)).all()
+    rows = np.arange(len(answers))
+
+    def loss(weights):
+        return -np.log(pool(experts, weights, average)[rows, answers]).mean()
+
+    grid = [(a / 40, b / 40, 1 - (a + b) / 40) for a in range(41) for b in range(41 - a)]
+    assert loss(found) <= min(map(loss, grid)) + 1e-8
 
 
 @pytest.mark.parametrize("average", ["mean", "log"])

@@ -12,8 +12,8 @@ worse, and how much worse nobody knows beforehand.
 
 import csv
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from scipy.optimize import minimize, minimize_scalar
 
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.metrics import as_table, describe, softmax, with_intervals
-from vqa_sft.pooling import experts_of_scales, learn_weights
+from vqa_sft.pooling import experts_of_scales, learn_weights, log_rows, pool
 from vqa_sft.predictions import Predictions, check_calibration, read_predictions, scale_names, whole
 
 LOWEST, HIGHEST = 0.05, 20.0  # temperature
@@ -53,12 +53,10 @@ class Calibration:
 
 
 Logits = Sequence[Sequence[float]]
-# What is learned on the rows of these numbers makes the choice logits of all rows: of scales, their weights.
-FromRows = Callable[[np.ndarray], Logits]
 
 
 def fit(
-    choice_logits: Logits, answers: Sequence[int], *, may_have_bias: bool, from_rows: FromRows | None = None
+    choice_logits: Logits, answers: Sequence[int], *, may_have_bias: bool, by_fold: Sequence[Logits] | None = None
 ) -> Calibration:
     """The likeliest temperature, between 0.05 and 20, where log temperature ~ N(0, 1) beforehand.
 
@@ -69,26 +67,26 @@ def fit(
     With `may_have_bias` a bias as well, each number ~ N(0, 1) beforehand, if it lowers the NLL of rows that it was not
     fitted on, five parts in turn, by more than two standard errors of the rows' differences.
 
-    `from_rows` says how `choice_logits` come about where they were learned on these rows too.
+    Where `choice_logits` were learned on these rows too, `by_fold` holds what they are without each of the five parts.
     """
     temperature_alone = Calibration(_fit_temperature(choice_logits, answers))
     if not may_have_bias or len(answers) < MIN_ROWS:
         return temperature_alone
     without, with_bias = (
-        losses_of(cross_fit(choice_logits, answers, has_bias, from_rows), answers) for has_bias in (False, True)
+        losses_of(cross_fit(choice_logits, answers, has_bias, by_fold), answers) for has_bias in (False, True)
     )
     return _fit_bias(choice_logits, answers) if is_lower(with_bias, without, 2) else temperature_alone
 
 
 def cross_fit(
-    choice_logits: Logits, answers: Sequence[int], has_bias: bool, from_rows: FromRows | None = None
+    choice_logits: Logits, answers: Sequence[int], has_bias: bool, by_fold: Sequence[Logits] | None = None
 ) -> list[np.ndarray]:
     """Probabilities of every row by what was fitted on the other four parts of five."""
     probs: list[np.ndarray] = [np.empty(0)] * len(answers)
     fold_of = deal_rows(len(answers))
     for fold in range(NUM_FOLDS):
         rows, others = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
-        logits = choice_logits if from_rows is None else from_rows(others)
+        logits = choice_logits if by_fold is None else by_fold[fold]
         part = [logits[i] for i in others], [answers[i] for i in others]
         found = _fit_bias(*part) if has_bias else Calibration(_fit_temperature(*part))
         for i, row in zip(rows, found.probs([logits[i] for i in rows]), strict=True):
@@ -183,41 +181,42 @@ def calibrated_nll(logits: Sequence[Sequence[float]], answers: Sequence[int]) ->
 @dataclass(frozen=True)
 class Weighing:
     """Ways to weigh scales, the one that was `chosen` among them: their weights from all rows, their NLL in nats,
-    cross-fitted, and how the chosen one makes choice logits from some of the rows."""
+    cross-fitted, and of the chosen one the choice logits: by the weights from all rows, and `by_fold` as `fit` takes
+    them."""
 
     weights: dict[str, dict[str, float]]
     nll: dict[str, float]
     chosen: str
-    from_rows: FromRows
+    choice_logits: Logits
+    by_fold: list[Logits]
 
 
 def weigh_scales(predictions: Predictions, answers: Sequence[int]) -> Weighing:
     """The scale nearest to that of training alone, unless equal or learned weights lower the NLL of rows that they were
     not learned on, each way at its own temperature, by more than one standard error of the rows' differences."""
-    names = scale_names(predictions.metadata["scales"])
-    experts, average = experts_of_scales(predictions.scale_logits), predictions.metadata.get("average") or "mean"
-    nearest = min(names, key=lambda name: abs(np.log(names[name])))
-    equal, alone = np.full(len(names), 1 / len(names)), np.array([float(name == nearest) for name in names])
-    every = np.arange(len(answers))
+    scales, average = scale_names(predictions.metadata["scales"]), predictions.metadata.get("average") or "mean"
+    experts, lengths = experts_of_scales(predictions.scale_logits), [len(row) for row in predictions.choice_logits]
+    nearest = min(scales, key=lambda name: (round(abs(np.log(scales[name])), 6), scales[name]))
+    fold_of, known = deal_rows(len(answers)), np.asarray(answers)
 
     def learn(rows: np.ndarray) -> np.ndarray:
-        return learn_weights(experts[:, rows], [answers[i] for i in rows], average)
+        return learn_weights(experts[:, rows], known[rows], average)
 
-    def logits_by(weights_from: Callable[[np.ndarray], np.ndarray]) -> FromRows:
-        return lambda rows: predictions.weigh_scales(weights_from(rows).tolist())
+    def pooled(weights: np.ndarray) -> Logits:
+        return log_rows(pool(experts, weights, average), lengths)
 
     first = f"{nearest} alone"
-    ways: dict[str, Callable[[np.ndarray], np.ndarray]]
-    ways = {first: lambda rows: alone, "equal weights": lambda rows: equal, "learned weights": learn}
-    losses = {
-        way: losses_of(cross_fit(predictions.choice_logits, answers, False, logits_by(weights_from)), answers)
-        for way, weights_from in ways.items()
-    }
+    equal, alone = np.full(len(scales), 1 / len(scales)), np.array([float(name == nearest) for name in scales])
+    found = {first: alone, "equal weights": equal, "learned weights": learn(fold_of >= 0)}
+    logits = {way: pooled(weights) for way, weights in found.items()}
+    by_fold = {way: [logits[way]] * NUM_FOLDS for way in found}
+    by_fold["learned weights"] = [pooled(learn(fold_of != fold)) for fold in range(NUM_FOLDS)]
+    losses = {way: losses_of(cross_fit(logits[way], answers, False, by_fold[way]), answers) for way in found}
     nll = {way: float(of_rows.mean()) for way, of_rows in losses.items()}
-    proven = [way for way in ways if way == first or is_lower(losses[way], losses[first], 1)]
+    proven = [way for way in found if way == first or is_lower(losses[way], losses[first], 1)]
     chosen = min(proven, key=nll.__getitem__)
-    weights = {way: dict(zip(names, found(every).tolist(), strict=True)) for way, found in ways.items()}
-    return Weighing(weights, nll, chosen, logits_by(ways[chosen]))
+    weights = {way: dict(zip(scales, of_way.tolist(), strict=True)) for way, of_way in found.items()}
+    return Weighing(weights, nll, chosen, logits[chosen], by_fold[chosen])
 
 
 # --- calibration.json -------------------------------------------------------------------------------------------------
@@ -244,32 +243,38 @@ def read_calibration(folder: str | Path, metadata: Mapping[str, Any]) -> Calibra
     Raises InputError for a file that is damaged.
     """
     key = views_key(metadata)
-    entry = _read_entries(_folder_of(folder, key)).get(key)
+    entry = _read_entries(source := _folder_of(folder, key)).get(key)
     if entry is None:
         return None
-    check_calibration(entry, f"{printable(key)!r} in {Path(folder) / CALIBRATION}", metadata.get("scales") or [1.0])
+    check_calibration(entry, f"{printable(key)!r} in {source / CALIBRATION}", metadata.get("scales") or [1.0])
     return Calibration(entry["temperature"], entry.get("bias"), entry.get("scale_weights"))
 
 
-def worth_of_scales(folder: str | Path, metadata: Mapping[str, Any]) -> str:
-    """A sentence where several scales are asked of the run in this folder, and nobody knows what each is worth, or
-    `vqa-sft calibrate` has found that only one is. Else nothing."""
+def worth_of_scales(folders: Sequence[str | Path], metadata: Mapping[str, Any]) -> list[str]:
+    """What to say where several scales are asked of the runs in these folders: that nobody knows what each is worth, or
+    that `vqa-sft calibrate` has found that only one counts."""
     if len(metadata.get("scales") or []) < 2:
-        return ""
-    found = read_calibration(folder, metadata)
-    if found is None or not found.scale_weights:
-        return (
-            f"What each scale is worth to {folder} is not known: they count equally, and one that the model reads "
-            f"badly does harm. Score the validation rows in the same way ({views_key(metadata)}; --part validation), "
-            "and vqa-sft calibrate finds weights."
+        return []
+    unknown, only = [], {}
+    for folder in folders:
+        weights = (read_calibration(folder, metadata) or Calibration()).scale_weights
+        used = [name for name, weight in (weights or {}).items() if weight]
+        if weights is None:
+            unknown.append(str(folder))
+        elif len(used) == 1:
+            only.setdefault(used[0], []).append(str(folder))
+    notes = [
+        f"Of these scales only {scale} counts for {', '.join(of)}: the others made nothing better on validation rows. "
+        f"--scales {scale} alone scores the same in less time."
+        for scale, of in only.items()
+    ]
+    if unknown:
+        notes.append(
+            f"What each scale is worth is not known of {', '.join(unknown)}: they count equally, and one that a model "
+            f"reads badly does harm. Score the validation rows in the same way ({views_key(metadata)}; --part "
+            "validation), and vqa-sft calibrate finds weights."
         )
-    used = [name for name, weight in found.scale_weights.items() if weight]
-    if len(used) > 1:
-        return ""
-    return (
-        f"Of these scales only {used[0]} counts for {folder}: the others made nothing better on validation rows. "
-        f"--scales {used[0]} alone scores the same in less time."
-    )
+    return notes
 
 
 def _folder_of(folder: str | Path, key: str) -> Path:
@@ -309,20 +314,23 @@ def calibrate_run(folder: str | Path, file: str | Path | None = None) -> str:
     entries, key = _read_entries(folder), views_key(predictions.metadata)
     answers = [answer for answer in predictions.answers if answer is not None]
     weighing = weigh_scales(predictions, answers) if predictions.scale_logits else None
-    logits, weights, from_rows = predictions.choice_logits, None, None
-    if weighing:
-        weights, from_rows = weighing.weights[weighing.chosen], weighing.from_rows
-        logits = predictions.weigh_scales([*weights.values()])
+    logits, by_fold = (weighing.choice_logits, weighing.by_fold) if weighing else (predictions.choice_logits, None)
     # Under other orders a position is no letter.
-    found = fit(logits, answers, may_have_bias=key.startswith("orders identity"), from_rows=from_rows)
-    found = replace(found, scale_weights=weights)
+    found = fit(logits, answers, may_have_bias=key.startswith("orders identity"), by_fold=by_fold)
     before = with_intervals(softmax(predictions.choice_logits), answers)
-    after = with_intervals(cross_fit(logits, answers, found.bias is not None, from_rows), answers)
+    after = with_intervals(cross_fit(logits, answers, found.bias is not None, by_fold), answers)
     is_inside = file.resolve().is_relative_to(folder.resolve())
     source = str(file.resolve().relative_to(folder.resolve())) if is_inside else file.name
     entry = found.as_dict | {"rows": len(answers), "source": source, "before": before, "after": after}
+    if weighing:
+        weights = weighing.weights[weighing.chosen]
+        used = [scale for scale in predictions.metadata["scales"] if weights[str(float(scale))]]
+        if len(used) == 1:  # alone it is scored the same
+            entries.setdefault(views_key({**predictions.metadata, "scales": used}), entry)
+        entry = entry | {"scale_weights": weights}
+    entries[key] = entry
     with whole(folder / CALIBRATION) as unfinished:
-        unfinished.write_text(json.dumps(entries | {key: entry}, indent=2) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
     names = ["accuracy", "nll", "brier", "ece", "ece_equal_mass"]
     lines = [["", *names], ["before", *describe(before, names)], ["after", *describe(after, names)]]
     bias = "no bias" if found.bias is None else "bias " + " ".join(f"{number:+.2f}" for number in found.bias)
@@ -330,7 +338,7 @@ def calibrate_run(folder: str | Path, file: str | Path | None = None) -> str:
         f"{as_table(lines)}\n{_compare_weights(weighing)}\n{key}: temperature {found.temperature:.3f}, {bias}, from "
         f"{len(answers):,} rows of "
         f"{file}.\n`after` is cross-fitted: each row by what was found on the other four parts of five, for on the\n"
-        f"rows that it was fitted on any temperature looks good.\n{_compare(entries | {key: entry})}Wrote "
+        f"rows that it was fitted on any temperature looks good.\n{_compare(entries)}Wrote "
         f"{folder / CALIBRATION}"
     )
 
@@ -348,9 +356,10 @@ def _compare_weights(weighing: Weighing | None) -> str:
 
 def _compare(entries: Mapping[str, Any]) -> str:
     """Where several ways of scoring are known, their NLL, the lowest first."""
-    if len(entries) < 2:
+    known = [item for item in entries.items() if "after" in item[1]]
+    if len(known) < 2:
         return ""
-    known = sorted(entries.items(), key=lambda item: item[1]["after"]["nll"])
+    known.sort(key=lambda item: item[1]["after"]["nll"])
     lines = [["views", "rows", "NLL after"]]
     lines += [[key, f"{entry['rows']:,}", *describe(entry["after"], ["nll"])] for key, entry in known]
     return f"\nKnown of this run, the best first:\n{as_table(lines)}\n"
@@ -394,6 +403,10 @@ def _check_rows(folder: Path, file: Path, predictions: Predictions) -> None:
         raise InputError(
             f"{folder} was trained on {name_rows([i for i in ids if i in seen], len(ids))} of {file}: there it is "
             "surer than elsewhere. Give rows that it did not see."
+        )
+    if len(predictions.metadata.get("scales") or []) > 1 and not predictions.scale_logits:
+        raise InputError(
+            f"{file} does not say what each of its scales does: an earlier version wrote it. Score it anew."
         )
 
 

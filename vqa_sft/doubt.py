@@ -11,7 +11,7 @@ from vqa_sft.calibration import views_key
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.mcq import LETTERS
 from vqa_sft.metrics import as_table
-from vqa_sft.predictions import Predictions, read_predictions, whole
+from vqa_sft.predictions import CALIBRATION, Predictions, read_predictions, whole
 from vqa_sft.submission import check_output
 
 HEADER = ("id", "best", "probability", "margin", "entropy", "agreement", "set")
@@ -35,6 +35,8 @@ class Doubts:
 
 def find_doubts(predictions: Predictions) -> Doubts:
     probs = predictions.probs
+    weights = (predictions.metadata.get(CALIBRATION) or {}).get("scale_weights") or {}
+    counts_equally = max(weights.values(), default=0) - min(weights.values(), default=0) < 1e-9
     top_two = [np.sort(row)[::-1][:2] for row in probs]
     return Doubts(
         predictions.ids,
@@ -42,7 +44,8 @@ def find_doubts(predictions: Predictions) -> Doubts:
         np.array([row[0] for row in top_two]),
         np.array([row[0] - (row[1] if len(row) > 1 else 0) for row in top_two]),
         np.array([-sum(p * math.log(p) for p in row if p > 0) for row in probs]),
-        predictions.agreement or [None] * len(probs),
+        # Where scales have weights, that of equal ones says nothing of the best choice.
+        (counts_equally and predictions.agreement) or [None] * len(probs),
     )
 
 

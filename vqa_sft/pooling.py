@@ -22,10 +22,11 @@ def own_choices(lengths: Sequence[int]) -> np.ndarray:
 def experts_of_scales(scale_logits: Sequence[Sequence[Sequence[float]]]) -> np.ndarray:
     """(S, N, C) from log-probabilities of N rows, of each S lists with a number for each of its choices."""
     is_own = own_choices([len(row[0]) for row in scale_logits])
-    experts = np.zeros((len(scale_logits[0]), *is_own.shape))
+    experts = np.full((len(scale_logits[0]), *is_own.shape), -np.inf)
     for scale, expert in enumerate(experts):
-        expert[is_own] = np.maximum(np.exp(np.concatenate([row[scale] for row in scale_logits])), TINY)
-    return experts
+        expert[is_own] = np.concatenate([row[scale] for row in scale_logits])
+    experts = np.exp(experts - experts.max(axis=2, keepdims=True))
+    return np.maximum(experts / experts.sum(axis=2, keepdims=True), TINY * is_own)
 
 
 def log_rows(probs: np.ndarray, lengths: Sequence[int]) -> list[list[float]]:
@@ -44,33 +45,28 @@ def pool(experts: np.ndarray, weights: Sequence[float], average: str) -> np.ndar
 
 
 def learn_weights(experts: np.ndarray, answers: Sequence[int], average: str) -> np.ndarray:
-    """The weights (M,), none below 0 and 1 together, with the lowest NLL of the pool on these rows."""
-    if average == "log":
-        return _learn_log(experts, np.asarray(answers))
-    of_answer = experts[:, np.arange(len(answers)), answers]  # (M, N)
-    weights = np.full(len(experts), 1 / len(experts))
-    # Expectation-maximisation for mixture weights (Dempster, Laird and Rubin 1977): no step raises the NLL, which is
-    # convex in the weights.
-    for _ in range(5_000):
-        shares = weights[:, None] * of_answer
-        new = (shares / shares.sum(axis=0)).mean(axis=1)
-        if np.abs(new - weights).max() < 1e-9:
-            break
-        weights = new
-    return new
+    """The weights (M,), none below 0 and 1 together, with the lowest NLL of the pool on these rows. Those below a
+    millionth are 0."""
+    rows, answers = np.arange(len(answers)), np.asarray(answers)
+    of_answer = experts[:, rows, answers]  # (M, N)
+    logs = np.log(np.where(experts[0] > 0, experts, 1.0)) if average == "log" else None
 
+    def mean_loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        pooled = np.maximum(weights @ of_answer, TINY)
+        return -np.log(pooled).mean(), -(of_answer / pooled).mean(axis=1)
 
-def _learn_log(experts: np.ndarray, answers: np.ndarray) -> np.ndarray:
-    is_own, rows = experts[0] > 0, np.arange(len(answers))
-    logs = np.log(np.where(is_own, experts, 1.0))
-
-    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:  # convex
+    def log_loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         probs = pool(experts, weights, "log")
         slope = probs.copy()
         slope[rows, answers] -= 1
         return -np.log(probs[rows, answers]).mean(), (logs * slope).sum(axis=(1, 2)) / len(rows)
 
     start = np.full(len(experts), 1 / len(experts))
-    simplex = {"type": "eq", "fun": lambda weights: weights.sum() - 1, "jac": lambda weights: np.ones(len(weights))}
-    found = minimize(loss, start, jac=True, method="SLSQP", bounds=[(0, 1)] * len(start), constraints=[simplex]).x
-    return np.maximum(found, 0) / np.maximum(found, 0).sum()
+    how = {"bounds": [(0, 1)] * len(start), "options": {"ftol": 1e-12}}
+    how |= {
+        "constraints": {"type": "eq", "fun": lambda weights: weights.sum() - 1, "jac": lambda weights: start * 0 + 1}
+    }
+    # Both are convex in the weights.
+    found = minimize(log_loss if average == "log" else mean_loss, start, jac=True, method="SLSQP", **how).x
+    found = np.where(found < 1e-6, 0.0, found)
+    return found / found.sum()

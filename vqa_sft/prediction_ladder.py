@@ -212,9 +212,9 @@ def run_all(commands: Sequence[list[str]], args: argparse.Namespace) -> None:
 Probs = list[np.ndarray]  # of N rows, (C,) each
 
 
-def read_ways(args: argparse.Namespace, name: str) -> dict[str, tuple[Probs, Probs, list[int]]]:
+def read_ways(args: argparse.Namespace, name: str) -> dict[str, tuple[Probs, Probs | None, list[int]]]:
     """Of every line of the table: probabilities at temperature 1, and calibrated, and the answers."""
-    found: dict[str, tuple[Probs, Probs, list[int]]] = {}
+    found: dict[str, tuple[Probs, Probs | None, list[int]]] = {}
     for views in args.views:
         mean = file_of(args, (name, FOLDS, views), "test")
         folds = [read_predictions(mean.with_name(f"{mean.stem}.fold{fold}.parquet")) for fold in range(NUM_FOLDS)]
@@ -225,7 +225,8 @@ def read_ways(args: argparse.Namespace, name: str) -> dict[str, tuple[Probs, Pro
             found[f"{run}, {views}"] = together(files)
             if files[0].scale_logits:
                 equal = [replace(file, scale_logits=[], metadata={}) for file in files]
-                found[f"{run}, {views}, equal weights"] = together(equal)
+                raw, _, answers = together(equal)
+                found[f"{run}, {views}, equal weights"] = raw, None, answers
     return found
 
 
@@ -253,15 +254,18 @@ def table(args: argparse.Namespace, name: str) -> str:
     lines = [head, ["---"] * len(head)]
     for way, (raw, calibrated, answers) in ways.items():
         first = ways[("trained on sizes, " if way.startswith("trained") else "one fold, ") + FIRST]
-        before, after = with_intervals(raw, answers), with_intervals(calibrated, answers)
+        before, after = (probs and with_intervals(probs, answers) for probs in (raw, calibrated))
         cells = [_cell(before, "accuracy"), *(_cell(found, key) for key in ("nll", "ece") for found in (before, after))]
-        for probs, others in ((raw, first[0]), (calibrated, first[1])):
-            cells.append("" if probs is others else difference(_losses(probs, answers), _losses(others, answers)))
+        for probs, others in zip((raw, calibrated), first[:2], strict=True):
+            is_compared = probs and probs is not others
+            cells.append(difference(_losses(probs, answers), _losses(others, answers)) if is_compared else "")
         lines.append([way, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(values: dict, key: str) -> str:
+def _cell(values: dict | None, key: str) -> str:
+    if values is None:
+        return ""
     low, high = values[f"{key}_95"]
     return f"{values[key]:.4f} [{low:.3f}, {high:.3f}]"
 

@@ -8,7 +8,7 @@ A prediction file is Parquet, in the row order of the data:
     answer         null where unknown
     blanked        answered without a picture that could not be used
     agreement      share of the row's views whose best choice is the averaged best one (of an ensemble: the share of the
-                   weights); null where unknown, and files without the column are read too
+                   weights); null where unknown, and files without the column are read too. Scales count equally in it
     scale_logits   only where pictures were scored at several scales by one run: of each scale, in the order of `scales`
                    in the metadata, what `choice_logits` are of all. Those weigh the scales equally
 
@@ -17,7 +17,6 @@ scales, that were found for the run and these views: `Predictions.probs` applies
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -88,8 +87,8 @@ class Predictions:
         weights = (own or {}).get("scale_weights")
         if weights and (not self.scale_logits or weights.keys() != scale_names(self.metadata["scales"]).keys()):
             raise InputError(
-                f"held-out rows were scored at the scales {self.metadata.get('scales') or [1.0]}, and those that they "
-                f"stand for at {', '.join(weights)} with a weight each. Score both at the same scales."
+                f"the rows that these held-out ones stand for were scored at the scales {', '.join(weights)}, with a "
+                "weight each; of the held-out rows it is not known what each of these says. Score them in the same way."
             )
         return replace(self, metadata=rest | ({CALIBRATION: own} if own else {}))
 
@@ -166,8 +165,9 @@ def _check(path: str | Path, predictions: Predictions) -> None:
     if not isinstance(predictions.metadata, dict):
         raise InputError(f"{path} is damaged: its metadata are no mapping.")
     scales, run = predictions.metadata.get("scales") or [], predictions.metadata.get("run")
-    if not isinstance(scales, list) or not all(type(scale) in (int, float) for scale in scales):
-        raise InputError(f"{path} is damaged: `scales` in its metadata are no numbers.")
+    are_scales = isinstance(scales, list) and all(_is_number(scale) and scale > 0 for scale in scales)
+    if not are_scales or len(scale_names(scales)) < len(scales):
+        raise InputError(f"{path} is damaged: `scales` in its metadata are no different numbers above 0.")
     if not (run is None or isinstance(run, str)):
         raise InputError(f"{path} is damaged: `run` in its metadata is no folder.")
     pairs = zip(ids, predictions.choice_logits, predictions.scale_logits, strict=bool(predictions.scale_logits))
@@ -196,19 +196,24 @@ def check_calibration(values: object, what: str, scales: Sequence[float] | None 
     bias, weights = known.get("bias"), known.get("scale_weights")
     numbers = [known.get("temperature"), *(bias if isinstance(bias, list) else [])]
     numbers += weights.values() if isinstance(weights, dict) else []
-    are_numbers = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    are_numbers = all(map(_is_number, numbers))
     if not are_numbers or numbers[0] <= 0 or not (bias is None or isinstance(bias, list)):
         raise InputError(f"{what} is damaged: a temperature above 0 and a bias of numbers or null are expected.")
     if weights is not None and not (
         isinstance(weights, dict)
         and min(weights.values(), default=-1) >= 0
         and abs(sum(weights.values()) - 1) < 1e-6
+        and len(weights) > 1
         and (scales is None or weights.keys() == scale_names(scales).keys())
     ):
-        known_scales = "each scale" if scales is None else ", ".join(scale_names(scales))
         raise InputError(
-            f"{what} is damaged: in scale_weights a weight of {known_scales} is expected, none below 0, 1 together."
+            f"{what} is damaged: in scale_weights a weight of each scale is expected, of two at least, none below 0, 1 "
+            "together."
         )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # false of NaN too
 
 
 def scale_names(scales: Sequence[float]) -> dict[str, float]:
@@ -268,6 +273,7 @@ def score_table(files: Sequence[str], answers_file: str | None = None) -> str:
         kinds = [("", softmax(predictions.choice_logits))]
         if calibration:
             told = f", temperature {calibration['temperature']:.2f}" + ", bias" * bool(calibration.get("bias"))
+            told += ", weights of scales" * bool(calibration.get("scale_weights"))
             kinds = [(", as scored", kinds[0][1]), (told, predictions.probs)]
         for kind, probs in kinds:
             values = with_intervals(probs, predictions.answers)

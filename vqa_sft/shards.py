@@ -44,7 +44,7 @@ def open_parts(output: Path, plan: dict[str, Any]) -> tuple[Path, bool]:
     What another plan left there, that of another run or of other data, is removed.
     """
     folder = output.with_name(output.name + ".parts")
-    text = json.dumps(plan | {"columns": SCHEMA.names}, indent=1, ensure_ascii=False)
+    text = json.dumps(plan | {"columns of shards": SCHEMA.names}, indent=1, ensure_ascii=False)
     with suppress(OSError, UnicodeDecodeError):
         if (folder / PLAN).read_text(encoding="utf-8") == text:
             return folder, any(folder.glob("*/*.parquet")) or any(folder.glob("*.parquet"))
