@@ -117,10 +117,11 @@ def test_scales_count_as_calibrate_found_them_on_the_rows_out_of_fold(three, tmp
     calibrate_run(run, tmp_path / "held_out.parquet")
     path = run / "calibration.json"
     entries = json.loads(path.read_text())
-    (entry,) = entries.values()
+    key = "orders identity, scales 0.5 1.0"
+    entry = entries[key]
     assert entry["scale_weights"].keys() == {"0.5", "1.0"} and entry["rows"] == len(held_out.ids)
     # The found ones may be 0 and 1.
-    path.write_text(json.dumps({key: entry | {"scale_weights": {"0.5": 0.25, "1.0": 0.75}} for key in entries}))
+    path.write_text(json.dumps({key: entry | {"scale_weights": {"0.5": 0.25, "1.0": 0.75}}}))
     predict(run, tmp_path / "out.csv", *scales, *test)
     assert "is not known" not in capsys.readouterr().out
     for fold in range(3):
