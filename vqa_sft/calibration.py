@@ -1,4 +1,4 @@
-"""How sure to be: the temperature of a run's choice logits, and perhaps a bias of its letters. No torch.
+"""How sure to be: the temperature of a run's choice logits, a bias of its letters, weights of scales. No torch.
 
 probabilities = softmax(choice logits / temperature + bias): temperature scaling (Guo et al. 2017, arXiv 1706.04599,
 section 4.2), and with a bias its vector scaling with one temperature for all. A temperature alone changes no answer; it
