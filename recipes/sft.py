@@ -25,6 +25,7 @@ from vqa_sft.quiet import quiet
 quiet()
 
 from vqa_sft import checkpoints, run_folder
+from vqa_sft.calibration import calibrate_new
 from vqa_sft.columns import with_context_of
 from vqa_sft.config import Recipe, describe_fields, read_recipe
 from vqa_sft.data import Loaded, read_examples, stream_examples
@@ -68,6 +69,7 @@ def main() -> None:
     else:
         if recipe.arguments.fold == "all" and is_main:
             print(write_out_of_fold(recipe.values["output_dir"], folders))
+            print(calibrate_new(recipe.values["output_dir"]))
     from vqa_sft import launch
 
     launch.leave()
@@ -298,6 +300,8 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
         )
         hub.write_card(output_dir)
         print(f"Saved to {output_dir}: " + ", ".join(f"{name} {value}" for name, value in metrics.items()))
+        if validation is not None and len(folders) == 1:  # folds are calibrated together
+            print(calibrate_new(output_dir))
 
         if recipe.values.get("push_to_hub"):
             push(recipe)

@@ -9,6 +9,7 @@ from vqa_sft import calibration, out_of_fold, run_folder, split
 from vqa_sft.calibration import (
     CALIBRATION,
     Calibration,
+    calibrate_new,
     calibrate_run,
     calibrated_nll,
     cross_fit,
@@ -372,6 +373,26 @@ def test_a_fold_has_its_own_calibration_or_that_of_all_folds(run):
     assert read_calibration(run / "fold0", {"orders": "all"}) is None
     (run / "fold0" / CALIBRATION).write_text('{"orders identity": {"temperature": 3, "bias": null}}')
     assert read_calibration(run / "fold0", {}) == Calibration(3)
+
+
+def test_a_training_ends_with_the_temperature_of_its_own_rows_and_keeps_one_that_is_known(run):
+    said = calibrate_new(run)
+    found = read_calibration(run, {})
+    assert f"on the 300 rows of {run / 'validation.parquet'}: temperature {found.temperature:.3f};" in said
+    text = (run / CALIBRATION).read_text()
+    entry = json.loads(text)["orders identity"]
+    assert f"the NLL goes from {entry['before']['nll']:.4f} to {entry['after']['nll']:.4f}" in said
+    known = text.replace(f'"temperature": {entry["temperature"]}', '"temperature": 3.5')
+    (run / CALIBRATION).write_text(known)
+    assert "stays as it is" in calibrate_new(run)
+    assert (run / CALIBRATION).read_text() == known != text
+
+
+def test_a_training_with_too_few_rows_ends_without_a_temperature(run):
+    predictions = read_predictions(run / "validation.parquet")
+    rows = {name: getattr(predictions, name)[:19] for name in ("ids", "choice_logits", "answers", "blanked")}
+    write_predictions(run / "validation.parquet", replace(predictions, **rows))
+    assert calibrate_new(run).startswith("Not calibrated: ") and not (run / CALIBRATION).exists()
 
 
 def test_a_folder_that_was_moved_knows_its_predictions(run):

@@ -79,9 +79,12 @@ def test_every_row_of_a_fold_is_answered_by_the_run_that_did_not_see_it(whole):
     assert [*content["folds"]] == ["fold0", "fold1", "fold2"]
 
 
-def test_out_of_fold_predictions_calibrate_the_folder_of_all_folds(whole):
+def test_all_folds_end_with_one_temperature_from_the_rows_out_of_fold(whole):
+    found = read_calibration(whole, {"orders": "identity"})
+    assert 0.05 <= found.temperature <= 20
+    assert not [*whole.glob("fold*/calibration.json")] and read_calibration(whole / "fold1", {}) == found
     assert "from 20 rows of" in calibrate_run(whole)
-    assert 0.05 <= read_calibration(whole, {"orders": "identity"}).temperature <= 20
+    assert read_calibration(whole, {}) == found
 
 
 def num_steps(run):

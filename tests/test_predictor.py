@@ -11,7 +11,6 @@ from PIL import Image
 from test_predict import three  # noqa: F401
 
 import vqa_sft
-from vqa_sft.calibration import calibrate_run
 from vqa_sft.errors import InputError
 from vqa_sft.predictions import read_predictions
 
@@ -57,14 +56,14 @@ def test_a_picture_is_a_path_the_bytes_of_a_file_or_in_memory(three):  # noqa: F
 def test_the_temperature_of_the_run_is_applied(three, tmp_path):  # noqa: F811
     contest, run = three
     pictures, questions, choices = asked(contest, rows_of(contest)[:4])
-    raw = vqa_sft.Predictor(run / "fold1", use_cpu=True)(pictures, questions, choices)
-    calibrate_run(run)
+    found = vqa_sft.Predictor(run / "fold1", use_cpu=True)(pictures, questions, choices)
+    other = vqa_sft.Predictor(run / "fold1", use_cpu=True, orders="rotations")
+    assert other.metadata[0]["calibration"]["temperature"] == 1  # found for one order alone
+    (run / "calibration.json").rename(tmp_path / "aside.json")
     try:
-        found = vqa_sft.Predictor(run / "fold1", use_cpu=True)(pictures, questions, choices)
-        other = vqa_sft.Predictor(run / "fold1", use_cpu=True, orders="rotations")
-        assert other.metadata[0]["calibration"]["temperature"] == 1  # found for one order alone
+        raw = vqa_sft.Predictor(run / "fold1", use_cpu=True)(pictures, questions, choices)
     finally:
-        (run / "calibration.json").unlink()
+        (tmp_path / "aside.json").rename(run / "calibration.json")
     assert [row.argmax() for row in found] == [row.argmax() for row in raw]
     assert not np.allclose(found, raw, atol=1e-9)
 

@@ -1,16 +1,18 @@
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import RECIPES, run_script, write_csv
+from conftest import RECIPES, run_script, write_contest, write_csv
 from families import FAMILIES
 from safetensors.torch import load_file
 from trl import ModelConfig
 
-from vqa_sft import model as models
+from vqa_sft import hub, model as models
+from vqa_sft.calibration import read_calibration
 from vqa_sft.collator import AnswerCollator
 from vqa_sft.config import read_recipe
 from vqa_sft.data import load_examples
@@ -142,6 +144,18 @@ def test_a_push_that_fails_loses_nothing_and_says_how_to_push_later(families, sf
     error = capsys.readouterr().err
     assert "could not be pushed" in error and f"vqa-sft push {run}" in error and "Traceback" not in error
     assert (run / "adapter_model.safetensors").is_file() and (run / "run.json").is_file()
+
+
+def test_a_run_is_calibrated_before_it_is_pushed_and_predictions_use_it(contest, sft, tmp_path, monkeypatch, capsys):
+    pushed = []
+    monkeypatch.setattr(hub, "push_run", lambda folder, **_: pushed.extend(os.listdir(folder)) or "address")
+    write_contest(contest, num_rows=60)
+    run = sft(TINY_PATH, tmp_path / "run", push_to_hub=True, max_steps=1, validation_fraction=0.5)
+    assert {"adapter_model.safetensors", "calibration.json"} <= {*pushed}
+    assert "Calibrated on the" in capsys.readouterr().out
+    found = read_calibration(run, {}).as_dict
+    assert predict(run, contest, tmp_path / "out.csv").metadata["calibration"] == found
+    assert "no temperature is known" not in capsys.readouterr().out
 
 
 def test_a_4_bit_base_trains_fp32_adapters_and_keeps_its_picture_tower(contest, sft, tmp_path):

@@ -343,6 +343,24 @@ def calibrate_run(folder: str | Path, file: str | Path | None = None) -> str:
     )
 
 
+def calibrate_new(folder: str | Path) -> str:
+    """At the end of a training: as `calibrate_run`, from the rows that were scored then; what was found, in a line. An
+    entry that is known already stays, and where no temperature can be found there is none."""
+    folder, key = Path(folder), views_key({})
+    try:
+        if key in _read_entries(folder):
+            return f"{folder / CALIBRATION} stays as it is."
+        calibrate_run(folder)
+    except InputError as error:
+        return f"Not calibrated: {error}"
+    entry = _read_entries(folder)[key]
+    return (
+        f"Calibrated on the {entry['rows']:,} rows of {folder / entry['source']}: temperature "
+        f"{entry['temperature']:.3f}{', a bias of the letters' if entry['bias'] else ''}; on rows that it was not "
+        f"fitted on the NLL goes from {entry['before']['nll']:.4f} to {entry['after']['nll']:.4f}."
+    )
+
+
 def _compare_weights(weighing: Weighing | None) -> str:
     """What was tried with several scales."""
     if weighing is None:
