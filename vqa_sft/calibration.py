@@ -21,7 +21,7 @@ import numpy as np
 from scipy.optimize import minimize, minimize_scalar
 
 from vqa_sft.errors import InputError, name_rows, printable
-from vqa_sft.metrics import as_table, describe, softmax, with_intervals
+from vqa_sft.metrics import as_table, describe, losses_of, softmax, with_intervals
 from vqa_sft.pooling import experts_of_scales, learn_weights, log_rows, pool
 from vqa_sft.predictions import Predictions, check_calibration, read_predictions, scale_names, whole
 
@@ -90,13 +90,8 @@ def cross_fit(
         part = [logits[i] for i in others], [answers[i] for i in others]
         found = _fit_bias(*part) if has_bias else Calibration(_fit_temperature(*part))
         for i, row in zip(rows, found.probs([logits[i] for i in rows]), strict=True):
-            probs[i] = np.maximum(row, np.finfo(np.float32).tiny)
+            probs[i] = row
     return probs
-
-
-def losses_of(probs: Sequence[np.ndarray], answers: Sequence[int]) -> np.ndarray:
-    """Negative log-likelihood (N,) of each row's answer, in nats."""
-    return -np.log([row[answer] for row, answer in zip(probs, answers, strict=True)])
 
 
 def deal_rows(num_rows: int, seed: int = 0) -> np.ndarray:

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from vqa_sft.errors import InputError, exits_with_message
+from vqa_sft.metrics import minus_log
 from vqa_sft.predictions import read_predictions
 from vqa_sft.run_folder import is_finished
 from vqa_sft.tiny.numbers import SETS, TaskSet, write_set
@@ -272,11 +273,11 @@ class Scores:
         Everything is a sum over rows before it is anything else, so a product with `rows` does all resamples at once.
         """
         num_seeds, num_rows, num_rotations = self.correct.shape
-        # As in metrics.ece_of and metrics.nll_of.
+        # As in metrics.ece_of and metrics.nll.
         bins = np.clip(np.ceil(self.confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
         is_in = bins[..., None] == np.arange(NUM_BINS)  # (S, N, R, B)
         gaps = np.einsum("snr,snrb->snb", self.confidence - self.correct, is_in)
-        nlls = -np.log(np.maximum(self.of_answer, np.finfo(np.float32).tiny))
+        nlls = minus_log(self.of_answer)
         is_under = self.letters[..., None] == np.unique(self.letters)  # (N, R, L)
         right = np.einsum("snr,nrl->snl", self.correct.astype(float), is_under)
         recalls = rows @ right / (rows @ is_under.sum(axis=1))  # (S, K, L)

@@ -12,13 +12,18 @@ def accuracy(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> float:
 
 def nll(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> float:
     """Mean negative log-likelihood of the answers, in nats."""
-    return nll_of(np.array([row[answer] for row, answer in zip(probs, answers, strict=True)]))
+    return float(losses_of(probs, answers).mean())
 
 
-def nll_of(of_answer: np.ndarray) -> float:
-    """The same from the probabilities of the answers."""
+def losses_of(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> np.ndarray:
+    """Negative log-likelihood (N,) of each row's answer, in nats."""
+    return minus_log(np.array([row[answer] for row, answer in zip(probs, answers, strict=True)]))
+
+
+def minus_log(of_answer: np.ndarray) -> np.ndarray:
+    """The same from the probabilities of the answers, of any shape."""
     # A probability that underflowed to 0 would make the mean infinite and hide everything else.
-    return float(-np.log(np.maximum(of_answer, np.finfo(np.float32).tiny)).mean())
+    return -np.log(np.maximum(of_answer, np.finfo(np.float32).tiny))
 
 
 def ece(probs: Sequence[Sequence[float]], answers: Sequence[int], num_bins: int = 15) -> float:
@@ -106,8 +111,7 @@ def bootstrap(
     rank = np.argsort(order)
     confidence, num_rows, num_bins = confidence[order], len(order), 15
     correct = np.array([int(np.argmax(row)) == answer for row, answer in zip(probs, answers, strict=True)])[order]
-    of_answer = np.array([row[answer] for row, answer in zip(probs, answers, strict=True)])[order]
-    minus_log = -np.log(np.maximum(of_answer, np.finfo(np.float32).tiny))
+    losses = losses_of(probs, answers)[order]
     squares = np.array([_brier_of(row, answer) for row, answer in zip(probs, answers, strict=True)])[order]
     gaps = confidence - correct
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)  # as in ece_of
@@ -119,7 +123,7 @@ def bootstrap(
         places = bins[rows] + num_bins * np.arange(len(rows))[:, None]
         sums = np.bincount(places.ravel(), weights=gaps[rows].ravel(), minlength=num_bins * len(rows))
         found["accuracy"].append(correct[rows].mean(axis=1))
-        found["nll"].append(minus_log[rows].mean(axis=1))
+        found["nll"].append(losses[rows].mean(axis=1))
         found["brier"].append(squares[rows].mean(axis=1))
         found["ece"].append(np.abs(sums.reshape(-1, num_bins)).sum(axis=1) / num_rows)
         found["ece_equal_mass"].append(_equal_mass(gaps[rows], num_bins))

@@ -36,7 +36,7 @@ from vqa_sft.ensemble import experts_of
 from vqa_sft.errors import InputError, exits_with_message
 from vqa_sft.folds import write_folds
 from vqa_sft.ladder import DEMO, ROOT
-from vqa_sft.metrics import with_intervals
+from vqa_sft.metrics import losses_of, with_intervals
 from vqa_sft.pooling import pool
 from vqa_sft.predictions import CALIBRATION, Predictions, read_predictions
 from vqa_sft.tiny.numbers import SETS, TaskSet, write_set
@@ -258,7 +258,7 @@ def table(args: argparse.Namespace, name: str) -> str:
         cells = [_cell(before, "accuracy"), *(_cell(found, key) for key in ("nll", "ece") for found in (before, after))]
         for probs, others in zip((raw, calibrated), first[:2], strict=True):
             is_compared = probs and probs is not others
-            cells.append(difference(_losses(probs, answers), _losses(others, answers)) if is_compared else "")
+            cells.append(difference(losses_of(probs, answers), losses_of(others, answers)) if is_compared else "")
         lines.append([way, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -268,11 +268,6 @@ def _cell(values: dict | None, key: str) -> str:
         return ""
     low, high = values[f"{key}_95"]
     return f"{values[key]:.4f} [{low:.3f}, {high:.3f}]"
-
-
-def _losses(probs: Sequence[np.ndarray], answers: Sequence[int]) -> np.ndarray:
-    of_answer = np.array([row[answer] for row, answer in zip(probs, answers, strict=True)])
-    return -np.log(np.maximum(of_answer, np.finfo(np.float32).tiny))
 
 
 def difference(losses: np.ndarray, others: np.ndarray, num_resamples: int = 1000) -> str:
