@@ -86,7 +86,7 @@ def main() -> None:
 
     # What to score, and how: all of it is in the run folders.
     folders = run_folder.runs_in(args.run)
-    runs = {folder: base_run(args) if folder == "none" else run_folder.read_run(folder) for folder in folders}
+    runs = {"none": base_run(args)} if "none" in folders else run_folder.read_runs(folders, args.model)
     check_outputs(Path(args.output), {"--data": args.data, "--template": args.template}, folders)
     data = read_data(args, runs)
     # A template of other rows and a damaged calibration are found before the rows are scored.
@@ -243,7 +243,7 @@ def parse_args() -> argparse.Namespace:
         nargs="+",
         help="run folders (one that `fold: all` made stands for its folds), or none to score a base model as it is",
     )
-    parser.add_argument("--model", help="base model, with --run none")
+    parser.add_argument("--model", help="base model of --run none; of a run, where its base is now")
     parser.add_argument("--data", help="file (CSV, TSV, JSONL, Parquet) or glob, saved or Hub dataset")
     parser.add_argument(
         "--part",
@@ -315,8 +315,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if "none" in args.run and (len(args.run) > 1 or args.part != "all"):
         raise InputError("--run none scores a base model alone, and has no validation rows.")
-    if ("none" in args.run) == (args.model is None):
-        raise InputError("give --model together with --run none, and only then: a run knows its base model.")
+    if "none" in args.run and args.model is None:
+        raise InputError("--run none needs --model: the base model to score.")
     if "none" not in args.run and (args.min_pixels, args.max_pixels) != (None, None):
         raise InputError("min_pixels and max_pixels belong to the run; they go with --run none only.")
     if args.data is None and args.part == "all":

@@ -231,11 +231,17 @@ def test_what_cannot_be_merged_is_said_and_an_earlier_merge_stays(train, familie
 
     elsewhere = copy_of(run, tmp_path / "elsewhere")
     set_recipe(elsewhere, model_name_or_path=str(tmp_path / "gone"))
-    refused("cannot be loaded", elsewhere, out, overwrite=True)
+    refused("cannot be loaded; check the network, or give --model", elsewhere, out, overwrite=True)
     set_recipe(elsewhere, model_name_or_path=families("llava"))
     refused("does not load on", elsewhere, out, overwrite=True)
     set_recipe(elsewhere, model_name_or_path=str(out))
     refused("holds what is read", elsewhere, out, overwrite=True)
+
+    set_recipe(elsewhere, model_name_or_path=str(tmp_path / "gone"))
+    merge_run(str(elsewhere), str(tmp_path / "found"), model=str(TINY_PATH))
+    refused("has no adapter and needs no base", out, tmp_path / "found", overwrite=True, model="x")
+    weights = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "found"))
+    assert all(torch.equal(one, other) for one, other in zip(*(each.values() for each in weights), strict=True))
 
     rounded = shutil.copytree(TINY_PATH, tmp_path / "rounded")
     config = json.loads((rounded / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}

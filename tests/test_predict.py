@@ -469,6 +469,32 @@ def test_folds_that_a_later_training_put_aside_are_not_scored(three, tmp_path):
     assert run_folder.runs_in([str(tmp_path)]) == [str(tmp_path / "fold0"), str(tmp_path / "fold1")]
 
 
+def test_a_base_that_has_moved_since_is_named(three, tmp_path, capsys):
+    contest, run = three
+    expected = predict(run, tmp_path / "expected.csv", "--data", contest / "test.csv")
+    shutil.copytree(run, moved := tmp_path / "moved")
+    for fold in range(3):
+        path = moved / f"fold{fold}" / run_folder.RUN
+        described = json.loads(path.read_text())
+        described["recipe"]["model_name_or_path"] = "gone/base"
+        path.write_text(json.dumps(described))
+    with pytest.raises(SystemExit):
+        predict(moved, tmp_path / "out.csv", "--data", contest / "test.csv")
+    error = capsys.readouterr().err
+    assert "'gone/base' cannot be loaded" in error and f"{moved / 'fold0'} is elsewhere now, give its place as" in error
+    found = predict(moved, tmp_path / "out.csv", "--data", contest / "test.csv", "--model", TINY_PATH)
+    assert np.array_equal(logits_of(found), logits_of(expected))
+    with (contest / "test.csv").open() as file:
+        row = next(csv.DictReader(file))
+    asked = (contest / row["path"], row["question"], [row[letter] for letter in "abcd"])
+    np.testing.assert_allclose(
+        Predictor(moved, model=TINY_PATH, use_cpu=True)(*asked), np.exp(logits_of(expected)[0]), atol=1e-5
+    )
+    with pytest.raises(SystemExit):
+        predict([run / "fold0", moved / "fold1"], tmp_path / "two.csv", "--data", contest / "test.csv", "--model", "x")
+    assert "model stands for one base, and the runs have several" in capsys.readouterr().err
+
+
 def test_new_out_of_fold_predictions_end_an_earlier_temperature(three, tmp_path):
     _, run = three
     shutil.copytree(run, tmp_path / "run")

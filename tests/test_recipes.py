@@ -234,7 +234,7 @@ def test_bad_input_to_prediction_ends_with_a_message_before_any_weight_is_loaded
     fails(predict, tmp_path / "nowhere", contest, out, says="no such run folder")
     (tmp_path / "empty").mkdir()
     fails(predict, tmp_path / "empty", contest, out, says="holds no finished run")
-    fails(predict, "none", contest, out, says="give --model together with --run none")
+    fails(predict, "none", contest, out, says="--run none needs --model")
     fails(predict, "none", contest, tmp_path / "out.txt", "--model", "x", says="must end in .csv")
 
 

@@ -66,6 +66,7 @@ def main() -> None:
     merge.add_argument("run_folder", metavar="RUN", help="folder of a finished run, or of a soup")
     merge.add_argument("output", metavar="OUT", help="a new folder")
     merge.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: that of the base's checkpoint")
+    merge.add_argument("--model", help="where the base is now, if not where it was in training")
     merge.add_argument("--overwrite", action="store_true", help="replace an earlier merge in OUT")
     merge.set_defaults(run=lambda args: print(_merge(args)))
 
@@ -560,7 +561,7 @@ def _soup(args: argparse.Namespace) -> str:
 def _merge(args: argparse.Namespace) -> str:
     from vqa_sft.merge import merge_run
 
-    return merge_run(args.run_folder, args.output, dtype=args.dtype, overwrite=args.overwrite)
+    return merge_run(args.run_folder, args.output, dtype=args.dtype, overwrite=args.overwrite, model=args.model)
 
 
 def _push(args: argparse.Namespace) -> str:

@@ -30,13 +30,16 @@ DROPPED = ("load_in_4bit", "load_in_8bit", "push_to_hub", "hub_model_id")
 SHARD = "5GB"  # the most that one file of weights holds
 
 
-def merge_run(folder: str, output: str, *, dtype: str | None = None, overwrite: bool = False) -> str:
+def merge_run(
+    folder: str, output: str, *, dtype: str | None = None, overwrite: bool = False, model: str | None = None
+) -> str:
     """Write the base of a finished run with its adapter merged in to `output`; what was done, in words.
 
     `dtype` is "bf16", "fp16" or "fp32", by default that of the base's checkpoint. `output` is new or empty, or with
-    `overwrite` an earlier merge, which is replaced once the new one is whole. Raises InputError.
+    `overwrite` an earlier merge, which is replaced once the new one is whole. `model` says where the base is now, if
+    not where it was in training. Raises InputError.
     """
-    run = run_folder.read_run(folder)
+    run = run_folder.read_runs([folder], model)[str(folder)]
     recipe = run["recipe"]
     name, trust = recipe["model_name_or_path"], {"trust_remote_code": bool(recipe.get("trust_remote_code"))}
     _check_adapter(folder)
@@ -55,9 +58,9 @@ def merge_run(folder: str, output: str, *, dtype: str | None = None, overwrite: 
         part.mkdir(parents=True)
         (part / run_folder.MARKER).touch()
     try:
-        model = _merged(_load_base(name, recipe, dtype, **trust), folder, dtype)
+        merged = _merged(_load_base(name, recipe, dtype, **trust), folder, dtype)
         with explains(ValueError, f"{name} cannot be saved"):  # a generation config that contradicts itself
-            model.save_pretrained(part, max_shard_size=SHARD)
+            merged.save_pretrained(part, max_shard_size=SHARD)
         processor.save_pretrained(part)
         _describe(part, Path(folder), run, output)
         _put(part, target)
@@ -104,7 +107,7 @@ def _is_merge(folder: Path) -> bool:
 
 def _base_config(name: str, revision: str, **trust: bool) -> PreTrainedConfig:
     """Raises InputError where it cannot be had, or its weights are only there rounded."""
-    with explains(LOADING_ERRORS, f"the base {name!r} cannot be loaded; check the name or path, and the network"):
+    with explains(LOADING_ERRORS, f"the base {name!r} cannot be loaded; check the network, or give --model NAME"):
         config = AutoConfig.from_pretrained(name, revision=revision, **trust)
     if getattr(config, "quantization_config", None):
         raise InputError(

@@ -221,7 +221,13 @@ def load_trained(
     if run == "none":
         return load_model(model_args, precision, **options)
     if (Path(run) / "adapter_config.json").is_file() and (Path(run) / "adapter_model.safetensors").is_file():
-        return add_adapter(load_model(model_args, precision, **options), run)
+        try:
+            base = load_model(model_args, precision, **options)
+        except InputError as error:
+            if Path(model_args.model_name_or_path).exists():
+                raise
+            raise InputError(f"{error} If the base of {run} is elsewhere now, give its place as --model.") from error
+        return add_adapter(base, run)
     if (Path(run) / "config.json").is_file():
         return load_model(replace(model_args, model_name_or_path=run), precision, **options)
     raise InputError(

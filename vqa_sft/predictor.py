@@ -33,9 +33,9 @@ class Predictor:
     """Probabilities of choices by one or several runs together; each run's own temperature for these views is applied
     where `vqa-sft calibrate` found one.
 
-    `orders`, `scales`, `average` and `average_runs` are those of recipes/predict.py, `batch_size` counts views. Raises
-    InputError for folders that hold no run, and for runs that one model cannot score (other bases, prompts, picture
-    sizes, ranks).
+    `orders`, `scales`, `average` and `average_runs` are those of recipes/predict.py, `batch_size` counts views.
+    `model` says where the runs' base is now, if not where it was in training. Raises InputError for folders that hold
+    no run, and for runs that one model cannot score (other bases, prompts, picture sizes, ranks).
     """
 
     def __init__(
@@ -48,12 +48,13 @@ class Predictor:
         batch_size: int = 16,
         use_cpu: bool = False,
         compile_layers: bool = False,
+        model: str | None = None,
     ) -> None:
         _check_views(orders, scales, average, batch_size)
         if average_runs not in AVERAGES:
             raise InputError(f"average_runs must be one of {', '.join(AVERAGES)}; got {_shown(average_runs)}.")
         folders = run_folder.runs_in([str(run) for run in runs])
-        described = {folder: run_folder.read_run(folder) for folder in folders}
+        described = run_folder.read_runs(folders, model and str(model))
         if len(scorer.groups_of(described)) != 1:
             raise InputError(f"one model cannot score {', '.join(folders) or 'no run'}. Give runs of one kind.")
         PartialState(cpu=use_cpu)

@@ -199,6 +199,24 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     return run
 
 
+def read_runs(folders: Sequence[str], model: str | None = None) -> dict[str, dict[str, Any]]:
+    """Folder -> run.json of finished runs; `model` says where their base is now, if not where it was in training.
+
+    Raises InputError where one of them is not finished, or `model` cannot be the base of all.
+    """
+    runs = {str(folder): read_run(folder) for folder in folders}
+    if model is None:
+        return runs
+    bases = sorted({run["recipe"]["model_name_or_path"] for run in runs.values()})
+    if len(bases) > 1:
+        raise InputError(f"model stands for one base, and the runs have several: {', '.join(bases)}. Give them apart.")
+    for folder, run in runs.items():
+        if not (Path(folder) / "adapter_config.json").is_file():
+            raise InputError(f"{folder} has no adapter and needs no base. Leave model out.")
+        run["recipe"]["model_name_or_path"] = model
+    return runs
+
+
 def runs_in(folders: Sequence[str]) -> list[str]:
     """The folders; in place of one that `fold: all` made, those of its folds. Raises InputError for one given twice."""
     found = []
