@@ -435,10 +435,16 @@ def test_damaged_rows_are_an_error(run, content):
 
 
 def test_damaged_and_missing_folders_are_errors(run):
-    for text in ("{", "[]", '{"orders identity": {"temperature": -1}}', '{"orders identity": 3}'):
+    of_others = '{"orders all": {"temperature": 1, "rows": 9, "after": %s}}'
+    for text in ("{", "[]", '{"orders identity": {"temperature": -1}}', '{"orders identity": 3}', of_others % 3):
         (run / CALIBRATION).write_text(text)
         with pytest.raises(InputError, match="is damaged"):
             read_calibration(run, {})
+        with pytest.raises(InputError, match="is damaged"):
+            calibrate_run(run)
+        assert (run / CALIBRATION).read_text() == text
+    for text in ('{"orders identity": {"temperature": 1e-320}}', of_others % '{"nll": "a", "nll_95": [1, 2]}'):
+        (run / CALIBRATION).write_text(text)
         with pytest.raises(InputError, match="is damaged"):
             calibrate_run(run)
         assert (run / CALIBRATION).read_text() == text

@@ -272,10 +272,12 @@ def test_a_folder_that_is_in_the_way_is_left_alone(three, tmp_path, capsys):
         ("", "must end in .csv; got nothing"),
         ("run", "must end in .csv"),
         ("folds.csv", "is none of our submissions"),
+        ("folder.csv", "is a folder. Name a file."),
     ],
 )
 def test_what_is_no_submission_of_ours_is_never_replaced(three, capsys, output, part):
     contest, runs = three
+    (runs.parent / "folder.csv").mkdir(exist_ok=True)
     files = {path: path.read_bytes() for path in runs.parent.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as end:
         predict(runs / "fold0", runs.parent / output if output else "", "--data", contest / "test.csv")

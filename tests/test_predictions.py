@@ -132,9 +132,9 @@ def test_agreement_is_kept_and_a_file_from_before_it_is_read(tmp_path):
         ({"scale_logits": [[[0.0, 0.0]] * 2] * 3, "metadata": {"scales": [0.9, 1.0]}}, "not those of 2 scales"),
         ({"metadata": {"scales": [0.9, 1.0], "calibration": {"temperature": 1, "scale_weights": {"0.9": 0, "1.0": 1}}}},
          "no scale_logits"),
-        ({"metadata": {"calibration": 1.3}}, "a temperature above 0"),
-        ({"metadata": {"calibration": {"temperature": 0}}}, "a temperature above 0"),
-        ({"metadata": {"calibration": {"temperature": 1.0, "bias": ["a"]}}}, "a temperature above 0"),
+        ({"metadata": {"calibration": 1.3}}, "a temperature from 0.001"),
+        ({"metadata": {"calibration": {"temperature": 0}}}, "a temperature from 0.001"),
+        ({"metadata": {"calibration": {"temperature": 1.0, "bias": ["a"]}}}, "a temperature from 0.001"),
     ],
 )  # fmt: skip
 def test_damaged_files_are_errors(tmp_path, change, part):

@@ -91,8 +91,18 @@ def test_a_template_fixes_names_columns_rows_case_and_format(file, tmp_path, tem
     assert written(tmp_path / "s.csv") == lines
 
 
-@pytest.mark.parametrize(("names", "of_choices"), [("c,a,b", "abc"), ("p3,p1,p2", ["p3", "p1", "p2"])])
-def test_columns_that_are_letters_go_by_their_names_and_others_as_they_stand(file, tmp_path, names, of_choices):
+@pytest.mark.parametrize(
+    ("names", "of_choices"),
+    [
+        ("c,a,b", "abc"),
+        ("p3,p1,p2", ["p1", "p2", "p3"]),
+        ("2,1,0", "012"),
+        ("option_c,option_a,option_b", ["option_a", "option_b", "option_c"]),
+        ("B prob,A prob,C prob", ["A prob", "B prob", "C prob"]),
+        ("p3,p1,p9", ["p3", "p1", "p9"]),
+    ],
+)
+def test_columns_that_are_letters_or_count_go_by_their_names_others_as_they_stand(file, tmp_path, names, of_choices):
     (tmp_path / "t.csv").write_text(f"id,{names}\nz,0,0,0\ny,0,0,0\nx,0,0,0\n")
     submit(file, tmp_path / "s.csv", template=tmp_path / "t.csv")
     assert written(tmp_path / "s.csv")[0] == f"id,{names}"
@@ -144,6 +154,8 @@ def test_data_of_other_rows_are_errors(data, file, tmp_path):
         ("id,answer\nx,1\ny,2\nz,1\n", None, "answer '1' of ['<choice A>', '<choice B>'] is choice 2 or 1"),
         ("id,answer\nx,cat\ny,a\nz,dog\n", None, "such as 'cat'"),
         ("id,answer,usage\nx,a,p\ny,a,p\nz,a,p\n", None, "2 columns beside id: answer, usage. One is an answer, 3 are"),
+        ("id,question,note,answer\nx,,,a\ny,What?,,a\nz,,,a\n", None, "question holds 'What?' and is no column of"),
+        ("id,a,b,c\nx,0,0,inf\ny,0,0,0\nz,0,0,0\n", None, "c holds 'inf' and is no column of probabilities"),
         ("id\nx\ny\nz\n", None, "0 columns beside id: none"),
         ("id,a,b,c\nx,0,0,0\ny,0,0,0\nz,0,0,0\n", "letter", "has 3 columns for probabilities"),
         ("id,answer\nx,a\ny,a\nz,a\n", "probabilities", "has one column beside id"),

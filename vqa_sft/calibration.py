@@ -292,6 +292,10 @@ def _read_entries(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged ({error}). Remove it and run `vqa-sft calibrate` again.") from error
     for key, entry in entries.items():
         check_calibration(entry, f"{printable(key)!r} in {path}")
+        try:
+            _line_of(key, entry)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise InputError(f"{printable(key)!r} in {path} is damaged. Remove it and calibrate again.") from error
     return entries
 
 
@@ -369,13 +373,17 @@ def _compare_weights(weighing: Weighing | None) -> str:
 
 def _compare(entries: Mapping[str, Any]) -> str:
     """Where several ways of scoring are known, their NLL, the lowest first."""
-    known = [item for item in entries.items() if "after" in item[1]]
+    known = [item for item in entries.items() if item[1].get("after")]
     if len(known) < 2:
         return ""
     known.sort(key=lambda item: item[1]["after"]["nll"])
-    lines = [["views", "rows", "NLL after"]]
-    lines += [[key, f"{entry['rows']:,}", *describe(entry["after"], ["nll"])] for key, entry in known]
+    lines = [["views", "rows", "NLL after"], *(_line_of(*item) for item in known)]
     return f"\nKnown of this run, the best first:\n{as_table(lines)}\n"
+
+
+def _line_of(key: str, entry: Mapping[str, Any]) -> list[str]:
+    """Of that table; nothing where the entry does not say what it does, as one written by hand."""
+    return [key, f"{entry['rows']:,}", *describe(entry["after"], ["nll"])] if entry.get("after") else []
 
 
 def _default_file(folder: Path) -> Path:

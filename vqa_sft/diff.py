@@ -41,6 +41,10 @@ def read_answers(path: str | Path) -> Answers:
         return Answers(str(path), dict(zip(predictions.ids, letters, strict=True)), predictions)
     columns, rows = read_table(path)
     unique = [name for name in columns if len({row[name] for row in rows}) == len(rows)]
+    for name in columns:
+        if name.casefold() == "id" and name not in unique:
+            twice = [row_id for row_id, count in Counter(row[name] for row in rows).items() if count > 1]
+            raise InputError(f"{path}: ids stand in it more than once, of {name_rows(twice, len(rows))}.")
     id_name = next((name for name in unique if name.casefold() in USUAL_NAMES["id"]), unique[0] if unique else None)
     if id_name is None:
         raise InputError(f"no column of {path} has another value in every row, as ids have: {', '.join(columns)}.")
@@ -58,6 +62,9 @@ def read_answers(path: str | Path) -> Answers:
         raise InputError(
             f"{path}: {', '.join(others)} are no probabilities ({error}). One answer column is read."
         ) from error
+    bad = [row[id_name] for row, is_finite in zip(rows, np.isfinite(numbers).all(axis=1), strict=True) if not is_finite]
+    if bad:
+        raise InputError(f"{path}: probabilities are no numbers in {name_rows(bad, len(rows))}.")
     best = [LETTERS[i] for i in numbers.argmax(axis=1)]
     return Answers(str(path), {row[id_name]: letter for row, letter in zip(rows, best, strict=True)})
 

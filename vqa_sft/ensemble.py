@@ -211,7 +211,7 @@ def _given_weights(text: str, names: Sequence[str], average: str) -> list[float]
                 numbers = [by_name[str(name)] for name in names]
         else:
             numbers = [float(part) for part in text.split(",")]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise InputError(
             f"--weights must be mean, learned, numbers such as 0.6,0.4 or a file of --save-weights; got {text}."
         ) from error

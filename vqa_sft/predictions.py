@@ -98,6 +98,8 @@ def whole(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to, which takes its place at the end: a file is there whole or not at all."""
     path = Path(path)
     unfinished = path.with_name(path.name + ".part")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder. Name a file.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.touch()
@@ -136,7 +138,8 @@ def read_predictions(path: str | Path) -> Predictions:
         has_scales = SCALE_LOGITS.name in table.schema.names
         scale_logits = table[SCALE_LOGITS.name].cast(SCALE_LOGITS.type).to_pylist() if has_scales else []
         metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
-    except (pa.ArrowException, KeyError, ValueError, OSError) as error:  # OSError: pages that are damaged
+    # OSError: pages that are damaged; RecursionError: lists in lists without an end
+    except (pa.ArrowException, KeyError, ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).") from error
     ids, choice_logits, answers, blanked, agreement = columns
     is_known = any(share is not None for share in agreement)
@@ -190,15 +193,17 @@ def _are_like(of_scales: list | None, num_scales: int, num_choices: int) -> bool
 
 
 def check_calibration(values: object, what: str, scales: Sequence[float] | None = None) -> None:
-    """Raises InputError where `values` are no {"temperature": above 0, "bias": null or numbers, "scale_weights": null
-    or numbers from 0, together 1}; the latter one for each of the `scales`, where these are known."""
+    """Raises InputError where `values` are no {"temperature": 0.001 to 1000, "bias": null or numbers, "scale_weights":
+    null or numbers from 0, together 1}; the latter one for each of the `scales`, where these are known."""
     known = values if isinstance(values, dict) else {}
     bias, weights = known.get("bias"), known.get("scale_weights")
     numbers = [known.get("temperature"), *(bias if isinstance(bias, list) else [])]
     numbers += weights.values() if isinstance(weights, dict) else []
     are_numbers = all(map(_is_number, numbers))
-    if not are_numbers or numbers[0] <= 0 or not (bias is None or isinstance(bias, list)):
-        raise InputError(f"{what} is damaged: a temperature above 0 and a bias of numbers or null are expected.")
+    if not are_numbers or not 1e-3 <= numbers[0] <= 1e3 or not (bias is None or isinstance(bias, list)):
+        raise InputError(
+            f"{what} is damaged: a temperature from 0.001 to 1000 and a bias of numbers or null are expected."
+        )
     if weights is not None and not (
         isinstance(weights, dict)
         and min(weights.values(), default=-1) >= 0

@@ -109,6 +109,8 @@ def check_outputs(output: Path, inputs: Mapping[str, str | None], folders: Seque
     for option, path in inputs.items():
         if path is not None and output.resolve() == Path(path).resolve():
             raise InputError(f"--output is {option} ({path}). Name another --output.")
+    if output.is_dir():
+        raise InputError(f"--output {output} is a folder. Name a file.")
     parquet = output.with_suffix(".parquet")
     if parquet.name in OWN_FILES and (output.parent / OWN_FILES[parquet.name]).is_file():
         raise InputError(f"{parquet} holds the run's own validation predictions. Name another --output.")

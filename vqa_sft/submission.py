@@ -6,6 +6,7 @@ t_1,B            t_1,0.1,0.7,0.2      Style.from_template writes as a contest's 
 
 import csv
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ class Style:
                 raise InputError(
                     f"{path} has {most} columns for probabilities; --answer-format {answer_format} has one."
                 )
+            _check_numbers(path, answers, rows)
             return cls(id_name, by_letter(answers), PROBABILITIES, header=tuple(columns), ids=order)
         if answer_format == PROBABILITIES:
             raise InputError(f"{path} has one column beside {id_name}; --answer-format {PROBABILITIES} needs {most}.")
@@ -101,12 +103,37 @@ def _is_letter(cell: str) -> bool:
     return read_answer(cell, LETTERS, "letter") is not None
 
 
+def _check_numbers(path: str | Path, names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+    """Raises InputError where a column that would get probabilities holds something else."""
+    for name in names:
+        texts = [row[name] for row in rows if row[name].casefold() not in UNKNOWN and not _is_number(row[name])]
+        if texts:
+            raise InputError(
+                f"{path}: {printable(name)} holds {printable(repr(texts[0]), 60)} and is no column of probabilities, "
+                "which as many columns as there are choices are taken for. Remove it."
+            )
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False
+
+
 def by_letter(names: Sequence[str]) -> tuple[str, ...]:
-    """Columns of probabilities in the order of the choices: by their names where these are the letters, else as they
-    stand."""
-    letters = [name.strip().upper() for name in names]
-    are_letters = sorted(letters) == list(LETTERS[: len(names)])
-    return tuple(sorted(names, key=lambda name: name.strip().upper())) if are_letters else tuple(names)
+    """Columns of probabilities in the order of the choices: by their names where these are the letters, or count from 0
+    or 1, perhaps with the same text around them ("option_a", "p1"); else as they stand."""
+    own = [name.strip().upper() for name in names]
+    before = len(os.path.commonprefix(own))
+    own = [name[before:] for name in own]
+    after = len(os.path.commonprefix([name[::-1] for name in own]))
+    own = [name[: len(name) - after] for name in own]
+    counted = [[*LETTERS[: len(names)]], *([str(first + i) for i in range(len(names))] for first in (0, 1))]
+    for order in counted:
+        if sorted(own) == sorted(order):
+            return tuple(name for _, name in sorted(zip(map(order.index, own), names, strict=True)))
+    return tuple(names)
 
 
 def read_table(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
