@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vqa_sft.doubt import HEADER, conformal_sets, conformal_threshold, describe, find_doubts, risk_at
+from vqa_sft.ensemble import write_ensemble
 from vqa_sft.errors import InputError
 from vqa_sft.predictions import Predictions, write_predictions
 
@@ -139,6 +140,61 @@ def test_held_out_rows_that_say_nothing_are_refused(files, tmp_path, change, par
     with pytest.raises(InputError) as error:
         describe(files[0], coverage=0.9, calibrate_on=files[1], output=tmp_path / "d.csv")
     assert part in str(error.value) and not (tmp_path / "d.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("test", "held_out", "part"),
+    [
+        ({"run": "runs/a"}, {"run": "runs/b"}, "was scored by runs/b"),
+        ({"run": "runs/a/fold0"}, {"run": "runs/a/fold1"}, "was scored by runs/a/fold1"),
+        ({"run": None, "base_model": "x"}, {"run": "runs/a"}, "was scored by runs/a"),
+        ({"run": "runs/a", "prompts_digest": "1"}, {"run": "runs/a", "prompts_digest": "2"}, "was scored by runs/a"),
+        ({"run": "runs/a"}, {"run": "/moved/a"}, None),
+        ({"run": "runs/a/fold0"}, {"run": "/moved/a"}, None),
+        ({"run": "runs/a"}, {}, None),
+    ],
+)
+def test_held_out_rows_of_another_run_are_refused(tmp_path, test, held_out, part):
+    write_predictions(tmp_path / "t.parquet", exchangeable(100, 0, "t", **test))
+    write_predictions(tmp_path / "v.parquet", exchangeable(300, 1, "v", **held_out))
+    asked = {"coverage": 0.9, "calibrate_on": tmp_path / "v.parquet"}
+    if part is None:
+        assert "Sets for a coverage" in describe(tmp_path / "t.parquet", **asked)
+        return
+    with pytest.raises(InputError, match=part):
+        describe(tmp_path / "t.parquet", **asked)
+
+
+@pytest.mark.parametrize(
+    ("how", "part"),
+    [
+        ({}, None),
+        ({"average": "log"}, "was scored with an ensemble .log."),
+        ({"weights": "0.9,0.1"}, "other weights, views or temperatures"),
+        ({"calibrated": True}, "other weights, views or temperatures"),
+        ({"runs": ("runs/b", "runs/a")}, "was scored by runs/b, runs/a"),
+    ],
+)
+def test_held_out_rows_of_an_ensemble_are_combined_as_the_rows_are(tmp_path, how, part):
+    how = {"average": "mean", "weights": "mean", "runs": ("runs/a", "runs/b"), "calibrated": False} | how
+    for part_of, num_rows, average, weights, runs, is_calibrated in (
+        ("t", 100, "mean", "mean", ("runs/a", "runs/b"), False),
+        ("v", 300, how["average"], how["weights"], how["runs"], how["calibrated"]),
+    ):
+        paths = []
+        for seed, run in enumerate(runs):
+            file = exchangeable(num_rows, seed, part_of, run=run)
+            file = replace(file, answers=exchangeable(num_rows, 0, part_of).answers)
+            file.metadata |= {"calibration": {"temperature": 2.0, "bias": None}} if is_calibrated else {}
+            paths.append(str(tmp_path / f"{part_of}{seed}.parquet"))
+            write_predictions(paths[-1], file)
+        write_ensemble(paths, tmp_path / f"{part_of}.parquet", average=average, weights=weights)
+    asked = {"coverage": 0.9, "calibrate_on": tmp_path / "v.parquet"}
+    if part is None:
+        assert "Sets for a coverage" in describe(tmp_path / "t.parquet", **asked)
+        return
+    with pytest.raises(InputError, match=part):
+        describe(tmp_path / "t.parquet", **asked)
 
 
 def test_options_that_mean_nothing_are_errors_and_nothing_of_others_is_replaced(files, tmp_path):

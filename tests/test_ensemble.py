@@ -232,6 +232,29 @@ def test_learning_that_proves_nothing_is_said_and_not_used(files, tmp_path):
     assert "do not prove themselves on 200 rows" in said and said.count("0.5000  ") == 2
 
 
+@pytest.mark.parametrize(
+    ("metadata", "part"),
+    [
+        (({"run": "runs/b"}, {"run": "runs/a"}), "runs/b, orders identity. does not stand for"),
+        (({"run": "runs/a", "orders": "rotations"}, {"run": "runs/b"}), "runs/a, orders rotations. does not stand for"),
+        (({"run": "moved/a"}, {"run": "runs/b"}), None),
+        (({}, {}), None),
+    ],
+)
+def test_weights_are_learned_on_rows_of_the_same_runs_in_their_order(files, tmp_path, metadata, part):
+    first, second = mixture(400, 0.9)
+    tests = [replace(first, metadata={"run": "runs/a"}), replace(second, metadata={"run": "runs/b"})]
+    held_out = [replace(file, metadata=given) for file, given in zip((first, second), metadata, strict=True)]
+    paths = files(*tests, *held_out)
+    how = {"weights": "learned", "learn_on": paths[2:]}
+    if part is None:
+        assert "Weights learned" in write_ensemble(paths[:2], tmp_path / "out.parquet", **how)
+        return
+    with pytest.raises(InputError, match=part):
+        write_ensemble(paths[:2], tmp_path / "out.parquet", **how)
+    assert not (tmp_path / "out.parquet").exists()
+
+
 def test_weights_are_learned_on_probabilities_calibrated_as_those_that_they_are_for(files, tmp_path):
     true, sure = ragged(400, seed=3), ragged(400, seed=3, temperature=0.2)
     calibrated = replace(sure, metadata={"calibration": {"temperature": 5.0, "bias": None}})

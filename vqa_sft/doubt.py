@@ -2,6 +2,7 @@
 
 import csv
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from vqa_sft.calibration import views_key
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.mcq import LETTERS
 from vqa_sft.metrics import as_table
-from vqa_sft.predictions import CALIBRATION, Predictions, read_predictions, whole
+from vqa_sft.predictions import CALIBRATION, Predictions, may_be_of_one_run, read_predictions, whole
 from vqa_sft.submission import check_output
 
 HEADER = ("id", "best", "probability", "margin", "entropy", "agreement", "set")
@@ -131,13 +132,54 @@ def _read_held_out(path: str | Path, file: str | Path, predictions: Predictions)
     if ours != theirs:
         raise InputError(
             f"{path} was scored with {theirs}, {file} with {ours}: the one's probabilities say nothing of the other's. "
-            "Score the held-out rows as these."
+            "Score the held-out rows as these; for an ensemble of folds, which leave no rows that none has seen, take "
+            "one fold's file and out_of_fold.parquet."
+        )
+    makers = [_makers(one) for one in (predictions, held_out)]
+    if len(makers[0]) != len(makers[1]) or not all(map(may_be_of_one_run, *makers)):
+        raise InputError(
+            f"{path} was scored by {_named(makers[1])}, {file} by {_named(makers[0])}: the one's probabilities say "
+            "nothing of the other's. Score the held-out rows with the same run."
+        )
+    if [_mixing(one) for one in makers[0]] != [_mixing(one) for one in makers[1]]:
+        raise InputError(
+            f"{path} and {file} are ensembles with other weights, views or temperatures of their files. Combine files "
+            "that were scored and calibrated in the same way."
         )
     return held_out.calibrated_as(predictions)
 
 
 def _how(predictions: Predictions) -> str:
-    return "an ensemble" if "ensemble" in predictions.metadata else views_key(predictions.metadata)
+    found = predictions.metadata.get("ensemble")
+    if found is None:
+        return views_key(predictions.metadata)
+    average = found.get("average") if isinstance(found, dict) else None
+    return f"an ensemble ({average})"
+
+
+def _makers(predictions: Predictions) -> list[Predictions]:
+    """Of an ensemble, its files, of which only the metadata are known; else the file itself."""
+    found = predictions.metadata.get("ensemble")
+    if found is None:
+        return [predictions]
+    files = found.get("files") if isinstance(found, dict) else None
+    files = [one for one in files or [] if isinstance(one, dict) and isinstance(one.get("run"), str | None)]
+    return [Predictions([], [], [], one) for one in files]
+
+
+def _mixing(predictions: Predictions) -> list:
+    """What of an ensemble's file decides how sure the ensemble is."""
+    metadata = predictions.metadata
+    if "weight" not in metadata:
+        return []
+    weight = metadata["weight"]
+    rest = [metadata.get(name) for name in ("orders", "scales", "average", CALIBRATION)]
+    return [round(weight, 6) if isinstance(weight, float) else weight, *rest]
+
+
+def _named(makers: Sequence[Predictions]) -> str:
+    names = [str(one.metadata.get("run") or one.metadata.get("base_model")) for one in makers]
+    return ", ".join(names) or "an unknown run"
 
 
 def _most_doubtful(doubts: Doubts) -> str:

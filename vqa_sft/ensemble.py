@@ -13,10 +13,17 @@ from pathlib import Path
 
 import numpy as np
 
-from vqa_sft.calibration import MIN_ROWS, NUM_FOLDS, deal_rows, is_lower
+from vqa_sft.calibration import MIN_ROWS, NUM_FOLDS, deal_rows, is_lower, views_key
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.pooling import TINY, learn_weights, log_rows, own_choices, pool
-from vqa_sft.predictions import CALIBRATION, Predictions, read_predictions, whole, write_predictions
+from vqa_sft.predictions import (
+    CALIBRATION,
+    Predictions,
+    may_be_of_one_run,
+    read_predictions,
+    whole,
+    write_predictions,
+)
 
 AVERAGES = ("mean", "log", "vote")
 VOTE = 0.99  # of a vote goes to the choice; the rest is spread over all, for log 0 cannot stand in a file
@@ -194,8 +201,20 @@ def _learn_on(files: Sequence[Predictions], learn_on: Sequence[str], average: st
         raise InputError(f"--learn-on: there is no answer in {name_rows(unknown, len(held_out[0].ids))}.")
     if len(held_out[0].ids) < MIN_ROWS:
         raise InputError(f"--learn-on: weights need at least {MIN_ROWS} rows; got {len(held_out[0].ids)}.")
+    for held_out_name, name, one, other in zip(learn_on, names, held_out, files, strict=True):
+        ours, theirs = (views_key(file.metadata) for file in (other, one))
+        is_ensemble = any("ensemble" in file.metadata for file in (one, other))
+        if not may_be_of_one_run(one, other) or ours != theirs and not is_ensemble:
+            raise InputError(
+                f"--learn-on: {held_out_name} ({_maker(one)}, {theirs}) does not stand for {name} ({_maker(other)}, "
+                f"{ours}). Give rows that were scored by the same runs in the same way, in the order of the files."
+            )
     # As sure as the files that the weights are for.
     return learn([one.calibrated_as(other) for one, other in zip(held_out, files, strict=True)], average)
+
+
+def _maker(predictions: Predictions) -> str:
+    return str(predictions.metadata.get("run") or predictions.metadata.get("base_model") or "of an unknown run")
 
 
 def _given_weights(text: str, names: Sequence[str], average: str) -> list[float]:

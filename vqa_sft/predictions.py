@@ -93,6 +93,29 @@ class Predictions:
         return replace(self, metadata=rest | ({CALIBRATION: own} if own else {}))
 
 
+def may_be_of_one_run(one: Predictions, other: Predictions) -> bool:
+    """False where the metadata of both know better: of other prompts, other base models, other runs. A fold and the
+    folder of its folds are one run, and a folder that was moved keeps its name."""
+    digests = {file.metadata.get("prompts_digest") for file in (one, other)} - {None}
+    if len(digests) > 1:
+        return False
+    if not all("run" in file.metadata for file in (one, other)):
+        return True
+    runs = [file.metadata["run"] for file in (one, other)]
+    if None in runs:  # a base model as it is
+        return runs[0] == runs[1] and one.metadata.get("base_model") == other.metadata.get("base_model")
+    paths = [Path(run).resolve() for run in runs]
+    if paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0]):
+        return True
+    (name, fold), (other_name, other_fold) = map(_name_and_fold, paths)
+    return name == other_name and (fold == other_fold or None in (fold, other_fold))
+
+
+def _name_and_fold(run: Path) -> tuple[str, str | None]:
+    is_fold = run.name.startswith("fold") and run.name[4:].isdecimal()
+    return (run.parent.name, run.name) if is_fold else (run.name, None)
+
+
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write to, which takes its place at the end: a file is there whole or not at all."""
