@@ -395,6 +395,20 @@ def test_a_training_with_too_few_rows_ends_without_a_temperature(run):
     assert calibrate_new(run).startswith("Not calibrated: ") and not (run / CALIBRATION).exists()
 
 
+def test_rows_that_a_fold_was_trained_on_say_nothing_of_all_folds(run):
+    predictions = read_predictions(run / "validation.parquet")
+    write_predictions(run / "out_of_fold.parquet", replace(predictions, ids=[f"o{i}" for i in range(300)]))
+    (run / "fold0").mkdir()
+    (run / "fold0" / "rows.csv").write_text("part,id\ntrain,v3\nvalidation,v4\n")
+    for metadata, part in (({"run": str(run / "fold0")}, "was trained on row v3"), ({"run": str(run)}, None)):
+        write_predictions(run.parent / "p.parquet", replace(predictions, metadata=metadata))
+        if part is None:  # every row by the fold that has not seen it
+            calibrate_run(run, run.parent / "p.parquet")
+            continue
+        with pytest.raises(InputError, match=part):
+            calibrate_run(run, run.parent / "p.parquet")
+
+
 def test_a_folder_that_was_moved_knows_its_predictions(run):
     predictions = read_predictions(run / "validation.parquet")
     write_predictions(run.parent / "p.parquet", predictions)

@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig
 
 from vqa_sft import merge, run_folder
+from vqa_sft.calibration import read_calibration
 from vqa_sft.collator import AnswerCollator, answer_prefix, render_prompt
 from vqa_sft.data import load_examples
 from vqa_sft.errors import InputError
@@ -120,10 +121,11 @@ def test_a_merged_run_scores_the_letters_in_plain_transformers_as_base_and_adapt
 @pytest.mark.parametrize("name", ["tiny", "llava"])
 def test_predict_gives_the_same_answers_for_the_run_and_for_what_it_was_merged_to(train, tmp_path, name):
     run = copy_of(train(name), tmp_path / "run")
-    calibration = '{"orders identity": {"temperature": 1.5, "bias": null}}'
-    (run / "calibration.json").write_text(calibration)
+    calibration = {"orders identity": {"temperature": 1.5, "bias": None}}
+    (run / "calibration.json").write_text(json.dumps(calibration))
     merge_run(str(run), str(tmp_path / "out"), dtype="fp32")
-    assert (tmp_path / "out" / "calibration.json").read_text() == calibration
+    assert json.loads((tmp_path / "out" / "calibration.json").read_text()) == calibration
+    assert (tmp_path / "out" / "rows.csv").read_bytes() == (run / "rows.csv").read_bytes()
     before = predict(run, train.contest, tmp_path / "run.csv")
     after = predict(tmp_path / "out", train.contest, tmp_path / "out.csv")
     assert_close(torch.tensor(after), torch.tensor(before), atol=1e-4, rtol=0)
@@ -201,6 +203,18 @@ def test_the_command_writes_a_folder_with_a_card_and_replaces_only_its_own(train
     merge_run(str(run), str(out), dtype="fp32", overwrite=True)
     assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.float32}
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_merged_fold_has_the_temperature_of_all_folds(train, tmp_path):
+    fold = copy_of(train("tiny"), tmp_path / "run" / "fold1")
+    (tmp_path / "run" / "out_of_fold.parquet").touch()
+    of_all = {"orders identity": {"temperature": 1.5, "bias": None}, "orders all": {"temperature": 2.0, "bias": None}}
+    (tmp_path / "run" / "calibration.json").write_text(json.dumps(of_all))
+    (fold / "calibration.json").write_text('{"orders all": {"temperature": 3.0, "bias": null}}')
+    merge_run(str(fold), str(tmp_path / "out"))
+    for views, temperature in (("identity", 1.5), ("all", 3.0)):
+        for folder in (fold, tmp_path / "out"):
+            assert read_calibration(folder, {"orders": views}).temperature == temperature
 
 
 def refused(match, run, out, **how):

@@ -272,12 +272,22 @@ def worth_of_scales(folders: Sequence[str | Path], metadata: Mapping[str, Any]) 
     return notes
 
 
+def known_entries(folder: str | Path) -> dict[str, Any]:
+    """All that `read_calibration` would find for the run in this folder."""
+    folder = Path(folder).resolve()
+    return (_read_entries(folder.parent) if _is_fold_of(folder, folder.parent) else {}) | _read_entries(folder)
+
+
 def _folder_of(folder: str | Path, key: str) -> Path:
     """Whose calibration.json holds `key`: that of the run, or for one of several folds without it the folder above."""
     folder = Path(folder).resolve()
-    is_fold = folder.name.startswith("fold") and folder.name[4:].isdecimal()
-    is_above = is_fold and (folder.parent / OUT_OF_FOLD).is_file() and key not in _read_entries(folder)
+    is_above = _is_fold_of(folder, folder.parent) and key not in _read_entries(folder)
     return folder.parent if is_above else folder
+
+
+def _is_fold_of(folder: Path, above: Path) -> bool:
+    is_fold = folder.name.startswith("fold") and folder.name[4:].isdecimal()
+    return is_fold and (above / OUT_OF_FOLD).is_file()
 
 
 def _read_entries(folder: str | Path) -> dict[str, Any]:
@@ -419,7 +429,8 @@ def _check_rows(folder: Path, file: Path, predictions: Predictions) -> None:
         raise InputError(
             f"{file} holds predictions of {of}, not of {folder}. Give that run, or this one's predictions."
         )
-    seen = set(ids) & _trained_on(folder)
+    run = folder / Path(predictions.metadata.get("run") or "").name
+    seen = set(ids) & _trained_on(run if _is_fold_of(run, folder) else folder)
     if seen:
         raise InputError(
             f"{folder} was trained on {name_rows([i for i in ids if i in seen], len(ids))} of {file}: there it is "

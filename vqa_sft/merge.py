@@ -4,7 +4,8 @@ runs/merged/
   model*.safetensors, config.json, generation_config.json     whole weights, s B A added to each layer's own
   processor files     of the run: chat template, pixel limits
   run.json            of the run, so that predict.py takes the folder as it takes the run; merged_from names the run
-  recipe.yaml, metrics.json, calibration.json, README.md      of the run, as far as it has them
+  recipe.yaml, metrics.json, rows.csv, README.md              of the run, as far as it has them
+  calibration.json    of the run, or of all folds where it is one of them
 
 A layer's sum is rounded once, to `dtype`; in fp32 the letters' logits are those of base and adapter within 1e-4.
 """
@@ -20,10 +21,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from trl import ModelConfig
 
 from vqa_sft import hub, run_folder
+from vqa_sft.calibration import CALIBRATION, known_entries
 from vqa_sft.errors import InputError, explains
 from vqa_sft.model import DTYPES, LOADING_ERRORS, add_adapter, load_model, load_processor
+from vqa_sft.split import ROWS
 
-KEPT = (run_folder.RECIPE, run_folder.METRICS, "calibration.json")
+KEPT = (run_folder.RECIPE, run_folder.METRICS, ROWS)
 MERGED_FROM = "merged_from"  # the key of run.json by which an earlier merge is known
 # Of the recipe, what is not true of whole weights in a folder of their own.
 DROPPED = ("load_in_4bit", "load_in_8bit", "push_to_hub", "hub_model_id")
@@ -187,6 +190,8 @@ def _describe(part: Path, folder: Path, run: dict[str, Any], output: str) -> Non
     for name in KEPT:
         if (folder / name).is_file():
             shutil.copy(folder / name, part)
+    if entries := known_entries(folder):  # of a fold, those of the folder above too
+        run_folder.write_json(part / CALIBRATION, entries)
     recipe = {name: value for name, value in run["recipe"].items() if name not in DROPPED}
     run = run | {"recipe": recipe | {"output_dir": str(output)}, MERGED_FROM: str(folder)}
     run_folder.write_json(part / run_folder.RUN, run)
