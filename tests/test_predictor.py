@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import run_script
+from conftest import run_script, write_csv
 from PIL import Image
 from test_predict import three  # noqa: F401
 
@@ -68,6 +68,21 @@ def test_the_temperature_of_the_run_is_applied(three, tmp_path):  # noqa: F811
     assert not np.allclose(found, raw, atol=1e-9)
 
 
+def test_a_row_is_read_as_the_recipe_reads_it(three, tmp_path):  # noqa: F811
+    """Spaces around texts are no part of them, and empty choices at the end are none."""
+    contest, run = three
+    row = rows_of(contest)[0]
+    row |= {"question": f" {row['question']} ", "a": f"{row['a']} ", "c": "", "d": ""}
+    write_csv(contest / "odd.csv", [row])
+    given = ["--data", contest / "odd.csv", "--output", tmp_path / "out.csv", "--num_workers", 0, "--use_cpu"]
+    run_script("predict", "--run", run / "fold0", *given)
+    expected = read_predictions(tmp_path / "out.parquet").probs[0]
+    (path,), (question,), (choices,) = asked(contest, [row])
+    found = vqa_sft.Predictor(run / "fold0", use_cpu=True)(path, question, choices)
+    assert len(expected) == 2 and found.shape == (4,) and not found[2:].any()
+    np.testing.assert_allclose(found[:2], expected, atol=1e-5)
+
+
 def test_what_cannot_be_asked_is_an_input_error(three):  # noqa: F811
     contest, run = three
     predict = vqa_sft.Predictor(run / "fold0", use_cpu=True)
@@ -76,8 +91,10 @@ def test_what_cannot_be_asked_is_an_input_error(three):  # noqa: F811
         predict(path, "Which?", list("abcde"))
     with pytest.raises(InputError, match="2 questions, 1 pictures"):
         predict([path], ["Which?", "What?"], [["a", "b"]] * 2)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="a picture of question 1 cannot be read"):
         predict(contest / "test.csv", "Which?", ["a", "b"])
+    with pytest.raises(InputError, match="a picture of question 2 cannot be read"):
+        predict([path, contest / "test.csv"], ["Which?"] * 2, [["a", "b"]] * 2)
     with pytest.raises(InputError, match="Give runs of one kind"):
         vqa_sft.Predictor(run / "fold0", run.parent / "other")
     with pytest.raises(InputError, match="no such run folder"):
@@ -89,8 +106,10 @@ def test_a_run_that_was_trained_with_contexts_asks_for_one(three):  # noqa: F811
     predict = vqa_sft.Predictor(run / "fold0", use_cpu=True)
     (path,), (question,), (choices,) = asked(contest, rows_of(contest)[:1])
     bare = predict(path, question, choices)
-    assert not np.allclose(predict(path, question, choices, context="It is night, and all is dark."), bare, atol=1e-9)
+    with pytest.raises(InputError, match="trained without contexts, and question 1 has one"):
+        predict(path, question, choices, context="")
     predict.has_context = True
+    assert not np.allclose(predict(path, question, choices, context="It is night, and all is dark."), bare, atol=1e-9)
     with pytest.raises(InputError, match="trained with contexts, and question 1 has none"):
         predict(path, question, choices)
     np.testing.assert_array_equal(predict([path], [question], [choices], [""])[0], bare)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from vqa_sft import run_folder, scorer, scoring
 from vqa_sft.calibration import Calibration, read_calibration
+from vqa_sft.collator import AnswerCollator
 from vqa_sft.ensemble import AVERAGES, combine
 from vqa_sft.errors import InputError, explains, printable
 from vqa_sft.images import source_of
@@ -88,7 +89,7 @@ class Predictor:
     ) -> np.ndarray | list[np.ndarray]:
         """Probabilities (C,) of the choices of one question about `images`: a picture, several, or None. Of lists of
         questions, pictures of each, and choices of each, a list of them. A picture is a path, the bytes of a file, or
-        a PIL image."""
+        a PIL image. Empty choices at the end are none, as in a table, and get 0."""
         if isinstance(question, str):
             return self._of_rows([self._row(0, images, question, choices, context)])[0]
         if context is None and hasattr(question, "__len__"):
@@ -118,7 +119,14 @@ class Predictor:
         _check_text(question, row, str)
         for choice in choices:
             _check_text(choice, f"a choice of {row}", str | int | float | np.number)
-        choices = [str(choice) for choice in choices]
+        num_given, choices = len(choices), [str(choice).strip() for choice in choices]
+        while choices and not choices[-1]:  # empty cells of a table, as in data.py
+            choices.pop()
+        question = question.strip()
+        if not question:
+            raise InputError(f"{row} is empty. Write it.")
+        if len(choices) > 1 and len({*choices}) == 1:
+            raise InputError(f"the choices of {row} are all the same: {_shown(choices[0])}. Give different ones.")
         if not 2 <= len(choices) <= self.num_choices:
             raise InputError(
                 f"a question needs 2 to {self.num_choices} choices, {LETTERS[0]} to {LETTERS[self.num_choices - 1]} as "
@@ -137,11 +145,14 @@ class Predictor:
             sources = [source_of(image) for image in images]
         if context is None and self.has_context:
             raise InputError(f"the run was trained with contexts, and {row} has none. Give context, '' for no text.")
+        if context is not None and not self.has_context:
+            raise InputError(f"the run was trained without contexts, and {row} has one. Leave context out.")
         _check_text(context or "", f"the context of {row}", str)
-        texts = {"question": question, "choices": choices, "context": context or ""}
+        texts = {"question": question, "choices": choices, "context": (context or "").strip()}
         kind = find_type(texts["question"], choices)
         # By which orders are drawn where only some are taken: that of the texts, wherever they stand in a list.
         row_id = hashlib.sha256("\n".join([question, *choices]).encode()).hexdigest()[:16]
+        texts |= {"name": row, "num_given": num_given}  # for us alone
         return texts | {"id": row_id, "images": sources, "answer": None, "question_type": kind}
 
     @torch.no_grad()
@@ -149,7 +160,11 @@ class Predictor:
         device, scales = PartialState().device, []
         letter_ids = self.scorer.letter_ids.to(device)
         for collator in self.collators:
-            batch = collator(rows)
+            try:
+                batch = collator(rows)
+            except InputError:
+                _name_bad_picture(collator, rows)
+                raise
             groups = batch.get("groups", torch.arange(len(rows))).tolist()
             batch = send_to_device(batch, device)
             logits = scoring.letter_logits_of_runs(
@@ -168,9 +183,21 @@ class Predictor:
             Predictions(ids, [*logits], answers, metadata, scale_logits=[*filter(None, of_scales)])
             for metadata, logits, of_scales in zip(self.metadata, *of_runs, strict=True)
         ]
-        if len(runs) == 1:
-            return runs[0].probs
-        return combine(runs, self.folders, [1 / len(runs)] * len(runs), self.average_runs).probs
+        together = runs[0]
+        if len(runs) > 1:
+            together = combine(runs, self.folders, [1 / len(runs)] * len(runs), self.average_runs)
+        # An empty choice at the end has no letter, and no chance.
+        return [np.pad(p, (0, row["num_given"] - len(p))) for p, row in zip(together.probs, rows, strict=True)]
+
+
+def _name_bad_picture(collator: AnswerCollator, rows: list[dict]) -> None:
+    """Raises InputError for the first picture that cannot be read, by the number of its question."""
+    for row in rows:
+        for position in range(len(row["images"])):
+            try:
+                collator.image(row, position)
+            except InputError as error:
+                raise InputError(f"a picture of {row['name']} cannot be read: {error.__cause__}.") from error
 
 
 def _shown(value: Any) -> str:
@@ -182,6 +209,8 @@ def _check_text(text: Any, what: str, kinds: Any) -> None:
         raise InputError(f"{what} is no text: {_shown(text)}.")
     with explains(UnicodeEncodeError, f"{what} holds half a character"):
         str(text).encode()
+    if "\0" in str(text):
+        raise InputError(f"{what} holds a null byte: {_shown(text)}.")
 
 
 def _check_views(orders: Any, scales: Any, average: Any, batch_size: Any) -> None:
