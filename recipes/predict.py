@@ -136,6 +136,8 @@ def main() -> None:
         for number, of_pass in enumerate(passes):
             for block, examples in enumerate(blocks_of(of_pass.examples)):
                 folder = parts / f"pass{number}-block{block}"
+                if args.streaming and is_main:  # whose pictures the plan does not know
+                    shards.begin_block(folder, digest_rows(examples))
                 if launch.from_main(shards.is_finished(folder) if is_main else None):
                     continue
                 if loaded_group != of_pass.group:
@@ -483,13 +485,20 @@ def describe_plan(args: argparse.Namespace, runs: dict[str, dict], data: Data) -
     for source in data.loaded:
         digest.update(f"{source.name} {source.columns}".encode())
         if isinstance(source.examples, Dataset):
-            for row in source.examples.select_columns(["id", "question", "context", "choices", "answer", "images"]):
-                pictures = [describe_picture(image) for image in row.pop("images")]
-                digest.update(json.dumps([row, pictures]).encode())
+            digest.update(digest_rows(source.examples).encode())
         else:  # its rows are not known: the files that they come from
             files = find_files([args.data]) or sorted(Path(args.data).rglob("*"))
             digest.update(json.dumps([describe_file(path) for path in files]).encode())
     return plan | {"rows": digest.hexdigest()}
+
+
+def digest_rows(examples: Dataset) -> str:
+    """What tells rows from others: their texts and answers, and what `describe_picture` says."""
+    digest = hashlib.sha256()
+    for row in examples.select_columns(["id", "question", "context", "choices", "answer", "images"]):
+        pictures = [describe_picture(image) for image in row.pop("images")]
+        digest.update(json.dumps([row, pictures]).encode())
+    return digest.hexdigest()
 
 
 def describe_picture(image: dict) -> list:

@@ -195,12 +195,12 @@ def test_a_prediction_that_was_broken_off_goes_on_where_it_stopped(three, tmp_pa
     assert not (tmp_path / "out.csv.parts").exists()
 
 
-@pytest.mark.parametrize("change", ["orders", "rows", "weights", "pictures", "stream"])
+@pytest.mark.parametrize("change", ["orders", "rows", "weights", "pictures", "stream", "streamed pictures"])
 def test_what_another_prediction_left_is_not_taken_over(three, tmp_path, monkeypatch, change):
     contest, run = three
     contest = shutil.copytree(contest, tmp_path / "contest")
     test, more = ["--data", contest / "test.csv", "--batch_size", 4], []
-    if change == "stream":
+    if "stream" in change:
         test.append("--streaming")
     with monkeypatch.context() as patched:
         break_after(patched, 3)
@@ -211,13 +211,27 @@ def test_what_another_prediction_left_is_not_taken_over(three, tmp_path, monkeyp
     elif change in ("rows", "stream"):
         text = (contest / "test.csv").read_text()
         (contest / "test.csv").write_text(text.replace("Which colour", "What colour"))
-    elif change == "pictures":
+    elif "pictures" in change:
         os.utime(next((contest / "images").iterdir()))
     else:
         os.utime(run / "fold0" / "adapter_model.safetensors")
     sizes = count_batches(monkeypatch)
     predict(run / "fold0", tmp_path / "out.csv", *test, *more)
     assert sum(sizes) == 24
+
+
+def test_a_stream_goes_on_where_it_was_broken(three, tmp_path, monkeypatch):
+    contest, run = three
+    test = ("--data", contest / "test.csv", "--batch_size", 4, "--streaming")
+    monkeypatch.setattr(shards, "BLOCK_ROWS", 10)
+    whole = predict(run / "fold0", tmp_path / "whole.csv", *test)
+    with monkeypatch.context() as patched:
+        break_after(patched, 2)
+        with pytest.raises(KeyboardInterrupt):
+            predict(run / "fold0", tmp_path / "out.csv", *test)
+    sizes = count_batches(monkeypatch)
+    assert predict(run / "fold0", tmp_path / "out.csv", *test).choice_logits == whole.choice_logits
+    assert sum(sizes) == 24 - 8
 
 
 def test_a_broken_block_of_a_lost_machine_is_scored_again(three, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@
       plan.json                what is predicted, and how; of another plan nothing is taken over
       pass0-block0/*.parquet   shards of every process, some seconds each: rows, and what the runs of the pass say
       pass0-block0.parquet     all of a block, in the order of its rows, once it is whole; its shards are gone then
+  pass0-block0.rows        of a stream, what its rows were
 
 A pass is one model over the rows. A block is all of them, or of a stream some ten thousand.
 """
@@ -125,6 +126,16 @@ def finish_block(folder: Path, beside: pa.Table) -> None:
         beside = beside.append_column(name, table[name])
     write_whole(beside, folder.with_name(folder.name + ".parquet"))
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def begin_block(folder: Path, rows: str) -> None:
+    """Remove what there is of a block of other rows; `rows` tells one from another."""
+    known = folder.with_name(folder.name + ".rows")
+    if known.is_file() and known.read_text(encoding="utf-8") == rows:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.with_name(folder.name + ".parquet").unlink(missing_ok=True)
+    known.write_text(rows, encoding="utf-8")
 
 
 def is_finished(folder: Path) -> bool:
