@@ -339,6 +339,23 @@ def test_a_damaged_run_is_told_before_rows_are_scored(
     assert end.value.code == 2 and part in capsys.readouterr().err and not rows
 
 
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("columns", "choices"), 5),
+        (("columns", "context"), 5),
+        (("recipe", "empty_cells"), 5),
+        (("recipe", "dtype"), "x"),
+    ],
+)
+def test_a_run_whose_description_has_other_types_is_damaged(three, tmp_path, keys, value):
+    described = json.loads((three[1] / "fold0" / run_folder.RUN).read_text())
+    described[keys[0]][keys[1]] = value
+    (tmp_path / run_folder.RUN).write_text(json.dumps(described))
+    with pytest.raises(InputError, match="run.json is damaged"):
+        run_folder.read_run(tmp_path)
+
+
 def num_done(folder):
     """Rows in the shards of a prediction that may be writing them."""
     return sum(len(pq.read_table(path)) for path in (folder / "out.csv.parts").glob("pass*-block0/*.parquet"))

@@ -187,13 +187,20 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         Prompts(**run["prompts"])
-        Columns(**run["columns"])
+        columns = Columns(**run["columns"])
+        one = (columns.id, columns.question, columns.answer, columns.context, columns.targets, columns.answer_format)
+        if not all(isinstance(name, str | None) for name in (*one, *columns.image, *columns.choices)):
+            raise ValueError("columns")
         if type(run["num_letters"]) is not int or not 2 <= run["num_letters"] <= 26:
             raise ValueError("num_letters")
         if not isinstance(run["recipe"]["model_name_or_path"], str):
             raise ValueError("model_name_or_path")
         if not all(isinstance(run["recipe"].get(name) or {}, dict) for name in ("columns", "keep_rows")):
             raise ValueError("columns or keep_rows")
+        if not isinstance(run["recipe"].get("empty_cells"), list | None):
+            raise ValueError("empty_cells")
+        if run["recipe"].get("dtype") not in (None, "auto", "bfloat16", "float16", "float32"):
+            raise ValueError("dtype")
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Train the run again.") from error
     return run

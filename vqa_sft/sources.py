@@ -331,7 +331,9 @@ def find_encoding(path: Path, encoding: str | None = None) -> str:
             io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         found = _first_undecodable(path, encoding)
         if found is not None:
-            raise InputError(f"{path} is not {encoding} text (byte {found:,}). Set another `encoding` in the recipe.")
+            raise InputError(
+                f"{path} is not {encoding} text (byte {found:,}). Set another `encoding`, or save it as UTF-8."
+            )
         return encoding
     with path.open("rb") as file:
         candidates = _candidates(file.read(2**16))
@@ -341,9 +343,7 @@ def find_encoding(path: Path, encoding: str | None = None) -> str:
         if offsets[-1] is None and (candidate != "cp949" or _is_korean(path)):
             return candidate
     tried = " or ".join(candidate.upper() for candidate in candidates)
-    raise InputError(
-        f"{path} is not {tried} text (byte {offsets[0]:,}). Save it as UTF-8, or set its `encoding` in the recipe."
-    )
+    raise InputError(f"{path} is not {tried} text (byte {offsets[0]:,}). Save it as UTF-8, or set `encoding`.")
 
 
 def _candidates(head: bytes) -> list[str]:
