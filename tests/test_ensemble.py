@@ -233,25 +233,36 @@ def test_learning_that_proves_nothing_is_said_and_not_used(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("metadata", "part"),
+    ("runs", "said"),
     [
-        (({"run": "runs/b"}, {"run": "runs/a"}), "runs/b, orders identity. does not stand for"),
-        (({"run": "runs/a", "orders": "rotations"}, {"run": "runs/b"}), "runs/a, orders rotations. does not stand for"),
-        (({"run": "moved/a"}, {"run": "runs/b"}), None),
-        (({}, {}), None),
+        (
+            ({"run": "runs/c"}, {"run": "runs/b"}),
+            "Beware: 2.parquet (runs/c, orders identity) may not stand for 0.parquet",
+        ),
+        (
+            ({"run": "runs/a", "orders": "all"}, {"run": "runs/b"}),
+            "Beware: 2.parquet (runs/a, orders all) may not stand",
+        ),
+        (({"run": "moved/a"}, {"run": "runs/b"}), ""),
+        (({}, {}), ""),
     ],
 )
-def test_weights_are_learned_on_rows_of_the_same_runs_in_their_order(files, tmp_path, metadata, part):
+def test_weights_that_were_learned_on_rows_of_other_runs_or_views_are_told(files, tmp_path, runs, said):
     first, second = mixture(400, 0.9)
     tests = [replace(first, metadata={"run": "runs/a"}), replace(second, metadata={"run": "runs/b"})]
-    held_out = [replace(file, metadata=given) for file, given in zip((first, second), metadata, strict=True)]
+    held_out = [replace(file, metadata=given) for file, given in zip((first, second), runs, strict=True)]
     paths = files(*tests, *held_out)
-    how = {"weights": "learned", "learn_on": paths[2:]}
-    if part is None:
-        assert "Weights learned" in write_ensemble(paths[:2], tmp_path / "out.parquet", **how)
-        return
-    with pytest.raises(InputError, match=part):
-        write_ensemble(paths[:2], tmp_path / "out.parquet", **how)
+    found = write_ensemble(paths[:2], tmp_path / "out.parquet", weights="learned", learn_on=paths[2:])
+    assert "Weights learned" in found and ("Beware" in found) == bool(said)
+    assert said in found.replace(paths[2], "2.parquet").replace(paths[0], "0.parquet")
+
+
+def test_held_out_rows_in_another_order_of_the_runs_are_refused(files, tmp_path):
+    first, second = mixture(400, 0.9)
+    runs = [replace(first, metadata={"run": "runs/a"}), replace(second, metadata={"run": "runs/b"})]
+    paths = files(*runs, *reversed(runs))
+    with pytest.raises(InputError, match="in the order of those that they stand for"):
+        write_ensemble(paths[:2], tmp_path / "out.parquet", weights="learned", learn_on=paths[2:])
     assert not (tmp_path / "out.parquet").exists()
 
 

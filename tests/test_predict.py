@@ -517,7 +517,8 @@ def test_a_base_that_has_moved_since_is_named(three, tmp_path, capsys):
     with pytest.raises(SystemExit):
         predict(moved, tmp_path / "out.csv", "--data", contest / "test.csv")
     error = capsys.readouterr().err
-    assert "'gone/base' cannot be loaded" in error and f"{moved / 'fold0'} is elsewhere now, give its place as" in error
+    assert "'gone/base' cannot be loaded" in error
+    assert f"If the base of {moved / 'fold0'} is elsewhere now, give its place as model" in error
     found = predict(moved, tmp_path / "out.csv", "--data", contest / "test.csv", "--model", TINY_PATH)
     assert np.array_equal(logits_of(found), logits_of(expected))
     with (contest / "test.csv").open() as file:

@@ -107,7 +107,7 @@ def test_a_run_that_was_trained_with_contexts_asks_for_one(three):  # noqa: F811
     (path,), (question,), (choices,) = asked(contest, rows_of(contest)[:1])
     bare = predict(path, question, choices)
     with pytest.raises(InputError, match="trained without contexts, and question 1 has one"):
-        predict(path, question, choices, context="")
+        predict(path, question, choices, context="It is night.")
     predict.has_context = True
     assert not np.allclose(predict(path, question, choices, context="It is night, and all is dark."), bare, atol=1e-9)
     with pytest.raises(InputError, match="trained with contexts, and question 1 has none"):

@@ -29,6 +29,7 @@ LOWEST, HIGHEST = 0.05, 20.0  # temperature
 NUM_FOLDS = 5
 MIN_ROWS = 20
 CALIBRATION = "calibration.json"
+AT_THE_END = "at_the_end_of_training"  # of an entry that nobody asked for
 # Files of a run folder, named in run_folder, out_of_fold and split; the first two import torch.
 RUN, VALIDATION, OUT_OF_FOLD, ROWS = "run.json", "validation.parquet", "out_of_fold.parquet", "rows.csv"
 
@@ -234,14 +235,13 @@ def views_key(metadata: Mapping[str, Any]) -> str:
 def read_calibration(folder: str | Path, metadata: Mapping[str, Any]) -> Calibration | None:
     """What `vqa-sft calibrate` found for the run in this folder and rows scored as `metadata` say; None: nothing.
 
-    One of several folds has what was found for itself, else what was found for all of them in the folder above.
-    Raises InputError for a file that is damaged.
+    One of several folds may have it from the folder above: `known_entries`. Raises InputError for a damaged file.
     """
     key = views_key(metadata)
-    entry = _read_entries(source := _folder_of(folder, key)).get(key)
+    entry = known_entries(folder).get(key)
     if entry is None:
         return None
-    check_calibration(entry, f"{printable(key)!r} in {source / CALIBRATION}", metadata.get("scales") or [1.0])
+    check_calibration(entry, f"{printable(key)!r} for {folder}", metadata.get("scales") or [1.0])
     return Calibration(entry["temperature"], entry.get("bias"), entry.get("scale_weights"))
 
 
@@ -273,16 +273,14 @@ def worth_of_scales(folders: Sequence[str | Path], metadata: Mapping[str, Any]) 
 
 
 def known_entries(folder: str | Path) -> dict[str, Any]:
-    """All that `read_calibration` would find for the run in this folder."""
+    """What calibration.json holds for the run in this folder. One of several folds has what was found for itself, else
+    what was found for all of them in the folder above, else what its own training found."""
     folder = Path(folder).resolve()
-    return (_read_entries(folder.parent) if _is_fold_of(folder, folder.parent) else {}) | _read_entries(folder)
-
-
-def _folder_of(folder: str | Path, key: str) -> Path:
-    """Whose calibration.json holds `key`: that of the run, or for one of several folds without it the folder above."""
-    folder = Path(folder).resolve()
-    is_above = _is_fold_of(folder, folder.parent) and key not in _read_entries(folder)
-    return folder.parent if is_above else folder
+    own = _read_entries(folder)
+    if not _is_fold_of(folder, folder.parent):
+        return own
+    by_itself = {key: entry for key, entry in own.items() if entry.get(AT_THE_END)}
+    return by_itself | _read_entries(folder.parent) | {key: own[key] for key in own.keys() - by_itself.keys()}
 
 
 def _is_fold_of(folder: Path, above: Path) -> bool:
@@ -302,16 +300,13 @@ def _read_entries(folder: str | Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged ({error}). Remove it and run `vqa-sft calibrate` again.") from error
     for key, entry in entries.items():
         check_calibration(entry, f"{printable(key)!r} in {path}")
-        try:
-            _line_of(key, entry)
-        except (ValueError, TypeError, KeyError, IndexError) as error:
-            raise InputError(f"{printable(key)!r} in {path} is damaged. Remove it and calibrate again.") from error
     return entries
 
 
-def calibrate_run(folder: str | Path, file: str | Path | None = None) -> str:
+def calibrate_run(folder: str | Path, file: str | Path | None = None, *, at_the_end: bool = False) -> str:
     """Fit a calibration on `file`, by default the out-of-fold or else the validation predictions of the run, write it
-    to calibration.json, and return a table of what it does.
+    to calibration.json, and return a table of what it does. `at_the_end` of a training there is no bias, and what was
+    found for all folds goes before.
 
     Raises InputError where there is nothing to fit on, or the rows are not what they must be.
     """
@@ -325,12 +320,14 @@ def calibrate_run(folder: str | Path, file: str | Path | None = None) -> str:
     weighing = weigh_scales(predictions, answers) if predictions.scale_logits else None
     logits, by_fold = (weighing.choice_logits, weighing.by_fold) if weighing else (predictions.choice_logits, None)
     # Under other orders a position is no letter.
-    found = fit(logits, answers, may_have_bias=key.startswith("orders identity"), by_fold=by_fold)
+    may_have_bias = key.startswith("orders identity") and not at_the_end
+    found = fit(logits, answers, may_have_bias=may_have_bias, by_fold=by_fold)
     before = with_intervals(softmax(predictions.choice_logits), answers)
     after = with_intervals(cross_fit(logits, answers, found.bias is not None, by_fold), answers)
     is_inside = file.resolve().is_relative_to(folder.resolve())
     source = str(file.resolve().relative_to(folder.resolve())) if is_inside else file.name
     entry = found.as_dict | {"rows": len(answers), "source": source, "before": before, "after": after}
+    entry |= {AT_THE_END: True} if at_the_end else {}
     if weighing:
         weights = weighing.weights[weighing.chosen]
         used = [scale for scale in predictions.metadata["scales"] if weights[str(float(scale))]]
@@ -353,20 +350,23 @@ def calibrate_run(folder: str | Path, file: str | Path | None = None) -> str:
 
 
 def calibrate_new(folder: str | Path) -> str:
-    """At the end of a training: as `calibrate_run`, from the rows that were scored then; what was found, in a line. An
-    entry that is known already stays, and where no temperature can be found there is none."""
+    """At the end of a training: as `calibrate_run`, from the rows that were scored then; what was found, in a line.
+
+    Without a bias, so that no answer changes that nobody asked to change. An entry that is known already stays, and
+    where no temperature can be found there is none.
+    """
     folder, key = Path(folder), views_key({})
     try:
         if key in _read_entries(folder):
             return f"{folder / CALIBRATION} stays as it is."
-        calibrate_run(folder)
+        calibrate_run(folder, at_the_end=True)
     except InputError as error:
         return f"Not calibrated: {error}"
     entry = _read_entries(folder)[key]
     return (
         f"Calibrated on the {entry['rows']:,} rows of {folder / entry['source']}: temperature "
-        f"{entry['temperature']:.3f}{', a bias of the letters' if entry['bias'] else ''}; on rows that it was not "
-        f"fitted on the NLL goes from {entry['before']['nll']:.4f} to {entry['after']['nll']:.4f}."
+        f"{entry['temperature']:.3f}; on rows that it was not fitted on the NLL goes from {entry['before']['nll']:.4f} "
+        f"to {entry['after']['nll']:.4f}."
     )
 
 
@@ -383,17 +383,20 @@ def _compare_weights(weighing: Weighing | None) -> str:
 
 def _compare(entries: Mapping[str, Any]) -> str:
     """Where several ways of scoring are known, their NLL, the lowest first."""
-    known = [item for item in entries.items() if item[1].get("after")]
+    known = [line for line in (_line_of(*item) for item in entries.items()) if line]
+    known.sort(key=lambda line: float(line[2].split()[0]))
     if len(known) < 2:
         return ""
-    known.sort(key=lambda item: item[1]["after"]["nll"])
-    lines = [["views", "rows", "NLL after"], *(_line_of(*item) for item in known)]
+    lines = [["views", "rows", "NLL after"], *known]
     return f"\nKnown of this run, the best first:\n{as_table(lines)}\n"
 
 
 def _line_of(key: str, entry: Mapping[str, Any]) -> list[str]:
     """Of that table; nothing where the entry does not say what it does, as one written by hand."""
-    return [key, f"{entry['rows']:,}", *describe(entry["after"], ["nll"])] if entry.get("after") else []
+    try:
+        return [key, f"{entry['rows']:,}", *describe(entry["after"], ["nll"])]
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError):
+        return []
 
 
 def _default_file(folder: Path) -> Path:

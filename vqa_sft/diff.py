@@ -41,8 +41,9 @@ def read_answers(path: str | Path) -> Answers:
         return Answers(str(path), dict(zip(predictions.ids, letters, strict=True)), predictions)
     columns, rows = read_table(path)
     unique = [name for name in columns if len({row[name] for row in rows}) == len(rows)]
+    is_usual = any(name.casefold() in USUAL_NAMES["id"] for name in unique)
     for name in columns:
-        if name.casefold() == "id" and name not in unique:
+        if name.casefold() == "id" and not is_usual:
             twice = [row_id for row_id, count in Counter(row[name] for row in rows).items() if count > 1]
             raise InputError(f"{path}: ids stand in it more than once, of {name_rows(twice, len(rows))}.")
     id_name = next((name for name in unique if name.casefold() in USUAL_NAMES["id"]), unique[0] if unique else None)

@@ -107,6 +107,7 @@ def describe(
         parts.append(risk_coverage_table(predictions, doubts))
     if coverage is not None and calibrate_on is not None:
         held_out = _read_held_out(calibrate_on, file, predictions)
+        parts += _beware(calibrate_on, file, held_out, predictions)
         threshold = conformal_threshold(held_out, coverage)
         doubts.sets = conformal_sets(predictions, threshold)
         parts.append(_describe_sets(doubts, predictions, coverage, threshold, len(held_out.ids)))
@@ -135,17 +136,6 @@ def _read_held_out(path: str | Path, file: str | Path, predictions: Predictions)
             "Score the held-out rows as these; for an ensemble of folds, which leave no rows that none has seen, take "
             "one fold's file and out_of_fold.parquet."
         )
-    makers = [_makers(one) for one in (predictions, held_out)]
-    if len(makers[0]) != len(makers[1]) or not all(map(may_be_of_one_run, *makers)):
-        raise InputError(
-            f"{path} was scored by {_named(makers[1])}, {file} by {_named(makers[0])}: the one's probabilities say "
-            "nothing of the other's. Score the held-out rows with the same run."
-        )
-    if [_mixing(one) for one in makers[0]] != [_mixing(one) for one in makers[1]]:
-        raise InputError(
-            f"{path} and {file} are ensembles with other weights, views or temperatures of their files. Combine files "
-            "that were scored and calibrated in the same way."
-        )
     return held_out.calibrated_as(predictions)
 
 
@@ -157,29 +147,48 @@ def _how(predictions: Predictions) -> str:
     return f"an ensemble ({average})"
 
 
+def _beware(path: str | Path, file: str | Path, held_out: Predictions, predictions: Predictions) -> list[str]:
+    """Why the sets may not hold the answer as often as was asked, as far as the files tell: they may be of other runs.
+
+    No error, for a run may have been renamed or merged since.
+    """
+    ours, theirs = (_makers(one) for one in (predictions, held_out))
+    if len(ours) != len(theirs) or not all(map(may_be_of_one_run, ours, theirs)):
+        return [
+            f"Beware: {path} was scored by {_named(theirs)}, {file} by {_named(ours)}. If these are different runs, "
+            "the sets hold the answer more or less often than is said here."
+        ]
+    if list(map(_mixing, ours)) != list(map(_mixing, theirs)):
+        return [
+            "Beware: the files of the two ensembles have other weights, views or temperatures, and the sets may hold "
+            "the answer more or less often than is said here. Held-out rows that predict.py scores as --data have the "
+            "same."
+        ]
+    return []
+
+
 def _makers(predictions: Predictions) -> list[Predictions]:
-    """Of an ensemble, its files, of which only the metadata are known; else the file itself."""
+    """Of an ensemble, its files in the order of their runs, of which only the metadata are known; else the file."""
     found = predictions.metadata.get("ensemble")
     if found is None:
         return [predictions]
     files = found.get("files") if isinstance(found, dict) else None
     files = [one for one in files or [] if isinstance(one, dict) and isinstance(one.get("run"), str | None)]
-    return [Predictions([], [], [], one) for one in files]
+    return [Predictions([], [], [], one) for one in sorted(files, key=lambda one: one.get("run") or "")]
 
 
 def _mixing(predictions: Predictions) -> list:
     """What of an ensemble's file decides how sure the ensemble is."""
     metadata = predictions.metadata
-    if "weight" not in metadata:
+    if (weight := metadata.get("weight")) is None:  # no file of an ensemble
         return []
-    weight = metadata["weight"]
-    rest = [metadata.get(name) for name in ("orders", "scales", "average", CALIBRATION)]
-    return [round(weight, 6) if isinstance(weight, float) else weight, *rest]
+    views = [metadata.get("orders") or "identity", metadata.get("scales") or [1.0], metadata.get("average") or "mean"]
+    return [round(weight, 6) if isinstance(weight, float) else weight, views, metadata.get(CALIBRATION)]
 
 
 def _named(makers: Sequence[Predictions]) -> str:
-    names = [str(one.metadata.get("run") or one.metadata.get("base_model")) for one in makers]
-    return ", ".join(names) or "an unknown run"
+    names = [one.metadata.get("run") or one.metadata.get("base_model") or "an unknown run" for one in makers]
+    return ", ".join(map(str, names)) or "an unknown run"
 
 
 def _most_doubtful(doubts: Doubts) -> str:

@@ -176,6 +176,10 @@ def write_ensemble(
                 f"Learned weights do not prove themselves on {learned.num_rows:,} rows ({compared}): equal weights are "
                 "used."
             )
+        for name, stands_for, one, other in zip(learn_on, names, map(read_predictions, learn_on), files, strict=True):
+            if not may_be_of_one_run(one, other) or _views(one) != _views(other):
+                ours, theirs = (f"{_maker(file)}, {_views(file)}" for file in (other, one))
+                notes.append(f"Beware: {name} ({theirs}) may not stand for {stands_for} ({ours}).")
         read = set(files[0].ids) & set(read_predictions(learn_on[0]).ids)
         if read and learned.weights:
             notes.append("They were learned on rows of this ensemble, so its own metrics look a little too good.")
@@ -201,16 +205,18 @@ def _learn_on(files: Sequence[Predictions], learn_on: Sequence[str], average: st
         raise InputError(f"--learn-on: there is no answer in {name_rows(unknown, len(held_out[0].ids))}.")
     if len(held_out[0].ids) < MIN_ROWS:
         raise InputError(f"--learn-on: weights need at least {MIN_ROWS} rows; got {len(held_out[0].ids)}.")
-    for held_out_name, name, one, other in zip(learn_on, names, held_out, files, strict=True):
-        ours, theirs = (views_key(file.metadata) for file in (other, one))
-        is_ensemble = any("ensemble" in file.metadata for file in (one, other))
-        if not may_be_of_one_run(one, other) or ours != theirs and not is_ensemble:
+    for i, (one, other) in enumerate(zip(held_out, files, strict=True)):
+        if not may_be_of_one_run(one, other) and any(may_be_of_one_run(one, file) for file in files):
             raise InputError(
-                f"--learn-on: {held_out_name} ({_maker(one)}, {theirs}) does not stand for {name} ({_maker(other)}, "
-                f"{ours}). Give rows that were scored by the same runs in the same way, in the order of the files."
+                f"--learn-on: {learn_on[i]} is of {_maker(one)}, {names[i]} of {_maker(other)}. Give the files of "
+                "--learn-on in the order of those that they stand for."
             )
     # As sure as the files that the weights are for.
     return learn([one.calibrated_as(other) for one, other in zip(held_out, files, strict=True)], average)
+
+
+def _views(predictions: Predictions) -> str:
+    return "an ensemble" if "ensemble" in predictions.metadata else views_key(predictions.metadata)
 
 
 def _maker(predictions: Predictions) -> str:

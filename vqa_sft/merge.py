@@ -46,6 +46,7 @@ def merge_run(
     recipe = run["recipe"]
     name, trust = recipe["model_name_or_path"], {"trust_remote_code": bool(recipe.get("trust_remote_code"))}
     _check_adapter(folder)
+    entries = known_entries(folder)
     target, part = _check_output(output, overwrite, reads=(folder, name))
     config = _base_config(name, recipe.get("model_revision") or "main", **trust)
     dtype = dtype or _own_dtype(config) or run.get("precision") or "bf16"
@@ -65,7 +66,7 @@ def merge_run(
         with explains(ValueError, f"{name} cannot be saved"):  # a generation config that contradicts itself
             merged.save_pretrained(part, max_shard_size=SHARD)
         processor.save_pretrained(part)
-        _describe(part, Path(folder), run, output)
+        _describe(part, Path(folder), run, output, entries)
         _put(part, target)
     except BaseException:  # an interruption too
         shutil.rmtree(part, ignore_errors=True)
@@ -185,12 +186,12 @@ def _cannot_merge(folder: str, dtype: str, said: str) -> InputError:
     )
 
 
-def _describe(part: Path, folder: Path, run: dict[str, Any], output: str) -> None:
+def _describe(part: Path, folder: Path, run: dict[str, Any], output: str, entries: dict[str, Any]) -> None:
     """What makes the folder one of ours: the run's own description, but for what is no longer true."""
     for name in KEPT:
         if (folder / name).is_file():
             shutil.copy(folder / name, part)
-    if entries := known_entries(folder):  # of a fold, those of the folder above too
+    if entries:  # of a fold, those of the folder above too
         run_folder.write_json(part / CALIBRATION, entries)
     recipe = {name: value for name, value in run["recipe"].items() if name not in DROPPED}
     run = run | {"recipe": recipe | {"output_dir": str(output)}, MERGED_FROM: str(folder)}

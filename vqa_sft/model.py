@@ -226,7 +226,7 @@ def load_trained(
         except InputError as error:
             if Path(model_args.model_name_or_path).exists():
                 raise
-            raise InputError(f"{error} If the base of {run} is elsewhere now, give its place as --model.") from error
+            raise InputError(f"{error} If the base of {run} is elsewhere now, give its place as model.") from error
         return add_adapter(base, run)
     if (Path(run) / "config.json").is_file():
         return load_model(replace(model_args, model_name_or_path=run), precision, **options)

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pyarrow as pa
@@ -94,24 +94,21 @@ class Predictions:
 
 
 def may_be_of_one_run(one: Predictions, other: Predictions) -> bool:
-    """False where the metadata of both know better: of other prompts, other base models, other runs. A fold and the
-    folder of its folds are one run, and a folder that was moved keeps its name."""
-    digests = {file.metadata.get("prompts_digest") for file in (one, other)} - {None}
-    if len(digests) > 1:
+    """False where the metadata of both say otherwise: other prompts, another base model, another run. A fold and the
+    folder of its folds are one run; of a folder that was moved the name stays."""
+    ours, theirs = one.metadata, other.metadata
+    if None not in (digests := [ours.get("prompts_digest"), theirs.get("prompts_digest")]) and digests[0] != digests[1]:
         return False
-    if not all("run" in file.metadata for file in (one, other)):
+    if not ("run" in ours and "run" in theirs):
         return True
-    runs = [file.metadata["run"] for file in (one, other)]
-    if None in runs:  # a base model as it is
-        return runs[0] == runs[1] and one.metadata.get("base_model") == other.metadata.get("base_model")
-    paths = [Path(run).resolve() for run in runs]
-    if paths[0].is_relative_to(paths[1]) or paths[1].is_relative_to(paths[0]):
-        return True
-    (name, fold), (other_name, other_fold) = map(_name_and_fold, paths)
+    if ours["run"] is None or theirs["run"] is None:  # a base model as it is, or nothing is known
+        bases = [PurePath(str(known["base_model"])).name for known in (ours, theirs) if known.get("base_model")]
+        return len(bases) < 2 or ours["run"] == theirs["run"] and bases[0] == bases[1]
+    (name, fold), (other_name, other_fold) = (_name_and_fold(PurePath(known["run"])) for known in (ours, theirs))
     return name == other_name and (fold == other_fold or None in (fold, other_fold))
 
 
-def _name_and_fold(run: Path) -> tuple[str, str | None]:
+def _name_and_fold(run: PurePath) -> tuple[str, str | None]:
     is_fold = run.name.startswith("fold") and run.name[4:].isdecimal()
     return (run.parent.name, run.name) if is_fold else (run.name, None)
 

@@ -32,7 +32,7 @@ Picture = str | Path | bytes | Image.Image
 
 class Predictor:
     """Probabilities of choices by one or several runs together; each run's own temperature for these views is applied
-    where `vqa-sft calibrate` found one.
+    where one is known (calibration.json).
 
     `orders`, `scales`, `average` and `average_runs` are those of recipes/predict.py, `batch_size` counts views.
     `model` says where the runs' base is now, if not where it was in training. Raises InputError for folders that hold
@@ -145,7 +145,7 @@ class Predictor:
             sources = [source_of(image) for image in images]
         if context is None and self.has_context:
             raise InputError(f"the run was trained with contexts, and {row} has none. Give context, '' for no text.")
-        if context is not None and not self.has_context:
+        if context and not self.has_context:
             raise InputError(f"the run was trained without contexts, and {row} has one. Leave context out.")
         _check_text(context or "", f"the context of {row}", str)
         texts = {"question": question, "choices": choices, "context": (context or "").strip()}

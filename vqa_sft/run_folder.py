@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -215,7 +215,7 @@ def read_runs(folders: Sequence[str], model: str | None = None) -> dict[str, dic
     if model is None:
         return runs
     bases = sorted({run["recipe"]["model_name_or_path"] for run in runs.values()})
-    if len(bases) > 1:
+    if len({PurePath(base).name for base in bases}) > 1:
         raise InputError(f"model stands for one base, and the runs have several: {', '.join(bases)}. Give them apart.")
     for folder, run in runs.items():
         if not (Path(folder) / "adapter_config.json").is_file():
