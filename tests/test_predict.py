@@ -512,12 +512,12 @@ def test_a_base_that_has_moved_since_is_named(three, tmp_path, capsys):
     for fold in range(3):
         path = moved / f"fold{fold}" / run_folder.RUN
         described = json.loads(path.read_text())
-        described["recipe"]["model_name_or_path"] = "gone/base"
+        described["recipe"]["model_name_or_path"] = "gone/other"
         path.write_text(json.dumps(described))
     with pytest.raises(SystemExit):
         predict(moved, tmp_path / "out.csv", "--data", contest / "test.csv")
     error = capsys.readouterr().err
-    assert "'gone/base' cannot be loaded" in error
+    assert "'gone/other' cannot be loaded" in error
     assert f"If the base of {moved / 'fold0'} is elsewhere now, give its place as model" in error
     found = predict(moved, tmp_path / "out.csv", "--data", contest / "test.csv", "--model", TINY_PATH)
     assert np.array_equal(logits_of(found), logits_of(expected))
