@@ -28,11 +28,7 @@ KINDS = {
     "bad_choices": Kind("error", "the choices are no list", "Write them as a JSON list or in columns a, b, c, ..."),
     "few_choices": Kind("error", "fewer than two choices", "Give the row two choices or remove it."),
     "many_choices": Kind("error", "more than 26 choices", "A row can have 26, one a letter."),
-    "more_choices": Kind(
-        "error",
-        "more choices than the rows before",
-        "Set max_choices, or do not stream.",
-    ),
+    "more_choices": Kind("error", "more choices than the rows before", "Set max_choices, or do not stream."),
     "same_choices": Kind("error", "all choices are equal", "Nothing can be learned from such a row; remove it."),
     "no_answer": Kind("error", "the answer is empty", "Give the answer or remove the row."),
     "bad_answer": Kind("error", "the answer is none of the choices", "Correct it, or set answer_format."),

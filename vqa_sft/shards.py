@@ -4,7 +4,7 @@
       plan.json                what is predicted, and how; of another plan nothing is taken over
       pass0-block0/*.parquet   shards of every process, some seconds each: rows, and what the runs of the pass say
       pass0-block0.parquet     all of a block, in the order of its rows, once it is whole; its shards are gone then
-  pass0-block0.rows        of a stream, a digest of the block's rows
+      pass0-block0.rows        of a stream, a digest of the block's rows
 
 A pass is one model over the rows. A block is all of them, or of a stream some ten thousand.
 """
