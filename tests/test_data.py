@@ -8,7 +8,7 @@ from conftest import write_csv
 from PIL import Image
 
 from vqa_sft.columns import Columns
-from vqa_sft.data import FEATURES, load_examples, read_examples, stream_examples
+from vqa_sft.data import FEATURES, load_examples, read_examples, row_digest, stream_examples
 from vqa_sft.errors import InputError
 from vqa_sft.images import open_image
 
@@ -38,6 +38,14 @@ def test_a_csv_becomes_canonical_examples(contest):
         "question_type": "colour",
     }
     assert columns == Columns("id", ("path",), "question", ("a", "b", "c", "d"), "answer", None, "letter", False)
+
+
+def test_the_digest_of_a_row_follows_its_texts_and_images_and_neither_its_id_nor_its_folder(contest):
+    row = load(contest)[0][0]
+    moved = [{"bytes": None, "path": "/elsewhere/000.png"}]
+    assert row_digest(row) == row_digest(row | {"id": "0", "answer": None, "images": moved})
+    others = [{"question": "?"}, {"context": "c"}, {"choices": row["choices"][::-1]}, {"images": []}]
+    assert len({row_digest(row | other) for other in [{}, *others]}) == 5
 
 
 def test_a_choice_may_read_none_or_look_like_a_number(contest):

@@ -151,6 +151,20 @@ def read_examples(
     return Loaded(opened.name, examples, reader.columns, reader.problems, numbers, notes, num_choices)
 
 
+def row_digest(example: Mapping[str, Any]) -> str:
+    """16 hex digits that tell a row from others, whatever its id: of question, context, choices and images.
+
+    An image counts by its content where the row holds it, else by the name of its file, so that a folder may move. The
+    answer does not count: a test set may come with answers and without.
+    """
+    images = [
+        Path(image["path"]).name if image["bytes"] is None else hashlib.sha256(image["bytes"]).hexdigest()
+        for image in example["images"]
+    ]
+    texts = [example["question"], example["context"], example["choices"], images]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+
+
 def _cells_and_choices(texts: pa.Table) -> Iterator[tuple[str, list[str]]]:
     """The answer's cell and the choices of every row, a batch at a time."""
     for batch in texts.select(["cell", "choices"]).to_batches(_BATCH):
