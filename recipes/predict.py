@@ -38,13 +38,13 @@ quiet()
 from vqa_sft import run_folder, shards
 from vqa_sft.answers import FORMATS
 from vqa_sft.calibration import read_calibration, views_key, worth_of_scales
-from vqa_sft.columns import Columns, check_columns, with_context_of
+from vqa_sft.columns import Columns, check_columns, check_fixed, known_columns
 from vqa_sft.config import RecipeArguments
 from vqa_sft.data import Loaded, read_examples, stream_examples
 from vqa_sft.ensemble import AVERAGES
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown, name_rows
 from vqa_sft.mcq import LETTERS, MOST_ORDERS, view_orders
-from vqa_sft.problems import Problems
+from vqa_sft.problems import GUESSED, PREDICTION_HINT, Problems
 from vqa_sft.prompts import Prompts
 from vqa_sft.results import block_of_parts, blocks_of_runs, check_outputs, write_results
 from vqa_sft.scan import scan_pictures
@@ -105,7 +105,7 @@ def main() -> None:
             "rotations, or a number."
         )
     is_known = args.part == "all" and not args.streaming
-    blank = find_blank(data.loaded[0], args.on_bad_image) if is_known and is_main else {}
+    blank = find_blank(data.loaded[0], args.on_bad_row) if is_known and is_main else {}
 
     from accelerate import PartialState
 
@@ -146,9 +146,9 @@ def main() -> None:
                     how |= {"precision": precisions[of_pass.group[0]]}
                     model, loaded_group = scorer.load(of_pass.group, run, examples=examples, **how), of_pass.group
                 if args.streaming:
-                    found = find_blank(replace(data.loaded[0], examples=examples), args.on_bad_image) if is_main else {}
+                    found = find_blank(replace(data.loaded[0], examples=examples), args.on_bad_row) if is_main else {}
                     blank = launch.from_main(found)
-                score(args, model, of_pass.runs, examples, blank, folder)
+                score(args, model, of_pass.runs, examples, blank, folder, guessed_rows(data, examples))
         if is_main:
             about = {folder: about_run(args, folder, run, views) for folder, run in runs.items()}
             for group in groups:
@@ -160,9 +160,16 @@ def main() -> None:
 
 
 def score(
-    args: argparse.Namespace, model: Any, runs: Sequence[int], examples: Dataset, blank: dict[str, Any], folder: Path
+    args: argparse.Namespace,
+    model: Any,
+    runs: Sequence[int],
+    examples: Dataset,
+    blank: dict[str, Any],
+    folder: Path,
+    guessed: set[str],
 ) -> None:
-    """Score a block of rows, all but those that are scored already, into `folder` and the file beside it."""
+    """Score a block of rows, all but those that are scored already, into `folder` and the file beside it. Rows of fewer
+    than two choices are not shown to the model."""
     from accelerate import PartialState
 
     from vqa_sft import launch
@@ -170,11 +177,18 @@ def score(
 
     state = PartialState()
     collators = model.collators(args.orders, args.scales, blank)
-    model.fill_store(collators, examples, args.batch_size, args.num_workers)
+    unasked = {row for row, choices in enumerate(examples["choices"]) if len(choices) < 2}
+    asked = examples.select([row for row in range(len(examples)) if row not in unasked]) if unasked else examples
+    model.fill_store(collators, asked, args.batch_size, args.num_workers)
     done = launch.from_main(shards.rows_done(folder) if state.is_main_process else None)
     batches = plan_batches(examples, args.orders, args.batch_size)
+    batches = [[row for row in batch if row not in unasked] for batch in batches]
     batches = [batch for batch in batches if not done.issuperset(batch)]
     scored = shards.Shards(folder)
+    if state.is_main_process and (left := sorted(unasked - done)):
+        of_scales = [[0.0]] * len(args.scales) if len(args.scales) > 1 else []
+        of_row = [[0.0]] * len(runs), [1.0] * len(runs), [of_scales] * len(runs)  # their only choice is certain
+        scored.add(left, *([value] * len(left) for value in of_row))
     how = {"precision": model.precision, "num_workers": args.num_workers, "average": args.average}
     how |= {"adapters": model.adapters, "runs": runs}
     try:
@@ -185,8 +199,10 @@ def score(
     state.wait_for_everyone()
     if state.is_main_process:
         ids = examples["id"][:]
-        beside = {"id": ids, "answer": examples["answer"][:], "blanked": [row_id in blank for row_id in ids]}
-        shards.finish_block(folder, pa.table(beside | {"choices": examples["choices"][:]}))
+        blanked = [row_id in blank or row_id in guessed for row_id in ids]
+        beside = {"id": ids, "answer": examples["answer"][:], "blanked": blanked}
+        choices = [texts or [""] for texts in examples["choices"]]
+        shards.finish_block(folder, pa.table(beside | {"choices": choices}))
     state.wait_for_everyone()
 
 
@@ -202,7 +218,7 @@ def finish(args: argparse.Namespace, data: Data, about: dict[str, dict], num_pas
     num_rows, blanked = write_results(Path(args.output), parts, blocks, about, *how)
     said = f"Wrote {num_rows:,} answers to {args.output}"
     if blanked:
-        said += f"\nGuessed without their pictures, which could not be used: {name_rows(blanked, num_rows)}"
+        said += f"\nGuessed, because something of them could not be used: {name_rows(blanked, num_rows)}"
     bare = [folder for folder, metadata in about.items() if "calibration" not in metadata]
     if bare and bare != ["none"] and args.part == "all":
         key = views_key(about[bare[0]])
@@ -259,15 +275,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--data_config", help="configuration of a Hub dataset")
     parser.add_argument("--image_root", help="folder of the pictures; default: the folder of the file")
     parser.add_argument("--columns", type=mapping, help="as in a recipe: '{id: key, image: photo}'; default: found")
+    parser.add_argument("--fixed_question", help="the question of every row; default: as in training")
+    parser.add_argument("--fixed_choices", nargs="+", help="the choices of every row; default: as in training")
     parser.add_argument("--keep_rows", type=mapping, help="as in a recipe: '{column: value}'")
     parser.add_argument("--answer_format", choices=STYLES, help="how answers are written; default: as in training")
     parser.add_argument("--template", help="a contest's sample submission, whose columns, rows and letters are taken")
     parser.add_argument("--encoding", help="of text files; default: detected")
     parser.add_argument(
-        "--on_bad_image",
-        choices=("error", "blank"),
+        "--on_bad_row",
+        choices=("error", "guess"),
         default="error",
-        help="pictures that cannot be used: stop, or answer without them and say so",
+        help="rows whose image, question or choices cannot be used: stop, or answer without them, mark and count them",
     )
     parser.add_argument(
         "--orders",
@@ -325,14 +343,15 @@ def parse_args() -> argparse.Namespace:
         raise InputError("--data is missing: the rows to score.")
     if args.part == VALIDATION and (args.streaming or args.limit or args.template):
         raise InputError("--part validation scores the run's own rows: no --streaming, --limit or --template with it.")
-    if args.part == VALIDATION and args.on_bad_image != "error":
-        raise InputError("--part validation: bad pictures were found in training. Leave --on_bad_image out.")
+    if args.part == VALIDATION and args.on_bad_row != "error":
+        raise InputError("--part validation: bad rows were found in training. Leave --on_bad_row out.")
     if args.template and args.streaming:
         raise InputError("--template needs rows that are known. Leave it out, and give it to vqa-sft submit later.")
     for name, low in (("batch_size", 1), ("num_workers", 0), ("limit", 1)):
         if getattr(args, name) is not None and getattr(args, name) < low:
             raise InputError(f"--{name} must be at least {low}; got {getattr(args, name)}.")
     check_columns(args.columns or {})
+    check_fixed(args.fixed_question, args.fixed_choices)
     return args
 
 
@@ -380,35 +399,40 @@ def base_run(args: argparse.Namespace) -> dict:
 
 
 def data_options(args: argparse.Namespace, recipe: dict, trained: Columns | None) -> dict[str, Any]:
-    """How to read the data: as given here, else as the recipe of the run says, else found again."""
-    names = ("columns", "keep_rows", "encoding", "image_root")
+    """How to read the data: as given here, else as the recipe of the run says where that fits, else found again."""
+    names = ("keep_rows", "encoding", "fixed_question", "fixed_choices")
     options = {name: getattr(args, name) or recipe.get(name) for name in names}
-    options["columns"] = (recipe.get("columns") or {}) | (args.columns or {})
+    given, named = args.columns or {}, recipe.get("columns")
+    for role in ("question", "choices"):
+        if given.get(role) and getattr(args, f"fixed_{role}") is None:  # a column in place of what was the same for all
+            options[f"fixed_{role}"] = None
+        elif getattr(args, f"fixed_{role}") is not None:
+            named = {key: name for key, name in (named or {}).items() if key != role}
+    options["columns"] = {key: name for key, name in given.items() if key != "targets"}
+    options |= {"known_columns": known_columns(trained, named), "trained": trained}
     options["empty_cells"] = recipe.get("empty_cells")
     options["image_root"] = args.image_root  # test pictures lie where the test data say, not where training did
-    if trained is not None:
-        options["columns"] = with_context_of(trained, options["columns"])
     options["answer_format"] = args.answer_format if args.answer_format != PROBABILITIES else None
-    options["answer_format"] = options["answer_format"] or (trained and trained.answer_format)
     return options | {"split": args.split, "config": args.data_config, "limit": args.limit}
 
 
 def read_data(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
-    """The rows to be scored by each run. Raises InputError for rows that a run has too few letters for."""
+    """The rows to be scored by each run."""
     run = next(iter(runs.values()))
     trained = run["columns"] and Columns(**run["columns"])
     if args.part == VALIDATION:
         return read_validation(args, runs)
     options = data_options(args, run["recipe"], trained)
+    known = [other["num_letters"] for other in runs.values() if other["num_letters"]]
     if args.streaming:
-        known = [other["num_letters"] for other in runs.values() if other["num_letters"]]
-        loaded = stream_examples(args.data, answers="optional", max_choices=min(known, default=None), **options)
+        options |= {"max_choices": min(known, default=None), "on_bad_row": args.on_bad_row}
+        loaded = stream_examples(args.data, answers="optional", **options)
     else:
         loaded = read_examples(args.data, answers="optional", **options)
-        loaded.problems.raise_if_any(loaded.name)
-    for folder, other in runs.items():
-        if other["columns"]:
-            check_choices(folder, Columns(**other["columns"]), loaded, other["num_letters"])
+        loaded.problems.raise_if_any(loaded.name, args.on_bad_row, PREDICTION_HINT)
+        if loaded.num_choices > min(known, default=26):
+            beyond = f"{loaded.name}: rows of up to {loaded.num_choices} choices, and training had at most {min(known)}"
+            loaded.notes.append(f"{beyond}; letters after {LETTERS[min(known) - 1]} are as the base knows them")
     return Data([loaded], dict.fromkeys(runs, loaded.examples), trained)
 
 
@@ -474,9 +498,9 @@ def load_options(args: argparse.Namespace, data: Data) -> dict[str, Any]:
 
 def describe_plan(args: argparse.Namespace, runs: dict[str, dict], data: Data) -> dict[str, Any]:
     """What the numbers depend on: another plan begins anew."""
-    names = ("model", "part", "data", "orders", "scales", "average", "batch_size", "on_bad_image", "streaming")
+    names = ("model", "part", "data", "orders", "scales", "average", "batch_size", "on_bad_row", "streaming")
     names += ("min_pixels", "max_pixels", "limit", "use_cpu", "columns", "keep_rows", "image_root", "split")
-    names += ("data_config", "encoding", "answer_format")
+    names += ("data_config", "encoding", "answer_format", "fixed_question", "fixed_choices")
     plan: dict[str, Any] = {name: getattr(args, name) for name in names}
     for folder in [*runs, *{run["recipe"]["model_name_or_path"] for run in runs.values()}]:  # a base may be a folder
         files = [path for pattern in MODEL_FILES for path in sorted(Path(folder).glob(pattern))]
@@ -516,13 +540,25 @@ def describe_file(path: str | Path) -> list:
     return [str(path), facts.st_size, facts.st_mtime_ns]
 
 
-def find_blank(loaded: Loaded, on_bad_image: str) -> dict[str, tuple[int, ...]]:
-    """Row id -> positions of its pictures that cannot be used; raises InputError for them unless they may be blank."""
+def find_blank(loaded: Loaded, on_bad_row: str) -> dict[str, tuple[int, ...]]:
+    """Row id -> positions of its images that cannot be used; raises InputError for them unless they may be guessed."""
     scan, problems = scan_pictures(loaded.examples, hashes=False), Problems(len(loaded.examples))
     scan.add_problems(problems, loaded.examples["id"][:], loaded.numbers or None)
-    if on_bad_image == "error":
-        problems.raise_if_any(loaded.name)
+    problems.raise_if_any(loaded.name, on_bad_row, PREDICTION_HINT)
     return {row_id: scan.bad(row) for row, row_id in enumerate(loaded.examples["id"]) if scan.bad(row)}
+
+
+def guessed_rows(data: Data, examples: Dataset) -> set[str]:
+    """Ids of the rows that are answered although something is missing from their texts, or an image was not opened."""
+    found = set()
+    for source in data.loaded:
+        numbers = {*source.problems.bad_rows(*GUESSED)}
+        if numbers and isinstance(source.examples, Dataset):
+            found |= {i for i, number in zip(source.examples["id"], source.numbers, strict=True) if number in numbers}
+    for row in examples.select_columns(["id", "question", "choices"]):  # of a stream nothing else is known
+        if not row["question"] or len({*row["choices"]}) < 2:
+            found.add(row["id"])
+    return found
 
 
 def submission_columns(columns: Columns, trained: Columns | None, answer_format: str | None) -> Columns:
@@ -531,29 +567,6 @@ def submission_columns(columns: Columns, trained: Columns | None, answer_format:
     if columns.answer_format is None and trained is not None:  # no row has an answer
         how |= {"answer_format": trained.answer_format, "answers_are_upper": trained.answers_are_upper}
     return replace(columns, **how | ({"answer_format": answer_format} if answer_format in FORMATS else {}))
-
-
-def check_choices(folder: str, trained: Columns, loaded: Loaded, num_letters: int) -> None:
-    before, now = ([found] if isinstance(found, str) else found for found in (trained.choices, loaded.columns.choices))
-    if len(before) != len(now):
-        raise InputError(
-            f"{folder} was trained on the choice columns {', '.join(before)}; this data has {', '.join(now)}. Give "
-            "data with the same columns."
-        )
-    if loaded.num_choices <= num_letters:
-        return
-    longer = []
-    if isinstance(loaded.examples, Dataset):
-        longer = [row["id"] for row in loaded.examples.select_columns(["id", "choices"])]
-        longer = [
-            row_id
-            for row_id, choices in zip(longer, loaded.examples["choices"], strict=True)
-            if len(choices) > num_letters
-        ]
-    raise InputError(
-        f"{folder} was trained on rows of at most {num_letters} choices; there are more"
-        + (f" in {name_rows(longer, len(loaded.examples))}." if longer else ".")
-    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ quiet()
 
 from vqa_sft import checkpoints, run_folder
 from vqa_sft.calibration import calibrate_new
-from vqa_sft.columns import with_context_of
 from vqa_sft.config import Recipe, describe_fields, read_recipe
 from vqa_sft.data import Loaded, read_examples, stream_examples
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown
@@ -330,14 +329,12 @@ def load_data(recipe: Recipe, is_main: bool) -> list[Loaded]:
         loaded = [read_examples(args.train_data, split=args.train_split, limit=args.limit, **options)]
     if args.validation_data is not None:
         # Few rows may not tell how their answers are written; the training rows have told.
-        trained = loaded[0].columns
-        options |= {"answer_format": trained.answer_format, "columns": with_context_of(trained, args.columns)}
-        options["limit"] = args.limit
+        options = args.options_for_other_data(loaded[0].columns) | {"limit": args.limit}
         loaded.append(read_examples(args.validation_data, split=args.validation_split, **options))
     for data in loaded:
         for note in data.notes * is_main:
             print(note)
-        data.problems.raise_if_any(data.name)
+        data.problems.raise_if_any(data.name, args.on_bad_row)
     most = max(data.num_choices for data in loaded)
     if most > (args.max_choices or most):
         raise InputError(f"max_choices is {args.max_choices}, and the data have rows of {most} choices. Raise it.")
@@ -347,7 +344,7 @@ def load_data(recipe: Recipe, is_main: bool) -> list[Loaded]:
 def split(recipe: Recipe, loaded: list[Loaded]) -> list[list[str] | None]:
     """Which rows are trained on, validated on and left out; a run that goes on keeps its rows."""
     args, output_dir = recipe.arguments, recipe.values["output_dir"]
-    names = ("check_images", "on_bad_image", "validation_fraction", "folds_file", "fold", "duplicate_distance", "limit")
+    names = ("check_images", "on_bad_row", "validation_fraction", "folds_file", "fold", "duplicate_distance", "limit")
     how = {name: getattr(args, name) for name in names}
     parts = choose_parts(loaded, seed=recipe.values.get("seed", 42), **how)
     if checkpoints.last_whole_checkpoint(output_dir) and not args.overwrite:

@@ -158,8 +158,8 @@ def test_hostile_texts_are_only_shown_on_the_page(name, recipe, check):
         ({"max_choices": 3}, "max_choices is 3, and"),
         ({"folds_file": "folds.csv", "fold": 0}, "is left to train on"),
         ({"folds_file": "folds.csv", "fold": 1}, "it has the folds 0"),
-        ({"on_bad_image": "skip", "folds_file": "missing.csv", "fold": 1}, "is left to validate on"),
-        ({"on_bad_image": "skip", "folds_file": "missing.csv", "fold": 0}, "is left to train on"),
+        ({"on_bad_row": "skip", "folds_file": "missing.csv", "fold": 1}, "is left to validate on"),
+        ({"on_bad_row": "skip", "folds_file": "missing.csv", "fold": 0}, "is left to train on"),
         ({"train_data": "[]"}, "`train_data` is not set"),
         ({"train_data": "['']"}, "no data is named"),
         ({"columns": "nonsense"}, "`columns` must be a mapping"),
@@ -170,7 +170,7 @@ def test_hostile_texts_are_only_shown_on_the_page(name, recipe, check):
 def test_a_recipe_that_does_not_fit_its_rows_says_so(fields, part, recipe, sft, tmp_path):
     (tmp_path / "good.png").write_bytes((recipe("formula").parent / "good.png").read_bytes())
     source = tmp_path / table(
-        [row(i, path="nowhere.png" if i % 2 and "on_bad_image" in fields else "good.png") for i in range(4)]
+        [row(i, path="nowhere.png" if i % 2 and "on_bad_row" in fields else "good.png") for i in range(4)]
     )(tmp_path)
     (tmp_path / "folds.csv").write_text("id,fold\n" + "".join(f"good_{i},0\n" for i in range(4)))
     (tmp_path / "missing.csv").write_text("id,fold\n" + "".join(f"good_{i},{i % 2}\n" for i in range(4)))

@@ -254,9 +254,9 @@ def test_a_picture_that_is_blanked_has_features_too(families, contest, sft, tmp_
     (contest / "images/003.png").write_bytes(b"no picture")
     (contest / "images/004.png").unlink()
     opened.clear()
-    ours = predict(run, contest, tmp_path / "ours.csv", "--on_bad_image", "blank")
+    ours = predict(run, contest, tmp_path / "ours.csv", "--on_bad_row", "guess")
     assert not opened
-    theirs = predict(plain, contest, tmp_path / "theirs.csv", "--on_bad_image", "blank")
+    theirs = predict(plain, contest, tmp_path / "theirs.csv", "--on_bad_row", "guess")
     assert ours[0] == theirs[0]
     torch.testing.assert_close(torch.tensor(ours[1]), torch.tensor(theirs[1]), atol=1e-4, rtol=0)
 

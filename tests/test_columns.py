@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from vqa_sft.columns import Columns, check_columns, find_columns, with_context_of
+from vqa_sft.columns import Columns, check_columns, find_columns, known_columns
 from vqa_sft.errors import InputError
 
 
@@ -87,8 +87,8 @@ def test_what_cannot_stand_under_columns_is_refused(given):
 
 
 def test_other_data_of_a_run_are_read_with_its_context_or_none():
-    assert with_context_of(found("id path question hint a b answer"), None) == {"context": "hint"}
-    assert with_context_of(found("id path question a b answer"), {"id": "key"}) == {"context": None, "id": "key"}
+    assert known_columns(found("id path question hint a b answer"), None) == {"context": "hint"}
+    assert known_columns(found("id path question a b answer"), {"id": "key"}) == {"context": None, "id": "key"}
 
 
 def test_columns_survive_run_json():

@@ -380,7 +380,7 @@ def test_a_bad_row_of_a_stream_ends_with_its_message_also_from_a_worker(families
 
 def test_rows_with_bad_pictures_are_left_out_of_training_where_the_recipe_says_so(families, contest, sft, tmp_path):
     (contest / "images/003.png").write_bytes(b"no picture")
-    run = sft(families("qwen2_5_vl"), tmp_path / "run", on_bad_image="skip", validation_fraction=0.25, max_steps=1)
+    run = sft(families("qwen2_5_vl"), tmp_path / "run", on_bad_row="skip", validation_fraction=0.25, max_steps=1)
     parts = [line.split(",") for line in (run / "rows.csv").read_text().splitlines()[1:]]
     assert [row_id for part, row_id in parts if part == "left_out"] == ["row_003"]
     assert json.loads((run / "run.json").read_text())["num_rows"]["train"] == sum(part == "train" for part, _ in parts)
@@ -392,7 +392,7 @@ def test_prediction_answers_rows_with_bad_pictures_where_it_is_told_to(families,
     with pytest.raises(SystemExit) as exit:
         predict("none", contest, tmp_path / "out.csv", "--model", families("qwen2_5_vl"))
     assert exit.value.code == 2 and "the file is no picture that can be read: row row_003" in capsys.readouterr().err
-    arguments = ("--model", families("qwen2_5_vl"), "--on_bad_image", "blank")
+    arguments = ("--model", families("qwen2_5_vl"), "--on_bad_row", "guess")
     blanked = predict("none", contest, tmp_path / "out.csv", *arguments)
     assert [i for i, is_blank in enumerate(blanked.blanked) if is_blank] == [3] and not any(whole.blanked)
     assert "Guessed without their pictures, which could not be used: row row_003 (1 of 24)" in capsys.readouterr().out

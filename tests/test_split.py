@@ -69,7 +69,7 @@ def test_bad_pictures_stop_a_run_or_are_left_out_and_named(contest, capsys):
     with pytest.raises(InputError, match="row_003.*\n.*row_005|row_005.*\n.*row_003"):
         choose_parts([read(contest)])
     loaded = [read(contest)]
-    parts = choose_parts(loaded, on_bad_image="skip")
+    parts = choose_parts(loaded, on_bad_row="skip")
     assert [i for i, part in enumerate(parts[0]) if part == LEFT_OUT] == [3, 5]
     assert len(select(loaded, parts, TRAIN)) == 22
     printed = capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_bad_pictures_stop_a_run_or_are_left_out_and_named(contest, capsys):
 
 def test_a_run_keeps_its_rows_and_refuses_others(contest, tmp_path):
     loaded = [read(contest), read(contest)]
-    parts = choose_parts(loaded, on_bad_image="skip")
+    parts = choose_parts(loaded, on_bad_row="skip")
     assert parts == [[TRAIN] * 24, [VALIDATION] * 24]
     parts[0][7] = LEFT_OUT
     write_parts(tmp_path, loaded, parts)

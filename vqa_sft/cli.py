@@ -30,6 +30,9 @@ SOURCE_OPTIONS = (
     "limit",
     "duplicate_distance",
 )
+# And those that follow as --key value, for a data file too.
+DATA_FIELDS = ("keep_rows", "empty_cells", "fixed_question", "fixed_choices", "max_choices", "validation_data")
+DATA_FIELDS += ("validation_split", "on_bad_row")
 FOLDS_START = b'"id","fold"'  # how a folds file begins
 MAX_COMPARED = 20_000  # rows for which scikit-learn's folds are made too; it needs seconds
 JSON_START = '{\n "clean"'  # how a report begins
@@ -329,17 +332,22 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 def _arguments(args: argparse.Namespace) -> "tuple[RecipeArguments, dict[str, Any]]":
     """The fields of the recipe (or what a data file makes of them) and its values, which a data file has not."""
     from vqa_sft.config import RecipeArguments, read_recipe
-    from vqa_sft.fields import checked, from_tokens
+    from vqa_sft.fields import checked, from_tokens, read_command_line
 
     given = {name: str(getattr(args, name)) for name in SOURCE_OPTIONS if getattr(args, name, None) is not None}
     if Path(args.source).suffix in (".yaml", ".yml"):
         overrides = [f"--{name}={value}" for name, value in given.items()]
         recipe = read_recipe(["--config", args.source, *overrides, *args.rest])
         return recipe.arguments, recipe.values
-    if args.rest:
-        raise InputError(f"{printable(args.rest[0])} is no option for a data file; only a recipe has more fields.")
     known = {name: (hint, None) for name, hint in typing.get_type_hints(RecipeArguments).items()}
-    values = {name: checked(name, from_tokens(name, [value], known), known) for name, value in given.items()}
+    tokens = {name: [value] for name, value in given.items()} | read_command_line(args.rest)
+    unknown = [name for name in tokens if name not in (*SOURCE_OPTIONS, *DATA_FIELDS)]
+    if unknown:
+        raise InputError(
+            f"--{printable(unknown[0])} is no option for a data file; only a recipe has more fields than "
+            f"{', '.join((*SOURCE_OPTIONS, *DATA_FIELDS))}."
+        )
+    values = {name: checked(name, from_tokens(name, words, known), known) for name, words in tokens.items()}
     return RecipeArguments(train_data=args.source, **values), {}
 
 
@@ -394,7 +402,6 @@ def _read_data(
 ) -> "list[tuple[str, Loaded]]":
     """(role, rows) of the training, the validation and the test data; only texts are read."""
     from vqa_sft.check import TEST, TRAINING, VALIDATION
-    from vqa_sft.columns import with_context_of
     from vqa_sft.data import read_examples
 
     if arguments.streaming:
@@ -405,9 +412,7 @@ def _read_data(
     options = arguments.data_options
     rows = read_examples(arguments.train_data, split=arguments.train_split, limit=arguments.limit, **options)
     data = [(TRAINING, rows)]
-    options["columns"] = with_context_of(rows.columns, arguments.columns)
-    # Few rows may not tell how their answers are written; the training rows have told.
-    options["answer_format"] = rows.columns.answer_format
+    options = arguments.options_for_other_data(rows.columns)
     if arguments.validation_data:
         options["limit"] = arguments.limit
         data.append((VALIDATION, read_examples(arguments.validation_data, split=arguments.validation_split, **options)))
@@ -463,11 +468,10 @@ def _folds(args: argparse.Namespace) -> None:
     ((_, loaded),) = _read_data(replace(arguments, validation_data=None))
     for note in loaded.notes:
         print(printable_line(note))
-    loaded.problems.raise_if_any(loaded.name)
+    loaded.problems.raise_if_any(loaded.name, arguments.on_bad_row)
     scan = scan_pictures(loaded.examples)
     scan.add_problems(loaded.problems, loaded.examples["id"], loaded.numbers)
-    if arguments.on_bad_image == "error":
-        loaded.problems.raise_if_any(loaded.name)
+    loaded.problems.raise_if_any(loaded.name, arguments.on_bad_row)
     groups, strata = row_groups(scan, arguments.duplicate_distance), strata_of(loaded.examples)
     if args.holdout is None:
         folds, shares = make_folds(strata, groups, args.num_folds, seed), [1 / args.num_folds] * args.num_folds

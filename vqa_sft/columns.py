@@ -27,29 +27,35 @@ USUAL_NAMES = {
 }
 # What stands before the letter or the number in choice_a, option1, ...
 CHOICE_PREFIXES = ("option", "opt", "choice", "candidate", "answer", "보기", "선택지")
+IN_QUESTION = "in_question"  # in place of columns for choices: they are written in the question's text
+_FIELD = re.compile(r"\{([^{}:]+)(?::0?([0-9]{1,2})d?)?\}")  # {id}, or {id:06} with zeros before it
 
 
 @dataclass(frozen=True)
 class Columns:
     """The columns of one source. `choices` is the name of a list column, or one name a choice.
 
-    `id` None: rows are named by their number. `image` (): no pictures. `targets` is a list column with a number for
-    each choice: votes, or a teacher's probabilities. `answer_format` and `answers_are_upper` say how
-    the source writes its answers, so that a submission can write them the same.
+    `id` None: rows are named by their number. `image` (): no pictures; a name with braces is a template of a path,
+    "images/{id}.png". `choices` may be IN_QUESTION. `targets` is a list column with a number for each choice: votes, or
+    a teacher's probabilities. `answer_format` and `answers_are_upper` say how the source writes its answers, so that a
+    submission can write them the same. `fixed_question` and `fixed_choices` are those of every row; `question` is then
+    None, and `choices` ().
     """
 
     id: str | None
     image: tuple[str, ...]
-    question: str
+    question: str | None
     choices: str | tuple[str, ...]
     answer: str | None
     context: str | None = None
     answer_format: str | None = None
     answers_are_upper: bool = False
     targets: str | None = None
+    fixed_question: str | None = None
+    fixed_choices: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("image", "choices"):  # JSON knows lists only
+        for name in ("image", "choices", "fixed_choices"):  # JSON knows lists only
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 
@@ -57,22 +63,54 @@ class Columns:
     def names(self) -> list[str]:
         """Every column that is read."""
         choices = [self.choices] if isinstance(self.choices, str) else [*self.choices]
-        named = [self.id, *self.image, self.question, *choices, self.answer, self.context, self.targets]
-        return [name for name in named if name is not None]
+        images = [name for image in self.image for name in fields_of(image, self.id) or [image]]
+        named = [self.id, *images, self.question, *choices, self.answer, self.context, self.targets]
+        return [name for name in named if name not in (None, IN_QUESTION)]
 
     def describe(self) -> str:
         """One line for the user: which column was taken for what."""
-        choices = self.choices if isinstance(self.choices, str) else f"{self.choices[0]} to {self.choices[-1]}"
         parts = {
             "id": self.id or "(row number)",
             "pictures": ", ".join(self.image) or "(none)",
-            "question": self.question,
-            "choices": choices,
+            "question": self.question or f"{self.fixed_question!r:.80} (every row)",
+            "choices": self.describe_choices(),
             "answer": f"{self.answer} ({self.answer_format})" if self.answer and self.answer_format else self.answer,
             "context": self.context,
             "targets": self.targets,
         }
         return ", ".join(f"{key}: {value}" for key, value in parts.items() if value)
+
+    def describe_choices(self) -> str:
+        """Where the choices stand, for the user."""
+        if self.fixed_choices:
+            return f"{printable(', '.join(self.fixed_choices))} (every row)"
+        if self.choices == IN_QUESTION:
+            return "in the question's text"
+        return self.choices if isinstance(self.choices, str) else f"{self.choices[0]} to {self.choices[-1]}"
+
+    def unlike(self, trained: "Columns") -> str:
+        """How these data differ from those of the training, for the user; "" where they do not."""
+        parts = []
+        if self.describe_choices() != trained.describe_choices():
+            parts.append(f"choices: {self.describe_choices()}, not {trained.describe_choices()}")
+        if self.answer_format and trained.answer_format and self.answer_format != trained.answer_format:
+            parts.append(f"answers are read as {self.answer_format}, not as {trained.answer_format}")
+        if trained.context and not self.context:
+            parts.append(f"no column {trained.context}, so every context is empty")
+        return "; ".join(parts)
+
+
+def fields_of(template: str, id_column: str | None) -> list[str]:
+    """The columns that a template of an image's path names; `{id}` stands for the ids, whatever their column."""
+    names = [match[1] for match in _FIELD.finditer(template)]
+    return [id_column if name == "id" and id_column else name for name in names]
+
+
+def fill(template: str, row: Mapping[str, str]) -> str:
+    """The path that a template gives for a row; "" where one of its cells is empty."""
+    if not all(row[match[1]] for match in _FIELD.finditer(template)):
+        return ""
+    return _FIELD.sub(lambda match: row[match[1]].zfill(int(match[2] or 0)), template)
 
 
 def check_columns(given: Mapping[str, Any]) -> None:
@@ -87,15 +125,44 @@ def check_columns(given: Mapping[str, Any]) -> None:
             raise InputError(f"columns: `{key}` must name a column of the data; got {value!r}.")
 
 
-def find_columns(names: Sequence[str], given: Mapping[str, Any], answers: str) -> Columns:
+def check_fixed(question: str | None, choices: Sequence[str] | None) -> None:
+    """Raises InputError for what cannot be the question or the choices of every row."""
+    if question is not None and not question.strip():
+        raise InputError("fixed_question is empty. Write the question, or leave it out.")
+    if choices is None:
+        return
+    texts = [choice.strip() for choice in choices]
+    if not 2 <= len(texts) <= len(LETTERS) or "" in texts or len({*texts}) < len(texts):
+        raise InputError(f"fixed_choices must be 2 to {len(LETTERS)} different texts; got {choices!r:.300}.")
+
+
+def find_columns(
+    names: Sequence[str],
+    given: Mapping[str, Any],
+    answers: str,
+    *,
+    known: Mapping[str, Any] | None = None,
+    fixed_question: str | None = None,
+    fixed_choices: Sequence[str] | None = None,
+) -> Columns:
     """The columns of a source with these names: as `given`, the rest found by their usual names.
 
-    `answers` is "required" or "optional". Raises InputError when a column is missing or there are too many choices.
+    `known` are those of other data, which count where this source has them. `answers` is "required" or "optional".
+    `fixed_question` and `fixed_choices` stand for columns. Raises InputError when a column is missing or there are too
+    many choices.
     """
+    known = {key: value for key, value in (known or {}).items() if _are_here(value, names)}
+    given = known | given
     found: dict[str, Any] = {key: _find(names, usual) for key, usual in USUAL_NAMES.items()}
-    found["choices"] = find_choice_columns(names) or found["choices"]
+    if fixed_question is not None:
+        found["question"] = None
+    if fixed_choices is not None:
+        found["choices"] = ()
+    elif "choices" not in given:
+        found["choices"] = find_choice_columns(names) or found["choices"]
     found["image"] = (found["image"],) if found["image"] else _numbered(names, ("image", "img", "picture"))
-    found |= given
+    found |= given | {"fixed_question": fixed_question}
+    found["fixed_choices"] = None if fixed_choices is None else tuple(fixed_choices)
     for key in ("image", "choices"):
         if isinstance(found[key], list):
             found[key] = tuple(found[key])
@@ -105,15 +172,36 @@ def find_columns(names: Sequence[str], given: Mapping[str, Any], answers: str) -
     return Columns(**found)
 
 
+def _are_here(value: Any, names: Sequence[str]) -> bool:
+    """Whether a source with these columns has what a recipe names for other data."""
+    wanted = value if isinstance(value, list | tuple) else [value]
+    return all(
+        name in (None, IN_QUESTION) or all(part in names for part in fields_of(name, "id") or [name]) for name in wanted
+    )
+
+
 def _check_found(names: Sequence[str], found: dict[str, Any], given: Mapping[str, Any], answers: str) -> None:
-    missing = [f"{key} (usual names: {', '.join(USUAL_NAMES[key][:4])})" for key in ("question",) if not found[key]]
+    for role in ("question", "choices"):
+        if found[f"fixed_{role}"] is not None and found[role]:
+            raise InputError(f"fixed_{role} stands for a column, and columns names {found[role]}. Keep one of the two.")
+    missing = []
+    if not found["question"] and found["fixed_question"] is None:
+        missing.append(f"question (usual names: {', '.join(USUAL_NAMES['question'][:4])}; one for all: fixed_question)")
     if not found["image"] and "image" not in given:
         missing.append(f"image (usual names: {', '.join(USUAL_NAMES['image'][:4])}; for none: image: [])")
-    if not found["choices"]:
-        missing.append("choices (usual names: a, b, c, ...; option1, ...; choices)")
+    if not found["choices"] and found["fixed_choices"] is None:
+        usual = "usual names: a, b, c, ...; option1, ...; choices"
+        missing.append(
+            f"choices ({usual}; in the question's text: choices: in_question; the same for all: fixed_choices)"
+        )
     if not found["answer"] and answers == "required":
         missing.append(f"answer (usual names: {', '.join(USUAL_NAMES['answer'][:4])})")
-    wanted = [value for value in found.values() if isinstance(value, str)] + [*found["image"]]
+    roles = {key: value for key, value in found.items() if key in USUAL_NAMES}
+    wanted = [value for value in roles.values() if isinstance(value, str) and value != IN_QUESTION]
+    for image in found["image"]:
+        parts = fields_of(image, found["id"])
+        # Without a column for ids, `{id}` is the row's number.
+        wanted += [part for part in parts if part != "id"] if parts else [image]
     wanted += [] if isinstance(found["choices"], str | None) else found["choices"]
     optional = () if answers == "required" else (found["answer"],)
     missing += [name for name in wanted if name not in names and name not in optional]
@@ -123,14 +211,14 @@ def _check_found(names: Sequence[str], found: dict[str, Any], given: Mapping[str
             f"missing columns: {'; '.join(missing)}. The data has: {has}. Rename them, or name "
             "yours in the recipe: `columns: {question: ..., choices: [...]}`."
         )
-    if not isinstance(found["choices"], str):
+    if found["fixed_choices"] is None and not isinstance(found["choices"], str):
         if len(found["choices"]) > len(LETTERS):
             raise InputError(f"at most {len(LETTERS)} choices have letters; got {len(found['choices'])} columns.")
         if len(found["choices"]) < 2:
             raise InputError(f"a question needs at least two choices; got the column {found['choices'][0]} alone.")
-    read = {key: value for key, value in found.items() if key != "id"}  # a file's name may well be the id
-    roles = [name for value in read.values() for name in ([value] if isinstance(value, str) else value or ())]
-    twice = sorted({name for name in roles if roles.count(name) > 1})
+    read = {key: value for key, value in roles.items() if key != "id"}  # a file's name may well be the id
+    named = [name for value in read.values() for name in ([value] if isinstance(value, str) else value or ())]
+    twice = sorted({name for name in named if named.count(name) > 1})
     if twice:
         raise InputError(f"columns: {', '.join(twice)} stands for two things. Name another column for one.")
     if found["answer"] not in names:  # a test set without answers; the submission still names the column
@@ -199,7 +287,9 @@ def _numbered(names: Sequence[str], prefixes: Sequence[str]) -> tuple[str, ...]:
     return ()
 
 
-def with_context_of(trained: Columns, given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`given` for other data of a run: a context is part of the prompt, so it is read where training had one and
-    nowhere else. Targets are for training alone."""
-    return {"context": trained.context} | {key: name for key, name in (given or {}).items() if key != "targets"}
+def known_columns(trained: Columns | None, named: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What other data of a run take over of its training, for `find_columns`: the columns that the recipe `named`, and
+    the context. That is part of the prompt, so it is read where training had one and nowhere else. Targets are for
+    training alone."""
+    known = {} if trained is None else {"context": trained.context}
+    return known | {key: name for key, name in (named or {}).items() if key != "targets"}

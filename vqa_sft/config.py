@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from vqa_sft.columns import check_columns
+from vqa_sft.columns import Columns, check_columns, check_fixed, known_columns
 from vqa_sft.duplicates import DISTANCE, MAX_DISTANCE
 from vqa_sft.errors import InputError
 from vqa_sft.fields import Known, checked, from_tokens, read_command_line, read_yaml
@@ -56,9 +56,12 @@ class RecipeArguments:
         "Folder that picture paths are relative to and stay in; default: the folder of the file.", default=None
     )
     columns: dict | None = _help(
-        "Columns that are not found by their names: {id, image, question, choices, answer, context, targets}.",
+        "Columns that are not found by their names: {id, image, question, choices, answer, context, targets}. choices: "
+        "in_question reads them from the question's text; image: 'img/{id}.png' is a path with cells of the row.",
         default=None,
     )
+    fixed_question: str | None = _help("The question of every row, where the data have no column for it.", default=None)
+    fixed_choices: list[str] | None = _help("The choices of every row, such as [yes, no].", default=None)
     answer_format: Literal["letter", "index_from_0", "index_from_1", "text"] | None = _help(
         "How the answers are written; default: inferred.", default=None
     )
@@ -71,8 +74,8 @@ class RecipeArguments:
     )
     limit: int | None = _help("Use only the first rows, to try a recipe out.", default=None)
     check_images: bool = _help("Decode every picture before the model is loaded.", default=True)
-    on_bad_image: Literal["error", "skip"] = _help(
-        "What to do with training rows whose pictures cannot be used: stop, or leave them out.", default="error"
+    on_bad_row: Literal["error", "skip"] = _help(
+        "What to do with rows that cannot be used, or whose images cannot: stop, or leave them out.", default="error"
     )
 
     min_pixels: int | None = _help(
@@ -155,6 +158,7 @@ class RecipeArguments:
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise InputError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}.")
         check_columns(self.columns or {})
+        check_fixed(self.fixed_question, self.fixed_choices)
         self.prompts  # noqa: B018  raises for a template without its placeholders
 
     @classmethod
@@ -166,7 +170,14 @@ class RecipeArguments:
     def data_options(self) -> dict[str, Any]:
         """What `data.read_examples` and `stream_examples` take beside the source and its split."""
         names = ("encoding", "image_root", "columns", "answer_format", "keep_rows", "empty_cells")
+        names += ("fixed_question", "fixed_choices")
         return {name: getattr(self, name) for name in names} | {"config": self.data_config}
+
+    def options_for_other_data(self, trained: Columns) -> dict[str, Any]:
+        """The same for validation or test rows, which may be written in another way than the training rows."""
+        options = self.data_options
+        options |= {"known_columns": known_columns(trained, options["columns"]), "columns": None, "trained": trained}
+        return options
 
     @property
     def adapted_parts(self) -> dict[str, bool]:
@@ -516,7 +527,7 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
             "streaming cannot hold rows out; validate on validation_data.",
             own.streaming and (own.validation_fraction or own.folds_file),
         ),
-        ("on_bad_image: skip cannot be had with streaming.", own.streaming and own.on_bad_image == "skip"),
+        ("on_bad_row: skip cannot be had with streaming.", own.streaming and own.on_bad_row == "skip"),
         (
             "cache_image_features needs rows that are known before they are trained on; remove streaming.",
             own.cache_image_features and own.streaming,
@@ -578,8 +589,8 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
             "activation_memory_budget" in values and uncompiled,
         ),
         (
-            "on_bad_image: skip needs check_images.",
-            own.on_bad_image == "skip" and not own.check_images,
+            "on_bad_row: skip needs check_images.",
+            own.on_bad_row == "skip" and not own.check_images,
         ),
         (
             "global_batch_size and gradient_accumulation_steps are both set. Keep global_batch_size.",

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,10 +29,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vqa_sft.answers import UNKNOWN, infer_format, is_upper_case, read_answer
-from vqa_sft.columns import Columns, find_columns
-from vqa_sft.errors import InputError, safe
+from vqa_sft.columns import IN_QUESTION, Columns, fields_of, fill, find_columns
+from vqa_sft.errors import InputError, printable, safe
+from vqa_sft.in_question import split_choices
 from vqa_sft.mcq import LETTERS
-from vqa_sft.problems import Problems
+from vqa_sft.problems import PREDICTION_HINT, TRAINING_HINT, Problems
 from vqa_sft.question_types import find_type
 from vqa_sft.sources import Source, holds_pictures, open_source
 
@@ -53,6 +55,11 @@ _HEAD = 1_000  # rows of a stream that tell its columns, answer format and numbe
 _PARTS = 16  # workers and processes among which a streamed text file can be dealt
 _NUMBER = "vqa_sft_number"  # of a streamed row in its source
 _LONG_TEXT = 20_000  # characters, some five thousand tokens
+_SHOWN = 10  # values of a column in a message
+_MANY = 10  # rows that should not all have one answer
+# Where rows need no answers: what is no answer of a choice; and of how many rows one and the same answer is none.
+PLACEHOLDERS = ("hidden", "unknown", "n/a", "na", "tbd", "todo", "x", "_", "--", "...", "<hidden>", "[hidden]")
+_CONSTANT = 5
 # How JPEG, PNG, GIF and WebP begin in base64: benchmark files in TSV hold their pictures so.
 _BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 
@@ -97,18 +104,29 @@ def read_examples(
     image_root: str | None = None,
     answers: str = "required",
     limit: int | None = None,
+    fixed_question: str | None = None,
+    fixed_choices: Sequence[str] | None = None,
+    known_columns: Mapping[str, Any] | None = None,
+    trained: Columns | None = None,
 ) -> Loaded:
     """Canonical examples of a source, and everything that is wrong with its texts; pictures are not opened.
 
     `columns` names the columns that are not found by themselves; `answer_format` is inferred when it is None.
     `keep_rows` keeps the rows whose columns hold the given value, or one of the given values. A cell that holds one of
     `empty_cells` counts as empty. `answers` is "required" (training) or "optional" (prediction). Picture paths are
-    relative to `image_root` and must stay in it; by default it is the folder of the file.
+    relative to `image_root` and must stay in it; by default it is the folder of the file. `fixed_question` and
+    `fixed_choices` are those of every row.
+
+    Rows that go with others, as validation and test rows do with those of training, may be written in another way:
+    `trained` are the columns of those, whose answer format counts where it fits, and `known_columns` what their recipe
+    names, which counts where it is there.
 
     Raises InputError when nothing can be read, a column is missing, or the answers can be read in two ways.
     """
     opened = open_source(source, split=split, config=config, encoding=encoding)
-    reader = RowReader(opened, find_columns(opened.columns, columns or {}, answers), keep_rows, empty_cells, image_root)
+    how = {"known": known_columns, "fixed_question": fixed_question, "fixed_choices": fixed_choices}
+    found = find_columns(opened.columns, columns or {}, answers, **how)
+    reader = RowReader(opened, found, keep_rows, empty_cells, image_root, answers, trained)
     numbers, tables = [], []
     rows = itertools.islice(reader.rows(), limit)
     features, schema = reader.features, _READ_SCHEMA
@@ -119,13 +137,13 @@ def read_examples(
         folder = batch[-1][1]
         tables.append(pa.Table.from_pylist([reader.read(*item) for item in batch], schema=schema))
     if not numbers:
-        raise InputError(f"{opened.name} has no rows{' that keep_rows keeps' if keep_rows else ''}.")
+        raise InputError(f"{opened.name} has no rows{reader.describe_kept()}.")
     reader.problems.total = len(numbers)
     texts = pa.concat_tables(tables)
     reader.settle_answers(partial(_cells_and_choices, texts), answer_format)
     targets = texts["targets"].to_pylist() if reader.columns.targets else itertools.repeat(None, len(numbers))
     found = [
-        reader.answer(cell, choices, row_id.as_py(), number, answers, target)
+        reader.answer(cell, choices, row_id.as_py(), number, target)
         for (cell, choices), row_id, number, target in zip(
             _cells_and_choices(texts), texts["id"], numbers, targets, strict=True
         )
@@ -146,7 +164,9 @@ def read_examples(
         if reader.problems.bad_rows("path_outside"):  # nobody opens them
             examples = examples.map(partial(_drop_outside, root=str(root)), desc="Leaving pictures out")
     reader.check_that_some_have_pictures(len(numbers))
-    notes = [*opened.notes, reader.describe(len(numbers))]
+    notes = [*opened.notes, reader.describe(len(numbers)), *reader.notes]
+    if limit is not None and len(numbers) == limit >= _MANY and len({*found}) == 1 and found[0] is not None:
+        notes.append(f"{opened.name}: the first {limit:,} rows have one answer. A sorted file? Then shuffle its rows.")
     num_choices = pc.max(pc.list_value_length(texts["choices"])).as_py()
     return Loaded(opened.name, examples, reader.columns, reader.problems, numbers, notes, num_choices)
 
@@ -185,20 +205,27 @@ def stream_examples(
     max_choices: int | None = None,
     answers: str = "required",
     limit: int | None = None,
+    fixed_question: str | None = None,
+    fixed_choices: Sequence[str] | None = None,
+    known_columns: Mapping[str, Any] | None = None,
+    trained: Columns | None = None,
+    on_bad_row: str = "error",
 ) -> Loaded:
     """Rows of a source as they are needed: `examples` is an `IterableDataset`, and nothing is held.
 
     Columns, answer format and the most choices come from the first rows. A row with a problem raises InputError when it
-    comes, and so does one with more choices.
+    comes, unless `on_bad_row` is "guess" and it can be answered all the same, and so does one with more choices.
     """
     opened = open_source(source, split=split, config=config, encoding=encoding, streaming=True)
-    reader = RowReader(opened, find_columns(opened.columns, columns or {}, answers), keep_rows, empty_cells, image_root)
-    reader.answers = answers
+    how = {"known": known_columns, "fixed_question": fixed_question, "fixed_choices": fixed_choices}
+    found = find_columns(opened.columns, columns or {}, answers, **how)
+    reader = RowReader(opened, found, keep_rows, empty_cells, image_root, answers, trained)
+    reader.on_bad_row = on_bad_row
     head = [reader.read(*item) for item in itertools.islice(reader.rows(), min(_HEAD, limit or _HEAD))]
     reader.problems.total = len(head)
-    reader.problems.raise_if_any(opened.name)
+    reader.raise_if_any()
     if not head:
-        raise InputError(f"{opened.name} has no rows{' that keep_rows keeps' if keep_rows else ''}.")
+        raise InputError(f"{opened.name} has no rows{reader.describe_kept()}.")
     if not reader.inside:
         reader.check_that_some_have_pictures(len(head))
     reader.settle_answers(lambda: ((row["cell"], row["choices"]) for row in head), answer_format)
@@ -217,7 +244,7 @@ def stream_examples(
         examples = datasets.IterableDataset.from_generator(_stream_parts, features=reader.features, gen_kwargs=parts)
     if limit is not None:
         examples = examples.take(limit)
-    notes = [*opened.notes, safe(f"{opened.name}: a stream; {reader.columns.describe()}")]
+    notes = [*opened.notes, safe(f"{opened.name}: a stream; {reader.columns.describe()}"), *reader.notes]
     return Loaded(opened.name, examples, reader.columns, reader.problems, (), notes, reader.max_choices)
 
 
@@ -242,6 +269,8 @@ class RowReader:
         keep_rows: Mapping[str, Any] | None = None,
         empty_cells: Sequence[str] | None = None,
         image_root: str | None = None,
+        answers: str = "required",
+        trained: Columns | None = None,
     ) -> None:
         in_arrow = [name for name, kind in (source.features or {}).items() if holds_pictures(kind)]
         texts = [name for name in [*columns.names, *(keep_rows or {})] if name not in columns.image]
@@ -258,8 +287,14 @@ class RowReader:
         self.root = image_root
         self.problems = Problems()
         self.max_choices = len(LETTERS)
-        self.answers = "required"
+        self.answers = answers
+        self.trained = trained
+        self.on_bad_row = "error"  # of a stream
+        self.notes: list[str] = []
+        self.constant: str | None = None  # the answer of every row, which is none
         self.left_out = 0
+        self._first_split: str | None = None  # of choices in the question, to look at
+        self._values: dict[str, dict[str, None]] = {name: {} for name in self.keep_rows}  # some that are there
         self.inside = [name for name in columns.image if name in in_arrow]
         self._paths = [name for name in columns.image if name not in self.inside]
         if self.inside and self._paths:
@@ -268,7 +303,10 @@ class RowReader:
         self._roots: dict[str | None, Path] = {}
         missing = [name for name in self.keep_rows if name not in source.columns]
         if missing:
-            raise InputError(f"keep_rows names columns that are not in {source.name}: {', '.join(map(str, missing))}.")
+            raise InputError(
+                f"keep_rows names columns that are not in {source.name}: {', '.join(map(str, missing))}. It has "
+                f"{printable(', '.join(source.columns), 500)}."
+            )
 
     @property
     def features(self) -> datasets.Features:
@@ -286,7 +324,23 @@ class RowReader:
 
     def keeps(self, row: dict) -> bool:
         """Whether the row's columns hold what `keep_rows` asks for."""
+        for name, there in self._values.items():
+            if len(there) <= _SHOWN:
+                there[_text(row[name])] = None
         return all(_text(row[name]) in values for name, values in self.keep_rows.items())
+
+    def describe_kept(self) -> str:
+        """Of a source without rows: what the columns of `keep_rows` hold, for the user."""
+        if not self.keep_rows:
+            return ""
+        there = [f"{name} holds {', '.join(map(repr, [*found][:_SHOWN]))}" for name, found in self._values.items()]
+        more = ["..." for found in self._values.values() if len(found) > _SHOWN]
+        return safe(f" that keep_rows {self.keep_rows} keeps: {'; '.join([*there, *more[:1]])}")
+
+    def raise_if_any(self) -> None:
+        """Raises InputError for problems of a stream's row."""
+        hint = TRAINING_HINT if self.answers == "required" else PREDICTION_HINT
+        self.problems.raise_if_any(self.source.name, self.on_bad_row, hint)
 
     def example(self, row: dict, number: int, folder: str | None = None) -> dict:
         """One row of a stream, whole. Raises InputError for a row with a problem."""
@@ -296,17 +350,17 @@ class RowReader:
             named = "\n".join([texts["question"], texts["context"], *texts["choices"]])
             texts["id"] = hashlib.sha256(named.encode()).hexdigest()[:16]
         cell, targets = texts.pop("cell"), texts.get("targets")
-        answer = self.answer(cell, texts["choices"], texts["id"], number, self.answers, targets)
+        answer = self.answer(cell, texts["choices"], texts["id"], number, targets)
         if len(texts["choices"]) > self.max_choices:
             self.problems.add("more_choices", texts["id"], number, f"{len(texts['choices'])}, not {self.max_choices}")
-        self.problems.raise_if_any(self.source.name)
+        self.raise_if_any()
         if self.inside:
             root = self.root_of(folder)
             texts |= _collect_pictures(row, self.inside, str(root))
             for picture in texts["images"]:
                 if picture["bytes"] is None and not Path(picture["path"]).is_relative_to(root):
                     self.problems.add("path_outside", texts["id"], number, picture["path"][:60])
-            self.problems.raise_if_any(self.source.name)
+            self.raise_if_any()
         return texts | {"answer": answer}
 
     def numbered_example(self, row: dict) -> dict:
@@ -316,12 +370,20 @@ class RowReader:
         """The canonical fields of a row but for `answer`, whose cell stays text until its format is known."""
         columns = self.columns
         row_id = str(number) if columns.id is None else self._value(row[columns.id])
-        texts = {"id": row_id, "question": row[columns.question], "cell": self._cell(row)}
+        question = columns.fixed_question if columns.question is None else row[columns.question]
+        texts = {"id": row_id, "question": question, "cell": self._cell(row)}
         texts["context"] = row[columns.context] if columns.context else None
-        listed = row[columns.choices] if isinstance(columns.choices, str) else [row[name] for name in columns.choices]
-        choices = _as_list(listed)
-        if choices is None:
-            self.problems.add("bad_choices", row_id, number, repr(listed)[:60])
+        if columns.choices == IN_QUESTION:
+            texts["question"], choices = split_choices(self._value(question))
+            if choices is None:
+                self.problems.add("no_choices_in_question", row_id, number, repr(question)[:60])
+            elif self._first_split is None:
+                self._first_split = f"{texts['question']!r:.200} with the choices {choices!r:.300}"
+        else:
+            listed = self._listed(row)
+            choices = _as_list(listed)
+            if choices is None:
+                self.problems.add("bad_choices", row_id, number, repr(listed)[:60])
         for name in ("question", "context", "cell"):
             texts[name] = self._checked(texts[name], row_id, number)
         is_list, choices = choices is not None, [self._checked(choice, row_id, number) for choice in choices or []]
@@ -335,17 +397,68 @@ class RowReader:
             texts["targets"] = self._targets(row[columns.targets], len(choices), row_id, number)
         return texts
 
+    def _listed(self, row: dict) -> Any:
+        """What holds the row's choices."""
+        columns = self.columns
+        if columns.fixed_choices is not None:
+            return [*columns.fixed_choices]
+        return row[columns.choices] if isinstance(columns.choices, str) else [row[name] for name in columns.choices]
+
     def settle_answers(
         self, cells_and_choices: Callable[[], Iterator[tuple[str, list[str]]]], answer_format: str | None
     ) -> None:
-        """Fix how the source writes its answers: as given, else as most of its rows do."""
-        if any(cell.casefold() not in UNKNOWN for cell, _ in cells_and_choices()):
-            is_upper = is_upper_case(cell for cell, _ in cells_and_choices())
-            answer_format = answer_format or infer_format(cells_and_choices())
+        """Fix how the source writes its answers: as given, else as those of the training if that fits, else as most of
+        its rows do. Where answers are optional, placeholders are no answers."""
+        if self.answers == "optional":
+            self._find_placeholders(cells_and_choices(), answer_format)
+
+        def known() -> Iterator[tuple[str, list[str]]]:
+            return ((cell, choices) for cell, choices in cells_and_choices() if not self._is_none(cell))
+
+        if next(known(), None) is not None:
+            is_upper = is_upper_case(cell for cell, _ in known())
+            answer_format = answer_format or self._find_format(known)
         else:  # nothing is known of a source without answers
-            is_upper = not isinstance(self.columns.choices, str) and self.columns.choices[0].isupper()
+            is_upper = isinstance(self.columns.choices, tuple) and self.columns.choices[:1] == ("A",)
             answer_format = None
         self.columns = replace(self.columns, answer_format=answer_format, answers_are_upper=is_upper)
+        if self._first_split is not None:
+            self.notes.append(safe(f"{self.source.name}: choices are read from the question: {self._first_split}"))
+        if self.trained is not None and (unlike := self.columns.unlike(self.trained)):
+            self.notes.append(safe(f"{self.source.name}: unlike the training data: {unlike}"))
+
+    def _find_placeholders(self, cells_and_choices: Iterator[tuple[str, list[str]]], answer_format: str | None) -> None:
+        """What test sets write in place of answers: usual words, and what stands in each of many rows."""
+        cells, words = Counter(), Counter()
+        for cell, choices in cells_and_choices:
+            if cell.casefold() in PLACEHOLDERS and cell not in choices:
+                words[cell] += 1
+            elif cell.casefold() not in UNKNOWN:
+                cells[cell] += 1
+        if answer_format is None and len(cells) == 1 and cells.total() >= _CONSTANT:
+            self.constant = next(iter(cells))
+            words |= cells
+        if words:
+            shown = ", ".join(repr(cell) for cell in [*words][:5])
+            said = f"{words.total():,} rows have {shown:.100} for an answer, which counts as none"
+            said += f"; answer_format reads {self.constant!r}" if self.constant is not None else ""
+            self.notes.append(safe(f"{self.source.name}: {said}"))
+
+    def _is_none(self, cell: str) -> bool:
+        """Whether a cell stands for no answer."""
+        words = (*UNKNOWN, *PLACEHOLDERS) if self.answers == "optional" else UNKNOWN
+        return cell.casefold() in words or cell == self.constant
+
+    def _find_format(self, known: Callable[[], Iterator[tuple[str, list[str]]]]) -> str:
+        trained = self.trained and self.trained.answer_format
+        if trained and all(read_answer(cell, choices, trained) is not None for cell, choices in known()):
+            return trained
+        try:
+            return infer_format(known())
+        except InputError:
+            if trained is None:
+                raise
+            return trained
 
     def answer(
         self,
@@ -353,17 +466,17 @@ class RowReader:
         choices: Sequence[str],
         row_id: str,
         number: int,
-        answers: str,
         targets: Sequence[float] | None = None,
     ) -> int | None:
-        """The index of the right choice; in a row without one, of the largest target. `answers` is "required" or
-        "optional"."""
+        """The index of the right choice; in a row without one, of the largest target."""
         if len(choices) < 2:  # said already
             return None
         if targets and cell.casefold() in UNKNOWN:
             return targets.index(max(targets))
+        if cell and cell == self.constant:
+            return None
         index = read_answer(cell, choices, self.columns.answer_format or "letter")
-        if index is None and not (answers == "optional" and cell.casefold() in UNKNOWN):
+        if index is None and not (self.answers == "optional" and self._is_none(cell)):
             self.problems.add("bad_answer" if cell else "no_answer", row_id, number, repr(cell)[:60] if cell else "")
         elif index is not None and not choices[index]:
             self.problems.add("bad_answer", row_id, number, f"{cell!r}, which is empty")
@@ -451,7 +564,7 @@ class RowReader:
     def _pictures(self, row: dict, folder: str | None, row_id: str, number: int) -> list[dict]:
         """{bytes, path} of every picture that the row names; a path that leads out of the root is a problem."""
         images, num_named = [], 0
-        for cell in itertools.chain.from_iterable(_as_list(row[name], or_one=True) for name in self._paths):
+        for cell in itertools.chain.from_iterable(self._named(row, name, row_id) for name in self._paths):
             text = self._value(cell)
             if not text:
                 continue
@@ -472,6 +585,13 @@ class RowReader:
         if not num_named and self._paths:
             self.problems.add("no_picture", row_id, number)
         return images
+
+    def _named(self, row: dict, name: str, row_id: str) -> list:
+        """The paths in a column, or the one that a template gives."""
+        parts = fields_of(name, self.columns.id)
+        if not parts:
+            return _as_list(row[name], or_one=True)
+        return [fill(name, {part: self._value(row.get(part)) for part in parts} | {"id": row_id})]
 
     def root_of(self, folder: str | None) -> Path:
         if self.root is not None and not os.path.isdir(self.root):

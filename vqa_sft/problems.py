@@ -26,6 +26,9 @@ KINDS = {
     "duplicate_id": Kind("error", "duplicate id", "Give every row its own id."),
     "empty_question": Kind("error", "the question is empty", "Write the question or remove the row."),
     "bad_choices": Kind("error", "the choices are no list", "Write them as a JSON list or in columns a, b, c, ..."),
+    "no_choices_in_question": Kind(
+        "error", "no choices are written in the question", "Write them as lines `A. ...`, `B. ...`, or remove the row."
+    ),
     "few_choices": Kind("error", "fewer than two choices", "Give the row two choices or remove it."),
     "many_choices": Kind("error", "more than 26 choices", "A row can have 26, one a letter."),
     "more_choices": Kind("error", "more choices than the rows before", "Set max_choices, or do not stream."),
@@ -42,7 +45,12 @@ KINDS = {
     "control_token": Kind("error", "a text holds a control token of the model", "Take it out."),
     # Its pictures
     "picture_address": Kind("error", "the picture is an address on the web", "Download it; nothing is fetched."),
-    "path_outside": Kind("error", "the picture lies outside the picture folder", "Set image_root to allow another."),
+    "path_outside": Kind(
+        "error",
+        "the image lies outside the image folder",
+        "Paths are relative to image_root (by default the folder of the file) and stay in it: set it to a folder that "
+        "holds them all, and take `..` out of the paths.",
+    ),
     "missing_picture": Kind("error", "the picture is missing", "Check the path; it is relative to image_root."),
     "unreadable_picture": Kind("error", "the picture file cannot be opened", "Check its permissions and the disk."),
     "empty_picture": Kind("error", "the picture file is empty", "Copy or download it again."),
@@ -65,6 +73,19 @@ KINDS = {
     "in_training": Kind("warning", "the picture also stands in the training set", "Its score will be too good."),
     "near_training": Kind("warning", "nearly the same picture stands in the training set", "Look at the pair."),
 }
+
+
+# Where the rows are trained on, and where they are predicted.
+TRAINING_HINT = (
+    "`on_bad_row: skip` trains without such rows; `vqa-sft check ... --fix FILE` writes a copy without them."
+)
+PREDICTION_HINT = "`--on_bad_row guess` answers such rows all the same, and marks them."
+IDS = ("empty_id", "duplicate_id")  # by which rows are told apart in folds, submissions, ensembles
+# Errors with which a row of a test set can be answered all the same.
+IMAGES = ("picture_address", "path_outside", "missing_picture", "unreadable_picture", "empty_picture", "not_a_picture")
+IMAGES += ("truncated_picture", "broken_picture", "large_file", "picture_bomb", "long_picture")
+GUESSED = ("empty_question", "bad_choices", "no_choices_in_question", "few_choices", "same_choices", *IMAGES)
+ANSWERABLE = (*GUESSED, "bad_answer", "bad_text")  # the last two are no guess: nothing is missing from the prompt
 
 
 class Problems:
@@ -104,10 +125,19 @@ class Problems:
         """(label, number) of the rows with one kind of problem, in the order in which they were found."""
         return self._found.get(key, [])
 
-    def raise_if_any(self, source: str) -> None:
-        """Raises InputError with every error, five rows of each kind; warnings do not raise."""
+    def raise_if_any(self, source: str, on_bad_row: str = "error", hint: str = TRAINING_HINT) -> None:
+        """Raises InputError with every error, five rows of each kind; warnings do not raise.
+
+        With `on_bad_row` "skip" only errors of ids do, with "guess" all but those of ANSWERABLE. `hint` names what helps.
+        """
         errors = self.errors()
+        if on_bad_row == "skip":
+            errors = [error for error in errors if error[0] in IDS]
+        if on_bad_row == "guess":
+            errors = [error for error in errors if error[0] not in ANSWERABLE]
         if not errors:
             return
         lines = [f"{kind.what}: {name_rows(labels, self.total)}. {kind.mend}" for _, kind, labels in errors]
+        if hint != PREDICTION_HINT or any(key in ANSWERABLE for key, _, _ in errors):
+            lines.append(hint)
         raise InputError("\n  ".join([f"{source} has rows that cannot be used:", *lines]))

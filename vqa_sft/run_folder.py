@@ -34,6 +34,7 @@ _FREE = {
     "output_dir", "overwrite", "push_to_hub", "hub_model_id", "hub_private_repo", "report_to", "logging_steps",
     "dataloader_num_workers", "disable_tqdm", "run_name", "check_images",
     "auto_batch", "gradient_checkpointing", "activation_checkpointing", "per_device_eval_batch_size",
+    "on_bad_row", "on_bad_image",  # the latter of runs before 0.1.0; rows.csv keeps what was left out
     "fast", "compile_layers", "activation_memory_budget", "cache_image_features", "time_budget_h",
 }  # fmt: skip
 _MICRO_BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}

@@ -100,7 +100,7 @@ def load(
     compilation pays, where `compile_layers` does not. Raises InputError.
     """
     first, prompts = folders[0], Prompts(**run["prompts"])
-    num_letters = run["num_letters"] or most_choices
+    num_letters = max(run["num_letters"] or 0, most_choices)
     recipe = Recipe(run["recipe"], arguments=None)
     model_args, trust = recipe.model_args(), {"trust_remote_code": bool(run["recipe"].get("trust_remote_code"))}
     source = model_args.model_name_or_path if first == BASE else first

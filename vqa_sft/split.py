@@ -4,7 +4,7 @@ No torch. One part a row, in the order of the data:
 
     part,id
     train,t_1
-    left_out,t_2          its picture could not be used, and the recipe said `on_bad_image: skip`
+    left_out,t_2          it could not be used, and the recipe said `on_bad_row: skip`
     validation,t_3
 """
 
@@ -28,12 +28,12 @@ ROWS = "rows.csv"
 
 
 def choose_parts(
-    loaded: Sequence[Loaded], *, check_images: bool = True, on_bad_image: str = "error", **how: Any
+    loaded: Sequence[Loaded], *, check_images: bool = True, on_bad_row: str = "error", **how: Any
 ) -> list[list[str] | None]:
     """The part of every row of the training data and, as a second list, of the validation data if there are any.
 
-    Every picture is decoded once. Rows whose pictures cannot be used raise InputError, all at once, or are left out
-    with `on_bad_image` "skip". `how` goes to `held_out`. A stream has no parts.
+    Every picture is decoded once. Rows that cannot be used raise InputError, all at once, or are left out with
+    `on_bad_row` "skip". `how` goes to `held_out`. A stream has no parts.
     """
     parts: list[list[str] | None] = []
     for data in loaded:
@@ -41,7 +41,7 @@ def choose_parts(
             parts.append(None)
             continue
         scan = scan_pictures(data.examples) if check_images else None
-        bad = _bad_rows(data, scan, on_bad_image) if scan is not None else set()
+        bad = _bad_rows(data, scan, on_bad_row) if scan is not None else set()
         validates = held_out(data, scan, **how) if data is loaded[0] else [True] * len(data.examples)
         parts.append([VALIDATION if yes else TRAIN for yes in validates])
         parts[-1] = [LEFT_OUT if row in bad else part for row, part in enumerate(parts[-1])]
@@ -54,17 +54,17 @@ def choose_parts(
     return parts
 
 
-def _bad_rows(data: Loaded, scan: Scan, on_bad_image: str) -> set[int]:
+def _bad_rows(data: Loaded, scan: Scan, on_bad_row: str) -> set[int]:
     scan.add_problems(data.problems, data.examples["id"], data.numbers)
-    if on_bad_image == "error":
-        data.problems.raise_if_any(data.name)
-    bad = {row for row in range(len(data.examples)) if scan.bad(row)}
+    data.problems.raise_if_any(data.name, on_bad_row)
+    numbers = {*data.problems.bad_rows()}
+    bad = {row for row, number in enumerate(data.numbers) if number in numbers}
     if bad:
-        print(f"{data.name}: left out because their pictures cannot be used:")
+        print(f"{data.name}: left out because they cannot be used:")
         for _, kind, labels in data.problems.errors():
             print(f"  {kind.what}: {name_rows(labels, data.problems.total)}")
     if len(bad) == len(data.examples):
-        raise InputError(f"no row of {data.name} has a picture that can be used.")
+        raise InputError(f"no row of {data.name} can be used.")
     return bad
 
 
