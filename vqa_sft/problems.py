@@ -128,7 +128,7 @@ class Problems:
     def raise_if_any(self, source: str, on_bad_row: str = "error", hint: str = TRAINING_HINT) -> None:
         """Raises InputError with every error, five rows of each kind; warnings do not raise.
 
-        With `on_bad_row` "skip" only errors of ids do, with "guess" all but those of ANSWERABLE. `hint` names what helps.
+        With `on_bad_row` "skip" only errors of ids do, with "guess" all but those of ANSWERABLE. `hint`: what helps.
         """
         errors = self.errors()
         if on_bad_row == "skip":
