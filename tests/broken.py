@@ -321,9 +321,9 @@ FILES = {
     "folder_without_dataset": Broken(directory("data"), "neither a file, nor a folder"),
     "binary_named_csv": Broken(file("data.csv", picture()), "data.csv"),
     "another_encoding": Broken(
-        file("data.csv", CSV.replace("animal", "animál").encode("latin-1")), "is not UTF-8 or CP949 text"
+        file("data.csv", CSV.replace("animal", "animál").encode("latin-1")), "is not UTF-8 text"
     ),
-    "cp949_cut_off": Broken(file("data.csv", KOREAN.encode("cp949") + b"\xb0"), "is not UTF-8 or CP949 text"),
+    "cp949_cut_off": Broken(file("data.csv", KOREAN.encode("cp949") + b"\xb0"), "is not UTF-8 text"),
     "utf16_damaged": Broken(
         file("data.csv", codecs.BOM_UTF16_LE + CSV.encode("utf-16-le") + b"\0\xd8a\0"), "is not UTF-16 text"
     ),

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import time
 import tracemalloc
 
@@ -11,7 +12,7 @@ from PIL import Image
 from vqa_sft import sources
 from vqa_sft.errors import InputError
 from vqa_sft.images import open_image
-from vqa_sft.sources import open_source
+from vqa_sft.sources import find_encoding, open_source
 
 HEADER = "id,question,a,b\n"
 KOREAN = "번호,질문\n1,사진 속 고양이는 무슨 색인가요?\n"
@@ -184,25 +185,96 @@ def test_the_first_bytes_that_are_no_text_are_named(tmp_path, monkeypatch):
     content = KOREAN.encode() + b"2,\xff\n"
     place = content.index(b"\xff")
     message = error_of(write(tmp_path / "x.csv", content))
-    assert f"not UTF-8 or CP949 text (byte {place})" in message and "`encoding`" in message
+    assert f"not UTF-8 text (byte {place}): the file is damaged there" in message and "`encoding`" in message
     assert "not UTF-16 text" in error_of(write(tmp_path / "x.csv", "id\n1\n".encode("utf-16")[:-1]))
 
 
-@pytest.mark.parametrize(
-    ("encoding", "text"),
-    [
-        ("shift_jis", "ねこはどんないろですか"),
-        ("gb18030", "这张图片里有多少只猫在桌子上面睡觉"),
-        ("latin-1", "Ärger, 5°C"),
-        ("latin-1", "José Müller"),
-        ("cp1251", "Сколько кошек на картинке"),
-    ],
-)
-def test_other_encodings_are_not_taken_for_korean_but_can_be_named(tmp_path, encoding, text):
-    path = write(tmp_path / "x.csv", f'id,a\n1,"{text}"\n'.encode(encoding))
-    assert "not UTF-8 or CP949" in error_of(path)
-    source = open_source(path, encoding=encoding)
-    assert next(source.rows())[1]["a"] == text and source.notes == []
+# Short and long texts of ten languages; the long ones of Korean, Chinese and Japanese are sure.
+TEXTS = {
+    "ko": (
+        "고양이",
+        "사진 속 고양이는 무슨 색인가요? 빨강, 노랑, 파랑, 초록. 탁자 위에 컵이 몇 개 있습니까? 왼쪽에 있는 표지판에는 "
+        "무엇이라고 쓰여 있습니까? 다음 중 그래프에서 가장 높은 값을 가진 해는 언제인가?",
+    ),
+    "zh": (
+        "红黄蓝绿",
+        "这张图片里有多少只猫在桌子上面睡觉？左边的牌子上写着什么？下面哪一个是图中最高的建筑物？红色，黄色，蓝色，绿色。"
+        "请问照片里的人正在做什么运动？他们穿的衣服是什么颜色的？河边停着几辆自行车？",
+    ),
+    "zh_tw": (
+        "紅黃藍綠",
+        "這張圖片裡有多少隻貓在桌子上面睡覺？左邊的牌子上寫著什麼？下面哪一個是圖中最高的建築物？紅色，黃色，藍色，綠色。"
+        "請問照片裡的人正在做什麼運動？他們穿的衣服是什麼顏色的？河邊停著幾輛自行車？",
+    ),
+    "ja": (
+        "赤青",
+        "ねこはどんないろですか。この写真には何匹の犬が写っていますか。テーブルの上にあるカップの数を答えてください。"
+        "左側の看板には何と書かれていますか。次のうち、グラフで最も高い値を示す年はどれですか。",
+    ),
+    "de": (
+        "Ärger, 5°C",
+        "Wie viele Bücher stehen über der Tür? Größer, kürzer, schöner, süßer. Übung für die Schüler. " * 9,
+    ),
+    "fr": ("José", "Où est le garçon à côté de la fenêtre ? Il a été déjà là, près de l'hôtel où l'on mange. " * 9),
+    "pl": ("Łódź", "Ile kotów śpi na żółtej kanapie? Książka leży pod łóżkiem, a źrebię stoi obok gęsi. " * 9),
+    "ru": ("кот", "Сколько кошек на картинке? Какого цвета машина слева от дома? Красная, жёлтая или синяя. " * 9),
+    "el": ("γάτα", "Πόσες γάτες υπάρχουν στην εικόνα; Τι χρώμα έχει το αυτοκίνητο δίπλα στο σπίτι; " * 9),
+    "th": ("แมว", "มีแมวกี่ตัวในภาพนี้ รถที่อยู่ข้างบ้านสีอะไร ผู้ชายคนนี้กำลังทำอะไรอยู่ " * 9),
+}
+WRITTEN = [
+    *(("ko", "cp949"), ("zh", "gb18030"), ("zh_tw", "cp950"), ("zh_tw", "gb18030"), ("ja", "cp932"), ("ja", "euc_jp")),
+    *(("de", "cp1252"), ("de", "mac_roman"), ("de", "cp850"), ("fr", "latin-1"), ("pl", "cp1250"), ("pl", "iso8859_2")),
+    *(("ru", "cp1251"), ("ru", "koi8_r"), ("ru", "cp866"), ("el", "cp1253"), ("th", "cp874")),
+]
+
+
+@pytest.mark.parametrize(("language", "encoding"), WRITTEN)
+@pytest.mark.parametrize("length", ["short", "long", "one row in a hundred thousand"])
+def test_an_encoding_is_found_or_asked_for_and_never_mistaken(tmp_path, language, encoding, length):
+    text = TEXTS[language][length != "short"]
+    rows = ["ascii, only"] * (100_000 if "thousand" in length else 0) + [text]
+    path = write(tmp_path / "x.csv", ("id,a\n" + "".join(f'1,"{row}"\n' for row in rows)).encode(encoding))
+    assert [row["a"] for row in rows_of(path, encoding=encoding)] == rows
+    if length != "short" and language in ("ko", "zh", "zh_tw", "ja"):
+        source = open_source(path)
+        assert [row["a"] for _, row in source.rows()] == rows and source.notes == [f"{path}: {encoding.upper()} text"]
+    else:
+        message = error_of(path)
+        assert "what it is instead is not sure. Set `encoding` to the one that reads right: " in message
+        readings = dict(re.findall(r"(\S+) reads '([^']*)", message))
+        # Named, unless too short a word reads well in many encodings.
+        word = next(word for word in text.split() if not word.isascii())[:8]
+        assert word in readings.get(encoding, "") or word in " ".join(readings.values()) or length == "short"
+    write(tmp_path / "x.csv", text)
+    assert find_encoding(tmp_path / "x.csv") == "utf-8"
+
+
+def test_candidates_are_named_with_what_they_read(tmp_path):
+    message = error_of(write(tmp_path / "x.csv", "id,a\n1,红\n2,绿\n".encode("gbk")))
+    assert "gb18030 reads '1,红'" in message and "cp949 reads '1,븐'" in message
+    message = error_of(write(tmp_path / "x.csv", "id,a\n1,José Müller\n".encode("latin-1")))
+    assert message.endswith("to the one that reads right: cp1252 reads '1,José Müller'. Or save it as UTF-8.")
+
+
+def test_a_few_korean_syllables_are_enough_and_chinese_after_them_is_not_korean(tmp_path):
+    korean = "id,a\n1,이 동물은 무엇인가요?\n".encode("cp949")
+    assert rows_of(write(tmp_path / "x.csv", korean))[0]["a"] == "이 동물은 무엇인가요?"
+    both = korean + f"2,{TEXTS['zh'][1]}\n".encode("gbk")
+    assert "is not sure" in error_of(write(tmp_path / "x.csv", both))
+    # After more than a part of the file, and more letters than anyone would look at.
+    both = f"id,a\n1,{TEXTS['ko'][1]}\n".encode("cp949") * 5_000 + f"2,{TEXTS['zh'][1]}\n".encode("gbk") * 5_000
+    assert "is not sure" in error_of(write(tmp_path / "x.csv", both))
+
+
+def test_the_encoding_of_a_large_file_is_found_without_holding_it(tmp_path):
+    for text in (TEXTS["ko"][1].encode("cp949"), TEXTS["zh"][1].encode("gbk")):
+        path = write(tmp_path / "x.csv", b"id,a\n" + b"1,ascii\n" * 400_000 + (b"2," + text + b"\n") * 20_000)
+        assert os.path.getsize(path) > 6e6
+        tracemalloc.start()
+        find_encoding(tmp_path / "x.csv")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 16e6  # two parts as bytes and as text
 
 
 def test_a_wrong_encoding_is_an_error(tmp_path):

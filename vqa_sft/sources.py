@@ -5,6 +5,7 @@ files are read as streams, whatever their size; Parquet and Hub datasets are hel
 """
 
 import codecs
+import contextlib
 import csv
 import glob
 import io
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TextIO
 
+import charset_normalizer
 import datasets
 import pyarrow as pa
 import pyarrow.parquet
@@ -322,10 +324,28 @@ def _refuse_constant(name: str) -> None:
 
 # --- Encodings --------------------------------------------------------------------------------------------------------
 
+# What a text may be that is neither UTF-8 nor surely Korean. Of several that read it alike the first is named.
+ENCODINGS = (
+    *("cp949", "gb18030", "cp950", "cp932", "euc_jp", "cp1252", "cp1250", "cp1251", "cp1253", "cp1254", "cp1255"),
+    *("cp1256", "cp1257", "cp1258", "cp874", "koi8_r", "iso8859_2", "iso8859_5", "cp866", "cp850", "mac_roman"),
+)
+# Those of which charset-normalizer can be believed where it is sure. The alphabets of one byte a letter differ in few
+# letters (a Polish text reads well as Turkish), so that they are always asked for.
+_BELIEVED = ("gb18030", "cp950", "cp932", "euc_jp")
+_MIN_KINDS = 50  # different letters in a text that charset-normalizer is believed of
+# Common syllables of Korean: about 0.7 of those of any text, and under 0.2 of what other encodings read as in CP949.
+_COMMON_SYLLABLES = frozenset(
+    "이다는의에을가고기지하은로서한를시도사자리어정인대나해아그라과수보주부들있전장일제것구동으성상원신만조마여유우게스비안니선면연물거오중소경미"
+    "무영공적발세모생화양진학용방개위년문분교계관러실음내국요없말때당행까터두너람와반색슨엇몇명왼쪽른강산차집호저회재입단간트달본외심민김박남북운"
+    "건노빨파란초록검흰갈큰작더많높낮길알답각식품목습합할션않옵값함드력름치형되데버업바프표설출령크패변된야블번디료환열키테렉메필십했려"
+)
+_SAMPLE = 2**16  # bytes that are shown to charset-normalizer
+
 
 def find_encoding(path: Path, encoding: str | None = None) -> str:
-    """The encoding in which the whole file is text: the given one, else UTF-8, UTF-16 or the CP949 of Korean
-    spreadsheets. Raises InputError when there is none, or when the text holds a null byte."""
+    """The encoding in which the whole file is text: the given one, else UTF-8, UTF-16, or what it surely is in another
+    encoding of Korean, Chinese or Japanese. Raises InputError where that is not sure, with what it may be, and for a
+    text that holds a null byte."""
     if encoding is not None:
         with explains((LookupError, ValueError), f"encoding {encoding!r} is not known"):
             io.TextIOWrapper(io.BytesIO(), encoding=encoding)
@@ -336,25 +356,42 @@ def find_encoding(path: Path, encoding: str | None = None) -> str:
             )
         return encoding
     with path.open("rb") as file:
-        candidates = _candidates(file.read(2**16))
-    offsets = []
-    for candidate in candidates:
-        offsets.append(_first_undecodable(path, candidate))
-        if offsets[-1] is None and (candidate != "cp949" or _is_korean(path)):
-            return candidate
-    tried = " or ".join(candidate.upper() for candidate in candidates)
-    raise InputError(f"{path} is not {tried} text (byte {offsets[0]:,}). Save it as UTF-8, or set `encoding`.")
+        expected, is_marked = _find_unicode(file.read(2**16))
+    offset = _first_undecodable(path, expected)
+    if offset is None:
+        return expected
+    problem = f"{path} is not {expected.upper()} text (byte {offset:,})"
+    lines = [] if is_marked else _sample_lines(path)
+    sample = b"\n".join(lines)
+    damaged = sample.decode("utf-8", "replace")
+    if is_marked or 2 * damaged.count("\ufffd") < sum(char > "\x7f" for char in damaged):  # mostly UTF-8
+        raise InputError(f"{problem}: the file is damaged there. Save it as UTF-8, or set `encoding`.")
+    if _first_undecodable(path, "cp949") is None and _is_korean(_count_letters(path)):
+        return "cp949"
+    candidates, sure = _rank_encodings(sample)
+    # Files in two encodings that were put together are neither.
+    some_korean = any(_is_korean(Counter(line.decode("cp949", "ignore"))) for line in lines)
+    if sure is not None and not some_korean and _first_undecodable(path, sure) is None:
+        return sure
+    readings: dict[str, str] = {}
+    for candidate in [*candidates[:4], "cp949", *_BELIEVED, "cp1252"]:  # the commonest in any case
+        with contextlib.suppress(UnicodeDecodeError):
+            readings.setdefault(sample.decode(candidate), candidate)
+    shown = "; ".join(f"{name} reads {_show_letters(text)!r}" for text, name in readings.items())
+    hint = f" to the one that reads right: {shown}. Or save it as UTF-8." if shown else ", or save it as UTF-8."
+    raise InputError(f"{problem}, and what it is instead is not sure. Set `encoding`{hint}")
 
 
-def _candidates(head: bytes) -> list[str]:
+def _find_unicode(head: bytes) -> tuple[str, bool]:
+    """UTF-8, or the UTF-16 that a file begins as; and whether it is certain to be that."""
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return ["utf-16"]
+        return "utf-16", True
     # Without a mark: a line break and some ASCII, which without their null bytes no other encoding reads as such.
     for encoding in ("utf-16-le", "utf-16-be"):
         text = head.decode(encoding, "ignore")
         if re.search("[\r\n]", text) and len(re.findall("[ -~]", text)) > len(text) / 20:
-            return [encoding]
-    return ["utf-8"] if head.startswith(codecs.BOM_UTF8) else ["utf-8", "cp949"]
+            return encoding, True
+    return "utf-8", head.startswith(codecs.BOM_UTF8)
 
 
 def _first_undecodable(path: Path, encoding: str) -> int | None:
@@ -379,15 +416,71 @@ def _first_undecodable(path: Path, encoding: str) -> int | None:
     return None
 
 
-def _is_korean(path: Path) -> bool:
-    """Whether a file that can be decoded as CP949 is Korean. Other encodings often decode as rare syllables and Chinese
-    characters; Korean consists of the 2,350 common syllables, which have a block of their own."""
+def _count_letters(path: Path) -> Counter[str]:
+    """How often each character of a CP949 file comes, but for ASCII."""
+    counts: Counter[str] = Counter()
     with path.open(encoding="cp949", newline="") as file:
-        chunks = iter(partial(file.read, 10_000), "")
-        letters = itertools.chain.from_iterable(re.findall("[\u3400-\ud7a3]", chunk) for chunk in chunks)
-        codes = [letter.encode("cp949") for letter in itertools.islice(letters, 1_000)]
-    common = sum(0xB0 <= first <= 0xC8 and second >= 0xA1 for first, second in codes)
-    return common >= 0.8 * len(codes)
+        for text in iter(partial(file.read, 2**16), ""):
+            counts.update(re.findall("[^\0-\x7f]", text))
+    return counts
+
+
+def _is_korean(counts: Counter[str]) -> bool:
+    """Whether what could be decoded as CP949 is Korean: made of the 2,350 syllables that have a block of their own,
+    many of them common ones. Others decode as rare syllables, Chinese characters and signs."""
+    letters = {letter: count for letter, count in counts.items() if "\u3400" <= letter <= "\ud7a3"}
+    in_block = sum(count for letter, count in letters.items() if _is_in_block(letter.encode("cp949")))
+    common = [counts[letter] for letter in _COMMON_SYLLABLES & counts.keys()]
+    num_letters = sum(count for letter, count in counts.items() if letter > "\x7f")
+    return in_block >= 0.95 * sum(letters.values()) and len(common) >= 6 and sum(common) >= 0.4 * num_letters
+
+
+def _is_in_block(code: bytes) -> bool:
+    return 0xB0 <= code[0] <= 0xC8 and code[1] >= 0xA1
+
+
+def _sample_lines(path: Path) -> list[bytes]:
+    """Lines of all parts of the file that are not ASCII, each once, cut where they are long."""
+    room = max(1_000, _SAMPLE * _CHUNK // path.stat().st_size)  # of each part
+    sample: dict[bytes, None] = {}
+    with path.open("rb") as file:
+        for i, chunk in enumerate(iter(partial(file.read, _CHUNK), b"")):
+            lines = re.split(b"[\r\n]+", chunk)
+            # A line that two parts share is cut anywhere.
+            lines = lines[int(i > 0) : len(lines) - int(len(lines) > 1 and len(chunk) == _CHUNK)]
+            held = 0
+            for line in lines:
+                if not line.isascii() and held < room:
+                    sample[_cut(line)] = None
+                    held += min(len(line), 2_000)
+    return list(sample)
+
+
+def _show_letters(text: str) -> str:
+    """The first characters that are not ASCII, with what stands around them."""
+    start = re.search("[^\0-\x7f]", text).start()
+    return text[max(0, start - 10) :].splitlines()[0][:30].strip() if start < 10 else text[start - 10 : start + 20]
+
+
+def _cut(line: bytes) -> bytes:
+    """A line of at most 2,000 bytes; of a longer one those from the first that is not ASCII, cut where no letter is."""
+    if len(line) <= 2_000:
+        return line
+    start = re.search(rb"[\x80-\xff]", line).start()
+    piece = line[start : start + 2_000]
+    return piece[: max(map(piece.rfind, (b" ", b",", b'"')))] if len(piece) == 2_000 else piece
+
+
+def _rank_encodings(sample: bytes) -> tuple[list[str], str | None]:
+    """What charset-normalizer finds that the text may be, likeliest first; and what it surely is, if anything."""
+    found = list(charset_normalizer.from_bytes(sample, steps=20, cp_isolation=list(ENCODINGS)))
+    candidates = []
+    for match in found:
+        candidates += sorted({*match.could_be_from_charset} & {*ENCODINGS}, key=ENCODINGS.index)
+    if not found or found[0].encoding not in _BELIEVED or len({*str(found[0])} - {*map(chr, range(128))}) < _MIN_KINDS:
+        return candidates, None
+    is_sure = found[0].chaos < 0.02 and all(match.chaos >= found[0].chaos + 0.1 for match in found[1:])
+    return candidates, found[0].encoding if is_sure else None
 
 
 # --- Arrow ------------------------------------------------------------------------------------------------------------
