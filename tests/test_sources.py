@@ -12,7 +12,7 @@ from PIL import Image
 from vqa_sft import sources
 from vqa_sft.errors import InputError
 from vqa_sft.images import open_image
-from vqa_sft.sources import find_encoding, open_source
+from vqa_sft.sources import find_encoding, find_files, open_source
 
 HEADER = "id,question,a,b\n"
 KOREAN = "번호,질문\n1,사진 속 고양이는 무슨 색인가요?\n"
@@ -315,7 +315,7 @@ def test_all_lines_that_are_no_objects_are_named(tmp_path):
     ):
         assert part in message
     write(tmp_path / "x.jsonl", "[" * 100_000 + "\n")
-    assert "on line 1 (nested too deeply)" in error_of(path)
+    assert "nested too deeply" in error_of(path)
     write(tmp_path / "x.jsonl", '{"id": ' + "9" * 5_000 + "}\n")
     assert "on line 1 (Exceeds the limit" in error_of(path)
 
@@ -328,11 +328,84 @@ def test_a_json_list_that_cannot_be_read_says_why(tmp_path, monkeypatch):
         ("[" * 100_000, "nested too deeply"),
         ("[]", "has no rows"),
         ("{}", "has no rows"),
-        ('{\n"id": 1\n}', "no JSON objects: rows on line 1"),
+        ('{\n"id" 1\n}', "cannot be read as JSON: Expecting ':'"),
     ):
         assert part in error_of(write(tmp_path / "x.json", text))
     monkeypatch.setattr(sources, "MAX_JSON_LIST", 10)
     assert "Write it as JSONL" in error_of(write(tmp_path / "x.json", json.dumps([{"id": 1}] * 10)))
+
+
+def test_rows_under_their_ids_under_a_key_or_alone_are_found_and_said(tmp_path):
+    rows = [{"question": f"Which, {i}?", "choices": ["x", "y"], "answer": i % 2} for i in range(3)]
+    keyed = {f"k{i}": row for i, row in enumerate(rows)}
+    with_keys = [row | {"id": key} for key, row in keyed.items()]
+    own = {str(i): row | {"qid": f"q{i}"} for i, row in enumerate(rows)}
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    under_key = "one JSON object with a row under each key"
+    for value, expected, note in (
+        (keyed, with_keys, f"{under_key}, which is its id"),
+        (own, list(own.values()), f"{under_key}, which is not its 'qid': ids are the latter"),
+        ({row["qid"]: row for row in own.values()}, list(own.values()), under_key),
+        (
+            {"a": rows[0], "b": rows[1] | {"id": "x"}},
+            [rows[0] | {"id": "a"}, rows[1] | {"id": "b"}],
+            f"{under_key}, which is its id, as not every row has a 'id' of its own",
+        ),
+        ({"version": 1, "questions": rows}, rows, "rows are those under 'questions', without 'version'"),
+        ({"info": {"by": "us"}, "data": rows, "tags": ["x"], "errors": []}, rows, None),
+        ({"annotations": keyed}, with_keys, f"rows are those under 'annotations'; {under_key}, which is its id"),
+        ({"data": own, "size": 3}, list(own.values()), None),
+        (rows[0], rows[:1], "one JSON object, read as one row"),
+        (rows[0] | {"options": [{"label": "A", "text": "x"}]}, None, "one JSON object, read as one row"),
+        (columns, rows, "one JSON object of columns"),
+        ({name: dict(enumerate(cells)) for name, cells in columns.items()}, rows, "one JSON object of columns"),
+    ):
+        path = write(tmp_path / "x.json", json.dumps(value, indent=1))
+        source = open_source(path)
+        expected = [value] if expected is None else expected
+        names = list(dict.fromkeys(name for row in expected for name in row))
+        assert sorted(source.columns) == sorted(names)
+        assert [row for _, row in source.rows()] == [dict.fromkeys(names) | row for row in expected]
+        assert note is None or source.notes == [f"{path}: {note}"]
+        # The same in one line, and in a file that is said to hold lines.
+        assert list(open_source(write(tmp_path / "x.json", json.dumps(value))).rows()) == list(source.rows())
+        write(tmp_path / "x.jsonl", json.dumps(value, indent=1))
+        assert list(open_source(str(tmp_path / "x.jsonl")).rows()) == list(source.rows())
+
+
+def test_lists_and_lines_are_told_apart_whatever_the_suffix(tmp_path):
+    rows = [{"id": 1, "a": "x"}, {"id": 2, "a": "y"}]
+    lines, as_list = "\n".join(map(json.dumps, rows)), json.dumps(rows)
+    for name, text, note in (
+        ("x.json", f"\n{lines}\n", "one JSON object a line"),
+        ("x.json", as_list, None),
+        ("x.jsonl", as_list, "one JSON list"),
+        ("x.ndjson", json.dumps(rows, indent=2), "one JSON list"),
+        ("x.ndjson", lines, None),
+        ("x.jsonl", f"[{json.dumps(rows[0])},\n{json.dumps(rows[1])}]", "one JSON list"),
+    ):
+        path = write(tmp_path / name, text)
+        source = open_source(path)
+        assert [row for _, row in source.rows()] == rows
+        assert source.notes == ([f"{path}: {note}"] if note else [])
+    # One line alone is a row where lines are promised, whatever its keys.
+    odd = {"text": "Which?", "votes": [{"by": "me"}]}
+    path = write(tmp_path / "x.jsonl", json.dumps(odd))
+    assert rows_of(path) == [odd] and open_source(path).notes == []
+    # A damaged first line is one row of several.
+    assert "row on line 1 (Expecting" in error_of(write(tmp_path / "x.jsonl", '{"id": }\n{"id": 2}\n'))
+
+
+def test_objects_that_hold_rows_in_several_places_are_refused_with_their_names(tmp_path):
+    rows = [{"question": "Which?"}]
+    for value, part in (
+        ({"train": rows, "test": rows}, "under each of 'train', 'test'"),
+        ({"images": [{"id": 1}], "annotations": rows, "info": {}}, "under each of 'images', 'annotations'"),
+        ({"train": {"1": rows[0]}, "test": {"2": rows[0]}}, "under each of 'train', 'test'"),
+        ({"prompt": "Answer.", "data": rows}, "may be one row, or hold its rows under 'data'"),
+        ({"1": rows[0], "2": rows[0], "3": None}, "row under '3' (NoneType)"),
+    ):
+        assert part in error_of(write(tmp_path / "x.json", json.dumps(value)))
 
 
 # --- Several files
@@ -514,9 +587,52 @@ def test_missing_configs_and_splits_show_what_there_is(hub, tmp_path):
     assert rows_of(str(tmp_path / "saved"), split="test+dev") == [{"id": "test"}, {"id": "dev"}]
 
 
-def test_a_folder_of_csv_files_is_read_with_a_note_that_types_are_guessed(tmp_path):
+def test_csv_files_of_a_hub_dataset_are_read_with_a_note_that_types_are_guessed(tmp_path):
     (tmp_path / "set").mkdir()
     write(tmp_path / "set" / "train.csv", "id,a\n007,NA\n")
+    write(tmp_path / "set" / "README.md", "---\nlicense: mit\n---\n")
     source = open_source(str(tmp_path / "set"))
     assert next(source.rows())[1] == {"id": 7, "a": None}
     assert "guesses the types" in source.notes[0]
+
+
+# --- What people give in place of a file
+
+
+def test_the_one_file_of_data_in_a_folder_is_read_and_several_are_named(tmp_path):
+    folder = tmp_path / "set"
+    (folder / "images").mkdir(parents=True)
+    write(folder / "README.md", "# My data\n")
+    path = write(folder / "rows.ndjson", '{"id": "007"}\n{"id": "008"}\n')
+    source = open_source(str(folder))
+    assert list(source.rows()) == [(str(folder), {"id": "007"}), (str(folder), {"id": "008"})]
+    assert source.notes == [f"{folder}: the one file of data in it is rows.ndjson"]
+    assert find_files([str(folder)]) == [folder / "rows.ndjson"]
+    write(folder / "test.csv", HEADER)
+    assert "a folder with 2 files of data: rows.ndjson, test.csv. Name the one" in error_of(str(folder))
+    assert rows_of(path) == [{"id": "007"}, {"id": "008"}]
+
+
+def test_archives_and_spreadsheets_say_what_makes_data_of_them(tmp_path):
+    for name, part in (
+        ("x.csv.gz", "gunzip -k "),
+        ("my data.zip", "unzip '"),
+        ("x.tar.gz", "tar -xf "),
+        ("x.tgz", "tar -xf "),
+        ("x.json.zst", "unzstd "),
+        ("x.xlsx", "is a spreadsheet. Save it as CSV (UTF-8)"),
+        ("X.ODS", "is a spreadsheet"),
+    ):
+        path = write(tmp_path / name, b"PK\x03\x04")
+        message = error_of(path)
+        assert part in message and path in message
+        assert part in error_of([path])
+
+
+def test_a_file_that_is_not_there_names_what_is_there_instead(tmp_path):
+    write(tmp_path / "train.csv.gz", "x")
+    assert "no such file" in error_of(str(tmp_path / "train.csv"))
+    assert "gunzip -k" in error_of(str(tmp_path / "train.csv"))
+    write(tmp_path / "Test.jsonl", "{}")
+    assert f"There is {tmp_path / 'Test.jsonl'}" in error_of(str(tmp_path / "test.csv"))
+    assert "relative to where you launched" in error_of(str(tmp_path / "nowhere" / "test.csv"))

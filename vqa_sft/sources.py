@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +25,14 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 
+from vqa_sft.columns import USUAL_NAMES, _find
 from vqa_sft.errors import InputError, explains, name_rows, printable
 
-FORMATS = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSONL", ".json": "JSON", ".parquet": "Parquet"}
+FORMATS = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSON", ".parquet": "Parquet"}
+# What people give in place of data, and the command that makes data of it.
+PACKED = {".gz": "gunzip -k", ".bz2": "bunzip2 -k", ".xz": "unxz -k", ".zst": "unzstd", ".zip": "unzip", ".7z": "7z x"}
+PACKED |= dict.fromkeys((".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), "tar -xf")
+SHEETS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
 # What one cell and one row may take: a picture in base64 fits, a quote that never closes ends soon.
 MAX_CELL = 16 * 2**20
 MAX_ROW = 64 * 2**20
@@ -87,7 +93,10 @@ def open_source(
         return _open_dataset(name, split, config, streaming)
     if files[0].suffix.lower() == ".parquet":
         return _open_parquet(name, files, streaming)
-    return _open_texts(name, files, encoding)
+    opened = _open_texts(name, files, encoding)
+    if len(names) == 1 and Path(name).is_dir():
+        opened.notes.insert(0, f"{name}: the one file of data in it is {files[0].name}")
+    return opened
 
 
 def find_files(names: Sequence[str]) -> list[Path]:
@@ -97,7 +106,9 @@ def find_files(names: Sequence[str]) -> list[Path]:
         if "\0" in str(name):
             raise InputError(f"the name {str(name)!r} holds a null byte. Check the recipe.")
         path = Path(name)
-        if any(mark in name for mark in "*?[") and not path.exists():
+        if path.is_dir() and len(names) == 1:
+            files += _find_in_folder(path)
+        elif any(mark in name for mark in "*?[") and not path.exists():
             found = sorted(found for found in map(Path, glob.glob(name, recursive=True)) if found.is_file())
             if not found:
                 raise InputError(f"no file matches {name}. Check the path; it is relative to where you launched.")
@@ -105,13 +116,14 @@ def find_files(names: Sequence[str]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         elif path.suffix.lower() in FORMATS and not path.is_dir():
-            raise InputError(f"no such file: {name}. Check the path; it is relative to where you launched.")
+            raise InputError(f"no such file: {name}. {_name_likely(path)}")
         elif len(names) > 1:
             raise InputError(f"{name} is no file. A list of sources may hold files and globs only.")
     for path in files:
         if path.suffix.lower() not in FORMATS:
             raise InputError(
-                f"{path} is not a CSV file, nor TSV, JSONL, JSON or Parquet. Give such a file, a folder saved by "
+                _describe_packed(path)
+                or f"{path} is not a CSV file, nor TSV, JSONL, JSON or Parquet. Give such a file, a folder saved by "
                 "`datasets`, or a Hub dataset."
             )
         if path.stat().st_size == 0:
@@ -120,6 +132,43 @@ def find_files(names: Sequence[str]) -> list[Path]:
     if len(suffixes) > 1:
         raise InputError(f"the files must have one format; got {', '.join(suffixes)}. Convert some of them.")
     return files
+
+
+def _find_in_folder(folder: Path) -> list[Path]:
+    """The one text file of data in a folder; empty for a folder that `datasets` reads itself."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in FORMATS and path.is_file())
+    card = folder / "README.md"  # of a local copy of a Hub dataset, which knows its files
+    is_dataset = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+    is_dataset = is_dataset or card.is_file() and card.read_bytes().startswith(b"---")
+    if is_dataset or any(path.suffix.lower() == ".parquet" for path in found):
+        return []
+    if len(found) > 1:
+        named = ", ".join(printable(path.name) for path in found[:10]) + (", ..." if len(found) > 10 else "")
+        raise InputError(f"{folder} is a folder with {len(found)} files of data: {named}. Name the one that you mean.")
+    return found
+
+
+def _describe_packed(path: Path) -> str | None:
+    """Of an archive and of a spreadsheet, what makes data of it; None for other files."""
+    ends = [end for end in sorted(PACKED, key=len, reverse=True) if path.name.lower().endswith(end)]
+    if ends:
+        return f"{path} is packed. Unpack it and name the file inside: {PACKED[ends[0]]} {shlex.quote(str(path))}"
+    if path.suffix.lower() in SHEETS:
+        return f"{path} is a spreadsheet. Save it as CSV (UTF-8) and name that."
+    return None
+
+
+def _name_likely(path: Path) -> str:
+    """What may be meant by a file that is not there: its name in another case, format or archive."""
+    try:
+        others = sorted(path.parent.iterdir())
+    except OSError:
+        others = []
+    for other in others:
+        is_alike = other.name.casefold().startswith(f"{path.stem.casefold()}.")
+        if is_alike and other.suffix.lower() in (*FORMATS, *PACKED, *SHEETS):
+            return _describe_packed(other) or f"There is {other}."
+    return "Check the path; it is relative to where you launched."
 
 
 def _name_files(files: Sequence[Path]) -> str:
@@ -160,7 +209,10 @@ def _open_texts(name: str, files: list[Path], encoding: str | None) -> Source:
             readers.append(partial(_read_csv, path, found, separator))
             columns.append(_read_header(path, found, separator))
         else:
-            readers.append(partial(_read_json, path, found))
+            read, assumed = _open_json(path, found)
+            if assumed:
+                facts.setdefault(assumed, []).append(path)
+            readers.append(partial(_read_json, path, read))
             # Keys may first come in the last row, so all rows are read; the check of every line comes with it.
             columns.append(list(dict.fromkeys(key for row in readers[-1]() for key in row)))
             if not columns[-1]:
@@ -263,13 +315,40 @@ def _read_cells(path: Path, encoding: str, separator: str) -> Iterator[tuple[int
         ) from error
 
 
-def _read_json(path: Path, encoding: str) -> Iterator[dict]:
-    """Objects, one a line; a .json file may hold a list of them instead."""
+def _open_json(path: Path, encoding: str) -> tuple[Callable[[], Iterator[tuple[str, object]]], str | None]:
+    """What reads (place, value) of the rows of a file with one JSON object a line, or with one JSON value, whatever its
+    suffix says; and what had to be assumed."""
+    is_list = path.suffix.lower() == ".json"
+    if _is_json_lines(path, encoding):
+        return partial(_json_lines, path, encoding), "one JSON object a line" if is_list else None
+    _, assumed = _parse_rows(path, encoding)
+    return partial(_json_rows, path, encoding), assumed
+
+
+def _is_json_lines(path: Path, encoding: str) -> bool:
+    """Whether the first line is a JSON value and others follow, or where it is damaged, the second is an object. One
+    line alone is a row in a file of JSON lines, and may be more in another."""
     with _open_text(path, encoding) as file:
-        is_list = path.suffix.lower() == ".json" and file.read(1_000).lstrip().startswith("[")
-    values = _json_list(path, encoding) if is_list else _json_lines(path, encoding)
+        lines = (line for line in iter(partial(file.readline, MAX_ROW), "") if line.strip())
+        first, second = next(lines, ""), next(lines, "")
+    if not second:
+        return path.suffix.lower() != ".json" and not first.lstrip().startswith("[")
+    if first.lstrip().startswith("["):
+        return _is_json(first)
+    return _is_json(first) or (second.startswith("{") and _is_json(second))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        _parse_json(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_json(path: Path, read: Callable[[], Iterator[tuple[str, object]]]) -> Iterator[dict]:
     bad, total = [], 0
-    for label, value in values:
+    for label, value in read():
         total += 1
         if not isinstance(value, dict):
             bad.append(f"{label} ({value if isinstance(value, ValueError) else type(value).__name__})")
@@ -298,17 +377,106 @@ def _json_lines(path: Path, encoding: str) -> Iterator[tuple[str, object]]:
         yield f"on line {number}", value
 
 
-def _json_list(path: Path, encoding: str) -> Iterator[tuple[str, object]]:
-    """(place, value) of every item. Raises InputError when the file is no JSON."""
+def _json_rows(path: Path, encoding: str) -> Iterator[tuple[str, object]]:
+    """(place, value) of every row of a file that is one JSON value."""
+    yield from _parse_rows(path, encoding)[0]
+
+
+def _parse_rows(path: Path, encoding: str) -> tuple[list[tuple[str, object]], str | None]:
+    """(place, value) of every row of a file that is one JSON value, and what was assumed of its shape. Raises
+    InputError when it is no JSON, and where its shape says not which are the rows."""
     if path.stat().st_size > MAX_JSON_LIST:
         raise InputError(
-            f"{path} is a JSON list of more than {MAX_JSON_LIST // 2**20} MiB, which is too large to be read as a "
+            f"{path} is one JSON value of more than {MAX_JSON_LIST // 2**20} MiB, which is too large to be read as a "
             "whole. Write it as JSONL: one object a line."
         )
     with _open_text(path, encoding) as file, explains(ValueError, f"{path} cannot be read as JSON"):
-        values = _parse_json(file.read())
-    for i, value in enumerate(values):
-        yield f"number {i}", value
+        value = _parse_json(file.read())
+    said = []
+    columns = _find_columns(value) if isinstance(value, dict) else None
+    key = _find_container(path, value) if isinstance(value, dict) and columns is None else None
+    if key is not None:
+        others = [name for name in value if name != key]
+        said.append(f"rows are those under {key!r}" + (f", without {_quote(others)}" if others else ""))
+        value = value[key]
+    elif isinstance(value, list) and path.suffix.lower() != ".json":
+        said.append("one JSON list")
+    if not isinstance(value, dict):
+        rows = [(f"number {i}", row) for i, row in enumerate(value if isinstance(value, list) else [value])]
+    elif columns is not None:
+        said.append("one JSON object of columns")
+        rows = [(f"number {i}", dict(zip(value, cells, strict=True))) for i, cells in enumerate(columns)]
+    elif _is_keyed(value):
+        ids, how = _choose_ids(value)
+        said.append(how)
+        rows = [(f"under {printable(key)!r}", row) for key, row in ids]
+    else:
+        said.append("one JSON object, read as one row")
+        rows = [("number 0", value)] if value else []
+    return rows, "; ".join(said) or None
+
+
+def _find_container(path: Path, value: dict) -> str | None:
+    """The key of an object under which its rows are: a list of objects, or an object of nothing but objects. Raises
+    InputError where there are several, and where the object may as well be a row."""
+    found = [
+        key
+        for key, held in value.items()
+        if held and not _is_usual(key, "choices") and isinstance(held, list | dict) and _are_objects(held)
+    ]
+    if found and _is_row(value):
+        raise InputError(
+            f"{path} is one JSON object that may be one row, or hold its rows under {_quote(found)}. Save what you "
+            "mean as a list of objects."
+        )
+    if len(found) > 1:
+        raise InputError(
+            f"{path} is one JSON object that may hold its rows under each of {_quote(found)}. Save those that you mean "
+            "in a file of their own."
+        )
+    return found[0] if found else None
+
+
+def _are_objects(held: list | dict) -> bool:
+    return all(isinstance(item, dict) for item in (held.values() if isinstance(held, dict) else held))
+
+
+def _find_columns(value: dict) -> list[tuple] | None:
+    """The rows of an object of columns, each a list or an object of as many cells, as pandas writes it; None for any
+    other."""
+    columns = [list(held.values()) if isinstance(held, dict) else held for held in value.values()]
+    if not all(isinstance(column, list) for column in columns) or len({*map(len, columns)}) != 1:
+        return None
+    texts = [column for key, column in zip(value, columns, strict=True) if _is_usual(key, "question")]
+    keys = {tuple(held) for held in value.values() if isinstance(held, dict)}
+    is_text = any(column and isinstance(column[0], str) for column in texts)
+    return list(zip(*columns, strict=True)) if is_text and len(keys) <= 1 else None
+
+
+def _is_keyed(value: dict) -> bool:
+    """Whether an object looks like rows under their ids: most of its values are objects, and it is no row itself."""
+    return 2 * sum(isinstance(row, dict) for row in value.values()) > len(value) and not _is_row(value)
+
+
+def _is_row(value: dict) -> bool:
+    return any(isinstance(held, str) and _is_usual(key, "question") for key, held in value.items())
+
+
+def _is_usual(name: str, role: str) -> bool:
+    return _find([name], USUAL_NAMES[role]) is not None
+
+
+def _choose_ids(value: dict) -> tuple[list[tuple[str, object]], str]:
+    """(key, row) of an object of rows, each with an id: its own where each has another, else the key."""
+    rows = [row for row in value.values() if isinstance(row, dict)]
+    name = _find(list(dict.fromkeys(itertools.chain.from_iterable(rows))), USUAL_NAMES["id"])
+    own = [str(row[name]) for row in rows if row.get(name) is not None]
+    how = "one JSON object with a row under each key"
+    if len({*own}) == len(rows):
+        differ = own != [key for key, row in value.items() if isinstance(row, dict)]
+        return list(value.items()), f"{how}, which is not its {name!r}: ids are the latter" if differ else how
+    named = [(key, row | {"id": key} if isinstance(row, dict) else row) for key, row in value.items()]
+    return named, f"{how}, which is its id" + (f", as not every row has a {name!r} of its own" if name else "")
 
 
 def _parse_json(text: str) -> object:
