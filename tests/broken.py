@@ -313,7 +313,7 @@ FILES = {
     "no_such_file": Broken(lambda folder: "nowhere.csv", "no such file"),
     "no_such_dataset": Broken(lambda folder: "nowhere", "neither a file, nor a folder"),
     "glob_without_match": Broken(lambda folder: "part-*.csv", "no file matches"),
-    "unknown_format": Broken(file("data.xlsx", b"PK\3\4"), "is not a CSV file"),
+    "unknown_format": Broken(file("data.xlsx", b"PK\3\4"), "is a spreadsheet"),
     "empty_file": Broken(file("data.csv", b""), "cannot be read as CSV: it is empty"),
     "blank_lines_only": Broken(file("data.csv", b"\n \n\n"), "cannot be read as CSV: it is empty"),
     "header_only": Broken(file("data.csv", CSV.splitlines()[0] + "\n"), "has no rows"),

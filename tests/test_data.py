@@ -347,7 +347,7 @@ def test_prediction_needs_no_answers_but_training_does(contest):
         ("nowhere.csv", None, "no such file"),
         ("empty.csv", b"", "cannot be read as CSV"),
         ("header.csv", b"id,path,question,a,b,answer\n", "has no rows"),
-        ("bytes.csv", b"id,\xff\xfe\xfd\n", "not UTF-8 or CP949 text"),
+        ("bytes.csv", b"id,\xff\xfe\xfd\n", "not UTF-8 text"),
         ("data.txt", b"x", "not a CSV file"),
         ("twice.csv", b"id,path,question,a,a,answer\n1,x,q,y,z,a\n", "more than one column 'a'"),
         ("gap.csv", b"id,path,question,a,b,d,answer\n1,x,q,y,z,w,a\n", "a, b, d leave one out"),

@@ -13,6 +13,7 @@ WITHOUT_TORCH = (
     "fields",
     "problems",
     "sources",
+    "paths",
     "columns",
     "answers",
     "question_types",

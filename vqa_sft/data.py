@@ -33,6 +33,7 @@ from vqa_sft.columns import IN_QUESTION, Columns, fields_of, fill, find_columns
 from vqa_sft.errors import InputError, printable, safe
 from vqa_sft.in_question import split_choices
 from vqa_sft.mcq import LETTERS
+from vqa_sft.paths import ImagePaths
 from vqa_sft.problems import PREDICTION_HINT, TRAINING_HINT, Problems
 from vqa_sft.question_types import find_type
 from vqa_sft.sources import Source, holds_pictures, open_source
@@ -148,6 +149,7 @@ def read_examples(
             _cells_and_choices(texts), texts["id"], numbers, targets, strict=True
         )
     ]
+    has_one_answer = len({*found}) == 1 and found[0] is not None
     texts = texts.append_column("answer", pa.array(found, pa.int64())).select(list(features))
     examples = datasets.Dataset(datasets.table.InMemoryTable(texts.cast(features.arrow_schema)))
     if reader.inside:
@@ -155,17 +157,21 @@ def read_examples(
         pictures = _pictures_inside(opened.table.select(numbers), reader.inside, root)
         examples = datasets.concatenate_datasets([examples.remove_columns("images"), pictures], axis=1)
         examples = examples.select_columns(list(features))
+        other = {}  # paths that are spelled otherwise, or lead outside: None
         for i, paths in enumerate(_paths_only(pictures)):
             if paths is None:
                 reader.problems.add("no_picture", examples[i]["id"], numbers[i])
             for path in paths or ():
-                if not Path(path).is_relative_to(root):
+                found = reader.paths.find(root, path)
+                if found is None:
                     reader.problems.add("path_outside", examples[i]["id"], numbers[i], path[:60])
-        if reader.problems.bad_rows("path_outside"):  # nobody opens them
-            examples = examples.map(partial(_drop_outside, root=str(root)), desc="Leaving pictures out")
+                if found != path:
+                    other[path] = found
+        if other:  # nobody opens those outside
+            examples = examples.map(partial(_replace_paths, other=other), desc="Naming images")
     reader.check_that_some_have_pictures(len(numbers))
-    notes = [*opened.notes, reader.describe(len(numbers)), *reader.notes]
-    if limit is not None and len(numbers) == limit >= _MANY and len({*found}) == 1 and found[0] is not None:
+    notes = [*opened.notes, reader.describe(len(numbers)), *reader.notes, *reader.paths.notes()]
+    if has_one_answer and limit is not None and len(numbers) == limit >= _MANY:
         notes.append(f"{opened.name}: the first {limit:,} rows have one answer. A sorted file? Then shuffle its rows.")
     num_choices = pc.max(pc.list_value_length(texts["choices"])).as_py()
     return Loaded(opened.name, examples, reader.columns, reader.problems, numbers, notes, num_choices)
@@ -221,7 +227,8 @@ def stream_examples(
     found = find_columns(opened.columns, columns or {}, answers, **how)
     reader = RowReader(opened, found, keep_rows, empty_cells, image_root, answers, trained)
     reader.on_bad_row = on_bad_row
-    head = [reader.read(*item) for item in itertools.islice(reader.rows(), min(_HEAD, limit or _HEAD))]
+    first = list(itertools.islice(reader.rows(), min(_HEAD, limit or _HEAD)))
+    head = [reader.read(*item) for item in first]
     reader.problems.total = len(head)
     reader.raise_if_any()
     if not head:
@@ -231,6 +238,7 @@ def stream_examples(
     reader.settle_answers(lambda: ((row["cell"], row["choices"]) for row in head), answer_format)
     reader.max_choices = max_choices or max(len(row["choices"]) for row in head)
     if reader.inside:
+        reader.folder = first[-1][1]
         # Numbered before rows are left out: without a column for them, ids are those numbers.
         numbered = opened.table.map(_number, with_indices=True)
         numbered = numbered.filter(reader.keeps) if keep_rows else numbered
@@ -301,6 +309,8 @@ class RowReader:
             raise InputError(f"the columns {', '.join(columns.image)} hold both paths and pictures. Name one kind.")
         self._seen: set[str] = set()
         self._roots: dict[str | None, Path] = {}
+        self.paths = ImagePaths()
+        self.folder: str | None = None  # of a streamed table
         missing = [name for name in self.keep_rows if name not in source.columns]
         if missing:
             raise InputError(
@@ -357,14 +367,16 @@ class RowReader:
         if self.inside:
             root = self.root_of(folder)
             texts |= _collect_pictures(row, self.inside, str(root))
-            for picture in texts["images"]:
-                if picture["bytes"] is None and not Path(picture["path"]).is_relative_to(root):
-                    self.problems.add("path_outside", texts["id"], number, picture["path"][:60])
+            for image in texts["images"]:
+                found = self.paths.find(root, image["path"]) if image["bytes"] is None else image["path"]
+                if found is None and image["bytes"] is None:
+                    self.problems.add("path_outside", texts["id"], number, image["path"][:60])
+                image["path"] = found
             self.raise_if_any()
         return texts | {"answer": answer}
 
     def numbered_example(self, row: dict) -> dict:
-        return self.example(row, row[_NUMBER])
+        return self.example(row, row[_NUMBER], self.folder)
 
     def read(self, number: int, folder: str | None, row: dict) -> dict:
         """The canonical fields of a row but for `answer`, whose cell stays text until its format is known."""
@@ -576,9 +588,8 @@ class RowReader:
             elif "\0" in text or not _is_whole(text):
                 self.problems.add("missing_picture", row_id, number, repr(text)[:60])
             else:
-                root = self.root_of(folder)
-                path = os.path.abspath(root / text)
-                if Path(path).is_relative_to(root):
+                path = self.paths.find(self.root_of(folder), text)
+                if path is not None:
                     images.append({"bytes": None, "path": path})
                 else:  # nobody opens it
                     self.problems.add("path_outside", row_id, number, text[:60])
@@ -674,9 +685,10 @@ def _collect_pictures(row: dict, names: Sequence[str], root: str) -> dict:
     return {"images": pictures}
 
 
-def _drop_outside(row: dict, root: str) -> dict:
-    kept = [image for image in row["images"] if image["bytes"] is not None or Path(image["path"]).is_relative_to(root)]
-    return {"images": kept}
+def _replace_paths(row: dict, other: Mapping[str, str | None]) -> dict:
+    """The images of a row with their other paths; without those whose other path is None."""
+    images = [image | {"path": other.get(image["path"], image["path"])} for image in row["images"]]
+    return {"images": [image for image in images if image["bytes"] is not None or image["path"] is not None]}
 
 
 def _paths_only(pictures: datasets.Dataset) -> Iterator[list[str] | None]:

@@ -93,6 +93,7 @@ class Problems:
 
     def __init__(self, total: int = 0) -> None:
         self.total = total
+        self.hints: dict[str, str] = {}  # by kind, what mends it in these data
         self._found: dict[str, list[tuple[str, int]]] = {}
 
     def add(self, kind: str, row_id: str, row: int, detail: str = "") -> None:
@@ -125,6 +126,10 @@ class Problems:
         """(label, number) of the rows with one kind of problem, in the order in which they were found."""
         return self._found.get(key, [])
 
+    def mend(self, key: str) -> str:
+        """How to mend one kind of problem in these data."""
+        return f"{KINDS[key].mend} {self.hints.get(key, '')}".rstrip()
+
     def raise_if_any(self, source: str, on_bad_row: str = "error", hint: str = TRAINING_HINT) -> None:
         """Raises InputError with every error, five rows of each kind; warnings do not raise.
 
@@ -137,7 +142,7 @@ class Problems:
             errors = [error for error in errors if error[0] not in ANSWERABLE]
         if not errors:
             return
-        lines = [f"{kind.what}: {name_rows(labels, self.total)}. {kind.mend}" for _, kind, labels in errors]
+        lines = [f"{kind.what}: {name_rows(labels, self.total)}. {self.mend(key)}" for key, kind, labels in errors]
         if hint != PREDICTION_HINT or any(key in ANSWERABLE for key, _, _ in errors):
             lines.append(hint)
         raise InputError("\n  ".join([f"{source} has rows that cannot be used:", *lines]))

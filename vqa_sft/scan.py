@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from tqdm import tqdm
 
 from vqa_sft.images import Picture, examine
+from vqa_sft.paths import describe_missing
 from vqa_sft.problems import Problems
 
 # Count up when the columns, or what `examine` and `make_miniature` find, change; another Pillow may read other files.
@@ -37,6 +38,7 @@ class Scan:
     pictures: list[Picture] = field(default_factory=list)
     of_row: list[tuple[int, ...]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)  # of the pictures, short, as shown to people
+    missing: list[str] = field(default_factory=list)  # paths where there is no file
 
     def bad(self, row: int) -> tuple[int, ...]:
         """Positions of the row's pictures that cannot be used."""
@@ -52,6 +54,7 @@ class Scan:
                     names.setdefault(kind, []).append(self.names[number])
             for kind, found in names.items():
                 problems.add(kind, ids[row], row if rows is None else rows[row], ", ".join(filter(None, found)))
+        problems.hints["missing_picture"] = describe_missing(self.missing)
 
 
 def scan_pictures(
@@ -106,6 +109,8 @@ def _read_blocks(
                     numbers[identity] = len(numbers)
                     scan.names.append("/".join(PurePath(image["path"] or "").parts[-2:]))
                     new.append((image, _make_key(image, identity)))
+                    if image["bytes"] is None and image["path"] and new[-1][1] is None:
+                        scan.missing.append(image["path"])
                 of_row.append(numbers[identity])
             scan.of_row.append(tuple(of_row))
         yield new, len(rows)
