@@ -155,6 +155,7 @@ def test_other_spellings_are_counted_in_a_note_of_tables_and_streams_alike(tmp_p
     assert [images[0]["path"] for images in loaded.examples["images"]] == expected
     note = "3 images are found under another spelling of the name, such as 'img/1.PNG' for 'img/1.png'"
     assert loaded.notes[-1] == note
+    assert stream_examples(source).notes[-1] == f"{note} (in the first 5 rows)"
     streamed = [row["images"][0]["path"] for row in stream_examples(source).examples]
     assert sorted(streamed) == sorted(expected)
     # The paths of a column of images too.
@@ -168,6 +169,12 @@ def test_other_spellings_are_counted_in_a_note_of_tables_and_streams_alike(tmp_p
     assert "3 images are found under another spelling" in loaded.notes[-1]
     stream = stream_examples(str(tmp_path / "x.parquet"))
     assert [row["images"][0]["path"] for row in stream.examples] == expected
+
+
+def test_a_note_says_what_differs_in_names_that_look_alike(tmp_path):
+    touch(tmp_path / APART)
+    note = read_examples(table(tmp_path / "x.csv", [COMPOSED])).notes[-1]
+    assert note.endswith(f"such as {COMPOSED!r} with its letters apart in one of the two (NFD)")
 
 
 def test_several_files_that_may_be_meant_are_named_with_the_missing_image(tmp_path):
@@ -214,7 +221,9 @@ def test_what_is_no_archive_or_holds_others_is_not_named(tmp_path):
     touch(tmp_path / "broken.zip", tmp_path / "broken.tar.gz")
     with zipfile.ZipFile(tmp_path / "code.zip", "w") as file:
         file.writestr("main.py", "")
+        file.writestr("other/2.png", "")  # of other data
     assert message_of(source).endswith("it is relative to image_root.")
+    assert message_of(table(tmp_path / "x.csv", ["1.png", "2.png", "3.png"])).endswith("relative to image_root.")
     assert describe_missing(["/" + "a/" * 1_500 + "x.png", "x" * 5_000, str(tmp_path / "img" / "\ud800.png")]) == ""
 
 

@@ -253,6 +253,7 @@ def stream_examples(
     if limit is not None:
         examples = examples.take(limit)
     notes = [*opened.notes, safe(f"{opened.name}: a stream; {reader.columns.describe()}"), *reader.notes]
+    notes += [f"{note} (in the first {len(head):,} rows)" for note in reader.paths.notes()]
     return Loaded(opened.name, examples, reader.columns, reader.problems, (), notes, reader.max_choices)
 
 

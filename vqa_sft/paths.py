@@ -23,7 +23,7 @@ SUFFIXES = {
     **{".png": "PNG", ".gif": "GIF", ".webp": "WebP", ".bmp": "BMP", ".avif": "AVIF"},
 }
 ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_MAX_MEMBERS = {".zip": 1_000_000, ".tar": 100_000}  # that are read; of a compressed tar 1,000
+_MAX_MEMBERS = {".zip": 1_000_000, ".tar": 100_000}  # that are read; of a compressed tar 200
 
 
 class ImagePaths:
@@ -73,7 +73,10 @@ class ImagePaths:
         parts = PurePath(found).parts[-len(PurePath(text.replace("\\", "/").lstrip("/")).parts) :]
         count = len(self._respelled)
         images = f"{count:,} images are" if count > 1 else "1 image is"
-        example = printable(f"{'/'.join(parts)!r} for {text!r}")
+        shown, same = "/".join(parts), unicodedata.normalize("NFC", text)
+        example = printable(f"{shown!r} for {text!r}")
+        if unicodedata.normalize("NFC", shown) == same:  # which look alike
+            example = f"{printable(same)!r} with its letters apart in one of the two (NFD)"
         return [f"{images} found under another spelling of the name, such as {example}"]
 
     def candidates(self, path: str) -> list[str]:
@@ -165,11 +168,11 @@ def describe_missing(paths: Sequence[str]) -> str:
 
 
 def _archives_near(paths: Sequence[str]) -> Iterator[Path]:
-    """Archives in the first folder above each path that is there, and in the one above that."""
+    """Archives in the first three folders above each path that are there."""
     folders = {}
     for parent in dict.fromkeys(map(os.path.dirname, paths)):
         above = [folder for folder in (Path(parent), *Path(parent).parents) if os.path.isdir(folder)]
-        folders |= dict.fromkeys(above[:2])
+        folders |= dict.fromkeys(above[:3])
     for folder in itertools.islice(folders, 20):
         try:
             names = sorted(os.listdir(folder))
@@ -181,22 +184,25 @@ def _archives_near(paths: Sequence[str]) -> Iterator[Path]:
 def _find_in_archive(archive: Path, paths: Sequence[str]) -> str | None:
     """How many of the images an archive holds, and the command that unpacks it so that they are found."""
     wanted = {os.path.basename(path): path for path in paths}
-    held = {name: member for member in _list_members(archive) if (name := os.path.basename(member)) in wanted}
-    if not held:
+    members = _list_members(archive)
+    held = {name: member for member in members if (name := os.path.basename(member)) in wanted}
+    in_place = [(name, member) for name, member in held.items() if wanted[name].endswith(f"/{member}")]
+    if not in_place and 2 * len(held) < len(wanted):  # images of other data may be called 1.png too
         return None
-    name, member = next(iter(held.items()))
-    is_in_place = wanted[name].endswith("/" + member)
+    name, member = (in_place or list(held.items()))[0]
+    is_in_place = bool(in_place)
     folder = wanted[name][: -len(member) - 1] if is_in_place else str(archive.parent)
     source, target = shlex.quote(str(archive)), shlex.quote(folder)
     command = f"mkdir -p {target} && tar -xf {source} -C {target}"
     if archive.suffix.lower() == ".zip":
         command = f"unzip {source} -d {target}"
     then = "" if is_in_place else f", then set image_root to where {printable(member)} fits the paths"
-    return f"{archive} holds {len(held):,} of {len(wanted):,}: {command}{then}."
+    least = "at least " if len(members) in (*_MAX_MEMBERS.values(), 200) else ""
+    return f"{archive} holds {least}{len(held):,} of {len(wanted):,}: {command}{then}."
 
 
 def _list_members(archive: Path) -> list[str]:
-    most = _MAX_MEMBERS.get(archive.suffix.lower(), 1_000)
+    most = _MAX_MEMBERS.get(archive.suffix.lower(), 200)
     try:
         if archive.suffix.lower() == ".zip":
             with zipfile.ZipFile(archive) as file:
