@@ -22,6 +22,7 @@ from typing import TextIO
 
 import charset_normalizer
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
@@ -502,11 +503,14 @@ ENCODINGS = (
 _BELIEVED = ("gb18030", "cp950", "cp932", "euc_jp")
 _MIN_KINDS = 50  # different letters in a text that charset-normalizer is believed of
 # Common syllables of Korean: about 0.7 of those of any text, and under 0.2 of what other encodings read as in CP949.
-_COMMON_SYLLABLES = frozenset(
-    "이다는의에을가고기지하은로서한를시도사자리어정인대나해아그라과수보주부들있전장일제것구동으성상원신만조마여유우게스비안니선면연물거오중소경미"
-    "무영공적발세모생화양진학용방개위년문분교계관러실음내국요없말때당행까터두너람와반색슨엇몇명왼쪽른강산차집호저회재입단간트달본외심민김박남북운"
-    "건노빨파란초록검흰갈큰작더많높낮길알답각식품목습합할션않옵값함드력름치형되데버업바프표설출령크패변된야블번디료환열키테렉메필십했려"
+_COMMON = (
+    "이다는의에을가고기지하은로서한를시도사자리어정인대나해아그라과수보주부들있전장일제것구동으성상원신만조마"
+    "여유우게스비안니선면연물거오중소경미무영공적발세모생화양진학용방개위년문분교계관러실음내국요없말때당행까"
+    "터두너람와반색슨엇몇명왼쪽른강산차집호저회재입단간트달본외심민김박남북운건노빨파란초록검흰갈큰작더많높낮"
+    "길알답각식품목습합할션않옵값함드력름치형되데버업바프표설출령크패변된야블번디료환열키테렉메필십했려"
 )
+_COMMON_SYLLABLES = [ord(syllable) for syllable in _COMMON]
+_SYLLABLES = [ord(bytes((first, last)).decode("cp949")) for first in range(0xB0, 0xC9) for last in range(0xA1, 0xFF)]
 _SAMPLE = 2**16  # bytes that are shown to charset-normalizer
 
 
@@ -534,11 +538,11 @@ def find_encoding(path: Path, encoding: str | None = None) -> str:
     damaged = sample.decode("utf-8", "replace")
     if is_marked or 2 * damaged.count("\ufffd") < sum(char > "\x7f" for char in damaged):  # mostly UTF-8
         raise InputError(f"{problem}: the file is damaged there. Save it as UTF-8, or set `encoding`.")
-    if _first_undecodable(path, "cp949") is None and _is_korean(_count_letters(path)):
+    if _first_undecodable(path, "cp949") is None and _is_korean(_count_file(path, "cp949")):
         return "cp949"
     candidates, sure = _rank_encodings(sample)
     # Files in two encodings that were put together are neither.
-    some_korean = any(_is_korean(Counter(line.decode("cp949", "ignore"))) for line in lines)
+    some_korean = any(_is_korean(_count_letters(line.decode("cp949", "ignore"))) for line in lines)
     if sure is not None and not some_korean and _first_undecodable(path, sure) is None:
         return sure
     readings: dict[str, str] = {}
@@ -584,27 +588,25 @@ def _first_undecodable(path: Path, encoding: str) -> int | None:
     return None
 
 
-def _count_letters(path: Path) -> Counter[str]:
-    """How often each character of a CP949 file comes, but for ASCII."""
-    counts: Counter[str] = Counter()
-    with path.open(encoding="cp949", newline="") as file:
-        for text in iter(partial(file.read, 2**16), ""):
-            counts.update(re.findall("[^\0-\x7f]", text))
-    return counts
+def _count_file(path: Path, encoding: str) -> np.ndarray:
+    with path.open(encoding=encoding, newline="") as file:
+        return sum(map(_count_letters, iter(partial(file.read, _CHUNK), "")))
 
 
-def _is_korean(counts: Counter[str]) -> bool:
+def _count_letters(text: str) -> np.ndarray:
+    """How often each character of a text without rare ones comes, by its number."""
+    return np.bincount(np.frombuffer(text.encode("utf-16-le"), "<u2"), minlength=2**16)
+
+
+def _is_korean(counts: np.ndarray) -> bool:
     """Whether what could be decoded as CP949 is Korean: made of the 2,350 syllables that have a block of their own,
     many of them common ones. Others decode as rare syllables, Chinese characters and signs."""
-    letters = {letter: count for letter, count in counts.items() if "\u3400" <= letter <= "\ud7a3"}
-    in_block = sum(count for letter, count in letters.items() if _is_in_block(letter.encode("cp949")))
-    common = [counts[letter] for letter in _COMMON_SYLLABLES & counts.keys()]
-    num_letters = sum(count for letter, count in counts.items() if letter > "\x7f")
-    return in_block >= 0.95 * sum(letters.values()) and len(common) >= 6 and sum(common) >= 0.4 * num_letters
-
-
-def _is_in_block(code: bytes) -> bool:
-    return 0xB0 <= code[0] <= 0xC8 and code[1] >= 0xA1
+    letters, common = counts[0x3400:0xD7A4].sum(), counts[_COMMON_SYLLABLES]
+    return bool(
+        counts[_SYLLABLES].sum() >= 0.95 * letters
+        and np.count_nonzero(common) >= 6
+        and common.sum() >= 0.4 * counts[0x80:].sum()
+    )
 
 
 def _sample_lines(path: Path) -> list[bytes]:
