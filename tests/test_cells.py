@@ -25,6 +25,8 @@ from vqa_sft.cells import read_label, split_labelled
         ("İ. x", None),
         ("0. x", None),
         ("ß) x", None),
+        ("ㄲ. x", None),
+        ("27) x", None),
         ("", None),
     ],
 )

@@ -189,9 +189,9 @@ def test_rows_differ_in_their_number_of_choices_up_to_26(tmp_path):
     ],
 )
 def test_the_way_in_which_answers_are_written_is_inferred(tmp_path, answers, answer_format, indices):
-    rows = [question(id=str(i), choices=["cat", "dog", "fox"], answer=cell) for i, cell in enumerate(answers)]
+    rows = [question(id=str(i), choices=["cat", "dog", "fox"], answer=cell) for i, cell in enumerate(answers * 3)]
     examples, columns = load_examples(write_jsonl(tmp_path / "rows.jsonl", rows))
-    assert columns.answer_format == answer_format and examples["answer"][:] == indices
+    assert columns.answer_format == answer_format and examples["answer"][:] == indices * 3
 
 
 def test_class_labels_count_by_their_names(tmp_path):

@@ -20,7 +20,7 @@ PLACES = {label: place for labels in SEQUENCES for place, label in enumerate(lab
 # Forms of ASCII as wide as a syllable: "Ａ", "（１）".
 NARROW = {0xFF01 + i: 0x21 + i for i in range(94)}
 _CIRCLED = "①-⑳❶-❿ⓐ-ⓩ㉠-㉭"
-_PLAIN = r"[A-Za-z]|[1-9][0-9]?|[가나다라마바사아자차카타파하ㄱ-ㅎ]"
+_PLAIN = r"[A-Za-z가나다라마바사아자차카타파하ㄱㄴㄷㄹㅁㅂㅅㅇㅈㅊㅋㅌㅍㅎ]|[1-9]|1[0-9]|2[0-6]"
 # "A." and "A:" need a space, or a syllable that no abbreviation has: "A.D.", "1.5" and "1:30" are no labels.
 _LABEL = re.compile(
     rf"\((?P<round>{_PLAIN})\)|\[(?P<square>{_PLAIN})\]|(?P<half>{_PLAIN})\)|(?P<point>{_PLAIN})\.(?=\s|[^\x00-\x7f])"
