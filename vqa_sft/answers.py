@@ -75,6 +75,8 @@ def _fits_format(labelled: str, answer_format: str) -> bool:
 def _find_text(cell: str, choices: Sequence[str]) -> int | None:
     """The choice with this text; None where there is none, or where different choices would do."""
     choices = list(choices)
+    if not cell:
+        return None
     if cell in choices:
         return choices.index(cell)
     wanted, folded = _fold(cell), [_fold(choice) for choice in choices]
@@ -87,7 +89,7 @@ def _find_text(cell: str, choices: Sequence[str]) -> int | None:
             for i, text in enumerate(folded)
             if text == pair[0 if wanted in _TRUE else 1]
         ]
-    return found[0] if cell and len({choices[i] for i in found}) == 1 else None
+    return found[0] if len({choices[i] for i in found}) == 1 else None
 
 
 def _fold(text: str) -> str:
@@ -144,7 +146,7 @@ def infer_format(rows: Iterable[tuple[str, Sequence[str]]], may_be_odd: bool = T
         for one, other in itertools.combinations(readings, 2):
             if readings[one] != readings[other]:
                 differ.setdefault((one, other), (cell, choices, readings))
-    enough = max(FEWEST, SHARE * num_rows) if may_be_odd else 1
+    enough = _enough(num_rows) if may_be_odd else 1
     left = [
         name
         for name in sorted(FORMATS, key=lambda name: -fits[name])
@@ -170,3 +172,51 @@ def _show(cell: str, choices: Sequence[str], readings: dict[str, int], left: Seq
             means.setdefault(readings[name], []).append(name)
     said = " or ".join(f"{index + 1} ({', '.join(names)})" for index, names in means.items())
     return f"answer {cell!r} of {list(choices)!r:.200} is choice {said}"
+
+
+def find_answer_column(
+    names: Sequence[str], rows: Iterable[tuple[Sequence[str], Sequence[str]]], formats: Sequence[str] = FORMATS
+) -> str:
+    """Which of some columns is the answer; `rows` gives their cells and the choices.
+
+    Columns whose filled cells are answers in one format, but for so few as rule no format out, may be it. The first of
+    them is, where all mean the same choices. Raises InputError where two mean others.
+    """
+    known: Counter[str] = Counter()
+    fits: Counter[tuple[str, str]] = Counter()
+    agree: Counter[tuple] = Counter()
+    differ: dict[tuple, str] = {}
+    for cells, choices in rows:
+        filled = {name: cell for name, cell in zip(names, cells, strict=True) if cell.casefold() not in UNKNOWN}
+        known.update(filled.keys())
+        readings = {
+            (name, how): index
+            for name, cell in filled.items()
+            for how in formats
+            if (index := read_answer(cell, choices, how)) is not None
+        }
+        fits.update(readings.keys())
+        for pair in itertools.combinations(readings, 2):
+            agree[pair] += readings[pair[0]] == readings[pair[1]]
+            if readings[pair[0]] != readings[pair[1]]:
+                said = " and ".join(f"{name} {filled[name]!r:.60}" for name, _ in pair)
+                differ.setdefault(pair, f"{said} of {list(choices)!r:.200}")
+    may_be = {
+        name: [how for how in formats if fits[name, how] and known[name] - fits[name, how] < _enough(known[name])]
+        for name in names
+    }
+    usable = [name for name in names if may_be[name]]
+    for other in usable[1:]:
+        pairs = [((usable[0], one), (other, two)) for one in may_be[usable[0]] for two in may_be[other]]
+        if not any(agree[pair] and pair not in differ for pair in pairs):
+            example = next((f": {differ[pair]}" for pair in pairs if pair in differ), "")
+            raise InputError(
+                f"{usable[0]} and {other} may both be the answer and mean other choices{example}. Name one in the "
+                f"recipe: `columns: {{answer: {usable[0]}}}`."
+            )
+    return usable[0] if usable else names[0]
+
+
+def _enough(num_rows: int) -> float:
+    """Rows that a format cannot read, to rule it out."""
+    return max(FEWEST, SHARE * num_rows)

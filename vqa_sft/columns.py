@@ -2,10 +2,13 @@
 
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vqa_sft.answers import FORMATS, read_answer
+from vqa_sft.cells import EMPTY_WORDS
 from vqa_sft.errors import InputError, printable
 from vqa_sft.mcq import LETTERS
 
@@ -14,13 +17,32 @@ USUAL_NAMES = {
     "id": ("id", "question_id", "qid", "sample_id", "example_id", "row_id", "uid", "index", "idx", "번호"),
     "image": (
         *("path", "image", "image_path", "img", "img_path", "images", "file_name", "file", "image_file", "picture"),
-        *("photo", "이미지"),
+        *("photo", "image_name", "img_name", "image_filename", "img_file", "file_path", "local_path", "figure"),
+        *("figure_path", "figure_file", "figure_name", "fig", "photo_path", "decoded_image", "이미지", "사진", "그림"),
     ),
-    "question": ("question", "query", "question_text", "q", "prompt", "질문"),
-    "choices": ("choices", "options", "candidates", "answer_choices", "multiple_choices", "보기", "선택지"),
+    "question": (
+        *("question", "query", "question_text", "q", "prompt", "ques", "question_stem", "stem", "problem", "질문"),
+        "문제",
+    ),
+    "choices": (
+        *("choices", "options", "candidates", "answer_choices", "multiple_choices", "multiple_choice", "mc_choices"),
+        *("choice_list", "option_list", "options_list", "choices_list", "answer_options", "answer_candidates"),
+        *("possible_answers", "보기", "선택지"),
+    ),
     "answer": (
         *("answer", "label", "gt", "ground_truth", "target", "correct_answer", "correct_choice", "correct_option"),
-        *("correct", "answer_idx", "answer_index", "correct_idx", "correct_index", "correct_choice_idx", "정답"),
+        *(
+            "correct",
+            "answer_idx",
+            "answer_index",
+            "correct_idx",
+            "correct_index",
+            "correct_choice_idx",
+            "answer_label",
+        ),
+        *("answer_key", "answer_letter", "answer_option", "answer_choice", "correct_label", "gt_answer"),
+        *("correct_letter", "correct_option_idx", "correct_option_index", "correct_choice_index", "gt_index"),
+        *("multiple_choice_answer", "right_answer", "gold", "gold_label", "ans", "정답"),
     ),
     "context": ("context", "hint", "passage", "지문"),
     "targets": (),  # only where it is named: nobody should learn from a column by accident
@@ -87,12 +109,14 @@ def check_columns(given: Mapping[str, Any]) -> None:
             raise InputError(f"columns: `{key}` must name a column of the data; got {value!r}.")
 
 
-def find_columns(names: Sequence[str], given: Mapping[str, Any], answers: str) -> Columns:
+def find_columns(names: Sequence[str], given: Mapping[str, Any], answers: str, images: Sequence[str] = ()) -> Columns:
     """The columns of a source with these names: as `given`, the rest found by their usual names.
 
-    `answers` is "required" or "optional". Raises InputError when a column is missing or there are too many choices.
+    `answers` is "required" or "optional"; `images` are the columns that hold images themselves, which come before
+    those with paths. Raises InputError when a column is missing or there are too many choices.
     """
     found: dict[str, Any] = {key: _find(names, usual) for key, usual in USUAL_NAMES.items()}
+    found["image"] = _find(images, USUAL_NAMES["image"]) or found["image"]
     found["choices"] = find_choice_columns(names) or found["choices"]
     found["image"] = (found["image"],) if found["image"] else _numbered(names, ("image", "img", "picture"))
     found |= given
@@ -103,6 +127,48 @@ def find_columns(names: Sequence[str], given: Mapping[str, Any], answers: str) -
         found["image"] = (found["image"],)
     _check_found(names, found, given, answers)
     return Columns(**found)
+
+
+def find_others(names: Sequence[str], columns: Columns, given: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What else has a usual name of each thing that is not `given`, and stands for nothing: columns that may mean the
+    same, or something else."""
+    used = {*columns.names, *(name for value in given.values() for name in ([value] if isinstance(value, str) else ()))}
+    plain = {_plain(name): name for name in reversed(names)}
+    others = {
+        key: [plain[_plain(name)] for name in usual if _plain(name) in plain and plain[_plain(name)] not in used]
+        for key, usual in USUAL_NAMES.items()
+        if key not in given and key != "id"
+    }
+    return {key: list(dict.fromkeys(found)) for key, found in others.items() if found}
+
+
+def is_stray(rows: Callable[[], Iterator[tuple[str, Sequence[str]]]], is_other_case: bool) -> bool:
+    """Whether the last column of the choices is none; `rows` gives the answer's cell and a text for each column.
+
+    It is none where it is never the answer and holds numbers in three rows or more, beside words in nine of ten; in a
+    source with answers also where `is_other_case`: its name is written in another case than the others.
+    """
+    numbers = words = beside_words = 0
+    for _, texts in rows():
+        if not texts[-1] or texts[-1].casefold() in EMPTY_WORDS:
+            continue
+        is_number = _NUMBER.fullmatch(texts[-1]) is not None
+        if not is_number and not is_other_case:
+            return False
+        numbers, words = numbers + is_number, words + (not is_number)
+        beside_words += any(text and not _NUMBER.fullmatch(text) for text in texts[:-1])
+    is_numeric = not words and numbers >= 3 and beside_words >= 0.9 * numbers
+    if not is_numeric and not is_other_case:
+        return False
+    fits, fits_without = Counter(), Counter()
+    for cell, texts in rows():
+        fits.update(name for name in FORMATS if read_answer(cell, texts, name) is not None)
+        fits_without.update(name for name in FORMATS if read_answer(cell, texts[:-1], name) is not None)
+    is_never_right = max(fits.values(), default=0) == max(fits_without.values(), default=0)
+    return is_never_right and (is_numeric or bool(fits))
+
+
+_NUMBER = re.compile(r"[-+]?[0-9]+([.,][0-9]+)*([eE][-+]?[0-9]+)?%?")
 
 
 def _check_found(names: Sequence[str], found: dict[str, Any], given: Mapping[str, Any], answers: str) -> None:
@@ -176,6 +242,10 @@ def _run(names: Sequence[str], prefix: str, ends: Sequence[str]) -> tuple[str, .
         found.append(here[prefix + end])
     if not found or (prefix and len(found) < 2):
         return ()
+    # An "E" after "a" to "d"; whether it is a choice, its cells tell.
+    after = "" if prefix or len(found) == len(ends) else ends[len(found)].swapcase()
+    if len(found) > 1 and after in here and ends[0].swapcase() not in here:
+        return (*found, here[after])
     # "x" or "y" may be anything; "d" after "a, b" is a choice.
     beyond = [here[prefix + end] for end in ends[len(found) : len(found) + 3] if prefix + end in here]
     if beyond:
