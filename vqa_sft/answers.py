@@ -120,6 +120,15 @@ def write_answer(choice: int, choices: Sequence[str], answer_format: str | None,
     return LETTERS[choice] if is_upper else LETTERS[choice].lower()
 
 
+def is_plain(cell: str, choices: Sequence[str], answer_format: str) -> bool:
+    """Whether an answer is a letter, a number or the text of a choice as it stands, and nothing is guessed."""
+    if answer_format == "letter":
+        return re.fullmatch(r"\(?[A-Za-z][).:]?", cell) is not None
+    if answer_format == "text":
+        return cell.casefold() in [choice.casefold() for choice in choices]
+    return re.fullmatch(r"[0-9]+(\.0)?", cell) is not None
+
+
 def is_upper_case(cells: Iterable[str]) -> bool:
     """Whether most of the letters among the cells are upper case."""
     bare = [_BEFORE.sub("", cell, count=1) for cell in cells]

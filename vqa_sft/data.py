@@ -26,7 +26,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vqa_sft.answers import FORMATS, UNKNOWN, find_answer_column, infer_format, is_upper_case, read_answer, unwrap
+from vqa_sft.answers import (
+    FORMATS,
+    UNKNOWN,
+    find_answer_column,
+    infer_format,
+    is_plain,
+    is_upper_case,
+    read_answer,
+    unwrap,
+)
 from vqa_sft.cells import EMPTY_WORDS, find_split, read_list, split_text, strip_labels
 from vqa_sft.columns import Columns, find_columns, find_others, is_stray
 from vqa_sft.errors import InputError, safe
@@ -475,6 +484,12 @@ class RowReader:
         if any(cell.casefold() not in UNKNOWN for cell, _ in cells_and_choices()):
             is_upper = is_upper_case(cell for cell, _ in cells_and_choices())
             answer_format = answer_format or infer_format(cells_and_choices())
+            for cell, choices in cells_and_choices():
+                index = read_answer(cell, choices, answer_format)
+                if index is not None and not is_plain(cell, choices, answer_format):
+                    said = f"an answer such as {cell!r:.60} means choice {index + 1} of {choices!r:.100}"
+                    self.notes.append(safe(f"{self.source.name}: {said}"))
+                    break
         else:  # nothing is known of a source without answers
             is_upper = not isinstance(self.columns.choices, str) and self.columns.choices[0].isupper()
             answer_format = None
