@@ -446,6 +446,7 @@ ROWS = {
     "gap_in_a_row": Broken(bad_row(b=""), "empty_choice"),
     "choice_nan": Broken(bad_row(d="NaN"), "nan_choice"),
     "choice_none_of_a_tool": Broken(bad_object(choices=["cat", "<NA>", "fox"]), "nan_choice"),
+    "sparse_choice": Broken(table([row(i, e="ant" if i == 7 else "") for i in range(24)]), "sparse_column", (7,)),
     "numbers_beside_choices": Broken(
         table([*(cells | {"E": i if i < 3 else ""} for i, cells in enumerate(GOOD))]), "stray_column", (0, 1, 2)
     ),

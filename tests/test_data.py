@@ -281,7 +281,10 @@ def test_numbers_in_a_column_after_the_choices_are_left_out_and_said(tmp_path, n
     loaded = read_examples(str(tmp_path / "rows.csv"), **options)
     assert loaded.columns.choices == ("a", "b", "c", "d") and loaded.num_choices == 4
     assert loaded.problems.bad_rows("stray_column") == [0, 2, 3, 4, 6, 7]
-    assert any(f"{name} is left out" in note and f"choices: [a, b, c, d, {name}]" in note for note in loaded.notes)
+    assert any(
+        f"{name} is no choice and left out" in note and f"choices: [a, b, c, d, {name}]" in note
+        for note in loaded.notes
+    )
     stream = stream_examples(str(tmp_path / "rows.csv"), **options)
     assert stream.columns.choices == ("a", "b", "c", "d")
     given = {"columns": {"choices": ["a", "b", "c", "d", name]}}
@@ -304,6 +307,17 @@ def test_a_fifth_choice_stays(tmp_path, answers, cells):
     write_csv(tmp_path / "rows.csv", numbered(answers, **cells))
     loaded = read_examples(str(tmp_path / "rows.csv"))
     assert len(loaded.columns.choices) == 5 and not loaded.problems.errors()
+
+
+def test_a_choice_in_few_rows_that_is_never_the_answer_stays_and_is_said(tmp_path):
+    rows = [row | {"id": str(i), "e": ""} for i, row in enumerate(numbered("abcd") * 5)]
+    rows[30]["e"] = "ant"
+    write_csv(tmp_path / "rows.csv", rows)
+    loaded = read_examples(str(tmp_path / "rows.csv"))
+    assert loaded.examples["choices"][30][4] == "ant" and loaded.problems.bad_rows("sparse_column") == [30]
+    rows[30]["answer"] = "e"
+    write_csv(tmp_path / "rows.csv", rows)
+    assert not read_examples(str(tmp_path / "rows.csv")).problems.found("sparse_column")
 
 
 def test_a_column_in_another_case_that_is_never_the_answer_is_no_choice(tmp_path):

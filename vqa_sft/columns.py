@@ -48,7 +48,7 @@ USUAL_NAMES = {
     "targets": (),  # only where it is named: nobody should learn from a column by accident
 }
 # What stands before the letter or the number in choice_a, option1, ...
-CHOICE_PREFIXES = ("option", "opt", "choice", "candidate", "answer", "보기", "선택지")
+CHOICE_PREFIXES = ("option", "opt", "choice", "candidate", "alternative", "answer", "보기", "선택지")
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def find_others(names: Sequence[str], columns: Columns, given: Mapping[str, Any]
 def is_stray(rows: Callable[[], Iterator[tuple[str, Sequence[str]]]], is_other_case: bool) -> bool:
     """Whether the last column of the choices is none; `rows` gives the answer's cell and a text for each column.
 
-    It is none where it is never the answer and holds numbers in three rows or more, beside words in nine of ten; in a
-    source with answers also where `is_other_case`: its name is written in another case than the others.
+    It is none where it is never the answer and holds numbers in three rows or more, beside words in nine of ten, or
+    where `is_other_case`: its name is written in another case than the others.
     """
     numbers = words = beside_words = 0
     for _, texts in rows():
@@ -158,14 +158,26 @@ def is_stray(rows: Callable[[], Iterator[tuple[str, Sequence[str]]]], is_other_c
         numbers, words = numbers + is_number, words + (not is_number)
         beside_words += any(text and not _NUMBER.fullmatch(text) for text in texts[:-1])
     is_numeric = not words and numbers >= 3 and beside_words >= 0.9 * numbers
-    if not is_numeric and not is_other_case:
-        return False
+    return (is_numeric or is_other_case) and _is_never_right(rows())
+
+
+def is_sparse(rows: Callable[[], Iterator[tuple[str, Sequence[str]]]]) -> bool:
+    """Whether the last column of the choices is filled in few rows, at most one in twenty, and never the answer."""
+    num_rows = filled = 0
+    for num_rows, (_, texts) in enumerate(rows(), 1):
+        filled += bool(texts[-1])
+        if filled > 1 + num_rows / 20:
+            return False
+    return 0 < filled <= num_rows / 20 and _is_never_right(rows())
+
+
+def _is_never_right(rows: Iterator[tuple[str, Sequence[str]]]) -> bool:
+    """Whether the format that reads the most answers reads as many without the last column."""
     fits, fits_without = Counter(), Counter()
-    for cell, texts in rows():
+    for cell, texts in rows:
         fits.update(name for name in FORMATS if read_answer(cell, texts, name) is not None)
         fits_without.update(name for name in FORMATS if read_answer(cell, texts[:-1], name) is not None)
-    is_never_right = max(fits.values(), default=0) == max(fits_without.values(), default=0)
-    return is_never_right and (is_numeric or bool(fits))
+    return max(fits.values(), default=0) == max(fits_without.values(), default=0)
 
 
 _NUMBER = re.compile(r"[-+]?[0-9]+([.,][0-9]+)*([eE][-+]?[0-9]+)?%?")

@@ -37,7 +37,7 @@ from vqa_sft.answers import (
     unwrap,
 )
 from vqa_sft.cells import EMPTY_WORDS, find_split, read_list, split_text, strip_labels
-from vqa_sft.columns import Columns, find_columns, find_others, is_stray
+from vqa_sft.columns import Columns, find_columns, find_others, is_sparse, is_stray
 from vqa_sft.errors import InputError, safe
 from vqa_sft.mcq import LETTERS
 from vqa_sft.problems import Problems
@@ -284,6 +284,7 @@ class RowReader:
         self.split: str | None = None  # how a text becomes choices, one of cells.SPLITS
         self.has_labels = False  # whether every choice begins with the label of its place
         self.stray: list[str] = []  # columns that look like choices and are none
+        self.sparse: str | None = None  # one that may be none
         self.inside = [name for name in columns.image if name in in_arrow]
         self._paths = [name for name in columns.image if name not in self.inside]
         if self.inside and self._paths:
@@ -357,6 +358,8 @@ class RowReader:
         for name in self.stray:
             if text := self._value(row[name]):
                 self.problems.add("stray_column", row_id, number, f"{name}: {text!r:.60}")
+        if self.sparse and (text := self._value(row[self.sparse])):
+            self.problems.add("sparse_column", row_id, number, f"{self.sparse}: {text!r:.60}")
         self._check_texts(texts, choices if is_list else None, number)
         images = [] if self.inside else self._pictures(row, folder, row_id, number)
         kind = find_type(texts["question"], choices)
@@ -377,8 +380,8 @@ class RowReader:
         Raises InputError where that can be understood in two ways.
         """
         in_arrow = _columns_with_images(self.source)
-        texts = [name for name in self.source.columns if name not in in_arrow]
-        others = find_others(texts, self.columns, {**dict.fromkeys(self.keep_rows), **given})
+        texts = [name for name in self.source.columns if name not in in_arrow and name not in self.keep_rows]
+        others = find_others(texts, self.columns, given)
         name = self.columns.choices
         if isinstance(name, str):
             self.split = find_split(row[name] for _, _, row in rows())
@@ -403,19 +406,21 @@ class RowReader:
         self.notes = [safe(f"{self.source.name}: {note}") for note in self.notes]
 
     def _leave_stray_out(self, rows: Callable[[], Iterator[tuple[int, str | None, dict]]]) -> None:
+        def cells() -> Iterator[tuple[str, list[str]]]:
+            for _, _, row in rows():
+                yield self._value(self._cell(row)), [self._value(row[name]) for name in self.columns.choices]
+
         while len(self.columns.choices) > 2:
             *kept, last = self.columns.choices
-
-            def cells() -> Iterator[tuple[str, list[str]]]:
-                for _, _, row in rows():
-                    yield self._value(self._cell(row)), [self._value(row[name]) for name in self.columns.choices]
-
             if not is_stray(cells, last.isupper() != kept[0].isupper()):
                 break
             self.columns = replace(self.columns, choices=tuple(kept))
             self.stray.append(last)
+            why = "never the answer, and it holds numbers beside words or is named in another case"
             hint = f"`columns: {{choices: [{', '.join([*kept, last])}]}}` makes it one"
-            self.notes.append(f"{last} is left out: never the answer, and not written as the choices are. {hint}")
+            self.notes.append(f"{last} is no choice and left out: {why}; {hint}")
+        if len(self.columns.choices) > 2 and is_sparse(cells):
+            self.sparse = self.columns.choices[-1]
 
     def _check_other_choices(
         self, rows: Callable[[], Iterator[tuple[int, str | None, dict]]], others: Sequence[str]

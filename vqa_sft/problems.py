@@ -49,6 +49,11 @@ KINDS = {
         "a column after the choices is taken for none and left out",
         "Name the choices: `columns: {choices: [a, b, c, d]}`.",
     ),
+    "sparse_column": Kind(
+        "warning",
+        "a choice in a column that few rows fill and that is never the answer",
+        "If it is none, name the choices: `columns: {choices: [a, b, c, d]}`.",
+    ),
     "control_token": Kind("error", "a text holds a control token of the model", "Take it out."),
     # Its pictures
     "picture_address": Kind("error", "the picture is an address on the web", "Download it; nothing is fetched."),
