@@ -150,7 +150,7 @@ def _parse(text: str) -> object:
 
 def _of_dict(cell: dict) -> list | None:
     lists = [(key, value) for key, value in cell.items() if isinstance(value, list | tuple)]
-    if len(lists) == len(cell) == 1:
+    if len(lists) == len(cell) == 1 and str(lists[0][0]).casefold().rstrip("s") in _TEXT_KEYS:
         return list(lists[0][1])
     if len(lists) == len(cell) == 2 and len(lists[0][1]) == len(lists[1][1]):
         texts = [(key, value) for key, value in lists if str(key).casefold() in _TEXT_KEYS]
