@@ -410,6 +410,16 @@ COLUMNS = {
         table([row(i, a="B", b="A", c="D", d="C") for i in range(NUM_GOOD)]),
         "can be read as letter (6 of 6 rows) and text",
     ),
+    "two_answer_columns": Broken(
+        table([cells | {"label": i % 2} for i, cells in enumerate(GOOD)]), "answer and label may both be the answer"
+    ),
+    "two_choice_columns": Broken(
+        table([cells | {"options": "[1, 2, 3]"} for cells in GOOD]), "a, b, c, d and options may both be the choices"
+    ),
+    "two_separators": Broken(
+        file("data.jsonl", as_jsonl([listed(i, choices="cat; dog | fox; owl") for i in range(NUM_GOOD)])),
+        "can be split by ';' (6 cells) and by '|' (6 cells)",
+    ),
     "validation_of_other_answers": Broken(
         files({"data.csv": CSV, "val.csv": CSV.replace("answer", "solved")}, "data.csv"),
         "missing columns: answer",
@@ -434,6 +444,12 @@ ROWS = {
     "all_choices_equal": Broken(bad_row(**dict.fromkeys("abcd", "cat")), "same_choices"),
     "two_choices_equal": Broken(bad_row(b="cat"), "equal_choices"),
     "gap_in_a_row": Broken(bad_row(b=""), "empty_choice"),
+    "choice_nan": Broken(bad_row(d="NaN"), "nan_choice"),
+    "choice_none_of_a_tool": Broken(bad_object(choices=["cat", "<NA>", "fox"]), "nan_choice"),
+    "sparse_choice": Broken(table([row(i, e="ant" if i == 7 else "") for i in range(24)]), "sparse_column", (7,)),
+    "numbers_beside_choices": Broken(
+        table([*(cells | {"E": i if i < 3 else ""} for i, cells in enumerate(GOOD))]), "stray_column", (0, 1, 2)
+    ),
     "unknown_letter": Broken(bad_row(answer="e"), "bad_answer"),
     "answer_to_no_choice": Broken(bad_row(d="", answer="d"), "bad_answer"),
     "answer_to_an_empty_choice": Broken(bad_row(b="", answer="b"), "bad_answer"),

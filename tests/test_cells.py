@@ -1,6 +1,7 @@
 import pytest
 
-from vqa_sft.cells import read_label, split_labelled
+from vqa_sft.cells import find_split, read_label, read_list, split_labelled, split_text, strip_labels
+from vqa_sft.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,8 @@ from vqa_sft.cells import read_label, split_labelled
         ("İ. x", None),
         ("0. x", None),
         ("ß) x", None),
+        ("ㄲ. x", None),
+        ("27) x", None),
         ("", None),
     ],
 )
@@ -76,3 +79,61 @@ def test_labelled_choices_are_split_from_the_text_before_them(text, stem, choice
 )
 def test_a_text_whose_labels_may_mean_something_else_is_not_split(text):
     assert split_labelled(text) is None
+
+
+@pytest.mark.parametrize(
+    ("cell", "choices"),
+    [
+        ("['cat' 'dog']", ["cat", "dog"]),
+        ("[1 2 3]", ["1", "2", "3"]),
+        ("array(['cat', \"dog's\"], dtype=object)", ["cat", "dog's"]),
+        ({"label": ["A", "B"], "text": ["cat", "dog"]}, ["cat", "dog"]),
+        ({"options": ["cat", "dog"]}, ["cat", "dog"]),
+        ({"option_a": "cat", "option_b": "dog"}, ["cat", "dog"]),
+        ({0: "cat", 1: "dog"}, ["cat", "dog"]),
+        ([{"A": "cat"}, {"B": "dog"}], ["cat", "dog"]),
+        ([{"text": "cat"}, {"text": "dog"}], ["cat", "dog"]),
+        ((("a", "cat"), ("b", "dog")), ["cat", "dog"]),
+        ({"label": ["B", "A"], "text": ["cat", "dog"]}, None),  # an answer "A" may mean either
+        ([{"label": "B", "text": "cat"}, {"label": "A", "text": "dog"}], None),
+        ([{"id": 17, "text": "cat"}, {"id": 18, "text": "dog"}], None),
+        ({"B": "cat", "A": "dog"}, None),
+        ({"A": ["cat", "dog"]}, None),
+        ("['cat' 'dog', 'fox']", None),  # Python would join the first two
+        ("[red fox]", None),
+        ("[" * 3_000, None),
+        (7, None),
+    ],
+)
+def test_a_list_is_read_in_its_spellings_and_only_where_its_order_is_certain(cell, choices):
+    assert read_list(cell) == choices
+
+
+@pytest.mark.parametrize(
+    ("cells", "how", "first"),
+    [
+        (["(a) Open (b) Closed"] * 3, "labels", ["Open", "Closed"]),
+        (["A. cat; B. dog"] * 3, "labels", ["cat", "dog"]),
+        (["A. red; blue\nB. green; black"] * 3, "labels", ["red; blue", "green; black"]),
+        (["cat; dog;", "fox;owl"], ";", ["cat", "dog"]),
+        (["cat|dog", "fox | owl; bee", "x|y", "y|z"] * 3, "|", ["cat", "dog"]),
+        (["cat\ndog"], "lines", ["cat", "dog"]),
+        (["cat, dog"] * 3, None, None),
+        ([["cat", "dog"], ["fox; owl", "bee"], "a; b"], None, None),
+        ([None, ""], None, None),
+    ],
+)
+def test_one_way_to_split_is_found_for_all_texts_of_a_column(cells, how, first):
+    assert find_split(cells) == how
+    assert how is None or split_text(cells[0], how) == first
+
+
+def test_two_separators_that_mean_other_choices_are_both_named():
+    for cells in (["cat; dog | fox; owl"] * 9, ["cat | dog"] * 2 + ["cat; dog | fox"]):
+        with pytest.raises(InputError, match="by ';' .* and by '|' "):
+            find_split(cells)
+
+
+def test_labels_are_stripped_only_in_their_own_places():
+    assert strip_labels(["A. cat", "", "C. dog"]) == ["cat", "", "dog"]
+    assert strip_labels(["A. cat", "C. dog"]) is None and strip_labels(["A. cat", "dog"]) is None

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from vqa_sft.columns import Columns, check_columns, find_columns, known_columns
+from vqa_sft.columns import Columns, check_columns, find_columns, find_others, is_sparse, is_stray, known_columns
 from vqa_sft.errors import InputError
 
 
@@ -20,6 +20,11 @@ def found(names, answers="required", **given):
         ("id img q choice_a choice_b choice_c target", ("img",), "q", ("choice_a", "choice_b", "choice_c"), "target"),
         ("id Image Question Options Answer", ("Image",), "Question", "Options", "Answer"),
         ("id image_1 image_2 question options answer", ("image_1", "image_2"), "question", "options", "answer"),
+        ("id imagename question a b ans", ("imagename",), "question", ("a", "b"), "ans"),
+        ("id figure_path ques a b Answer_Key", ("figure_path",), "ques", ("a", "b"), "Answer_Key"),
+        ("id img_name problem mc_choices answer_letter", ("img_name",), "problem", "mc_choices", "answer_letter"),
+        ("id image question a b c d E answer", ("image",), "question", ("a", "b", "c", "d", "E"), "answer"),
+        ("id image question a b A B answer", ("image",), "question", ("a", "b"), "answer"),
         ("번호 이미지 질문 보기1 보기2 정답", ("이미지",), "질문", ("보기1", "보기2"), "정답"),
     ],
 )
@@ -27,6 +32,48 @@ def test_usual_names_are_found_without_being_told(names, image, question, choice
     columns = found(names)
     assert (columns.image, columns.question) == (image, question)
     assert (columns.choices, columns.answer) == (choices, answer)
+
+
+def test_images_themselves_are_found_before_paths():
+    names = ["id", "path", "decoded_image", "question", "a", "b", "answer"]
+    columns = find_columns(names, {}, "required", ["decoded_image"])
+    assert columns.image == ("decoded_image",)
+
+
+def test_other_columns_with_usual_names_are_found_unless_they_are_used_or_given():
+    names = ["id", "image", "file_name", "question", "query", "a", "b", "label", "answer", "hint"]
+    columns = find_columns(names, {"context": None, "targets": "label"}, "required")
+    assert find_others(names, columns, {"context": None, "targets": "label"}) == {
+        "image": ["file_name"],
+        "question": ["query"],
+    }
+    assert "answer" not in find_others(names, find_columns(names, {"answer": "label"}, "required"), {"answer": "label"})
+
+
+WORDS = ["cat", "dog", "fox"]
+
+
+@pytest.mark.parametrize(
+    ("last", "cells", "stray"),
+    [
+        (["1", "2", "3"], "abc", True),
+        (["0.5", "1e-3", "12%"], "abc", True),
+        (["1", "2", "nan"], "abc", False),  # two numbers
+        (["1", "2", "ant"], "abc", False),
+        (["1", "2", "3"], "abd", False),  # the answer
+        (["1", "2", "3"], ["cat", "dog", "3"], False),
+        (["1", "2", "3"], ["", "", ""], True),
+        (["", "", ""], "abc", False),
+    ],
+)
+def test_a_column_of_numbers_beside_words_that_is_never_the_answer_is_no_choice(last, cells, stray):
+    assert is_stray(lambda: zip(cells, [[*WORDS, text] for text in last], strict=True), False) == stray
+
+
+def test_a_column_that_few_rows_fill_is_sparse_unless_it_is_an_answer():
+    rows = [("a", [*WORDS, "ant" if i == 50 else ""]) for i in range(100)]
+    assert is_sparse(lambda: iter(rows)) and not is_sparse(lambda: iter(rows[45:60]))
+    assert not is_sparse(lambda: iter([*rows, ("d", [*WORDS, "bee"])]))
 
 
 def test_a_given_column_wins_over_a_usual_name():
@@ -87,8 +134,12 @@ def test_what_cannot_stand_under_columns_is_refused(given):
 
 
 def test_other_data_of_a_run_are_read_with_its_context_or_none():
-    assert known_columns(found("id path question hint a b answer"), None) == {"context": "hint"}
-    assert known_columns(found("id path question a b answer"), {"id": "key"}) == {"context": None, "id": "key"}
+    assert known_columns(found("id path question hint a b answer"), None) == {"context": "hint", "answer": "answer"}
+    assert known_columns(found("id path question a b answer"), {"id": "key"}) == {
+        "context": None,
+        "answer": "answer",
+        "id": "key",
+    }
 
 
 def test_columns_survive_run_json():

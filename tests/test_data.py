@@ -170,6 +170,252 @@ def test_choices_that_are_no_list_name_their_row(tmp_path, cell):
         load_examples(source)
 
 
+SPELLINGS = {
+    "brackets": "(a) {} (b) {} (c) {}",
+    "lines": "A. {}\nB. {}\nC. {}",
+    "circled": "① {} ② {} ③ {}",
+    "semicolons": "{};{}; {}",
+    "bars": "{} | {} | {}",
+    "plain lines": "{}\n{}\n{}",
+    "numpy": "['{}' '{}' '{}']",
+    "numpy in lines": "['{}'\n '{}'\n \"{}\"]",
+    "objects": '[{{"label": "A", "text": "{}"}}, {{"label": "B", "text": "{}"}}, {{"label": "C", "text": "{}"}}]',
+    "numbered": '{{"1": "{}", "2": "{}", "3": "{}"}}',
+    "two lists": '{{"text": ["{}", "{}", "{}"], "label": ["A", "B", "C"]}}',
+    "in a key": '{{"choices": ["{}", "{}", "{}"]}}',
+    "pairs": '[["A", "{}"], ["B", "{}"], ["C", "{}"]]',
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_column_of_choices_is_read_however_they_are_spelled(tmp_path, spelling):
+    turns = [["cat", "a (small) dog", "fox"], ["fox", "cat, or not", "a (small) dog"]] * 3
+    rows = [
+        question(id=str(i), choices=SPELLINGS[spelling].format(*turn), answer="abc"[i % 3])
+        for i, turn in enumerate(turns)
+    ]
+    sources = [write_jsonl(tmp_path / "rows.jsonl", rows), str(tmp_path / "rows.csv")]
+    write_csv(tmp_path / "rows.csv", rows)
+    for source in sources:
+        loaded = read_examples(source)
+        assert loaded.examples["choices"][:] == turns and loaded.examples["answer"][:] == [0, 1, 2] * 2
+        assert not loaded.problems.errors()
+        told = any("become choices by" in note for note in loaded.notes)
+        assert told == (rows[0]["choices"][0] not in "[{")
+
+
+def test_a_semicolon_inside_a_listed_choice_splits_nothing(tmp_path):
+    rows = [question(id=str(i), choices=["red; blue", "green; black"]) for i in range(3)]
+    rows += [question(id=str(i), choices=f'["red; {i}", "x; y"]') for i in range(3, 6)]
+    assert load_examples(write_jsonl(tmp_path / "rows.jsonl", rows))[0]["choices"][5] == ["red; 5", "x; y"]
+    rows.append(question(id="text", choices="red; blue"))
+    with pytest.raises(InputError, match="the choices are no list: row text .*'red; blue'"):
+        load_examples(write_jsonl(tmp_path / "rows.jsonl", rows))
+
+
+def test_a_text_that_is_not_split_as_the_others_names_its_row(tmp_path):
+    rows = [question(id=str(i), choices=f"cat {i}; dog; fox") for i in range(5)]
+    rows.append(question(id="odd", choices="cat / dog"))
+    with pytest.raises(InputError, match="the choices are no list: row odd"):
+        load_examples(write_jsonl(tmp_path / "rows.jsonl", rows))
+    with pytest.raises(InputError, match="the choices are no list: row odd"):
+        list(stream_examples(write_jsonl(tmp_path / "rows.jsonl", rows)).examples)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [("A. ", "B. ", "C. "), ("(a) ", "(b) ", "(c) "), ("1) ", "2) ", "3) "), ("①", "②", "③"), ("가. ", "나. ", "다. ")],
+)
+@pytest.mark.parametrize("answers", ["ABC", ["{}cat", "{}dog", "{}fox"], ["cat", "dog", "fox"]])
+def test_labels_before_the_choices_of_every_row_are_left_out(tmp_path, labels, answers):
+    names = ["cat", "dog", "fox"]
+    choices = [label + name for label, name in zip(labels, names, strict=True)]
+    cells = [answer.format(label) for answer, label in zip(answers, labels, strict=True)]
+    rows = [question(id=str(i), choices=choices, answer=cells[i % 3]) for i in range(9)]
+    columns = [dict(zip("abc", choices, strict=True)) | row for row in rows]
+    for row in columns:
+        del row["choices"]
+    rows.append(question(id="two", choices=choices[:2], answer=cells[1]))
+    write_csv(tmp_path / "rows.csv", columns)
+    for source in (write_jsonl(tmp_path / "rows.jsonl", rows), str(tmp_path / "rows.csv")):
+        loaded = read_examples(source)
+        assert loaded.examples["choices"][:9] == [names] * 9
+        assert loaded.examples["answer"][:9] == [0, 1, 2] * 3 and not loaded.problems.errors()
+        assert any("labels before the choices" in note for note in loaded.notes)
+        assert [row["choices"] for row in stream_examples(source, answers="optional").examples][:9] == [names] * 9
+
+
+@pytest.mark.parametrize(
+    "choices", [["cat", "B. dog"], ["B. cat", "A. dog"], ["A.D.", "B.C."], ["A.", "B."], ["1.5", "2.5"], ["", "A. dog"]]
+)
+def test_labels_stay_where_one_choice_of_one_row_has_another_or_none(tmp_path, choices):
+    rows = [question(id=str(i), choices=["A. cat", "B. dog"]) for i in range(5)]
+    rows.append(question(id="odd", choices=choices, answer="b"))
+    examples, _ = load_examples(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert examples["choices"][0] == ["A. cat", "B. dog"] and examples["choices"][5] == choices
+
+
+def test_a_row_of_a_stream_without_the_labels_of_the_first_rows_is_an_error(tmp_path):
+    rows = [question(id=str(i), choices=["A. cat", "B. dog"]) for i in range(1_200)]
+    rows[1_100]["choices"] = ["cat", "dog"]
+    stream = stream_examples(write_jsonl(tmp_path / "rows.jsonl", rows), answers="optional")
+    with pytest.raises(InputError, match="row 1100 .not labelled as in the other rows"):
+        list(stream.examples)
+
+
+def numbered(values, **cells):
+    """Rows with the choices a to d and a column more for each of `cells`."""
+    rows = [question(id=str(i)) | dict(zip("abcd", ["cat", "dog", "fox", "owl"], strict=True)) for i in range(8)]
+    for i, row in enumerate(rows):
+        del row["choices"]
+        row |= {"answer": values[i % len(values)]} | {name: cell[i % len(cell)] for name, cell in cells.items()}
+    return rows
+
+
+@pytest.mark.parametrize("name", ["E", "e"])
+@pytest.mark.parametrize("answers", ["abcd", "0123", "1234", ["cat", "dog", "owl"], [""]])
+def test_numbers_in_a_column_after_the_choices_are_left_out_and_said(tmp_path, name, answers):
+    write_csv(tmp_path / "rows.csv", numbered(answers, **{name: [0.5, "", 1, "nan"]}))
+    formats = {"0123": "index_from_0", "1234": "index_from_1"}
+    options = {"answers": "optional", "answer_format": formats.get(str(answers))}
+    loaded = read_examples(str(tmp_path / "rows.csv"), **options)
+    assert loaded.columns.choices == ("a", "b", "c", "d") and loaded.num_choices == 4
+    assert loaded.problems.bad_rows("stray_column") == [0, 2, 3, 4, 6, 7]
+    assert any(
+        f"{name} is no choice and left out" in note and f"choices: [a, b, c, d, {name}]" in note
+        for note in loaded.notes
+    )
+    stream = stream_examples(str(tmp_path / "rows.csv"), **options)
+    assert stream.columns.choices == ("a", "b", "c", "d")
+    given = {"columns": {"choices": ["a", "b", "c", "d", name]}}
+    assert read_examples(str(tmp_path / "rows.csv"), **options, **given).num_choices == 5
+
+
+@pytest.mark.parametrize(
+    ("answers", "cells"),
+    [
+        ("abcde", {"e": [1, 2]}),  # it is the answer
+        (["cat", "7"], {"e": [7, 7]}),
+        ("01400402", {"e": [1, 2]}),
+        ("abcd", {"e": ["ant", 2]}),  # a word
+        ("abcd", {"a": [1], "b": [2], "c": [3], "d": [4], "e": [5]}),  # numbers beside numbers
+        ("abcd", {"e": [5, *[""] * 7]}),  # one row says little
+        ("abcdE", {"E": ["ant"]}),  # another case, and the answer
+    ],
+)
+def test_a_fifth_choice_stays(tmp_path, answers, cells):
+    write_csv(tmp_path / "rows.csv", numbered(answers, **cells))
+    loaded = read_examples(str(tmp_path / "rows.csv"))
+    assert len(loaded.columns.choices) == 5 and not loaded.problems.errors()
+
+
+def test_a_choice_in_few_rows_that_is_never_the_answer_stays_and_is_said(tmp_path):
+    rows = [row | {"id": str(i), "e": ""} for i, row in enumerate(numbered("abcd") * 5)]
+    rows[30]["e"] = "ant"
+    write_csv(tmp_path / "rows.csv", rows)
+    loaded = read_examples(str(tmp_path / "rows.csv"))
+    assert loaded.examples["choices"][30][4] == "ant" and loaded.problems.bad_rows("sparse_column") == [30]
+    rows[30]["answer"] = "e"
+    write_csv(tmp_path / "rows.csv", rows)
+    assert not read_examples(str(tmp_path / "rows.csv")).problems.found("sparse_column")
+
+
+def test_a_column_in_another_case_that_is_never_the_answer_is_no_choice(tmp_path):
+    write_csv(tmp_path / "rows.csv", numbered("abcd", E=["an explanation"]))
+    loaded = read_examples(str(tmp_path / "rows.csv"))
+    assert loaded.columns.choices == ("a", "b", "c", "d") and len(loaded.problems.bad_rows("stray_column")) == 8
+
+
+@pytest.mark.parametrize("name", ["label", "correct_idx", "gold"])
+def test_two_columns_that_may_be_different_answers_are_both_named(tmp_path, name):
+    write_csv(tmp_path / "rows.csv", numbered("abcd", **{name: [0, 1]}))
+    for load in (load_examples, stream_examples):
+        with pytest.raises(InputError, match=f"answer and {name} may both be the answer"):
+            load(str(tmp_path / "rows.csv"))
+        assert load(str(tmp_path / "rows.csv"), columns={"answer": "answer"})
+    assert load_examples(str(tmp_path / "rows.csv"), answer_format="letter")[1].answer == "answer"
+
+
+@pytest.mark.parametrize(
+    ("cells", "answer"),
+    [
+        ({"answer": ["cat", "dog", "fox"], "answer label": ["A", "B", "C"]}, "answer"),  # the same
+        ({"answer": ["a", "b", "c"], "correct_idx": [0, 1, 2]}, "answer"),
+        ({"answer": ["a", "b", "c"], "label": ["animal", "plant", "stone"]}, "answer"),  # no answers
+        ({"answer": ["It is a cat.", "No.", "Red."], "correct_option": ["B", "A", "C"]}, "correct_option"),
+        ({"answer": ["", "", ""], "correct_option": ["B", "A", "C"]}, "correct_option"),
+    ],
+)
+def test_of_two_columns_that_are_named_as_answers_one_is_read_and_said(tmp_path, cells, answer):
+    write_csv(tmp_path / "rows.csv", numbered([""], **cells))
+    loaded = read_examples(str(tmp_path / "rows.csv"))
+    assert loaded.columns.answer == answer and not loaded.problems.errors()
+    (other,) = cells.keys() - {answer}
+    assert any("not read" in note and f"{other} (answer)" in note for note in loaded.notes)
+
+
+def test_two_columns_of_choices_are_both_named_unless_they_hold_the_same(tmp_path):
+    write_csv(tmp_path / "rows.csv", numbered("abcd", options=['["cat", "dog", "fox", "owl"]']))
+    assert load_examples(str(tmp_path / "rows.csv"))[1].choices == ("a", "b", "c", "d")
+    write_csv(tmp_path / "rows.csv", numbered("abcd", options=['["owl", "fox", "dog", "cat"]']))
+    with pytest.raises(InputError, match="a, b, c, d and options may both be the choices and differ"):
+        load_examples(str(tmp_path / "rows.csv"))
+    rows = [question(options=["dog", "cat"])]
+    with pytest.raises(InputError, match="choices and options may both be the choices"):
+        load_examples(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert load_examples(str(tmp_path / "rows.jsonl"), columns={"choices": "options"})[0][0]["choices"] == [
+        "dog",
+        "cat",
+    ]
+
+
+def test_two_columns_of_images_are_both_named_where_both_hold_other_files(tmp_path):
+    for name in ("left.png", "right.png"):
+        (tmp_path / name).write_bytes(picture_bytes())
+    rows = [question(image="left.png", file_name="right.png", prompt="Look.")]
+    with pytest.raises(InputError, match="image and file_name name different files"):
+        load_examples(write_jsonl(tmp_path / "rows.jsonl", rows))
+    rows[0]["file_name"] = "IMG_2034.PNG"
+    loaded = read_examples(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert loaded.columns.image == ("image",) and "not read, though their names are usual" in loaded.notes[-2]
+    assert "file_name (image)" in loaded.notes[-2] and "prompt (question)" in loaded.notes[-2]
+
+
+def test_images_themselves_come_before_a_path_to_them(tmp_path):
+    rows = [question(image={"bytes": picture_bytes(), "path": None}, image_path="gone.png", path="gone/too.png")]
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "rows.parquet")
+    loaded = read_examples(str(tmp_path / "rows.parquet"))
+    assert loaded.columns.image == ("image",) and loaded.examples[0]["images"][0]["bytes"]
+
+
+@pytest.mark.parametrize("cell", ["NaN", "nan", "N/A", "NULL", "None", "<NA>"])
+def test_a_choice_that_a_tool_wrote_for_nothing_is_a_warning(tmp_path, cell):
+    rows = [question(), question(id="nan", choices=["cat", "dog", cell])]
+    loaded = read_examples(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert loaded.problems.found("nan_choice") == [(f"nan ({cell!r})", 1)] and not loaded.problems.errors()
+    loaded = read_examples(str(tmp_path / "rows.jsonl"), empty_cells=[cell])
+    assert loaded.examples["choices"][1] == ["cat", "dog"] and not loaded.problems.found("nan_choice")
+
+
+def test_answers_of_other_types_mean_what_their_texts_mean(tmp_path):
+    for i, (answers, choices, indices) in enumerate(
+        [
+            ([True, False, True], ["no", "yes"], [1, 0, 1]),
+            ([0.0, 1.0, 0.0], ["cat", "dog"], [0, 1, 0]),
+            ([["A"], ["B"], ["A"]], ["cat", "dog"], [0, 1, 0]),
+            ([3.0, 1.0, 3.0], [1, 3], [1, 0, 1]),
+        ]
+    ):
+        rows = [question(id=str(n), choices=[*map(str, choices)], answer=answers[n % 3]) for n in range(9)]
+        datasets.Dataset.from_list(rows).to_parquet(tmp_path / f"{i}.parquet")
+        texts = [row | {"answer": str(row["answer"])} for row in rows]
+        write_jsonl(tmp_path / f"{i}.jsonl", rows)
+        write_jsonl(tmp_path / f"{i}_text.jsonl", texts)
+        for name in (f"{i}.parquet", f"{i}.jsonl", f"{i}_text.jsonl"):
+            assert load_examples(str(tmp_path / name))[0]["answer"][:] == indices * 3, name
+
+
 def test_rows_differ_in_their_number_of_choices_up_to_26(tmp_path):
     many = [question(id=str(n), choices=[f"c{i}" for i in range(n)], answer="b") for n in (2, 5, 26)]
     loaded = read_examples(write_jsonl(tmp_path / "rows.jsonl", many))
@@ -189,9 +435,9 @@ def test_rows_differ_in_their_number_of_choices_up_to_26(tmp_path):
     ],
 )
 def test_the_way_in_which_answers_are_written_is_inferred(tmp_path, answers, answer_format, indices):
-    rows = [question(id=str(i), choices=["cat", "dog", "fox"], answer=cell) for i, cell in enumerate(answers)]
+    rows = [question(id=str(i), choices=["cat", "dog", "fox"], answer=cell) for i, cell in enumerate(answers * 3)]
     examples, columns = load_examples(write_jsonl(tmp_path / "rows.jsonl", rows))
-    assert columns.answer_format == answer_format and examples["answer"][:] == indices
+    assert columns.answer_format == answer_format and examples["answer"][:] == indices * 3
 
 
 def test_class_labels_count_by_their_names(tmp_path):

@@ -53,7 +53,7 @@ def test_a_korean_spreadsheets_copy_is_utf_8(faulty):
 def test_jsonl_is_copied_with_its_types(contest):
     lines = [{"id": i, "images": ["images/001.png"] * i, "question": "?", "choices": ["a", "b"]} for i in range(4)]
     for i, line in enumerate(lines):
-        line["answer"] = [0, 7, 1, 0][i]
+        line["answer"] = [0, 7, 0, 0][i]
     lines[2]["note"] = "half \ud83d, whole 😀"
     source = contest / "train.jsonl"
     source.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")

@@ -6,7 +6,7 @@ import pytest
 from conftest import run_script, write_csv
 from PIL import Image
 
-from vqa_sft.columns import find_columns
+from vqa_sft.columns import are_here, find_columns
 from vqa_sft.data import read_examples, stream_examples
 from vqa_sft.errors import InputError
 
@@ -36,7 +36,7 @@ def test_every_row_may_have_the_same_choices(folder):
     how = {"columns": {"question": "text"}, "fixed_choices": ["yes", "no"]}
     loaded = read_examples(file, **how)
     assert answers(loaded) == [1, 0] * 4 and loaded.examples[0]["choices"] == ["yes", "no"]
-    assert "choices: yes, no (every row)" in loaded.notes[0]
+    assert any("choices: yes, no (every row)" in note for note in loaded.notes)
     assert [row["answer"] for row in stream_examples(file, **how).examples] == [1, 0] * 4
 
 
@@ -171,8 +171,8 @@ def test_a_run_scores_rows_of_another_shape_and_says_so(run, folder, capsys):
 
 
 def test_columns_that_the_recipe_names_count_only_where_the_data_have_them():
-    named = {"question": "ask", "image": "photo", "id": None}
-    columns = find_columns(["id", "image", "question", "a", "b", "answer"], {}, "optional", known=named)
+    names, named = ["id", "image", "question", "a", "b", "answer"], {"question": "ask", "image": "photo", "id": None}
+    columns = find_columns(names, are_here(named, names), "optional")
     assert (columns.id, columns.image, columns.question) == (None, ("image",), "question")
 
 

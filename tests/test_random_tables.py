@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from vqa_sft.columns import USUAL_NAMES
-from vqa_sft.data import FEATURES, load_examples, read_examples
+from vqa_sft.data import FEATURES, load_examples, read_examples, stream_examples
 from vqa_sft.errors import InputError
 from vqa_sft.mcq import LETTERS
 from vqa_sft.question_types import TYPES
@@ -83,6 +83,55 @@ def test_random_csv_files(folder, table, options, separator):
         writer.writerow(names)
         writer.writerows([row.get(name) for name in names] for row in table)
     check_that_it_is_canonical_or_named(source, folder, options)
+
+
+LISTS = ["{} {}", "A. {}\nB. {}", "(a) {} (b) {}", "{}; {}", "{} | {}; x", "['{}' '{}']", '["{}", "{}"]']
+CELLS = ["a", "B", "(b)", "Option A", "1", "0", "2", "①", "2번", "나", "A. cat", "True", "yes", '["b"]', "cat"]
+SPELLED = st.fixed_dictionaries(
+    {
+        "lists": st.lists(st.sampled_from(LISTS[1:]), min_size=1, max_size=1)
+        | st.lists(st.sampled_from(LISTS), min_size=2),
+        "words": st.lists(st.sampled_from(["cat", "yes", "no", "1", "A. cat", "a; b", "B. x"]), min_size=2, max_size=4),
+        "answers": st.sampled_from([["a", "B"], ["Option A"], ["가", "나."]])
+        | st.lists(st.sampled_from([*CELLS, "İ", "", "?"]), min_size=1, max_size=3),
+        "more": st.just({})
+        | st.dictionaries(st.sampled_from(["label", "correct_idx", "hint", "options"]), st.sampled_from(CELLS)),
+        "in_columns": st.booleans(),
+        "e": st.sampled_from([None, "7", "owl", ""]),
+    }
+)
+
+
+def load_stream(source, **options):
+    stream = stream_examples(source, **options)
+    return list(stream.examples), stream.columns
+
+
+def read_or_refuse(load, source, answers):
+    try:
+        examples, columns = load(source, answers=answers)
+    except InputError:
+        return "refused"
+    return sorted((row["id"], row["choices"], row["answer"]) for row in examples), columns
+
+
+@QUICK
+@given(spelled=SPELLED, answers=OPTIONS["answers"])
+def test_a_stream_reads_what_a_table_reads_or_both_refuse(folder, spelled, answers):
+    rows = []
+    for i in range(7):
+        pick = [spelled["words"][(i + j) % len(spelled["words"])] for j in range(2)]
+        row = {"id": str(i), "path": "x.png", "question": f"Which, {i}?"} | spelled["more"]
+        row |= {"answer": spelled["answers"][i % len(spelled["answers"])]}
+        if spelled["in_columns"]:
+            row |= dict(zip("ab", pick, strict=True)) | ({} if spelled["e"] is None else {"C": spelled["e"]})
+        else:
+            row |= {"choices": spelled["lists"][i % len(spelled["lists"])].format(*pick)}
+        rows.append(row)
+    source = folder / "rows.jsonl"
+    source.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    read = [read_or_refuse(load, str(source), answers) for load in (load_examples, load_stream)]
+    assert read[0] == read[1]
 
 
 @QUICK

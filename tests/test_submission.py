@@ -151,7 +151,11 @@ def test_data_of_other_rows_are_errors(data, file, tmp_path):
         ("id,answer\nx,0\ny,0\nz,0\n", None, "every `answer` is '0'"),
         ("id,answer\nx,\ny,\nz,\n", None, "every `answer` is empty"),
         ("id,answer\nx,1\ny,2\nz,1\n", None, "can be read as index_from_0"),
-        ("id,answer\nx,1\ny,2\nz,1\n", None, "answer '1' of ['<choice A>', '<choice B>'] is choice 2 or 1"),
+        (
+            "id,answer\nx,1\ny,2\nz,1\n",
+            None,
+            "answer '1' of ['<choice A>', '<choice B>'] is choice 2 (index_from_0) or 1",
+        ),
         ("id,answer\nx,cat\ny,a\nz,dog\n", None, "such as 'cat'"),
         ("id,answer,usage\nx,a,p\ny,a,p\nz,a,p\n", None, "2 columns beside id: answer, usage. One is an answer, 3 are"),
         ("id,question,note,answer\nx,,,a\ny,What?,,a\nz,,,a\n", None, "question holds 'What?' and is no column of"),

@@ -2,10 +2,13 @@
 
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vqa_sft.answers import FORMATS, read_answer
+from vqa_sft.cells import EMPTY_WORDS
 from vqa_sft.errors import InputError, printable
 from vqa_sft.mcq import LETTERS
 
@@ -14,19 +17,38 @@ USUAL_NAMES = {
     "id": ("id", "question_id", "qid", "sample_id", "example_id", "row_id", "uid", "index", "idx", "번호"),
     "image": (
         *("path", "image", "image_path", "img", "img_path", "images", "file_name", "file", "image_file", "picture"),
-        *("photo", "이미지"),
+        *("photo", "image_name", "img_name", "image_filename", "img_file", "file_path", "local_path", "figure"),
+        *("figure_path", "figure_file", "figure_name", "fig", "photo_path", "decoded_image", "이미지", "사진", "그림"),
     ),
-    "question": ("question", "query", "question_text", "q", "prompt", "질문"),
-    "choices": ("choices", "options", "candidates", "answer_choices", "multiple_choices", "보기", "선택지"),
+    "question": (
+        *("question", "query", "question_text", "q", "prompt", "ques", "question_stem", "stem", "problem", "질문"),
+        "문제",
+    ),
+    "choices": (
+        *("choices", "options", "candidates", "answer_choices", "multiple_choices", "multiple_choice", "mc_choices"),
+        *("choice_list", "option_list", "options_list", "choices_list", "answer_options", "answer_candidates"),
+        *("possible_answers", "보기", "선택지"),
+    ),
     "answer": (
         *("answer", "label", "gt", "ground_truth", "target", "correct_answer", "correct_choice", "correct_option"),
-        *("correct", "answer_idx", "answer_index", "correct_idx", "correct_index", "correct_choice_idx", "정답"),
+        *(
+            "correct",
+            "answer_idx",
+            "answer_index",
+            "correct_idx",
+            "correct_index",
+            "correct_choice_idx",
+            "answer_label",
+        ),
+        *("answer_key", "answer_letter", "answer_option", "answer_choice", "correct_label", "gt_answer"),
+        *("correct_letter", "correct_option_idx", "correct_option_index", "correct_choice_index", "gt_index"),
+        *("multiple_choice_answer", "right_answer", "gold", "gold_label", "ans", "정답"),
     ),
     "context": ("context", "hint", "passage", "지문"),
     "targets": (),  # only where it is named: nobody should learn from a column by accident
 }
 # What stands before the letter or the number in choice_a, option1, ...
-CHOICE_PREFIXES = ("option", "opt", "choice", "candidate", "answer", "보기", "선택지")
+CHOICE_PREFIXES = ("option", "opt", "choice", "candidate", "alternative", "answer", "보기", "선택지")
 IN_QUESTION = "in_question"  # in place of columns for choices: they are written in the question's text
 _FIELD = re.compile(r"\{([^{}:]+)(?::0?([0-9]{1,2})d?)?\}")  # {id}, or {id:06} with zeros before it
 
@@ -140,20 +162,19 @@ def find_columns(
     names: Sequence[str],
     given: Mapping[str, Any],
     answers: str,
+    images: Sequence[str] = (),
     *,
-    known: Mapping[str, Any] | None = None,
     fixed_question: str | None = None,
     fixed_choices: Sequence[str] | None = None,
 ) -> Columns:
     """The columns of a source with these names: as `given`, the rest found by their usual names.
 
-    `known` are those of other data, which count where this source has them. `answers` is "required" or "optional".
-    `fixed_question` and `fixed_choices` stand for columns. Raises InputError when a column is missing or there are too
-    many choices.
+    `answers` is "required" or "optional"; `images` are the columns that hold images themselves, which come before
+    those with paths. `fixed_question` and `fixed_choices` stand for columns. Raises InputError when a column is missing
+    or there are too many choices.
     """
-    known = {key: value for key, value in (known or {}).items() if _are_here(value, names)}
-    given = known | given
     found: dict[str, Any] = {key: _find(names, usual) for key, usual in USUAL_NAMES.items()}
+    found["image"] = _find(images, USUAL_NAMES["image"]) or found["image"]
     if fixed_question is not None:
         found["question"] = None
     if fixed_choices is not None:
@@ -172,12 +193,69 @@ def find_columns(
     return Columns(**found)
 
 
-def _are_here(value: Any, names: Sequence[str]) -> bool:
-    """Whether a source with these columns has what a recipe names for other data."""
-    wanted = value if isinstance(value, list | tuple) else [value]
-    return all(
-        name in (None, IN_QUESTION) or all(part in names for part in fields_of(name, "id") or [name]) for name in wanted
-    )
+def are_here(known: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Any]:
+    """Of the columns of other data those that a source with these columns has too."""
+
+    def is_here(value: Any) -> bool:
+        wanted = value if isinstance(value, list | tuple) else [value]
+        parts = [part for name in wanted if name is not None for part in fields_of(name, "id") or [name]]
+        return all(part in names or part == IN_QUESTION for part in parts)
+
+    return {key: value for key, value in (known or {}).items() if is_here(value)}
+
+
+def find_others(names: Sequence[str], columns: Columns, given: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What else has a usual name of each thing that is not `given`, and stands for nothing: columns that may mean the
+    same, or something else."""
+    used = {*columns.names, *(name for value in given.values() for name in ([value] if isinstance(value, str) else ()))}
+    plain = {_plain(name): name for name in reversed(names)}
+    others = {
+        key: [plain[_plain(name)] for name in usual if _plain(name) in plain and plain[_plain(name)] not in used]
+        for key, usual in USUAL_NAMES.items()
+        if key not in given and key != "id"
+    }
+    return {key: list(dict.fromkeys(found)) for key, found in others.items() if found}
+
+
+def is_stray(rows: Callable[[], Iterator[tuple[str, Sequence[str]]]], is_other_case: bool) -> bool:
+    """Whether the last column of the choices is none; `rows` gives the answer's cell and a text for each column.
+
+    It is none where it is never the answer and holds numbers in three rows or more, beside words in nine of ten, or
+    where `is_other_case`: its name is written in another case than the others.
+    """
+    numbers = words = beside_words = 0
+    for _, texts in rows():
+        if not texts[-1] or texts[-1].casefold() in EMPTY_WORDS:
+            continue
+        is_number = _NUMBER.fullmatch(texts[-1]) is not None
+        if not is_number and not is_other_case:
+            return False
+        numbers, words = numbers + is_number, words + (not is_number)
+        beside_words += any(text and not _NUMBER.fullmatch(text) for text in texts[:-1])
+    is_numeric = not words and numbers >= 3 and beside_words >= 0.9 * numbers
+    return (is_numeric or is_other_case) and _is_never_right(rows())
+
+
+def is_sparse(rows: Callable[[], Iterator[tuple[str, Sequence[str]]]]) -> bool:
+    """Whether the last column of the choices is filled in few rows, at most one in twenty, and never the answer."""
+    num_rows = filled = 0
+    for num_rows, (_, texts) in enumerate(rows(), 1):
+        filled += bool(texts[-1])
+        if filled > 1 + num_rows / 20:
+            return False
+    return 0 < filled <= num_rows / 20 and _is_never_right(rows())
+
+
+def _is_never_right(rows: Iterator[tuple[str, Sequence[str]]]) -> bool:
+    """Whether the format that reads the most answers reads as many without the last column."""
+    fits, fits_without = Counter(), Counter()
+    for cell, texts in rows:
+        fits.update(name for name in FORMATS if read_answer(cell, texts, name) is not None)
+        fits_without.update(name for name in FORMATS if read_answer(cell, texts[:-1], name) is not None)
+    return max(fits.values(), default=0) == max(fits_without.values(), default=0)
+
+
+_NUMBER = re.compile(r"[-+]?[0-9]+([.,][0-9]+)*([eE][-+]?[0-9]+)?%?")
 
 
 def _check_found(names: Sequence[str], found: dict[str, Any], given: Mapping[str, Any], answers: str) -> None:
@@ -264,6 +342,10 @@ def _run(names: Sequence[str], prefix: str, ends: Sequence[str]) -> tuple[str, .
         found.append(here[prefix + end])
     if not found or (prefix and len(found) < 2):
         return ()
+    # An "E" after "a" to "d"; whether it is a choice, its cells tell.
+    after = "" if prefix or len(found) == len(ends) else ends[len(found)].swapcase()
+    if len(found) > 1 and after in here and ends[0].swapcase() not in here:
+        return (*found, here[after])
     # "x" or "y" may be anything; "d" after "a, b" is a choice.
     beyond = [here[prefix + end] for end in ends[len(found) : len(found) + 3] if prefix + end in here]
     if beyond:
@@ -291,5 +373,5 @@ def known_columns(trained: Columns | None, named: Mapping[str, Any] | None) -> d
     """What other data of a run take over of its training, for `find_columns`: the columns that the recipe `named`, and
     the context. That is part of the prompt, so it is read where training had one and nowhere else. Targets are for
     training alone."""
-    known = {} if trained is None else {"context": trained.context}
+    known = {} if trained is None else {"context": trained.context, "answer": trained.answer}
     return known | {key: name for key, name in (named or {}).items() if key != "targets"}

@@ -8,7 +8,6 @@
 empty for a row without a picture. `context` is "" where there is none; `question_type` is found by rules.
 """
 
-import ast
 import base64
 import hashlib
 import itertools
@@ -28,8 +27,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vqa_sft.answers import UNKNOWN, infer_format, is_upper_case, read_answer
-from vqa_sft.columns import IN_QUESTION, Columns, fields_of, fill, find_columns
+from vqa_sft.answers import (
+    FORMATS,
+    UNKNOWN,
+    find_answer_column,
+    infer_format,
+    is_plain,
+    is_upper_case,
+    read_answer,
+    unwrap,
+)
+from vqa_sft.cells import EMPTY_WORDS, find_split, read_list, split_text, strip_labels
+from vqa_sft.columns import (
+    IN_QUESTION,
+    Columns,
+    are_here,
+    fields_of,
+    fill,
+    find_columns,
+    find_others,
+    is_sparse,
+    is_stray,
+)
 from vqa_sft.errors import InputError, printable, safe
 from vqa_sft.in_question import split_choices
 from vqa_sft.mcq import LETTERS
@@ -125,9 +144,11 @@ def read_examples(
     Raises InputError when nothing can be read, a column is missing, or the answers can be read in two ways.
     """
     opened = open_source(source, split=split, config=config, encoding=encoding)
-    how = {"known": known_columns, "fixed_question": fixed_question, "fixed_choices": fixed_choices}
-    found = find_columns(opened.columns, columns or {}, answers, **how)
+    given = are_here(known_columns, opened.columns) | dict(columns or {})
+    fixed = {"fixed_question": fixed_question, "fixed_choices": fixed_choices}
+    found = find_columns(opened.columns, given, answers, _columns_with_images(opened), **fixed)
     reader = RowReader(opened, found, keep_rows, empty_cells, image_root, answers, trained)
+    reader.settle_columns(lambda: itertools.islice(reader.rows(), limit), given, answer_format)
     numbers, tables = [], []
     rows = itertools.islice(reader.rows(), limit)
     features, schema = reader.features, _READ_SCHEMA
@@ -170,7 +191,7 @@ def read_examples(
         if other:  # nobody opens those outside
             examples = examples.map(partial(_replace_paths, other=other), desc="Naming images")
     reader.check_that_some_have_pictures(len(numbers))
-    notes = [*opened.notes, reader.describe(len(numbers)), *reader.notes, *reader.paths.notes()]
+    notes = [*opened.notes, *reader.notes, reader.describe(len(numbers)), *reader.paths.notes()]
     if has_one_answer and limit is not None and len(numbers) == limit >= _MANY:
         notes.append(f"{opened.name}: the first {limit:,} rows have one answer. A sorted file? Then shuffle its rows.")
     num_choices = pc.max(pc.list_value_length(texts["choices"])).as_py()
@@ -223,11 +244,13 @@ def stream_examples(
     comes, unless `on_bad_row` is "guess" and it can be answered all the same, and so does one with more choices.
     """
     opened = open_source(source, split=split, config=config, encoding=encoding, streaming=True)
-    how = {"known": known_columns, "fixed_question": fixed_question, "fixed_choices": fixed_choices}
-    found = find_columns(opened.columns, columns or {}, answers, **how)
+    given = are_here(known_columns, opened.columns) | dict(columns or {})
+    fixed = {"fixed_question": fixed_question, "fixed_choices": fixed_choices}
+    found = find_columns(opened.columns, given, answers, _columns_with_images(opened), **fixed)
     reader = RowReader(opened, found, keep_rows, empty_cells, image_root, answers, trained)
     reader.on_bad_row = on_bad_row
     first = list(itertools.islice(reader.rows(), min(_HEAD, limit or _HEAD)))
+    reader.settle_columns(lambda: iter(first), given, answer_format)
     head = [reader.read(*item) for item in first]
     reader.problems.total = len(head)
     reader.raise_if_any()
@@ -252,9 +275,13 @@ def stream_examples(
         examples = datasets.IterableDataset.from_generator(_stream_parts, features=reader.features, gen_kwargs=parts)
     if limit is not None:
         examples = examples.take(limit)
-    notes = [*opened.notes, safe(f"{opened.name}: a stream; {reader.columns.describe()}"), *reader.notes]
+    notes = [*opened.notes, *reader.notes, safe(f"{opened.name}: a stream; {reader.columns.describe()}")]
     notes += [f"{note} (in the first {len(head):,} rows)" for note in reader.paths.notes()]
     return Loaded(opened.name, examples, reader.columns, reader.problems, (), notes, reader.max_choices)
+
+
+def _columns_with_images(source: Source) -> list[str]:
+    return [name for name, kind in (source.features or {}).items() if holds_pictures(kind)]
 
 
 def _number(row: dict, number: int) -> dict:
@@ -281,7 +308,7 @@ class RowReader:
         answers: str = "required",
         trained: Columns | None = None,
     ) -> None:
-        in_arrow = [name for name, kind in (source.features or {}).items() if holds_pictures(kind)]
+        in_arrow = _columns_with_images(source)
         texts = [name for name in [*columns.names, *(keep_rows or {})] if name not in columns.image]
         wrong = [name for name in texts if name in in_arrow]
         if wrong:
@@ -304,6 +331,10 @@ class RowReader:
         self.left_out = 0
         self._first_split: str | None = None  # of choices in the question, to look at
         self._values: dict[str, dict[str, None]] = {name: {} for name in self.keep_rows}  # some that are there
+        self.split: str | None = None  # how a text becomes choices, one of cells.SPLITS
+        self.has_labels = False  # whether every choice begins with the label of its place
+        self.stray: list[str] = []  # columns that look like choices and are none
+        self.sparse: str | None = None  # one that may be none
         self.inside = [name for name in columns.image if name in in_arrow]
         self._paths = [name for name in columns.image if name not in self.inside]
         if self.inside and self._paths:
@@ -393,15 +424,23 @@ class RowReader:
             elif self._first_split is None:
                 self._first_split = f"{texts['question']!r:.200} with the choices {choices!r:.300}"
         else:
-            listed = self._listed(row)
-            choices = _as_list(listed)
+            choices = self._choices(row)
             if choices is None:
-                self.problems.add("bad_choices", row_id, number, repr(listed)[:60])
+                self.problems.add("bad_choices", row_id, number, repr(row[columns.choices])[:60])
         for name in ("question", "context", "cell"):
             texts[name] = self._checked(texts[name], row_id, number)
         is_list, choices = choices is not None, [self._checked(choice, row_id, number) for choice in choices or []]
         while choices and not choices[-1]:
             choices.pop()
+        if self.has_labels and is_list and (bare := strip_labels(choices)) is None:
+            self.problems.add("bad_choices", row_id, number, f"not labelled as in the other rows: {choices!r:.60}")
+        elif self.has_labels and is_list:
+            choices = bare
+        for name in self.stray:
+            if text := self._value(row[name]):
+                self.problems.add("stray_column", row_id, number, f"{name}: {text!r:.60}")
+        if self.sparse and (text := self._value(row[self.sparse])):
+            self.problems.add("sparse_column", row_id, number, f"{self.sparse}: {text!r:.60}")
         self._check_texts(texts, choices if is_list else None, number)
         images = [] if self.inside else self._pictures(row, folder, row_id, number)
         kind = find_type(texts["question"], choices)
@@ -410,12 +449,125 @@ class RowReader:
             texts["targets"] = self._targets(row[columns.targets], len(choices), row_id, number)
         return texts
 
-    def _listed(self, row: dict) -> Any:
-        """What holds the row's choices."""
-        columns = self.columns
-        if columns.fixed_choices is not None:
-            return [*columns.fixed_choices]
-        return row[columns.choices] if isinstance(columns.choices, str) else [row[name] for name in columns.choices]
+    def settle_columns(
+        self,
+        rows: Callable[[], Iterator[tuple[int, str | None, dict]]],
+        given: Mapping[str, Any],
+        answer_format: str | None,
+    ) -> None:
+        """Fix what only the cells of all rows tell: how a text becomes choices, whether choices begin with labels, and
+        of columns that are not `given`, which is the answer and which is no choice.
+
+        Raises InputError where that can be understood in two ways.
+        """
+        in_arrow = _columns_with_images(self.source)
+        texts = [name for name in self.source.columns if name not in in_arrow and name not in self.keep_rows]
+        others = find_others(texts, self.columns, given)
+        name = self.columns.choices
+        if name == IN_QUESTION or self.columns.fixed_choices is not None:
+            others.pop("choices", None)
+        elif isinstance(name, str):
+            self.split = find_split(row[name] for _, _, row in rows())
+            if self.split:
+                self.notes.append(f"the texts in {name} become choices by their {self.split!r}")
+        elif "choices" not in given:
+            self._leave_stray_out(rows)
+        self._check_other_choices(rows, others.get("choices", ()))
+        names = [self.columns.answer, *others.get("answer", ())]
+        if len(names) > 1 and names[0] in self.source.columns:
+            cells = (([self._value(self._cell(row, name)) for name in names], self._texts(row)) for _, _, row in rows())
+            chosen = find_answer_column(names, cells, [answer_format] if answer_format else FORMATS)
+            self.columns = replace(self.columns, answer=chosen)
+            others["answer"] = [name for name in names if name != chosen]
+        self._check_other_images(rows, others.get("image", ()))
+        unread = [f"{other} ({key})" for key, found in others.items() for other in found]
+        if unread:
+            self.notes.append(f"not read, though their names are usual: {', '.join(unread)}")
+        if self._all_have_labels(rows):
+            self.has_labels = True
+            self.notes.append('the labels before the choices ("A. ...") are left out: the model gets its own')
+        self.notes = [safe(f"{self.source.name}: {note}") for note in self.notes]
+
+    def _leave_stray_out(self, rows: Callable[[], Iterator[tuple[int, str | None, dict]]]) -> None:
+        def cells() -> Iterator[tuple[str, list[str]]]:
+            for _, _, row in rows():
+                yield self._value(self._cell(row)), [self._value(row[name]) for name in self.columns.choices]
+
+        while len(self.columns.choices) > 2:
+            *kept, last = self.columns.choices
+            if not is_stray(cells, last.isupper() != kept[0].isupper()):
+                break
+            self.columns = replace(self.columns, choices=tuple(kept))
+            self.stray.append(last)
+            why = "never the answer, and it holds numbers beside words or is named in another case"
+            hint = f"`columns: {{choices: [{', '.join([*kept, last])}]}}` makes it one"
+            self.notes.append(f"{last} is no choice and left out: {why}; {hint}")
+        if len(self.columns.choices) > 2 and is_sparse(cells):
+            self.sparse = self.columns.choices[-1]
+
+    def _check_other_choices(
+        self, rows: Callable[[], Iterator[tuple[int, str | None, dict]]], others: Sequence[str]
+    ) -> None:
+        """Raises InputError where another column holds lists of other choices."""
+        taken = self.columns.choices if isinstance(self.columns.choices, str) else ", ".join(self.columns.choices)
+        for name in others:
+            for _, _, row in rows():
+                listed = read_list(row[name])
+                if listed is None:
+                    break
+                listed = [text for text in map(self._value, listed) if text]
+                if listed and listed != [text for text in self._texts(row) if text]:
+                    raise InputError(
+                        f"{self.source.name}: {taken} and {name} may both be the choices and differ: "
+                        f"{self._texts(row)!r:.100} and {listed!r:.100}. Name one in the recipe: "
+                        f"`columns: {{choices: {name}}}`."
+                    )
+
+    def _check_other_images(
+        self, rows: Callable[[], Iterator[tuple[int, str | None, dict]]], others: Sequence[str]
+    ) -> None:
+        """Raises InputError where another column names other files that are there as well."""
+        for name in others if self._paths else ():
+            for _, folder, row in rows():
+                one, other = self._value(row[self._paths[0]]), self._value(row[name])
+                if not _is_image_name(one) or not _is_image_name(other):
+                    break
+                files = [self.root_of(folder) / text for text in (one, other)]
+                if files[0] != files[1] and all(file.is_file() for file in files):
+                    raise InputError(
+                        f"{self.source.name}: {self._paths[0]} and {name} name different files, {one[:60]!r} and "
+                        f"{other[:60]!r}. Name one in the recipe, or both: `columns: {{image: [{self._paths[0]}, "
+                        f"{name}]}}`."
+                    )
+
+    def _all_have_labels(self, rows: Callable[[], Iterator[tuple[int, str | None, dict]]]) -> bool:
+        has_labels = False
+        for _, _, row in rows():
+            choices = self._texts(row)
+            if len(choices) > 1:
+                if strip_labels(choices) is None:
+                    return False
+                has_labels = True
+        return has_labels
+
+    def _choices(self, row: dict) -> list | None:
+        """The cells of the choices; None where their one cell is no list."""
+        name = self.columns.choices
+        if self.columns.fixed_choices is not None:
+            return [*self.columns.fixed_choices]
+        if name == IN_QUESTION:
+            return split_choices(self._value(row[self.columns.question]))[1]
+        if not isinstance(name, str):
+            return [row[name] for name in self.columns.choices]
+        listed = read_list(row[name])
+        return split_text(row[name], self.split) if listed is None and self.split and row[name] else listed
+
+    def _texts(self, row: dict) -> list[str]:
+        """The choices as texts, without the empty ones at their end."""
+        texts = [self._value(choice) for choice in self._choices(row) or ()]
+        while texts and not texts[-1]:
+            texts.pop()
+        return texts
 
     def settle_answers(
         self, cells_and_choices: Callable[[], Iterator[tuple[str, list[str]]]], answer_format: str | None
@@ -431,6 +583,12 @@ class RowReader:
         if next(known(), None) is not None:
             is_upper = is_upper_case(cell for cell, _ in known())
             answer_format = answer_format or self._find_format(known)
+            for cell, choices in known():
+                index = read_answer(cell, choices, answer_format)
+                if index is not None and not is_plain(cell, choices, answer_format):
+                    said = f"an answer such as {cell!r:.60} means choice {index + 1} of {choices!r:.100}"
+                    self.notes.append(safe(f"{self.source.name}: {said}"))
+                    break
         else:  # nothing is known of a source without answers
             is_upper = isinstance(self.columns.choices, tuple) and self.columns.choices[:1] == ("A",)
             answer_format = None
@@ -508,14 +666,15 @@ class RowReader:
         left_out = f" ({self.left_out:,} left out by keep_rows)" if self.left_out else ""
         return safe(f"{self.source.name}: {num_rows:,} rows{left_out}; {self.columns.describe()}")
 
-    def _cell(self, row: dict) -> object:
-        name = self.columns.answer
+    def _cell(self, row: dict, name: str | None = None) -> object:
+        """The cell of the answer, or of the column that is named."""
+        name = name or self.columns.answer
         if name is None or name not in row:
             return None
         kind = (self.source.features or {}).get(name)
         if isinstance(kind, datasets.ClassLabel) and isinstance(row[name], int) and 0 <= row[name] < kind.num_classes:
             return kind.int2str(row[name])
-        return row[name]
+        return row[name] if isinstance(row[name], str) else unwrap(row[name])
 
     def _checked(self, cell: object, row_id: str, number: int) -> str:
         """The cell as text that every later stage can hold."""
@@ -556,12 +715,16 @@ class RowReader:
             add("equal_choices", row_id, number, repr(max(choices, key=choices.count))[:60])
         if "" in choices:
             add("empty_choice", row_id, number)
+        for choice in choices:
+            if choice.casefold() in EMPTY_WORDS:
+                add("nan_choice", row_id, number, repr(choice))
+                break
         if len(texts["question"]) + len(texts["context"]) + sum(map(len, choices)) > _LONG_TEXT:
             add("long_text", row_id, number)
 
     def _targets(self, cell: object, num_choices: int, row_id: str, number: int) -> list[float] | None:
         """What each choice should have, in all 1; None where nothing is given."""
-        values = _as_list(cell)
+        values = read_list(cell)
         if values is None and not self._value(cell):
             return None
         try:
@@ -602,7 +765,7 @@ class RowReader:
         """The paths in a column, or the one that a template gives."""
         parts = fields_of(name, self.columns.id)
         if not parts:
-            return _as_list(row[name], or_one=True)
+            return _as_list(row[name])
         return [fill(name, {part: self._value(row.get(part)) for part in parts} | {"id": row_id})]
 
     def root_of(self, folder: str | None) -> Path:
@@ -626,22 +789,15 @@ def _is_whole(text: str) -> bool:
     return True
 
 
-def _as_list(cell: object, or_one: bool = False) -> list | None:
-    """A list, or a text that spells one in JSON or Python, or {"A": ..., "B": ...}; None for anything else, or with
-    `or_one` the cell itself in a list."""
-    if isinstance(cell, str) and cell.lstrip()[:1] in ("[", "{"):
-        # Numbers stay as they are written.
-        for read in (partial(json.loads, parse_float=str, parse_int=str), ast.literal_eval):
-            try:
-                cell = read(cell)
-                break
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-    if isinstance(cell, dict) and list(map(str.upper, map(str, cell))) == list(LETTERS[: len(cell)]):
-        cell = list(cell.values())
-    if isinstance(cell, list | tuple):
-        return list(cell)
-    return [cell] if or_one else None
+def _as_list(cell: object) -> list:
+    listed = read_list(cell)
+    return [cell] if listed is None else listed
+
+
+def _is_image_name(text: str) -> bool:
+    return (
+        text.lower().endswith((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")) and "\0" not in text
+    )
 
 
 def _decode_base64(text: str) -> bytes:

@@ -42,6 +42,21 @@ KINDS = {
     "long_text": Kind("warning", "more than 20,000 characters", "The prompt may not fit the GPU's memory."),
     "equal_choices": Kind("warning", "two choices are equal", "One answer then stands under two letters."),
     "empty_choice": Kind("warning", "an empty choice before a filled one", "It is shown as an empty choice."),
+    "nan_choice": Kind(
+        "warning",
+        "a choice reads as tools write empty cells (NaN, N/A, None)",
+        "If it is none, say so, as it is written: `empty_cells: [NaN]`.",
+    ),
+    "stray_column": Kind(
+        "warning",
+        "a column after the choices is taken for none and left out",
+        "Name the choices: `columns: {choices: [a, b, c, d]}`.",
+    ),
+    "sparse_column": Kind(
+        "warning",
+        "a choice in a column that few rows fill and that is never the answer",
+        "If it is none, name the choices: `columns: {choices: [a, b, c, d]}`.",
+    ),
     "control_token": Kind("error", "a text holds a control token of the model", "Take it out."),
     # Its pictures
     "picture_address": Kind("error", "the picture is an address on the web", "Download it; nothing is fetched."),

@@ -188,7 +188,7 @@ def _find_format(path: str | Path, name: str, known: Sequence[tuple[str, Sequenc
             f"1, or stand for any answer. {hint}"
         )
     try:
-        found = infer_format(known)
+        found = infer_format(known, may_be_odd=False)
     except InputError as error:
         raise InputError(f"{path}: {error} Here that is --answer-format.") from error
     bad = [cell for cell, texts in known if read_answer(cell, texts, found) is None]
