@@ -33,6 +33,7 @@ from vqa_sft.errors import InputError, safe
 from vqa_sft.mcq import LETTERS
 from vqa_sft.problems import Problems
 from vqa_sft.question_types import find_type
+from vqa_sft.references import find_references
 from vqa_sft.sources import Source, holds_pictures, open_source
 
 FEATURES = datasets.Features(
@@ -146,9 +147,19 @@ def read_examples(
         if reader.problems.bad_rows("path_outside"):  # nobody opens them
             examples = examples.map(partial(_drop_outside, root=str(root)), desc="Leaving pictures out")
     reader.check_that_some_have_pictures(len(numbers))
-    notes = [*opened.notes, reader.describe(len(numbers))]
+    notes = [*opened.notes, reader.describe(len(numbers)), *note_kept_orders(opened.name, reader.problems)]
     num_choices = pc.max(pc.list_value_length(texts["choices"])).as_py()
     return Loaded(opened.name, examples, reader.columns, reader.problems, numbers, notes, num_choices)
+
+
+def note_kept_orders(name: str, problems: Problems) -> list[str]:
+    """One line on the rows whose choices, or whose last choice, are never shuffled; none where there are none."""
+    said = []
+    for kind, kept in (("keeps_order", "the order of their choices"), ("keeps_last", "their last choice")):
+        found = problems.found(kind)
+        if found:
+            said.append(f"{len(found):,} of {problems.total:,} rows keep {kept}, such as {found[0][0]}")
+    return [safe(f"{name}: never shuffled: {'; '.join(said)}")] if said else []
 
 
 def row_digest(example: Mapping[str, Any]) -> str:
@@ -195,8 +206,9 @@ def stream_examples(
     reader = RowReader(opened, find_columns(opened.columns, columns or {}, answers), keep_rows, empty_cells, image_root)
     reader.answers = answers
     head = [reader.read(*item) for item in itertools.islice(reader.rows(), min(_HEAD, limit or _HEAD))]
-    reader.problems.total = len(head)
-    reader.problems.raise_if_any(opened.name)
+    head_problems = reader.problems
+    head_problems.total = len(head)
+    head_problems.raise_if_any(opened.name)
     if not head:
         raise InputError(f"{opened.name} has no rows{' that keep_rows keeps' if keep_rows else ''}.")
     if not reader.inside:
@@ -218,6 +230,7 @@ def stream_examples(
     if limit is not None:
         examples = examples.take(limit)
     notes = [*opened.notes, safe(f"{opened.name}: a stream; {reader.columns.describe()}")]
+    notes += note_kept_orders(opened.name, head_problems)
     return Loaded(opened.name, examples, reader.columns, reader.problems, (), notes, reader.max_choices)
 
 
@@ -430,6 +443,9 @@ class RowReader:
             add("equal_choices", row_id, number, repr(max(choices, key=choices.count))[:60])
         if "" in choices:
             add("empty_choice", row_id, number)
+        num_free, reference = find_references(texts["question"], choices)
+        if num_free < len(choices):
+            add("keeps_last" if num_free else "keeps_order", row_id, number, repr(reference)[:60])
         if len(texts["question"]) + len(texts["context"]) + sum(map(len, choices)) > _LONG_TEXT:
             add("long_text", row_id, number)
 
