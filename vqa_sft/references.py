@@ -120,7 +120,7 @@ _ONE = _compile(
 )
 # Beside the word option a label is one anywhere in a text; a number is one where it counts no word after it.
 _BESIDE_OPTION = _compile(
-    r"\b<option> (\(<label>\)|(?-i:[A-Z])(?![\w'’]))"
+    r"\b<option> (\(<label>\)|\(?(?-i:[A-Z])(?![\w'’]))"
     r"|\b(?:option|choice)s? (\d\d?)(?=$|[.,;:?!]| (?:and|or|is|are)\b)"
     r"|(?<![가-힣])<option_ko> ?(\(<label>\)|(?-i:[A-Z])(?![a-z])|<circled>|[ㄱ-ㅅ])"
     r"|(?<![가-힣])(?:보기|선택지) ?(\d\d?)번?(?=$|[.,?! 과와은는이가을를의만도])"
@@ -174,7 +174,9 @@ _AMONG = _compile(
     r"|(?<![a-z])(<X>(?:<and><X>){1,25}) ?(?:중|가운데)(?![가-힣]{3})"
 )
 _RANGE = _compile(
-    r"(?<!\w)\(?(?P<first>[aㄱ가①㉠㉮]|1(?=번))\)?번? ?[~∼〜-] ?\(?(?P<last><label>)\)?번? ?(?:중|가운데)"
+    r"(?<!\w)\(?([aㄱ가①㉠㉮]|1(?=번))\)?번? ?[~∼〜-] ?\(?(<label>)\)?번? ?(?:중|가운데)"
+    r"|\b(?:(?:select|choose|pick)\b.{0,30} (?:from|among)|<option>(?: from)?) "
+    r"\(?(a) ?(?:-|–|to|through) ?([a-z])(?![\w'’])"
 )
 _LISTED = _compile(r"(?<![^\s(])\(?([a-z])[.):] ?")
 
@@ -328,9 +330,10 @@ def _find_named(question: str, choices: Sequence[str]) -> str:
     for match in _AMONG.finditer(question):
         if _count_in_order(_LABELS_IN.findall(match[match.lastindex])) == len(choices):
             return match.group()
-    span = _RANGE.search(question)
-    if span and _PLACES.get(span["last"]) == (_PLACES[span["first"]][0], len(choices) - 1):
-        return span.group()
+    for match in _RANGE.finditer(question):
+        first, last = (_PLACES.get(label) for label in match.groups() if label)
+        if first and last == (first[0], len(choices) - 1):
+            return match.group()
     listed = [*_find_listed(question, choices)]
     return listed[0] if len(listed) > 1 else ""
 
