@@ -105,7 +105,11 @@ def test_choices_that_refer_to_others_keep_their_places_from_training_to_the_pre
     choices = [[row[letter] for letter in "abcd"] for row in rows[:8]]
     found = predictor([contest / row["path"] for row in rows[:8]], [row["question"] for row in rows[:8]], choices)
     torch.testing.assert_close(
-        torch.tensor([*map(list, found)]), torch.tensor([*map(list, rotated.probs[:8])]), atol=1e-5, rtol=0, check_dtype=False
+        torch.tensor([*map(list, found)]),
+        torch.tensor([*map(list, rotated.probs[:8])]),
+        atol=1e-5,
+        rtol=0,
+        check_dtype=False,
     )
 
 

@@ -177,6 +177,8 @@ MOVE = """
     A와 B 사이 | 강가 | 산
     가나 | 나이지리아 | 케냐
     나 | 너 | 우리
+    가나다 | 나만 | 모두 | 없음
+    가방 | 모두 | 나무 | 다리 | 라면 | 바나나 | 사과
     1개 | 2개 | 3개 | 4개
     ㄱ자 모양 | ㄷ자 모양 | ㅁ자 모양
     해당 지역 주민 | 관광객 | 학생
@@ -222,6 +224,7 @@ QUESTIONS = """
     어느 것인가요? (A) 고양이 (B) 개 | 고양이 | 개 | 0
     # Letters of the image are none of the choices'.
     Points A, B, C and D lie on a circle. What is the angle ABC? | 30 | 40 | 50 | 60 | 4
+    How long is it between A and B? | 1 m | 2 m | 2
     How long is it from A to D? | 1 m | 2 m | 3 m | 4 m | 4
     What does A show? | cat | dog | fox | 3
     A new bike: is it blue? | yes | no | 2

@@ -44,7 +44,7 @@ _PLACES = {label: (number, place) for number, labels in enumerate(_NAMING) for p
 # "a" may be a label: they match whole texts, or ask for what an article never stands beside.
 WORDS = {
     "circled": "[①-⑩❶-❿㉠-㉦㉮-㉴]",
-    "label": r"(?:[a-z]|<circled>|[ㄱㄴㄷㄹㅁㅂㅅ가나다라마바사]|[1-9]\d?)",
+    "label": r"(?:[a-z]|<circled>|[ㄱㄴㄷㄹㅁㅂㅅ]|(?<![가-힣])[가나다라마바사](?![가-힣])|[1-9]\d?)",
     "roman": "(?:[ivx]+|[Ⅰ-Ⅷ])",
     "X": r"(?:\(<label>\)|\[<label>\]|[\"'“‘]?<label>[\"'”’).]?)번?",
     "and": r"(?: ?[,;&·ㆍ、~] ?(?:(?:and|or|but not|및|또는) )?| (?:and|or|nor|and/or|but not|and not) "
@@ -170,7 +170,7 @@ _ASIDE = re.compile(r"(?<=\S) ?\([^()]*\)$")  # "None of these (N/A)"
 # --- Questions that name the choices ----------------------------------------------------------------------------------
 
 _AMONG = _compile(
-    r"\b(?:which(?: one)?(?: of)?|among|out of|between) (<X>(?:<and><X>){1,25})(?![\w'’])"
+    r"\b(?:which(?: one)?(?: of)?|among|out of) (<X>(?:<and><X>){1,25})(?![\w'’])"
     r"|(?<![a-z])(<X>(?:<and><X>){1,25}) ?(?:중|가운데)(?![가-힣]{3})"
 )
 _RANGE = _compile(
@@ -307,8 +307,8 @@ def _beside_option(text: str) -> Iterator[str]:
 
 
 def _are_named(shown: str, texts: Sequence[str], is_sure: bool = False) -> bool:
-    """Whether the labels in `shown` are those of choices of the row. Numbers are none, unless `is_sure`, where the
-    choices with these numbers hold numbers themselves."""
+    """Whether the labels in `shown` are those of choices of the row. Numbers are plain ones where the choices with
+    these numbers hold numbers too, unless it `is_sure` that they are labels."""
     labels = _LABELS_IN.findall(shown)
     places = [_PLACES.get(label, (None, len(texts))) for label in labels]
     if not labels or len({number for number, _ in places}) > 1 or any(place >= len(texts) for _, place in places):
