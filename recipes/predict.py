@@ -293,7 +293,7 @@ def parse_args() -> argparse.Namespace:
         default="identity",
         metavar="ORDERS",
         help="of the choices in which each row is scored: identity (default), rotations (each choice once under each "
-        f"letter), all, or a number of them; at most {MOST_ORDERS}",
+        f"letter), all, or a number of them; at most {MOST_ORDERS}. Choices that refer to others keep their places",
     )
     parser.add_argument(
         "--scales",

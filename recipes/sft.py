@@ -27,7 +27,7 @@ quiet()
 from vqa_sft import checkpoints, run_folder
 from vqa_sft.calibration import calibrate_new
 from vqa_sft.config import Recipe, describe_fields, read_recipe
-from vqa_sft.data import Loaded, read_examples, stream_examples
+from vqa_sft.data import Loaded, note_kept_orders, read_examples, stream_examples
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown
 from vqa_sft.out_of_fold import write_out_of_fold
 from vqa_sft.split import TRAIN, VALIDATION, choose_parts, read_parts, select, write_parts
@@ -332,8 +332,10 @@ def load_data(recipe: Recipe, is_main: bool) -> list[Loaded]:
         options = args.options_for_other_data(loaded[0].columns) | {"limit": args.limit}
         loaded.append(read_examples(args.validation_data, split=args.validation_split, **options))
     for data in loaded:
+        needless = [] if args.shuffle_choices else note_kept_orders(data.name, data.problems)
         for note in data.notes * is_main:
-            print(note)
+            if note not in needless:
+                print(note)
         data.problems.raise_if_any(data.name, args.on_bad_row)
     most = max(data.num_choices for data in loaded)
     if most > (args.max_choices or most):

@@ -18,7 +18,7 @@ from vqa_sft.check import (
     measure_skew,
 )
 from vqa_sft.collator import AnswerCollator
-from vqa_sft.data import read_examples
+from vqa_sft.data import read_examples, stream_examples
 from vqa_sft.errors import InputError
 from vqa_sft.model import load_processor
 from vqa_sft.prompts import Prompts, builtin_prompts
@@ -103,6 +103,24 @@ def test_every_problem_is_found_with_the_rows_that_have_it(faulty):
         "row_008 ('green', and 'red' in row_007)",
     ]
     assert len(problems) == 6 and report.num_rows == 24 and report.num_bad == 4
+
+
+def test_choices_that_refer_to_others_are_warned_of_and_counted(contest):
+    rows = rows_of(contest)
+    rows[2]["c"] = "Both A and B"
+    rows[3] |= dict(zip("abcd", "①②③④", strict=True))
+    rows[5]["d"] = "None of the above"
+    write_csv(contest / "train.csv", rows)
+    report = report_on(contest / "train.csv")
+    problems = found(report)
+    assert problems["keeps_order"] == ["row_002 ('Both A and B')", "row_003 ('①')"]
+    assert problems["keeps_last"] == ["row_005 ('None of the above')"]
+    assert not report.num_bad and all("shuffled" in problem.mend for problem in report.problems)
+    assert report.loaded.notes[-1].endswith(
+        "never shuffled: 2 of 24 rows keep the order of their choices, such as row_002 ('Both A and B'); "
+        "1 of 24 rows keep their last choice, such as row_005 ('None of the above')"
+    )
+    assert stream_examples(str(contest / "train.csv")).notes[-1] == report.loaded.notes[-1]
 
 
 def test_counts_and_sizes_are_those_of_the_rows(faulty):

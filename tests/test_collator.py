@@ -120,6 +120,33 @@ def test_a_worker_that_already_runs_sees_the_next_epoch(processor, examples):
     assert orders == [[list(draw_order(4, 0, epoch, f"row_00{i}")) for i in range(4)] for epoch in range(2)]
 
 
+def test_training_leaves_choices_that_refer_to_others_where_they_are(processor, examples):
+    both, above, letters, plain = (
+        ["cat", "dog", "Both A and B", "fox"],
+        ["cat", "dog", "fox", "정답 없음"],
+        list("ABCD"),
+        None,
+    )
+    rows = [
+        examples[i] | {"choices": choices or examples[i]["choices"]}
+        for i, choices in enumerate((both, above, letters, plain))
+    ]
+    collator = TrainCollator(processor, Prompts(), 4, seed=0)
+    drawn = []
+    for epoch in range(12):
+        collator.epoch.fill_(epoch)
+        batch = collator(rows)
+        drawn.append(batch["orders"].tolist())
+        for order, answer, row in zip(drawn[-1], batch["answers"].tolist(), rows, strict=True):
+            assert order[answer] == row["answer"]
+    for of_epoch in drawn:
+        assert of_epoch[0] == of_epoch[2] == [0, 1, 2, 3] and of_epoch[1][3] == 3
+    assert len({tuple(of_epoch[1]) for of_epoch in drawn}) > 2
+    # Rows that refer to nothing are drawn as they always were.
+    assert [of_epoch[3] for of_epoch in drawn] == [list(draw_order(4, 0, epoch, "row_003")) for epoch in range(12)]
+    assert "\nA. cat\nB. dog\nC. Both A and B\nD. fox" in prompt_bytes(processor, batch, 0).decode()
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_answer_positions_point_at_the_last_prompt_token(processor, examples, side):
     processor.tokenizer.padding_side = side

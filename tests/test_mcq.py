@@ -44,3 +44,32 @@ def test_all_orders_are_all_and_a_number_of_them_are_different_ones():
     assert drawn == view_orders(4, 5, "row_1") != view_orders(4, 5, "row_2")
     assert len(view_orders(3, 10, "row_1")) == 6  # there are no more
     assert view_orders(4, 1, "row_1") == view_orders(4, "identity") == [(0, 1, 2, 3)]
+
+
+@pytest.mark.parametrize(("num_choices", "num_free"), [(4, 0), (4, 1), (4, 3), (5, 2), (3, 3), (2, 1)])
+@pytest.mark.parametrize("views", ["identity", "rotations", "all", 1, 5, 100])
+def test_choices_that_are_not_free_stay_in_every_order_and_the_others_take_all_free_places(
+    num_choices, num_free, views
+):
+    orders = view_orders(num_choices, views, "row", num_free)
+    drawn = [draw_order(num_choices, 0, epoch, "row", num_free) for epoch in range(20)]
+    fixed = tuple(range(num_free, num_choices)) if num_free > 1 else tuple(range(num_choices))
+    values = [f"choice {i}" for i in range(num_choices)]
+    for order in orders + drawn:
+        assert order[num_choices - len(fixed) :] == fixed and sorted(order) == list(range(num_choices))
+        shown = choices_to_letters(values, order)
+        assert [shown[choice_to_letter(choice, order)] for choice in range(num_choices)] == values  # undone
+    # What the free choices alone would be shown in, and the others after them.
+    alone = view_orders(max(num_free, 1), views, "row")
+    assert len(orders) == len(alone) == len(set(orders)) and orders[0] == identity_order(num_choices)
+    if views in ("rotations", "all"):
+        assert [order[: max(num_free, 1)] for order in orders] == alone
+    if views == "rotations":
+        for letter in range(num_free if num_free > 1 else 0):
+            assert sorted(order[letter] for order in orders) == list(range(num_free))
+
+
+def test_where_all_choices_are_free_orders_are_those_that_were_always_drawn():
+    for num_free in (None, 4):
+        assert draw_order(4, 42, 0, "row_000", num_free) == (2, 3, 1, 0)
+        assert view_orders(4, 5, "row_1", num_free) == view_orders(4, 5, "row_1")

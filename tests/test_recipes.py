@@ -11,6 +11,7 @@ from families import FAMILIES
 from safetensors.torch import load_file
 from trl import ModelConfig
 
+import vqa_sft
 from vqa_sft import hub, model as models
 from vqa_sft.calibration import read_calibration
 from vqa_sft.collator import AnswerCollator
@@ -74,6 +75,42 @@ def test_a_run_folder_describes_itself(families, contest, sft, tmp_path):
     # Predict shows the same prompt, because the folder says so.
     saved = predict(run, contest, tmp_path / "out.csv").metadata
     assert saved["prompts_digest"] == description["prompts_digest"] and saved["orders"] == "identity"
+
+
+def test_choices_that_refer_to_others_keep_their_places_from_training_to_the_predictor(contest, sft, tmp_path, capsys):
+    with (contest / "train.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows[:6]:
+        row["d"] = "Both A and B"
+    rows[6]["d"] = "None of the above"
+    write_csv(contest / "train.csv", rows)
+    write_csv(contest / "test.csv", rows)
+    said = (
+        "never shuffled: 6 of 24 rows keep the order of their choices, such as row_000 ('Both A and B'); "
+        "1 of 24 rows keep their last choice, such as row_006 ('None of the above')"
+    )
+    sft(TINY_PATH, tmp_path / "plain", shuffle_choices="false")
+    assert said not in capsys.readouterr().out
+    run = sft(TINY_PATH, tmp_path / "run")
+    assert said in capsys.readouterr().out
+    identity = predict(run, contest, tmp_path / "identity.csv", "--use_cpu")
+    rotated = predict(run, contest, tmp_path / "rotated.csv", "--use_cpu", "--orders", "rotations")
+    assert said in capsys.readouterr().out
+    moved = [
+        (torch.tensor(one) - torch.tensor(other)).abs().max() > 1e-4
+        for one, other in zip(identity.choice_logits, rotated.choice_logits, strict=True)
+    ]
+    assert moved == [False] * 6 + [True] * 18
+    predictor = vqa_sft.Predictor(run, orders="rotations", use_cpu=True)
+    choices = [[row[letter] for letter in "abcd"] for row in rows[:8]]
+    found = predictor([contest / row["path"] for row in rows[:8]], [row["question"] for row in rows[:8]], choices)
+    torch.testing.assert_close(
+        torch.tensor([*map(list, found)]),
+        torch.tensor([*map(list, rotated.probs[:8])]),
+        atol=1e-5,
+        rtol=0,
+        check_dtype=False,
+    )
 
 
 @pytest.mark.parametrize("name, value", [("orders", "0"), ("orders", "1.5"), ("scales", "1,x"), ("scales", "1,1.0")])

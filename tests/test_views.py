@@ -137,6 +137,68 @@ def test_several_questions_about_one_picture_share_it(road, views):
     assert int((batch["input_ids"] == model.config.image_token_id).sum()) == num_tokens
 
 
+# Rows that refer: what is in them, and how many rotations they have.
+REFERRING = [
+    (["cat", "dog", "Both A and B", "fox"], 1),
+    (["cat", "dog", "fox", "None of the above"], 3),
+    (["A", "B", "C", "D"], 1),
+    (["고양이", "개", "모두 정답", "정답 없음"], 2),
+    (["cat", "dog", "fox", "owl"], 4),
+]
+
+
+def test_choices_that_refer_to_others_stay_in_every_view_and_score_beside_others_as_alone(road):
+    model, processor, letter_ids, rows, is_packed = road
+    asked = [rows[0] | {"id": f"asked {i}", "choices": choices} for i, (choices, _) in enumerate(REFERRING)]
+    asked[3] |= {"images": rows[5]["images"]}
+    road = model, processor, letter_ids, asked, is_packed
+    shown = [[(0, 1, 2, 3)], [(0, 1, 2, 3), (2, 0, 1, 3), (1, 2, 0, 3)], [(0, 1, 2, 3)], [(0, 1, 2, 3), (1, 0, 2, 3)]]
+    shown += [[(0, 1, 2, 3), (3, 0, 1, 2), (2, 3, 0, 1), (1, 2, 3, 0)]]
+
+    class Literal(AnswerCollator):
+        def orders(self, row):
+            of_row = shown[asked.index(row)]
+            return [of_row[self.number % len(of_row)]]
+
+    alone = Literal(processor, Prompts(), 4)
+    by_view = []
+    for alone.number in range(12):  # each of a row's orders as often as its others
+        by_view.append(torch.tensor(score(road, alone, batch_size=1)).exp())
+    expected = torch.stack(by_view).mean(dim=0).log()
+    packer = speed.pack_rows(model, "fp32") if is_packed else None
+    collator = AnswerCollator(processor, Prompts(), 4, packer=packer, views="rotations")
+    torch.testing.assert_close(torch.tensor(score(road, collator, batch_size=16)), expected, atol=1e-5, rtol=1e-5)
+    batch = collator(asked)
+    assert batch["orders"].tolist() == [[*order] for of_row in shown for order in of_row]
+    assert batch["groups"].bincount().tolist() == [count for _, count in REFERRING]
+
+
+def test_rows_are_scored_together_by_the_views_that_they_have():
+    def plan(rows, views):
+        examples = Rows({"question": "Which?", "choices": choices, "images": []} for choices, _ in rows)
+        return [len(batch) for batch in plan_batches(examples, views, 8)]
+
+    kept = [REFERRING[0], REFERRING[2]] * 8
+    assert plan(kept, "rotations") == plan(kept, "all") == plan(kept, 5) == [8, 8]
+    assert plan([*kept, REFERRING[3]], "rotations") == [4, 4, 4, 4, 1]
+    assert plan([*kept, REFERRING[4]], "rotations") == [2] * 8 + [1]
+    assert plan(kept, "identity") == plan([REFERRING[4]] * 16, "identity") == [8, 8]
+
+
+@pytest.mark.parametrize("choices", [choices for choices, _ in REFERRING])
+def test_an_oracle_is_right_under_every_view_of_choices_that_refer_to_others(choices):
+    for views in ("identity", "rotations", "all", 7):
+        collator = AnswerCollator(None, Prompts(), 4, views=views)
+        orders = collator.orders({"id": "row", "question": "Which?", "choices": choices})
+        for answer in range(4):
+            scores = [5.0 if choice == answer else 0.0 for choice in range(4)]
+            letters = torch.tensor([choices_to_letters(scores, order) for order in orders])
+            logits = to_choice_logits(letters, torch.tensor(orders), torch.full((len(orders),), 4))
+            averaged, agreement = average_views(logits)
+            torch.testing.assert_close(torch.tensor(averaged), torch.tensor(scores).log_softmax(0))
+            assert agreement == 1
+
+
 def test_an_oracle_is_right_under_every_view():
     """It says the letter under which the answer stands, whatever the order."""
     for views in ("identity", "rotations", "all", 7):

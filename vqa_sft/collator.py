@@ -38,6 +38,7 @@ from vqa_sft.errors import InputError, name_rows
 from vqa_sft.images import MAX_ASPECT, augment, digest_of, open_image
 from vqa_sft.mcq import LETTERS, choice_to_letter, draw_order, identity_order, view_orders
 from vqa_sft.prompts import Prompts, render_messages
+from vqa_sft.references import count_free
 
 if TYPE_CHECKING:
     from vqa_sft.cache import FeatureStore
@@ -132,7 +133,8 @@ class AnswerCollator:
     without padding of the batch (packing.py). With `features`, pictures whose features are all stored are not opened:
     the batch holds `image_features` (cache.py) in place of pixels.
 
-    With other `views` than "identity" (mcq.view_orders) the batch holds every row in several orders, one after another.
+    With other `views` than "identity" (mcq.view_orders) the batch holds every row in several orders, one after another;
+    a row whose choices refer to each other (references.py) in those that leave them in place.
     With a `packer` pictures are there once for all orders of a row, and for all rows whose prompts are the same up to
     their pictures and these; the packer is told so by `leaders`. With a `scale` other than 1, of packed rows alone,
     pictures have that times the sides that they would have.
@@ -162,7 +164,9 @@ class AnswerCollator:
         self.views, self.scale = views, scale
 
     def orders(self, row: dict) -> list[tuple[int, ...]]:
-        return view_orders(len(row["choices"]), self.views, row["id"])
+        if self.views == "identity":
+            return [identity_order(len(row["choices"]))]
+        return view_orders(len(row["choices"]), self.views, row["id"], count_free(row["question"], row["choices"]))
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         for row in rows:  # those of a stream were not checked before
@@ -319,7 +323,8 @@ class TrainCollator(AnswerCollator):
     pictures: `image_augmentation` is the strength of images.augment, `flip_images` mirrors half of them. With
     `supervises_end` rows carry their letter, that of the largest target where the data have no answer.
 
-    A stream has no epochs: with `counts_batches` what is drawn changes with every batch that a worker makes.
+    Choices that refer to others keep their places (references.py). A stream has no epochs: with `counts_batches` what
+    is drawn changes with every batch that a worker makes.
     """
 
     shows_targets = True
@@ -357,7 +362,8 @@ class TrainCollator(AnswerCollator):
     def orders(self, row: dict) -> list[tuple[int, ...]]:
         if not self.shuffle_choices:
             return super().orders(row)
-        return [draw_order(len(row["choices"]), self.seed, self._round(), row["id"])]
+        num_free = count_free(row["question"], row["choices"])
+        return [draw_order(len(row["choices"]), self.seed, self._round(), row["id"], num_free)]
 
     def _round(self) -> int:
         return self.num_batches if self.counts_batches else int(self.epoch)

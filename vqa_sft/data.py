@@ -55,6 +55,7 @@ from vqa_sft.mcq import LETTERS
 from vqa_sft.paths import ImagePaths
 from vqa_sft.problems import PREDICTION_HINT, TRAINING_HINT, Problems
 from vqa_sft.question_types import find_type
+from vqa_sft.references import find_references
 from vqa_sft.sources import Source, holds_pictures, open_source
 
 FEATURES = datasets.Features(
@@ -192,10 +193,21 @@ def read_examples(
             examples = examples.map(partial(_replace_paths, other=other), desc="Naming images")
     reader.check_that_some_have_pictures(len(numbers))
     notes = [*opened.notes, *reader.notes, reader.describe(len(numbers)), *reader.paths.notes()]
+    notes += note_kept_orders(opened.name, reader.problems)
     if has_one_answer and limit is not None and len(numbers) == limit >= _MANY:
         notes.append(f"{opened.name}: the first {limit:,} rows have one answer. A sorted file? Then shuffle its rows.")
     num_choices = pc.max(pc.list_value_length(texts["choices"])).as_py()
     return Loaded(opened.name, examples, reader.columns, reader.problems, numbers, notes, num_choices)
+
+
+def note_kept_orders(name: str, problems: Problems) -> list[str]:
+    """One line on the rows whose choices, or whose last choice, are never shuffled; none where there are none."""
+    said = []
+    for kind, kept in (("keeps_order", "the order of their choices"), ("keeps_last", "their last choice")):
+        found = problems.found(kind)
+        if found:
+            said.append(f"{len(found):,} of {problems.total:,} rows keep {kept}, such as {found[0][0]}")
+    return [safe(f"{name}: never shuffled: {'; '.join(said)}")] if said else []
 
 
 def row_digest(example: Mapping[str, Any]) -> str:
@@ -252,7 +264,8 @@ def stream_examples(
     first = list(itertools.islice(reader.rows(), min(_HEAD, limit or _HEAD)))
     reader.settle_columns(lambda: iter(first), given, answer_format)
     head = [reader.read(*item) for item in first]
-    reader.problems.total = len(head)
+    head_problems = reader.problems
+    head_problems.total = len(head)
     reader.raise_if_any()
     if not head:
         raise InputError(f"{opened.name} has no rows{reader.describe_kept()}.")
@@ -277,6 +290,7 @@ def stream_examples(
         examples = examples.take(limit)
     notes = [*opened.notes, *reader.notes, safe(f"{opened.name}: a stream; {reader.columns.describe()}")]
     notes += [f"{note} (in the first {len(head):,} rows)" for note in reader.paths.notes()]
+    notes += note_kept_orders(opened.name, head_problems)
     return Loaded(opened.name, examples, reader.columns, reader.problems, (), notes, reader.max_choices)
 
 
@@ -719,6 +733,9 @@ class RowReader:
             if choice.casefold() in EMPTY_WORDS:
                 add("nan_choice", row_id, number, repr(choice))
                 break
+        num_free, reference = find_references(texts["question"], choices)
+        if num_free < len(choices):
+            add("keeps_last" if num_free else "keeps_order", row_id, number, repr(reference)[:60])
         if len(texts["question"]) + len(texts["context"]) + sum(map(len, choices)) > _LONG_TEXT:
             add("long_text", row_id, number)
 

@@ -8,6 +8,9 @@ letter ``i``. With the choices ``["cat", "dog", "fox"]`` and the order ``(2, 0, 
     C. dog      order[2] = 1
 
 Everything on disk is in choice space; letters exist only between the collator and scoring.
+
+Choices that refer to others keep their places (references.py): with `num_free` only so many choices, from the first one
+on, are permuted, and the order is the identity beyond them. None means all of them.
 """
 
 import itertools
@@ -25,31 +28,36 @@ def identity_order(num_choices: int) -> tuple[int, ...]:
     return tuple(range(num_choices))
 
 
-def draw_order(num_choices: int, seed: int, epoch: int, row_id: str) -> tuple[int, ...]:
+def draw_order(num_choices: int, seed: int, epoch: int, row_id: str, num_free: int | None = None) -> tuple[int, ...]:
     """A random order that depends on nothing but its arguments: any worker, process or resumed run draws the same."""
-    order = list(range(num_choices))
+    identity = identity_order(num_choices)
+    order = list(identity[:num_free])
     # A string seed goes through SHA-512, so it is the same in every process, unlike hash().
     random.Random(f"{seed}/{epoch}/{row_id}").shuffle(order)
-    return tuple(order)
+    return (*order, *identity[len(order) :])
 
 
-def view_orders(num_choices: int, views: str | int, row_id: str = "") -> list[tuple[int, ...]]:
+def view_orders(
+    num_choices: int, views: str | int, row_id: str = "", num_free: int | None = None
+) -> list[tuple[int, ...]]:
     """The orders in which a row is scored, the identity first.
 
-    "identity": that alone. "rotations": every choice once under every letter, `num_choices` orders. "all": all of them,
-    24 of four choices. A number: so many different ones, or all where there are fewer, drawn by the row's id.
+    "identity": that alone. "rotations": every free choice once under every free letter, `num_choices` orders where all
+    are free. "all": all of them, 24 of four choices. A number: so many different ones, or all where there are fewer,
+    drawn by the row's id.
     """
     identity = identity_order(num_choices)
-    if views == "identity":
+    free, fixed = identity[:num_free], identity[len(identity[:num_free]) :]
+    if views == "identity" or len(free) < 2:
         return [identity]
     if views == "rotations":
-        return [identity[-shift:] + identity[:-shift] for shift in range(num_choices)]
+        return [free[-shift:] + free[:-shift] + fixed for shift in range(len(free))]
     if views == "all":
-        return list(itertools.permutations(identity))
-    orders, num_orders = {identity: None}, min(int(views), math.factorial(num_choices))
+        return [order + fixed for order in itertools.permutations(free)]
+    orders, num_orders = {identity: None}, min(int(views), math.factorial(len(free)))
     number = 0
     while len(orders) < num_orders:
-        orders[draw_order(num_choices, 0, number, row_id)] = None
+        orders[draw_order(num_choices, 0, number, row_id, num_free)] = None
         number += 1
     return [*orders]
 

@@ -41,6 +41,8 @@ KINDS = {
     "bad_text": Kind("error", "a text holds null bytes, half a character or a list", "Write it as plain text."),
     "long_text": Kind("warning", "more than 20,000 characters", "The prompt may not fit the GPU's memory."),
     "equal_choices": Kind("warning", "two choices are equal", "One answer then stands under two letters."),
+    "keeps_order": Kind("warning", "the choices refer to letters or places", "They are never shuffled."),
+    "keeps_last": Kind("warning", "the last choice means all others", "It stays last where others are shuffled."),
     "empty_choice": Kind("warning", "an empty choice before a filled one", "It is shown as an empty choice."),
     "nan_choice": Kind(
         "warning",

@@ -21,6 +21,7 @@ from vqa_sft.mcq import LETTERS, view_orders
 from vqa_sft.model import DTYPES
 from vqa_sft.packing import supervised_positions
 from vqa_sft.prompts import Prompts
+from vqa_sft.references import count_free
 
 
 def find_letter_ids(processor: ProcessorMixin, num_letters: int, prompts: Prompts = Prompts()) -> torch.Tensor:
@@ -151,12 +152,21 @@ class Scored:
 
 
 def plan_batches(examples: datasets.Dataset, views: str | int, batch_size: int) -> list[list[int]]:
-    """Numbers of rows that are scored together, `batch_size` views of rows of the most choices; rows with one picture
+    """Numbers of rows that are scored together, `batch_size` views of rows of the most views; rows with one picture
     stand beside each other, for they share it."""
-    most = max(map(len, examples["choices"]), default=0)
-    num_rows = max(1, batch_size // len(view_orders(most, views)))
+    num_rows = max(1, batch_size // _most_views(examples, views))
     order = same_pictures_together(examples)
     return [order[start : start + num_rows] for start in range(0, len(order), num_rows)]
+
+
+def _most_views(examples: datasets.Dataset, views: str | int) -> int:
+    """In how many orders a row is scored, at most."""
+    if views == "identity":
+        return 1
+    rows = zip(examples["question"], examples["choices"], strict=True)
+    kinds = {(len(choices), count_free(question, choices)) for question, choices in rows}
+    counts = [len(view_orders(num_choices, views, num_free=num_free)) for num_choices, num_free in kinds]
+    return max(counts, default=1)
 
 
 def same_pictures_together(examples: datasets.Dataset) -> list[int]:
