@@ -64,7 +64,9 @@ def save_quantised(base: str, kind: str, folder: Path, *, inside_text: bool = Fa
         is_rounded = kind in KINDS and is_linear and not is_beside
         weights |= _stored(kind, name, weight) if is_rounded else {name: weight}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    edit_config(folder, lambda config: (config["text_config"] if inside_text else config).update(quantization_config=said))
+    edit_config(
+        folder, lambda config: (config["text_config"] if inside_text else config).update(quantization_config=said)
+    )
     return str(folder)
 
 

@@ -47,7 +47,10 @@ def ours(name, **more):
 
 
 def plain(name):
-    return AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5]]))  # compressed-tensors has whole weights from the first pass on
+    return model
 
 
 def assert_same_weights(one, other):
@@ -107,7 +110,7 @@ def test_numbers_of_8_bit_without_a_word_of_it_in_config_json_are_refused(quanti
     folder = shutil.copytree(quantised("fp8"), tmp_path / "base")
     edit_config(folder, lambda config: config.pop("quantization_config"))
     edit_weights(folder, lambda weights: {n.replace("weight_scale_inv", scale): w for n, w in weights.items()})
-    with pytest.raises(InputError, match=rf"14 unexpected \(.*{scale}"):
+    with pytest.raises(InputError, match=rf"14 unexpected, .* \(.*{scale}"):
         ours(folder)
 
 
@@ -143,7 +146,7 @@ def test_an_adapter_on_a_quantised_base_trains_and_scores_as_with_plain_transfor
     options = {"shuffle_choices": False, "per_device_train_batch_size": 24, "max_steps": 2, "logging_steps": 1}
     run = sft(base, tmp_path / "run", **options | {"learning_rate": 1e-2, "gradient_checkpointing": False})
 
-    before = plain_log_probs(plain(base).eval(), run, rows)
+    before = plain_log_probs(plain(base), run, rows)
     expected = -before[range(len(rows)), [row["answer"] for row in rows]].mean()
     with (run / "log.csv").open() as file:
         first = next(csv.DictReader(file))

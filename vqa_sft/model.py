@@ -113,9 +113,9 @@ def build_skeleton(
 ) -> PreTrainedModel:
     """The base without weights (on the meta device): the names of its modules, and what `read_config` raises."""
     config = read_config(model_args, trust_remote_code=trust_remote_code, device_map=device_map)
-    with explains(LOADING_ERRORS, f"the model {model_args.model_name_or_path!r} cannot be built"):
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    what = f"the model {model_args.model_name_or_path!r} cannot be built"
+    with explains(LOADING_ERRORS, what), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def load_model(
@@ -150,6 +150,7 @@ def load_model(
     except LOADING_ERRORS as error:
         raise _cannot_load(name, error) from error
     _check_weights(name, model, loaded)
+    quantized.unpack(model)
     for module in model.modules():
         # On some processors bitsandbytes 0.50 packs 4-bit weights when it evaluates, and unpacks them wrongly when a
         # checkpoint is saved: every evaluation would change the base.
@@ -192,18 +193,20 @@ def _check_weights(name: str, model: PreTrainedModel, loaded: dict[str, Any]) ->
     apart = [weight for weight in unexpected if _is_apart(weight, model)]
     shapes = {weight: f"{weight} {tuple(got)} for {tuple(wanted)}" for weight, got, wanted in loaded["mismatched_keys"]}
     found = {
-        "missing": sorted(loaded["missing_keys"] - shapes.keys()),
+        "missing, which would be random": sorted(loaded["missing_keys"] - shapes.keys()),
         "of another shape": sorted(shapes.values()),
-        "unexpected": [weight for weight in unexpected if weight not in apart],
+        "unexpected, which would be left out": [weight for weight in unexpected if weight not in apart],
     }
     said = [f"{len(names):,} {what} ({_first(names)})" for what, names in found.items() if names]
     if said:
         raise InputError(
-            f"the checkpoint {name!r} does not hold the weights of {type(model).__name__}: {'; '.join(said)}. What is "
-            "missing would be random. Copy or download it again, with the config.json that belongs to it."
+            f"the checkpoint {name!r} does not hold the weights of {type(model).__name__}: {'; '.join(said)}. Copy or "
+            "download it again, with the config.json that belongs to it."
         )
     if apart and os.environ.get("RANK", "0") == "0":
-        print(f"{name} holds {len(apart):,} weights of parts that {type(model).__name__} does not use: {_first(apart)}.")
+        print(
+            f"{name} holds {len(apart):,} weights of parts that {type(model).__name__} does not use: {_first(apart)}."
+        )
 
 
 def _is_apart(weight: str, model: PreTrainedModel) -> bool:

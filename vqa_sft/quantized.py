@@ -1,10 +1,10 @@
 """Checkpoints that are quantised themselves (FP8, GPTQ, AWQ, compressed-tensors, bitsandbytes, ...): which, what they
-need of this machine, and how many bytes their weights take. transformers loads them; nothing here touches a weight."""
+need of this machine, and how many bytes their weights take. transformers loads them."""
 
 import copy
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
@@ -90,6 +90,17 @@ def check(name: str, config: PreTrainedConfig, *, device_map: dict | None = None
         quantizer.validate_environment(device_map=device_map, weights_only=True)
     except Exception as error:  # whatever the package of the method raises, above all ImportError and RuntimeError
         raise InputError(f"{what} and cannot be loaded here: {_said(error)} {REMEDY}") from error
+
+
+def unpack(model: PreTrainedModel) -> None:
+    """Let a model of compressed-tensors have its whole weights now, and not at its first forward pass: PEFT wants to
+    see them, and the hook of the pass is not called under its adapter."""
+    compressor = getattr(getattr(model, "hf_quantizer", None), "compressor", None)
+    if compressor is not None:
+        from compressed_tensors.offload import as_single_threaded
+
+        with as_single_threaded():  # processes do not wait for each other here
+            compressor.decompress_model(model)
 
 
 def _said(error: Exception) -> str:
