@@ -79,7 +79,7 @@ def test_a_quantised_base_has_the_weights_that_plain_transformers_gives_it(quant
 def test_settings_that_stand_at_the_language_model_count_as_well(quantised):
     folder = quantised("fp8", inside_text=True)
     assert_same_weights(ours(folder), plain(folder))
-    with pytest.raises(InputError, match=r"quantised itself \(fp8\), and cannot be rounded again"):
+    with pytest.raises(InputError, match=r"quantised itself \(fp8\) and cannot be rounded again"):
         ours(folder, load_in_4bit=True)
 
 

@@ -1,5 +1,4 @@
-"""Checkpoints that are quantised themselves (FP8, GPTQ, AWQ, compressed-tensors, bitsandbytes, ...): which, what they
-need of this machine, and how many bytes their weights take. transformers loads them."""
+"""Checkpoints that are quantised themselves (FP8, GPTQ, AWQ, ...): what they need of a machine, and what they take."""
 
 import copy
 from typing import Any
@@ -13,6 +12,7 @@ from vqa_sft.errors import InputError
 # Where a checkpoint that is quantised can be of no use.
 REMEDY = "Or take the checkpoint that it was made from, with load_in_4bit: true where memory is short."
 FP8 = ("fp8", "fbgemm_fp8")
+BITSANDBYTES = "bitsandbytes"
 
 
 def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
@@ -24,17 +24,23 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 def describe(own: dict[str, Any]) -> str:
     """ "fp8", "gptq, 4 bit", "bitsandbytes, 8 bit"."""
-    bits = bits_of(own)
-    method = own.get("quant_method") or ("bitsandbytes" if bits else "by a method that it does not name")
-    method = str(getattr(method, "value", method))
+    bits, method = bits_of(own), method_of(own) or "by a method that it does not name"
     return method if bits is None or method in FP8 else f"{method}, {bits} bit"
+
+
+def method_of(own: dict[str, Any]) -> str | None:
+    """As transformers names it. A checkpoint of bitsandbytes need not say more than its bits."""
+    method = own.get("quant_method")
+    if own.get("load_in_4bit") or own.get("load_in_8bit"):
+        return BITSANDBYTES
+    return method if method is None else str(getattr(method, "value", method))
 
 
 def bits_of(own: dict[str, Any]) -> int | None:
     """Bits of a weight as it is stored; None where they are not known."""
-    if own.get("load_in_4bit") or own.get("quant_method") == "mxfp4":
+    if own.get("load_in_4bit") or method_of(own) == "mxfp4":
         return 4
-    if own.get("load_in_8bit") or own.get("quant_method") in FP8:
+    if own.get("load_in_8bit") or method_of(own) in FP8:
         return 8
     weights = _weights_of_groups(own)
     bits = {group.get("num_bits") for group in weights} if weights else {own.get("bits", own.get("w_bit"))}
@@ -43,32 +49,29 @@ def bits_of(own: dict[str, Any]) -> int | None:
 
 
 def bytes_a_weight(own: dict[str, Any]) -> float | None:
-    """Of a quantised linear layer, with its scales and zero points; None where it is not known.
+    """Of a quantised linear layer in memory, with scales and zero points; None where it is not known, or the weights
+    are whole ones there.
 
-    A group of weights has a scale of 2 bytes, and GPTQ and AWQ a zero point of as many bits as a weight. bitsandbytes
-    in 4 bit: see `memory.weight_bytes`. FP8: a scale of 4 bytes for a block; without blocks, one a layer or a row.
+    A group of weights has a scale of 2 bytes, and in GPTQ and AWQ a zero point of as many bits as a weight; FP8 has a
+    scale of 4 bytes for a block. bitsandbytes in 4 bit: see `memory.weight_bytes`.
     """
-    bits, method = bits_of(own), own.get("quant_method")
-    if bits is None:
-        return None
+    bits, method = bits_of(own), method_of(own)
     if own.get("load_in_4bit"):
         return 0.5 + (1 / 64 + 4 / (64 * 256) if own.get("bnb_4bit_use_double_quant") else 4 / 64)
-    if method in FP8:
-        rows, columns = own.get("weight_block_size") or (1, 1024)
+    if own.get("load_in_8bit") or method in FP8:
+        rows, columns = own.get("weight_block_size") or (1, 1024)  # without blocks, a scale a row or a layer
         return 1 + 4 / (rows * columns)
-    group = own.get("group_size") or own.get("q_group_size")
-    if weights := _weights_of_groups(own):
-        group = weights[0].get("group_size")
-    if not isinstance(group, int) or group <= 0:  # a scale for each row, of which a wide layer has few
-        return bits / 8
-    zero_point = bits / 8 if method in ("gptq", "awq") else 0
-    return bits / 8 + (2 + zero_point) / group
+    group = own.get("group_size")
+    if bits is None or method not in ("gptq", "awq") or type(group) is not int:
+        return None
+    return bits / 8 + (2 + bits / 8) / group if group > 0 else bits / 8  # -1: a scale a row
 
 
 def _weights_of_groups(own: dict[str, Any]) -> list[dict[str, Any]]:
     """What compressed-tensors says of the weights of each of its groups of layers."""
     groups = own.get("config_groups")
-    return [group.get("weights") or {} for group in groups.values()] if isinstance(groups, dict) else []
+    groups = groups.values() if isinstance(groups, dict) else []
+    return [group.get("weights") or {} for group in groups if isinstance(group, dict)]
 
 
 def check(name: str, config: PreTrainedConfig, *, device_map: dict | None = None, is_asked: bool = False) -> None:
@@ -78,11 +81,9 @@ def check(name: str, config: PreTrainedConfig, *, device_map: dict | None = None
     own = quantization_of(config)
     if own is None:
         return
+    check_asked(name, own, is_asked=is_asked)
     what = f"the model {name!r} is quantised itself ({describe(own)})"
-    if is_asked:
-        raise InputError(f"{what}, and cannot be rounded again. Remove load_in_4bit and load_in_8bit.")
-    methods = {own.get("quant_method"), "bitsandbytes" if own.get("load_in_4bit") or own.get("load_in_8bit") else None}
-    if not methods & {*AUTO_QUANTIZER_MAPPING, "bitsandbytes"}:
+    if method_of(own) not in {*AUTO_QUANTIZER_MAPPING, BITSANDBYTES}:
         # transformers would go on with a warning, and read numbers of 4 or 8 bit as if they were weights.
         raise InputError(f"{what}, which transformers does not load. {REMEDY}")
     try:
@@ -90,6 +91,15 @@ def check(name: str, config: PreTrainedConfig, *, device_map: dict | None = None
         quantizer.validate_environment(device_map=device_map, weights_only=True)
     except Exception as error:  # whatever the package of the method raises, above all ImportError and RuntimeError
         raise InputError(f"{what} and cannot be loaded here: {_said(error)} {REMEDY}") from error
+
+
+def check_asked(name: str, own: dict[str, Any], *, is_asked: bool) -> None:
+    """Raises InputError where the recipe asks for 4 or 8 bit of what is quantised."""
+    if is_asked:
+        raise InputError(
+            f"the model {name!r} is quantised itself ({describe(own)}) and cannot be rounded again. Remove "
+            "load_in_4bit and load_in_8bit."
+        )
 
 
 def unpack(model: PreTrainedModel) -> None:
