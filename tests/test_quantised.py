@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig
 
-from vqa_sft import model as models, quantized
+from vqa_sft import model as models, quantized, vision
 from vqa_sft.data import load_examples
 from vqa_sft.errors import InputError
 from vqa_sft.images import open_image
@@ -173,3 +173,24 @@ def test_a_recipe_ends_with_the_missing_package_before_an_earlier_run_moves_asid
         sft(quantised("awq"), run, overwrite=True)
     assert stop.value.code == 2 and "pip install gptqmodel" in capsys.readouterr().err
     assert (run / "run.json").is_file()
+
+
+def test_fp8_on_a_gpu_that_computes_in_it_names_the_package_of_its_kernels(quantised, monkeypatch):
+    config = models.read_config(arguments(quantised("fp8")))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(quantized, "is_kernels_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    with pytest.raises(InputError, match=r"quantised itself \(fp8\) and cannot be loaded here: .*pip install kernels"):
+        quantized.check("base", config)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    quantized.check("base", config)  # an A100 unpacks it
+
+
+def test_only_layers_that_hold_whole_weights_alone_are_sped_up():
+    """A padded or fused layer keeps its weight's numbers; scales of its own would be of other rows."""
+    plain, scaled, packed, rounded = (torch.nn.Linear(4, 4) for _ in range(4))
+    scaled.weight_scale = torch.nn.Parameter(torch.ones(4, 1))
+    del packed.weight
+    packed.weight_packed = torch.nn.Parameter(torch.zeros(4, 1, dtype=torch.int32), requires_grad=False)
+    rounded.weight = torch.nn.Parameter(rounded.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    assert [vision.is_plain(layer) for layer in (plain, scaled, packed, rounded)] == [True, False, False, False]

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils import is_kernels_available
 
 from vqa_sft.errors import InputError
 
@@ -89,6 +90,10 @@ def check(name: str, config: PreTrainedConfig, *, device_map: dict | None = None
     try:
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(own), pre_quantized=True)
         quantizer.validate_environment(device_map=device_map, weights_only=True)
+        # transformers says so at the first forward pass only. Where it has no such GPU, it unpacks the weights.
+        stays_fp8 = method_of(own) == "fp8" and not quantizer.quantization_config.dequantize
+        if stays_fp8 and not is_kernels_available():
+            raise ImportError("FP8 on this GPU needs the package kernels (`pip install kernels`).")
     except Exception as error:  # whatever the package of the method raises, above all ImportError and RuntimeError
         raise InputError(f"{what} and cannot be loaded here: {_said(error)} {REMEDY}") from error
 
