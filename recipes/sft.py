@@ -135,6 +135,10 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
         revision=model_args.model_revision,
         **trust,
     )
+    adapter = None
+    skeleton = models.build_skeleton(model_args, device_map=launch.device_map(), **trust)
+    if args.init_adapter is None:
+        adapter = models.lora_config(model_args, skeleton, **args.adapted_parts)
     letter_ids = find_letter_ids(processor, num_letters, args.prompts)
     end_of_turn = find_end_of_turn(processor, args.prompts) if args.supervise_end_of_turn else None
     for part in [validation] * (validation is not None) + [train] * (not args.streaming):
@@ -163,11 +167,8 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
         write_parts(output_dir, loaded, parts)
     PartialState().wait_for_everyone()
     model = models.load_model(model_args, precision, device_map=launch.device_map(), **trust)
-    adapter = None
     if args.init_adapter is not None:
         model = models.add_adapter(model, args.init_adapter, is_trainable=True)
-    else:
-        adapter = models.lora_config(model_args, model, **args.adapted_parts)
     packer = speed.pack_rows(model, precision) if args.fast else None
     # Now, for the tower's weights change their shapes when it is sped up.
     features = cache.open_store(model, processor, packer, precision) if args.cache_image_features else None

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import RECIPES
 from peft import get_peft_model
+from quantised import FP8, KINDS, OTHERS
 from test_cli import run  # noqa: F401  a fixture
 from transformers import AttentionInterface, AutoModelForImageTextToText
 from trl import ModelConfig, SFTConfig
@@ -392,10 +393,43 @@ def test_what_cannot_be_said_ends_with_exit_code_2(run, families, tmp_path):  # 
         ((recipe, "--lora_rr", 8), "Did you mean `lora_r`"),
         ((recipe, "--model_name_or_path", tmp_path / "none"), "cannot be loaded"),
         ((recipe, "--model_name_or_path", families("llava")), "the memory of llava cannot be estimated"),
-        ((recipe, "--lora_target_modules", "nope"), "does not fit the model"),
+        ((recipe, "--lora_target_modules", "nope"), "has no 'nope' (nearest: "),
     ):
         code, out, err = run("memory", *arguments)
         assert code == 2 and not out and says in err and "Traceback" not in err, err
+
+
+def published(folder, name, own):
+    """A folder with config.json alone: the published shape, quantised as `own` says."""
+    config = shapes.shape_config(name)
+    config.quantization_config = own
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "own, says, bytes_a_weight",
+    [
+        (FP8, "(fp8): 1.00 bytes a weight", 1 + 4 / 128**2),
+        (OTHERS["awq"] | {"group_size": 128}, "(awq, 4 bit): 0.52 bytes", 0.5 + 2.5 / 128),
+        (OTHERS["gptq"] | {"bits": 8, "group_size": -1}, "(gptq, 8 bit): 1.00 bytes", 1),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "(bitsandbytes, 4 bit): 0.52", 0.5 + 65 / 4096),
+        ({"load_in_8bit": True}, "(bitsandbytes, 8 bit): 1.00", 1 + 4 / 1024),
+        (KINDS["compressed int4"], "(compressed-tensors, 4 bit), and unpacked to whole weights", 2),
+        (OTHERS["hqq"], "(hqq); what its weights take is not known, and they are counted as whole ones", 2),
+        ({"quant_method": "modelopt"}, "(modelopt); what its weights take is not known", 2),
+    ],
+)
+def test_the_weights_of_a_quantised_base_are_counted_as_they_are_stored(run, tmp_path, own, says, bytes_a_weight):  # noqa: F811
+    base = published(tmp_path / "base", B7, own)
+    code, out, err = run("memory", RECIPES / "qwen7b.yaml", "--model_name_or_path", base, "--gpu-gib", 12)
+    shape = shape_of(B7)
+    expected = (shape.decoder_linear * bytes_a_weight + shape.decoder_other * 2) / 2**30
+    counted = float(re.search(r"language model +([\d.]+)", out)[1])
+    assert counted == pytest.approx(expected, abs=0.01) and says in out, out + err
+    assert "as it is stored" in out and "load_in_4bit" not in out  # cannot be rounded again
+    code, _, err = run("memory", RECIPES / "qwen7b.yaml", "--model_name_or_path", base, "--load_in_4bit", "true")
+    assert code == 2 and "is quantised itself" in err and "Remove load_in_4bit" in err
 
 
 # --- auto_batch -------------------------------------------------------------------------------------------------------

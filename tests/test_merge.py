@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import run_script, write_hard_contest
 from peft import LoraConfig, get_peft_model
+from quantised import save_quantised
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -257,12 +258,6 @@ def test_what_cannot_be_merged_is_said_and_an_earlier_merge_stays(train, familie
     weights = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "found"))
     assert all(torch.equal(one, other) for one, other in zip(*(each.values() for each in weights), strict=True))
 
-    rounded = shutil.copytree(TINY_PATH, tmp_path / "rounded")
-    config = json.loads((rounded / "config.json").read_text()) | {"quantization_config": {"quant_method": "awq"}}
-    (rounded / "config.json").write_text(json.dumps(config))
-    set_recipe(elsewhere, model_name_or_path=str(rounded))
-    refused("is quantised itself", elsewhere, out, overwrite=True)
-
     (out.parent / "file").write_text("mine")
     refused("is a file", run, out.parent / "file")
     refused("cannot be written", run, out.parent / "file" / "out")
@@ -277,6 +272,20 @@ def test_what_cannot_be_merged_is_said_and_an_earlier_merge_stays(train, familie
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     room = "take 0.01 GiB in fp32, and 0.00 GiB are free .* or give --dtype bf16"
     refused(room, run, out, overwrite=True, dtype="fp32")
+
+
+@pytest.mark.parametrize("inside_text", [False, True])
+@pytest.mark.parametrize(("kind", "said"), [("fp8", "fp8"), ("awq", "awq, 4 bit"), ("bitsandbytes 8 bit", "8 bit")])
+def test_a_quantised_base_is_not_merged_and_the_whole_one_can_be_given(
+    train, families, tmp_path, kind, said, inside_text
+):
+    base = save_quantised(families("llava"), kind, tmp_path / "base", inside_text=inside_text)
+    run, out = copy_of(train("llava"), tmp_path / "run"), tmp_path / "here" / "out"
+    set_recipe(run, model_name_or_path=base)
+    out.parent.mkdir()
+    refused(rf"is quantised itself \(.*{said}\).* give --model", run, out)
+    merge_run(str(run), str(out), dtype="fp32", model=families("llava"))
+    assert_close(plain(out, train.contest), ours(train("llava"), train.contest), atol=1e-4, rtol=0)
 
 
 def test_a_merge_that_is_interrupted_leaves_what_was_there(train, tmp_path, monkeypatch):

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from peft.tuners.lora import Linear
 from torch import nn
 
+from vqa_sft import vision
+
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -52,7 +54,7 @@ def widen(mlp: nn.Module) -> bool:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether all that a layer adds to a frozen base is s B A x."""
-    if type(layer) is not Linear or type(layer.base_layer) is not nn.Linear or len(layer.lora_A) != 1:
+    if type(layer) is not Linear or not vision.is_plain(layer.base_layer) or len(layer.lora_A) != 1:
         return False
     adapter, *others = layer.active_adapters
     base = layer.base_layer
@@ -67,7 +69,6 @@ def is_plain(layer: nn.Module) -> bool:
         and layer.lora_B[adapter].bias is None
         and base.bias is None
         and not base.weight.requires_grad
-        and base.weight.dtype in (torch.bfloat16, torch.float16, torch.float32)
     )
 
 

@@ -29,7 +29,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, PreTrainedConfig, ProcessorMixin
 from trl import ModelConfig, SFTConfig
 
-from vqa_sft import attention, launch, lora, packing, speed
+from vqa_sft import attention, launch, lora, packing, quantized, speed
 from vqa_sft.checkpoints import goes_on
 from vqa_sft.collator import render_prompt
 from vqa_sft.errors import InputError, ProcessError, explains
@@ -117,6 +117,7 @@ class Plan:
     weight_bytes: int = 2  # of a weight that is not quantised
     bits: int = 16
     nested: bool = False  # quantisation constants are quantised as well
+    stored_bytes: float | None = None  # of a linear layer's weight, in a checkpoint that is quantised itself
     optimizer_bytes: int = 8
     processes: int = 1
 
@@ -204,6 +205,30 @@ def read_plan(training_args: SFTConfig, model_args: ModelConfig, *, precision: s
     )
 
 
+def read_stored(name: str, config: PreTrainedConfig, plan: Plan) -> tuple[Plan, str]:
+    """The plan with what a checkpoint that is quantised itself stores, and a note that says so. Raises InputError where
+    the recipe asks for 4 or 8 bit of it."""
+    own = quantized.quantization_of(config)
+    if own is None:
+        return plan, ""
+    quantized.check_asked(name, own, is_asked=plan.bits < 16)
+    note = f"{name} is quantised itself ({quantized.describe(own)})"
+    stored = quantized.bytes_a_weight(own)
+    if quantized.method_of(own) == "compressed-tensors":
+        note += ", and unpacked to whole weights when it is loaded"
+    elif stored is None:
+        note += "; what its weights take is not known, and they are counted as whole ones"
+    else:
+        note += f": {stored:.2f} bytes a weight of the language model's linear layers"
+    if quantized.method_of(own) in quantized.FP8:
+        note += ". GPUs before compute capability 8.9 unpack them to 16 bit"
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+            stored = None
+    # Such layers are neither compiled nor fused with their adapters, and cannot be rounded again.
+    bits = 4 if stored is not None and stored < 1 else 8
+    return replace(plan, bits=bits, stored_bytes=stored or plan.weight_bytes), f"{note}."
+
+
 def pixel_limit(model_args: ModelConfig) -> int:
     """The largest picture (width x height) that the model's own processor shows."""
     try:
@@ -238,6 +263,7 @@ def read_needs(
         attention=attention_of(training_args.device, precision, fast),
         max_pixels=processor.image_processor.size["longest_edge"],
     )
+    plan, _ = read_stored(model_args.model_name_or_path, config, plan)
     compiles = compiles and plan.bits == 16 and plan.attention == "grouped" and speed.can_compile()
     return shape, replace(plan, compiled=compiles, **(measure_rows(processor, examples, prompts) if examples else {}))
 
@@ -296,6 +322,8 @@ def weight_bytes(shape: Shape, plan: Plan) -> tuple[float, float]:
         linear = shape.decoder_linear * (0.5 + (1 / 64 + 4 / (64 * 256) if plan.nested else 4 / 64))
     elif plan.bits == 8:
         linear = shape.decoder_linear + 4 * shape.decoder_rows
+    if plan.stored_bytes is not None:
+        linear = shape.decoder_linear * plan.stored_bytes
     return linear + shape.decoder_other * plan.weight_bytes, shape.tower * plan.weight_bytes
 
 
@@ -600,17 +628,20 @@ def describe_recipe(
         shared_tokens=min(SHARED_TOKENS, text_tokens),
         pictures=pictures,
     )
+    name = model_args.model_name_or_path
+    plan, stored = read_stored(name, config, plan)
     plans = {"uncompiled": plan, "compiled": replace(plan, compiled=True)}
     if not fast or plan.bits < 16 or precision != "bf16" or compile_layers is False:
         del plans["compiled"]
     elif compile_layers:
         del plans["uncompiled"]
-    lines = [note] * bool(note)
+    lines = [line for line in (note, stored) if line]
     if training_args.use_cpu:
         lines.append("The recipe says use_cpu; this is what it would need on a GPU.")
     if launch.is_sharded():
         lines.append("This is what one GPU would need; what FSDP and DeepSpeed save is not known.")
-    lines.append(f"{model_args.model_name_or_path}, {plan.bits} bit, computing in {precision}.")
+    bits = "as it is stored" if stored else f"{plan.bits} bit"
+    lines.append(f"{name}, {bits}, computing in {precision}.")
     if precision == "bf16":
         lines[-1] += " For GPUs before Ampere: --fp16 true."
     lines.append(describe(shape, plans))

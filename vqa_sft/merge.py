@@ -20,7 +20,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
-from vqa_sft import hub, run_folder
+from vqa_sft import hub, quantized, run_folder
 from vqa_sft.calibration import CALIBRATION, known_entries
 from vqa_sft.errors import InputError, explains
 from vqa_sft.model import DTYPES, LOADING_ERRORS, add_adapter, load_model, load_processor
@@ -113,10 +113,11 @@ def _base_config(name: str, revision: str, **trust: bool) -> PreTrainedConfig:
     """Raises InputError where it cannot be had, or its weights are only there rounded."""
     with explains(LOADING_ERRORS, f"the base {name!r} cannot be loaded; check the network, or give --model NAME"):
         config = AutoConfig.from_pretrained(name, revision=revision, **trust)
-    if getattr(config, "quantization_config", None):
+    if own := quantized.quantization_of(config):
         raise InputError(
-            f"the checkpoint of {name} is quantised itself, and nothing can be added to its weights. Serve base and "
-            "adapter, or train on the whole base with load_in_4bit."
+            f"the checkpoint of {name} is quantised itself ({quantized.describe(own)}), and nothing can be added to "
+            "its weights. Serve base and adapter, or give --model with the checkpoint that it was made from: the "
+            "adapter goes into those whole weights, and probabilities may differ slightly from those of the run."
         )
     return config
 

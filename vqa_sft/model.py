@@ -1,5 +1,6 @@
 """Loads processor, model and adapter; nothing else."""
 
+import difflib
 import os
 import re
 import warnings
@@ -15,13 +16,15 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.integrations import sdpa_attention
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from vqa_sft.errors import InputError
+from vqa_sft import quantized
+from vqa_sft.errors import InputError, explains
 
 # What transformers, peft and safetensors raise for a folder that is wrong, damaged or of another model.
 LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, SafetensorError)
@@ -89,6 +92,32 @@ def _limit_pixels(processor: ProcessorMixin, name: str, min_pixels: int | None, 
     processor.image_processor.size = limits
 
 
+def read_config(
+    model_args: ModelConfig, *, trust_remote_code: bool = False, device_map: dict | None = None
+) -> PreTrainedConfig:
+    """The base's configuration. Raises InputError where it cannot be had, or the checkpoint is quantised in a way that
+    cannot be loaded here."""
+    name = model_args.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=trust_remote_code
+        )
+    except LOADING_ERRORS as error:
+        raise _cannot_load(name, error) from error
+    quantized.check(name, config, device_map=device_map, is_asked=model_args.load_in_4bit or model_args.load_in_8bit)
+    return config
+
+
+def build_skeleton(
+    model_args: ModelConfig, *, trust_remote_code: bool = False, device_map: dict | None = None
+) -> PreTrainedModel:
+    """The base without weights (on the meta device): the names of its modules, and what `read_config` raises."""
+    config = read_config(model_args, trust_remote_code=trust_remote_code, device_map=device_map)
+    what = f"the model {model_args.model_name_or_path!r} cannot be built"
+    with explains(LOADING_ERRORS, what), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def load_model(
     model_args: ModelConfig, precision: str, *, trust_remote_code: bool = False, device_map: dict | None = None
 ) -> PreTrainedModel:
@@ -101,19 +130,27 @@ def load_model(
         precision = "fp32"
     dtype = getattr(torch, model_args.dtype, model_args.dtype) if model_args.dtype else DTYPES[precision]
     avoid_math_attention()
-    source = {"revision": model_args.model_revision, "trust_remote_code": trust_remote_code}
+    config = read_config(model_args, trust_remote_code=trust_remote_code, device_map=device_map)
+    quantization = _quantization(model_args, dtype, config)
+    # The keyword only where it is asked for: None would erase a quantised checkpoint's own settings.
+    asked = {} if quantization is None else {"quantization_config": quantization}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(
+        model, loaded = AutoModelForImageTextToText.from_pretrained(
             name,
-            **source,
+            revision=model_args.model_revision,
+            trust_remote_code=trust_remote_code,
             dtype=dtype,
             attn_implementation=model_args.attn_implementation,
-            quantization_config=_quantization(model_args, dtype, AutoConfig.from_pretrained(name, **source)),
             device_map=device_map,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+            **asked,
         )
     except LOADING_ERRORS as error:
         raise _cannot_load(name, error) from error
+    _check_weights(name, model, loaded)
+    quantized.unpack(model)
     for module in model.modules():
         # On some processors bitsandbytes 0.50 packs 4-bit weights when it evaluates, and unpacks them wrongly when a
         # checkpoint is saved: every evaluation would change the base.
@@ -122,7 +159,7 @@ def load_model(
     return model
 
 
-def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: AutoConfig) -> BitsAndBytesConfig | None:
+def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: PreTrainedConfig) -> BitsAndBytesConfig | None:
     """TRL's 4- or 8-bit settings, computing in `dtype`, with everything but the language model left as it is.
 
     The picture tower is small and hurt most by rounding; `lm_head` must be named once a list is given.
@@ -142,6 +179,49 @@ def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: AutoConfi
         )
     quantization.llm_int8_skip_modules = [*kept, "lm_head"]
     return quantization
+
+
+def _check_weights(name: str, model: PreTrainedModel, loaded: dict[str, Any]) -> None:
+    """Raises InputError where a checkpoint does not fit its model: transformers would go on with random weights.
+
+    What transformers itself expects to be missing or unused is not in `loaded`: tied heads, heads for several tokens,
+    positions that older releases saved. Unused weights of a whole part that stands beside the language model's own
+    (another head) change nothing and are named in a line. All others are refused: a layer has a scale, a bias, a norm
+    or a neighbour that the model does not know, so that it would compute something else.
+    """
+    unexpected = sorted(loaded["unexpected_keys"])
+    apart = [weight for weight in unexpected if _is_apart(weight, model)]
+    shapes = {weight: f"{weight} {tuple(got)} for {tuple(wanted)}" for weight, got, wanted in loaded["mismatched_keys"]}
+    found = {
+        "missing, which would be random": sorted(loaded["missing_keys"] - shapes.keys()),
+        "of another shape": sorted(shapes.values()),
+        "unexpected, which would be left out": [weight for weight in unexpected if weight not in apart],
+    }
+    said = [f"{len(names):,} {what} ({_first(names)})" for what, names in found.items() if names]
+    if said:
+        raise InputError(
+            f"the checkpoint {name!r} does not hold the weights of {type(model).__name__}: {'; '.join(said)}. Copy or "
+            "download it again, with the config.json that belongs to it."
+        )
+    if apart and os.environ.get("RANK", "0") == "0":
+        print(
+            f"{name} holds {len(apart):,} weights of parts that {type(model).__name__} does not use: {_first(apart)}."
+        )
+
+
+def _is_apart(weight: str, model: PreTrainedModel) -> bool:
+    """Whether a weight belongs to a module that the model does not have, beside the language model or what holds it."""
+    modules = {name for name, _ in model.named_modules()}
+    owner = weight.rpartition(".")[0]
+    if owner in modules:
+        return False
+    while owner not in modules:
+        owner = owner.rpartition(".")[0]
+    return owner == "" or f"{decoder_name(model)}.".startswith(f"{owner}.")
+
+
+def _first(names: list[str], num: int = 3) -> str:
+    return ", ".join(names[:num]) + (", ..." if len(names) > num else "")
 
 
 def decoder_name(model: PreTrainedModel) -> str:
@@ -190,7 +270,15 @@ def lora_config(
     its backward pass and makes its output change during training.
     """
     config = get_peft_config(model_args)
-    if config is not None and config.target_modules is None:
+    if config is None:
+        if own := quantized.quantization_of(model.config):
+            raise InputError(
+                f"the base is quantised ({quantized.describe(own)}) and can only be trained through an adapter; set "
+                "use_peft: true."
+            )
+        return None
+    _check_names(config, model)
+    if config.target_modules is None:
         layers = {
             name.rpartition(".")[2]
             for name, module in model.get_decoder().named_modules()
@@ -203,6 +291,47 @@ def lora_config(
                 raise InputError(f"{field}: no such linear layers are found in {type(model).__name__}. Remove it.")
             config.target_modules = "|".join([config.target_modules, *map(re.escape, names * is_asked)])
     return config
+
+
+def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
+    """Raises InputError, with the nearest names, for a name of the recipe that no module or parameter of the model
+    has: PEFT leaves out what it does not find, as long as it finds another. A name is a module's whole name or the end
+    of one (q_proj, self_attn.q_proj); a single one may be a regular expression of whole names."""
+    modules = [name for name, _ in model.named_modules() if name]
+    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+        # TRL makes a text of a list of one.
+        if _is_name(config.target_modules):
+            config.target_modules = {config.target_modules}
+        elif not any(_matches(config.target_modules, name) for name in modules):
+            raise InputError(f"lora_target_modules: no module of the model matches {config.target_modules!r}.")
+    asked = {
+        "lora_target_modules": (config.target_modules, modules),
+        "lora_modules_to_save": (config.modules_to_save, modules),
+        "lora_target_parameters": (config.target_parameters, [name for name, _ in model.named_parameters()]),
+    }
+    for field, (names, known) in asked.items():
+        if not names or isinstance(names, str):
+            continue
+        unknown = [name for name in names if not any(f".{path}".endswith(f".{name}") for path in known)]
+        if unknown:
+            said = "; ".join(f"{name!r} (nearest: {', '.join(_nearest(name, known))})" for name in sorted(unknown))
+            raise InputError(f"{field}: {type(model).__name__} has no {said}.")
+
+
+def _is_name(text: str) -> bool:
+    return re.fullmatch(r"\w+(\.\w+)*", text) is not None
+
+
+def _matches(pattern: str, name: str) -> bool:
+    with explains(re.error, f"lora_target_modules: {pattern!r} is no regular expression"):
+        return re.fullmatch(pattern, name) is not None
+
+
+def _nearest(name: str, known: list[str], num: int = 3) -> list[str]:
+    """The ends of the `known` names, as long as `name` is in dots, that are most like it."""
+    length = name.count(".") + 1
+    ends = {".".join(path.split(".")[-length:]) for path in known}
+    return difflib.get_close_matches(name, sorted(end for end in ends if not end.isdecimal()), num, cutoff=0)
 
 
 def load_trained(
@@ -240,10 +369,18 @@ def add_adapter(base: PreTrainedModel, folder: str, *, is_trainable: bool = Fals
     try:
         with warnings.catch_warnings():  # an adapter that is not all there would be random where it is not
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            return PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
+            model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
+            # Once more, for what is left out: PEFT says it only here.
+            left_out = model.load_adapter(folder, "default", is_trainable=is_trainable).unexpected_keys
     except (*LOADING_ERRORS, UserWarning) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"the adapter in {folder} does not load on {base.name_or_path}: {said[0]}") from error
+    if left_out:
+        raise InputError(
+            f"the adapter in {folder} is of another base than {base.name_or_path}: {len(left_out):,} of its weights "
+            f"have no place in it ({_first(left_out)}). Give the base that it was trained on."
+        )
+    return model
 
 
 def avoid_math_attention() -> None:

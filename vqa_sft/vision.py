@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 MULTIPLE = 64
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def is_frozen(tower: nn.Module) -> bool:
@@ -69,8 +70,7 @@ def pad_mlp(module: nn.Module) -> tuple[int, int] | None:
     if gate is None:  # Qwen3-VL: act(fc1(x)) -> fc2
         up, down = (getattr(module, name, None) for name in ("linear_fc1", "linear_fc2"))
     ins = [layer for layer in (gate, up) if layer is not None]
-    # By type and not by instance: a 4-bit layer or an adapter's wrapper holds other things.
-    if down is None or not ins or any(type(layer) is not nn.Linear for layer in [*ins, down]):
+    if down is None or not ins or not all(map(is_plain, [*ins, down])):
         return None
     old = down.in_features
     new = -(-old // MULTIPLE) * MULTIPLE
@@ -84,6 +84,14 @@ def pad_mlp(module: nn.Module) -> tuple[int, int] | None:
     down.weight = _padded(down.weight, (0, new - old))
     down.in_features = new
     return old, new
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is W x + b and no more. By type and not by instance: a 4-bit layer or an adapter's wrapper holds
+    other things, and one of a quantised checkpoint may have scales, or numbers of 8 bit that they belong to."""
+    if type(layer) is not nn.Linear or {name for name, _ in layer.named_parameters()} - {"weight", "bias"}:
+        return False
+    return type(layer.weight.data) is torch.Tensor and layer.weight.dtype in FLOATS
 
 
 def _padded(parameter: nn.Parameter, pad: tuple[int, ...]) -> nn.Parameter:

@@ -1,0 +1,98 @@
+"""Tiny checkpoints that are quantised, made of the families of families.py and written as the Hub's are."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BESIDE = ["visual", "model.visual", "vision_tower", "model.vision_tower", "multi_modal_projector", "lm_head"]
+BESIDE += ["model.multi_modal_projector", "model.vision_model", "model.connector"]
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+FP8 |= {"modules_to_not_convert": BESIDE}
+
+
+def _groups(layout: str, **weights) -> dict:
+    weights |= {"symmetric": True, "dynamic": False}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    ignored = ["re:.*visual.*", "re:.*vision.*", "re:.*projector.*", "re:.*connector.*", "re:.*lm_head"]
+    return {"quant_method": "compressed-tensors", "format": layout, "quantization_status": "compressed"} | {
+        "config_groups": {"group_0": group},
+        "ignore": ignored,
+    }
+
+
+# What config.json says, and how a weight is stored.
+KINDS = {
+    "fp8": FP8,
+    "compressed fp8": _groups("float-quantized", num_bits=8, type="float", strategy="channel"),
+    "compressed int4": _groups("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32),
+    "bitsandbytes 4 bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "bitsandbytes 8 bit": {"load_in_8bit": True},
+}
+# Kinds whose packages are not among ours: all that a test can show is what is said.
+OTHERS = {
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False},
+    "torchao": {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}}}},
+    "hqq": {"quant_method": "hqq", "quant_config": {}},
+    "quanto": {"quant_method": "quanto", "weights": "int8"},
+    "nvfp4": {"quant_method": "nvfp4"},
+    "fbgemm_fp8": {"quant_method": "fbgemm_fp8"},
+}
+
+
+def save_quantised(base: str, kind: str, folder: Path, *, inside_text: bool = False) -> str:
+    """The checkpoint of `base` with the language model's linear layers rounded as `kind` has it, or said to be by
+    config.json alone where it is one of the `OTHERS`; with `inside_text` that is said at the language model."""
+    if kind.startswith("bitsandbytes"):
+        asked = BitsAndBytesConfig(**KINDS[kind], llm_int8_skip_modules=BESIDE)
+        model = AutoModelForImageTextToText.from_pretrained(base, quantization_config=asked, dtype=torch.float32)
+        shutil.copytree(base, folder)
+        model.save_pretrained(folder)
+        return str(folder)
+    shutil.copytree(base, folder)
+    said = KINDS.get(kind) or OTHERS[kind]
+    weights = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        is_linear = name.endswith(".weight") and name.split(".")[-2] in LINEAR
+        is_beside = any(part in name for part in ("visual", "vision", "projector", "connector"))
+        is_rounded = kind in KINDS and is_linear and not is_beside
+        weights |= _stored(kind, name, weight) if is_rounded else {name: weight}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_config(
+        folder, lambda config: (config["text_config"] if inside_text else config).update(quantization_config=said)
+    )
+    return str(folder)
+
+
+def _stored(kind: str, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors of a layer's weight (N, K)."""
+    if kind == "fp8":  # one block
+        scale = weight.abs().max().float().reshape(1, 1) / 448
+        return {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+    if kind == "compressed fp8":
+        scale = weight.abs().amax(1, keepdim=True).float() / 448
+        return {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale}
+    groups = weight.reshape(weight.shape[0], -1, 32)
+    scale = groups.abs().amax(2).float() / 7  # (N, K / 32)
+    rounded = (groups / scale[..., None]).round().reshape(weight.shape).to(torch.int8)
+    packed = pack_to_int32(rounded, 4)
+    return {f"{name}_packed": packed, f"{name}_scale": scale, f"{name}_shape": torch.tensor(weight.shape)}
+
+
+def edit_config(folder: Path | str, change) -> None:
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def edit_weights(folder: Path | str, change) -> None:
+    """`change` takes the weights by name and returns them."""
+    path = Path(folder) / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
