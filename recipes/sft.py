@@ -30,6 +30,7 @@ from vqa_sft.columns import with_context_of
 from vqa_sft.config import Recipe, describe_fields, read_recipe
 from vqa_sft.data import Loaded, read_examples, stream_examples
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown
+from vqa_sft.files import held
 from vqa_sft.out_of_fold import write_out_of_fold
 from vqa_sft.split import TRAIN, VALIDATION, choose_parts, read_parts, select, write_parts
 
@@ -45,6 +46,13 @@ def main() -> None:
     recipe = read_recipe(sys.argv[1:])
     runs = recipe.runs()
     folders = [run.values["output_dir"] for run in runs]
+    # Of several processes of one launch the main one holds them for all.
+    with held([recipe.values["output_dir"], *folders] if is_main else [], "output_dir"):
+        train_runs(recipe, runs, folders, is_main)
+
+
+def train_runs(recipe: Recipe, runs: list[Recipe], folders: list[str], is_main: bool) -> None:
+    """One run after another; ends the process where a SIGTERM asked for it."""
     stop = checkpoints.SaveAndStop(3600 * (recipe.arguments.time_budget_h or math.inf), STARTED_S)
     is_stopped = False
     for number in range(len(runs)):
