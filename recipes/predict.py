@@ -438,7 +438,7 @@ def read_validation(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
             for source in sources[key]:
                 source.problems.raise_if_any(source.name)
         hint = "Give --data with the rows that it was trained on, in their order."
-        rows = select(sources[key], read_parts(folder, sources[key], hint), VALIDATION)
+        rows = select(sources[key], read_parts(folder, sources[key], hint, VALIDATION), VALIDATION)
         if rows is None:
             raise InputError(f"{folder} was trained without validation rows. Give --data with rows it has not seen.")
         rows_of[folder] = rows

@@ -97,7 +97,7 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
         return True
     loaded = load_data(recipe, is_main)
     # One process looks at the pictures and splits the rows; the others are told.
-    parts = split(recipe, loaded) if is_main else None
+    parts = split(recipe, loaded, folders) if is_main else None
 
     import datasets
     import torch
@@ -352,7 +352,7 @@ def load_data(recipe: Recipe, is_main: bool) -> list[Loaded]:
     return loaded
 
 
-def split(recipe: Recipe, loaded: list[Loaded]) -> list[list[str] | None]:
+def split(recipe: Recipe, loaded: list[Loaded], folders: list[str]) -> list[list[str] | None]:
     """Which rows are trained on, validated on and left out; a run that goes on keeps its rows."""
     args, output_dir = recipe.arguments, recipe.values["output_dir"]
     names = ("check_images", "on_bad_image", "validation_fraction", "folds_file", "fold", "duplicate_distance", "limit")
@@ -360,6 +360,9 @@ def split(recipe: Recipe, loaded: list[Loaded]) -> list[list[str] | None]:
     parts = choose_parts(loaded, seed=recipe.values.get("seed", 42), **how)
     if checkpoints.last_whole_checkpoint(output_dir) and not args.overwrite:
         parts = read_parts(output_dir, loaded)
+    for folder in [] if args.overwrite else folders:
+        if run_folder.is_finished(folder):  # a fold of the same data
+            read_parts(folder, loaded)
     counts = Counter(part for data_parts in filter(None, parts) for part in data_parts)
     print("Rows: " + ", ".join(f"{count:,} {part}" for part, count in counts.items()))
     return parts
