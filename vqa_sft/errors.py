@@ -105,7 +105,8 @@ def exits_with_message(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except KeyboardInterrupt:
-            print("Interrupted.", file=sys.stderr, flush=True)
+            if os.environ.get("RANK", "0") == "0":
+                print("Interrupted.", file=sys.stderr, flush=True)
             sys.exit(128 + signal.SIGINT)
         except Exception as error:
             if isinstance(error, BrokenPipeError) and not _is_read():  # `| head` has what it wanted

@@ -10,12 +10,16 @@ import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from vqa_sft.errors import InputError, printable
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 PART = ".part"
 _OURS = re.compile(r".+\.[0-9a-f]{8}" + re.escape(PART))
@@ -90,7 +94,7 @@ def _held(path: Path, what: str) -> Iterator[None]:
             f"{path} is being written by {_holder(file)}. Wait until that ends, or choose another {what}."
         ) from error
     except OSError as error:
-        lock.release()
+        _let_go(lock, file)
         if error.errno in _FULL:
             raise
         if error.errno not in _NO_LOCKS:
@@ -99,9 +103,14 @@ def _held(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        if lock.is_locked:
-            file.unlink(missing_ok=True)  # while it is held: who has opened it meanwhile finds it gone, and opens anew
-        lock.release()
+        _let_go(lock, file)
+
+
+def _let_go(lock: "FileLock", file: Path) -> None:
+    if lock.is_locked:
+        with suppress(OSError):  # Windows removes no open file
+            file.unlink()  # while it is held: who has opened it meanwhile finds it gone, and opens it anew
+    lock.release()
 
 
 def _holder(file: Path) -> str:
