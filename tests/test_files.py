@@ -135,13 +135,47 @@ def test_a_folder_that_cannot_be_written_is_told_as_such(tmp_path):
         pass
 
 
-def run_two(commands):
-    """Both at once; the output and the exit code of each."""
+# Starts pairs of commands at once, one pair after another, and prints their exit codes. Imports once for all of them.
+PAIRS = """
+import json, os, runpy, sys, traceback
+from vqa_sft.quiet import quiet
+
+quiet()
+import vqa_sft.memory, vqa_sft.scorer, vqa_sft.trainer
+
+def begin(command, log):
+    if pid := os.fork():
+        return pid
+    for output in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), output)
+    sys.argv, code = command, 0
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    os._exit(code)
+
+for number, pair in enumerate(json.loads(sys.argv[1])):
+    pids = [begin(command, f"{sys.argv[2]}/{number}-{which}.txt") for which, command in enumerate(pair)]
+    print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
+"""
+
+
+def run_pairs(pairs, folder):
+    """Of every pair the exit codes and outputs."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT, "env": environment}
-    started = [subprocess.Popen([sys.executable, *map(str, command)], **how) for command in commands]
-    said = [process.communicate()[0] for process in started]
-    return [(process.returncode, text) for process, text in zip(started, said, strict=True)]
+    given = json.dumps([[list(map(str, command)) for command in pair] for pair in pairs])
+    command = [sys.executable, "-c", PAIRS, given, str(folder)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment, check=True)
+    codes = [[int(code) for code in line.split()] for line in done.stdout.splitlines()]
+    return [
+        [(code, (folder / f"{number}-{which}.txt").read_text()) for which, code in enumerate(pair)]
+        for number, pair in enumerate(codes)
+    ]
 
 
 def assert_one_was_refused(ended, what):
@@ -162,27 +196,25 @@ def test_of_two_trainings_and_two_predictions_started_at_once_one_works_and_one_
         "gradient_checkpointing": False,
     }
     given = [token for key, value in recipe.items() for token in (f"--{key}", value)]
-    known = {}
+    seeds, orders, pairs = (1, 2), ("identity", "rotations"), []
+    common = ["recipes/predict.py", "--data", contest / "test.csv", "--use_cpu", "--num_workers", 0]
     for number in range(request.config.getoption("--starts")):
-        run = tmp_path / f"run{number}"
-        seeds = (1, 2)
-        commands = [["recipes/sft.py", *given, "--output_dir", run, "--seed", seed] for seed in seeds]
-        seed = seeds[assert_one_was_refused(run_two(commands), "output_dir")]
+        run, output = tmp_path / f"run{number}", tmp_path / f"out{number}.csv"
+        pairs.append([["recipes/sft.py", *given, "--output_dir", run, "--seed", seed] for seed in seeds])
+        pairs.append([[*common, "--run", run, "--output", output, "--orders", order] for order in orders])
+    ended, known = run_pairs(pairs, tmp_path), {}
+    for number, (trainings, predictions) in enumerate(zip(ended[::2], ended[1::2], strict=True)):
+        run, output = tmp_path / f"run{number}", tmp_path / f"out{number}.csv"
+        seed = seeds[assert_one_was_refused(trainings, "output_dir")]
         weights, saved = (run / "adapter_model.safetensors").read_bytes(), run_folder.read_run(run)
         assert saved["recipe"]["seed"] == seed and known.setdefault(seed, weights) == weights
-        assert not list(tmp_path.glob("**/*.lock")) and not list(tmp_path.glob("**/*.part"))
-
-        output = tmp_path / f"out{number}.csv"
-        common = ["recipes/predict.py", "--run", run, "--data", contest / "test.csv", "--output", output, "--use_cpu"]
-        orders = ("identity", "rotations")
-        ended = run_two([[*common, "--num_workers", 0, "--orders", order] for order in orders])
-        order = orders[assert_one_was_refused(ended, "--output")]
-        predictions = read_predictions(output.with_suffix(".parquet"))
-        assert predictions.metadata["orders"] == order and len(predictions.ids) == 32
+        order = orders[assert_one_was_refused(predictions, "--output")]
+        found = read_predictions(output.with_suffix(".parquet"))
+        assert found.metadata["orders"] == order and len(found.ids) == 32
         with output.open() as file:
             answers = [row["answer"] for row in csv.DictReader(file)]
-        assert answers == ["abcd"[best] for best in predictions.best]
-        assert not list(tmp_path.glob("*.parts")) and not list(tmp_path.glob("*.lock"))
+        assert answers == ["abcd"[best] for best in found.best]
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".lock", ".part", ".parts")]
 
 
 def test_a_lock_file_alone_holds_nothing_and_a_held_one_that_says_nothing_holds(tmp_path):
