@@ -43,6 +43,7 @@ from vqa_sft.config import RecipeArguments
 from vqa_sft.data import Loaded, read_examples, stream_examples
 from vqa_sft.ensemble import AVERAGES
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown, name_rows
+from vqa_sft.files import held
 from vqa_sft.mcq import LETTERS, MOST_ORDERS, view_orders
 from vqa_sft.problems import GUESSED, PREDICTION_HINT, Problems
 from vqa_sft.prompts import Prompts
@@ -88,6 +89,13 @@ def main() -> None:
     folders = run_folder.runs_in(args.run)
     runs = {"none": base_run(args)} if "none" in folders else run_folder.read_runs(folders, args.model)
     check_outputs(Path(args.output), {"--data": args.data, "--template": args.template}, folders)
+    # Of several processes of one launch the main one holds it for all.
+    with held([args.output] if is_main else [], "--output"):
+        predict(args, runs, folders, is_main)
+
+
+def predict(args: argparse.Namespace, runs: dict[str, dict], folders: list[str], is_main: bool) -> None:
+    """Score the rows, and write what is said of them."""
     data = read_data(args, runs)
     # A template of other rows and a damaged calibration are found before the rows are scored.
     style_of(args, data)
@@ -454,7 +462,7 @@ def read_validation(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
             for source in sources[key]:
                 source.problems.raise_if_any(source.name)
         hint = "Give --data with the rows that it was trained on, in their order."
-        rows = select(sources[key], read_parts(folder, sources[key], hint), VALIDATION)
+        rows = select(sources[key], read_parts(folder, sources[key], hint, VALIDATION), VALIDATION)
         if rows is None:
             raise InputError(f"{folder} was trained without validation rows. Give --data with rows it has not seen.")
         rows_of[folder] = rows

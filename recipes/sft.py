@@ -29,6 +29,7 @@ from vqa_sft.calibration import calibrate_new
 from vqa_sft.config import Recipe, describe_fields, read_recipe
 from vqa_sft.data import Loaded, note_kept_orders, read_examples, stream_examples
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown
+from vqa_sft.files import held
 from vqa_sft.out_of_fold import write_out_of_fold
 from vqa_sft.split import TRAIN, VALIDATION, choose_parts, read_parts, select, write_parts
 
@@ -44,6 +45,13 @@ def main() -> None:
     recipe = read_recipe(sys.argv[1:])
     runs = recipe.runs()
     folders = [run.values["output_dir"] for run in runs]
+    # Of several processes of one launch the main one holds them for all.
+    with held([recipe.values["output_dir"], *folders] if is_main else [], "output_dir"):
+        train_runs(recipe, runs, folders, is_main)
+
+
+def train_runs(recipe: Recipe, runs: list[Recipe], folders: list[str], is_main: bool) -> None:
+    """One run after another; ends the process where a SIGTERM asked for it."""
     stop = checkpoints.SaveAndStop(3600 * (recipe.arguments.time_budget_h or math.inf), STARTED_S)
     is_stopped = False
     for number in range(len(runs)):
@@ -88,7 +96,7 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
         return True
     loaded = load_data(recipe, is_main)
     # One process looks at the pictures and splits the rows; the others are told.
-    parts = split(recipe, loaded) if is_main else None
+    parts = split(recipe, loaded, folders) if is_main else None
 
     import datasets
     import torch
@@ -344,7 +352,7 @@ def load_data(recipe: Recipe, is_main: bool) -> list[Loaded]:
     return loaded
 
 
-def split(recipe: Recipe, loaded: list[Loaded]) -> list[list[str] | None]:
+def split(recipe: Recipe, loaded: list[Loaded], folders: list[str]) -> list[list[str] | None]:
     """Which rows are trained on, validated on and left out; a run that goes on keeps its rows."""
     args, output_dir = recipe.arguments, recipe.values["output_dir"]
     names = ("check_images", "on_bad_row", "validation_fraction", "folds_file", "fold", "duplicate_distance", "limit")
@@ -352,6 +360,9 @@ def split(recipe: Recipe, loaded: list[Loaded]) -> list[list[str] | None]:
     parts = choose_parts(loaded, seed=recipe.values.get("seed", 42), **how)
     if checkpoints.last_whole_checkpoint(output_dir) and not args.overwrite:
         parts = read_parts(output_dir, loaded)
+    for folder in [] if args.overwrite else folders:
+        if run_folder.is_finished(folder):  # a fold of the same data
+            read_parts(folder, loaded)
     counts = Counter(part for data_parts in filter(None, parts) for part in data_parts)
     print("Rows: " + ", ".join(f"{count:,} {part}" for part, count in counts.items()))
     return parts

@@ -23,6 +23,8 @@ from PIL import Image, ImageDraw
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often the run of three folds is killed")
+    parser.addoption("--calls", type=int, default=64, help="of a Predictor by 16 threads")
+    parser.addoption("--starts", type=int, default=2, help="how often two of a kind are started at once")
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"

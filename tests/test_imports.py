@@ -8,6 +8,7 @@ import vqa_sft
 PACKAGE = Path(vqa_sft.__file__).parent
 WITHOUT_TORCH = (
     "errors",
+    "files",
     "quiet",
     "mcq",
     "fields",

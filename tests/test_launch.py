@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from vqa_sft import launch as processes
-from vqa_sft.config import read_recipe
+from vqa_sft.config import CHOSEN_BY, read_recipe
 from vqa_sft.data import load_examples
 from vqa_sft.errors import InputError
 from vqa_sft.predictions import read_predictions
@@ -264,3 +264,26 @@ def test_two_processes_share_a_stream_whose_rows_do_not_divide_and_which_comes_r
     launch("multi_gpu", 2, "sft", **values, train_data=contest / "odd.csv", output_dir=tmp_path / "run")
     found = losses(tmp_path / "run")
     assert len(found) == 6 and min(found[3:]) < found[0]  # the same rows again and again are learned
+
+
+def evaluation(run):
+    """What the last evaluation found of the raw and of the averaged weights, but for how long it took."""
+    last = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    log = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    found = {name: value for entry in log for name, value in entry.items() if name.startswith("eval_")}
+    return {name: value for name, value in found.items() if not name.endswith(("runtime", "per_second"))}
+
+
+@pytest.mark.parametrize("num_rows", [7, 5])
+def test_an_evaluation_on_two_processes_counts_every_row_once(contest, launch, tmp_path, num_rows):
+    """Seven rows in batches of 2 on two processes: accelerate shows one of them twice. Five: three of them."""
+    lines = (contest / "validation.csv").read_text().splitlines(keepends=True)
+    (contest / f"validation_{num_rows}.csv").write_text("".join(lines[: num_rows + 1]))
+    values = RECIPE | data(contest) | AVERAGED["ema"] | {"per_device_eval_batch_size": 2, "num_train_epochs": 1}
+    values |= {"validation_data": contest / f"validation_{num_rows}.csv", "output_dir": tmp_path / "one"}
+    run_script("sft", *(str(token) for key, value in values.items() for token in (f"--{key}", value)))
+    launch("multi_gpu", 2, "sft", **values | {"output_dir": tmp_path / "two"})
+    one, two = evaluation(tmp_path / "one"), evaluation(tmp_path / "two")
+    names = {f"eval_{name}" for name in (*CHOSEN_BY, "letters_mass", "average_loss", "average_letters_mass")}
+    assert names <= one.keys() == two.keys()
+    assert two == pytest.approx(one, abs=1e-4)

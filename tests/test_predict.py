@@ -181,7 +181,7 @@ def test_a_prediction_that_was_broken_off_goes_on_where_it_stopped(three, tmp_pa
     predict(run, tmp_path / "whole.csv", *test)
     with monkeypatch.context() as patched:
         break_after(patched, 3)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             predict(run, tmp_path / "out.csv", *test)
     assert not (tmp_path / "out.csv").exists() and (tmp_path / "out.csv.parts").is_dir()
     with monkeypatch.context() as patched:
@@ -204,7 +204,7 @@ def test_what_another_prediction_left_is_not_taken_over(three, tmp_path, monkeyp
         test.append("--streaming")
     with monkeypatch.context() as patched:
         break_after(patched, 3)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             predict(run / "fold0", tmp_path / "out.csv", *test)
     if change == "orders":
         more = ["--orders", 2]
@@ -227,7 +227,7 @@ def test_a_stream_goes_on_where_it_was_broken(three, tmp_path, monkeypatch):
     whole = predict(run / "fold0", tmp_path / "whole.csv", *test)
     with monkeypatch.context() as patched:
         break_after(patched, 2)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit):
             predict(run / "fold0", tmp_path / "out.csv", *test)
     sizes = count_batches(monkeypatch)
     assert predict(run / "fold0", tmp_path / "out.csv", *test).choice_logits == whole.choice_logits

@@ -3,6 +3,8 @@
 import csv
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -113,6 +115,40 @@ def test_a_run_that_was_trained_with_contexts_asks_for_one(three):  # noqa: F811
     with pytest.raises(InputError, match="trained with contexts, and question 1 has none"):
         predict(path, question, choices)
     np.testing.assert_array_equal(predict([path], [question], [choices], [""])[0], bare)
+
+
+@pytest.mark.parametrize("orders", ["identity", "rotations"])
+def test_any_number_of_threads_get_the_numbers_of_one(three, request, capsys, orders):  # noqa: F811
+    """One question or two with texts of other lengths, which the tokenizer pads; `--calls 1000` for the long one."""
+    contest, run = three
+    num_calls = request.config.getoption("--calls") if orders == "identity" else 32
+    predict = vqa_sft.Predictor(run / "fold0", run / "fold2", use_cpu=True, orders=orders)
+    pictures, questions, choices = asked(contest, rows_of(contest)[:8])
+    questions = [question + " Look closely." * number for number, question in enumerate(questions)]
+    places = [slice(start, start + 1 + start % 2) for start in range(6)]
+
+    def ask(number):
+        place = places[number % len(places)]
+        return predict(pictures[place], questions[place], choices[place])
+
+    expected = [ask(number) for number in range(len(places))]
+    started_s = time.perf_counter()
+    for number in range(num_calls // 4):
+        ask(number)
+    alone = (num_calls // 4) / (time.perf_counter() - started_s)
+    numbers = [*range(num_calls)]
+    started_s = time.perf_counter()
+    with ThreadPoolExecutor(16) as pool:
+        found = [*pool.map(ask, numbers)]
+    together = len(numbers) / (time.perf_counter() - started_s)
+    with capsys.disabled():
+        print(f"\n{len(numbers):,} calls by 16 threads: {together:.1f} a second; by one {alone:.1f}")
+    other = [n for n, rows in zip(numbers, found, strict=True) if not same(rows, expected[n % len(places)])]
+    assert not other, f"{len(other)} of {len(numbers)} answers have other numbers"
+
+
+def same(rows, others):
+    return all(np.array_equal(row, other) for row, other in zip(rows, others, strict=True))
 
 
 def test_the_package_itself_needs_no_torch():

@@ -181,6 +181,22 @@ def test_a_run_that_goes_on_with_smaller_micro_batches_and_recomputation_ends_as
         assert_close(after[name], weight, rtol=1e-3, atol=1e-3)
 
 
+def test_a_killed_run_is_not_resumed_over_changed_labels(train, contest, tmp_path, capsys):
+    data = shutil.copytree(contest, tmp_path / "data")
+    how = {"train_data": data / "train.csv", "validation_data": data / "validation.csv", "max_steps": 3}
+    run = train(**how)
+    (run / run_folder.RUN).unlink()
+    text = (data / "validation.csv").read_text()
+    rows = text.splitlines()
+    (data / "validation.csv").write_text("\n".join([*rows[:-1], rows[-1][:-1] + "abcd"["bcda".index(rows[-1][-1])]]))
+    with pytest.raises(SystemExit) as stop:
+        train(**how)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "began: labels of row row_031 (1 of 32). Choose another output_dir" in error
+    (data / "validation.csv").write_text(text)
+    assert run_folder.is_finished(train(**how))
+
+
 def test_the_newest_whole_checkpoint_is_the_one_with_the_most_steps(tmp_path):
     for step in (9, 80, 100):
         (tmp_path / f"checkpoint-{step}").mkdir()

@@ -1,17 +1,23 @@
 """A soup against the mean of the weight changes themselves, and as a run that predict takes."""
 
+import errno
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import run_script, write_hard_contest
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from vqa_sft import run_folder
+from vqa_sft import hub, run_folder, soup
 from vqa_sft.errors import InputError
+from vqa_sft.model import load_processor
 from vqa_sft.predictions import read_predictions
 from vqa_sft.soup import CONFIG, WEIGHTS, make_soup, mean_factors, read_adapter
 from vqa_sft.tiny import TINY_PATH
@@ -89,6 +95,68 @@ def test_predict_takes_a_soup_as_it_takes_a_run(runs, tmp_path):
         run_script("predict", *arguments, "--use_cpu", "--num_workers", "0")
         found.append(read_predictions(output.with_suffix(".parquet")).choice_logits)
     assert_close(torch.tensor(found[1]), torch.tensor(found[0]), atol=1e-4, rtol=1e-4)
+
+
+# What lies in a run's folder by the end of a week, and belongs to that run alone.
+STRAY = ("submission.csv", "submission.parquet", "validation.parquet", "out.fold0.parquet", "log.csv", "log.png")
+STRAY += ("rows.csv", "out_of_fold.json", "weights.json", "notes.txt", "log.csv.0a1b2c3d.part", "training_args.bin")
+STRAY += ("trainer_state.json", "report.html", "checkpoint-6/adapter_model.safetensors", "out.csv.parts/plan.json")
+
+
+def a_week_later(run, target):
+    shutil.copytree(run, target)
+    for name in STRAY:
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).write_text("of this run alone")
+    return target
+
+
+def test_a_soup_takes_nothing_that_belongs_to_one_run_alone(runs, tmp_path):
+    make_soup([a_week_later(runs / "a", tmp_path / "a"), runs / "b"], tmp_path / "soup")
+    processor = {path.name for path in Path(TINY_PATH).iterdir()} - {"config.json", "generation_config.json"}
+    processor = {name for name in processor if not name.endswith((".safetensors", ".md"))}
+    assert {path.name for path in (tmp_path / "soup").iterdir()} == processor | {CONFIG, WEIGHTS, run_folder.RUN}
+
+
+def test_a_push_uploads_what_a_reader_needs_and_neither_rows_nor_answers(runs, tmp_path, monkeypatch):
+    folder, uploaded = a_week_later(runs / "a", tmp_path / "a"), set()
+
+    class Hub:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, name, **how):
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, repo_id, folder_path, **patterns):
+            names = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+            uploaded.update(filter_repo_objects(names, **patterns))
+
+    monkeypatch.setattr(hub, "HfApi", Hub)
+    hub.push_run(folder)
+    assert not uploaded & {*STRAY}
+    assert {CONFIG, WEIGHTS, "run.json", "recipe.yaml", "README.md", "tokenizer.json"} <= uploaded
+    assert load_processor(copy_of(folder, uploaded, tmp_path / "pulled"))
+    (folder / "model-00001-of-00002.safetensors").touch()  # a run of all weights
+    hub.push_run(folder)
+    assert "model-00001-of-00002.safetensors" in uploaded
+
+
+def copy_of(folder, names, target):
+    target.mkdir()
+    for name in names:
+        shutil.copy(folder / name, target)
+    return str(target)
+
+
+def test_a_soup_that_cannot_be_written_leaves_nothing(runs, tmp_path, monkeypatch):
+    def save_file(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(soup, "save_file", save_file)
+    with pytest.raises(OSError, match="No space left"):
+        make_soup([runs / "a", runs / "b"], tmp_path / "soup")
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_command_makes_a_soup_and_refuses_what_cannot_be_one(runs, tmp_path):

@@ -200,7 +200,9 @@ def test_letter_metrics_leave_out_letters_that_a_row_does_not_use():
 
     logits = torch.tensor([[0.0, 1.0, 9.0], [2.0, 0.0, 1.0]]).numpy()
     labels = torch.tensor([[1, 2], [0, 3]]).numpy()
-    values = letter_metrics(EvalPrediction(predictions=logits, label_ids=labels))
+    losses, masses = torch.tensor([[1.0, 2.0], [0.5, 1.0]]).numpy()
+    values = letter_metrics(EvalPrediction(predictions=(logits, losses, masses), label_ids=labels))
+    assert (values["loss"], values["letters_mass"]) == (1.5, 0.75)
     first = -torch.tensor([0.0, 1.0]).log_softmax(0)[1]
     second = -torch.tensor([2.0, 0.0, 1.0]).log_softmax(0)[0]
     assert values["accuracy"] == 1.0 and values["nll"] == pytest.approx(((first + second) / 2).item())

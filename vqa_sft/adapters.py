@@ -48,7 +48,8 @@ class Adapters:
         self.share_tower = not any(name.startswith(beside) for name in self._own)
 
     def use(self, run: int) -> None:
-        """Let the model be that of a run."""
+        """Let the model be that of a run. It stays that until the next call: threads hold a lock from here to the end
+        of their forward."""
         if run == self._used:
             return
         with torch.no_grad():

@@ -461,7 +461,7 @@ def _trained_on(folder: Path) -> set[str]:
     if (folder / ROWS).is_file():
         try:
             with (folder / ROWS).open(newline="", encoding="utf-8") as file:
-                for part, row_id in list(csv.reader(file))[1:]:
+                for part, row_id, *_ in list(csv.reader(file))[1:]:
                     parts.setdefault(part, set()).add(row_id)
         except (ValueError, csv.Error) as error:
             raise InputError(

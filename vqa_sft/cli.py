@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqa_sft.errors import InputError, exits_with_message, printable
+from vqa_sft.files import whole, write_whole
 from vqa_sft.quiet import quiet
 
 if TYPE_CHECKING:
@@ -370,7 +371,7 @@ def _check(args: argparse.Namespace) -> None:
     # ASCII, for a terminal obeys some characters that JSON leaves as they are.
     text = json.dumps(as_dict(reports), indent=1)
     if args.json not in (None, "-"):
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
+        write_whole(args.json, text + "\n")
     print(text if args.json == "-" else describe(reports))
     if args.html:
         write_page(args.html, reports)
@@ -517,12 +518,12 @@ def _check_folds_file(path: str) -> None:
 def _write_folds(path: str, ids: list[str], folds: list[int], overwrite: bool) -> None:
     from vqa_sft.folds import write_folds
 
-    new = Path(path).with_name(Path(path).name + ".new")
-    write_folds(new, ids, folds)
-    if Path(path).exists() and not overwrite and Path(path).read_bytes() != new.read_bytes():
-        new.unlink()
-        raise InputError(f"{path} holds other folds, which runs may rely on. Name another file, or give --overwrite.")
-    new.replace(path)
+    with whole(path) as new:
+        write_folds(new, ids, folds)
+        if Path(path).exists() and not overwrite and Path(path).read_bytes() != new.read_bytes():
+            raise InputError(
+                f"{path} holds other folds, which runs may rely on. Name another file, or give --overwrite."
+            )
 
 
 def _memory(args: argparse.Namespace) -> None:

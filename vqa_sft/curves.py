@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from vqa_sft.files import whole
+
 LOG, PLOT = "log.csv", "log.png"
 # Left, right: what stands in one panel.
 PANELS = (("loss", "eval_loss", "eval_average_loss"), ("accuracy", "eval_accuracy", "eval_average_accuracy"))
@@ -35,12 +37,10 @@ def by_step(history: list[dict[str, float]]) -> list[dict[str, float]]:
 def write_log(path: Path, history: list[dict[str, float]]) -> None:
     steps = by_step(history)
     names = ["step", "epoch"] + sorted({name for entry in steps for name in entry} - {"step", "epoch"})
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(steps)
-    part.replace(path)
 
 
 def draw(path: Path, steps: list[dict[str, float]]) -> None:
@@ -61,4 +61,5 @@ def draw(path: Path, steps: list[dict[str, float]]) -> None:
         if axes.lines:
             axes.legend()
     if has_lines:
-        figure.savefig(path, dpi=120)
+        with whole(path) as unfinished:
+            figure.savefig(unfinished, dpi=120, format=path.suffix[1:])

@@ -100,6 +100,7 @@ class Loaded:
     numbers: Sequence[int]
     notes: list[str]
     num_choices: int
+    image_digests: list[str] | None = None  # of every row, by content; None where nobody looked at the images
 
 
 def load_examples(source: str | Sequence[str], **options: Any) -> tuple[datasets.Dataset, Columns]:

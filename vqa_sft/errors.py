@@ -4,10 +4,12 @@ import errno
 import functools
 import os
 import re
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 # A name that is too long, no right to write, a full disk, a folder for a file: the message says it all.
 MACHINE_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR)
@@ -94,14 +96,21 @@ def exits_with_message(main: Callable[[], None]) -> Callable[[], None]:
     """End with exit code 2 and the message, without a traceback, when `main` raises an InputError.
 
     So it does for what the machine does (`breakdown`, MACHINE_ERRORS). Under a launcher every process meets the same
-    error; only the main one prints it. A ProcessError and a breakdown are the exceptions.
+    error; only the main one prints it. A ProcessError and a breakdown are the exceptions. Ctrl-C ends with one word and
+    130, and a reader that has gone, as `head`, without any.
     """
 
     @functools.wraps(main)
     def run() -> None:
         try:
             main()
+        except KeyboardInterrupt:
+            if os.environ.get("RANK", "0") == "0":
+                print("Interrupted.", file=sys.stderr, flush=True)
+            sys.exit(128 + signal.SIGINT)
         except Exception as error:
+            if isinstance(error, BrokenPipeError) and not _is_read():  # `| head` has what it wanted
+                sys.exit(141)  # 128 + SIGPIPE, which Windows does not have
             is_ours = isinstance(error, InputError)
             broke = None if is_ours else breakdown(error)
             if not (is_ours or broke or isinstance(error, OSError) and error.errno in MACHINE_ERRORS):
@@ -120,5 +129,23 @@ def exits_with_message(main: Callable[[], None]) -> Callable[[], None]:
                 os._exit(2)
             # A message is all that there is to say: skip the teardown of process groups, which prints warnings.
             sys.exit(2)
+        finally:
+            with suppress(BrokenPipeError, AttributeError):  # no output at all: pythonw
+                sys.stdout.flush()
+            _is_read()
 
     return run
+
+
+def _is_read() -> bool:
+    """Whether somebody still reads what we print; if nobody does, the rest goes nowhere, without a traceback when
+    Python ends."""
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        is_read = not any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # Windows; an output that is no file
+        return True
+    if not is_read:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return is_read

@@ -14,6 +14,7 @@ import datasets
 import pyarrow.parquet as pq
 
 from vqa_sft.errors import InputError, printable
+from vqa_sft.files import whole
 from vqa_sft.problems import Problems
 from vqa_sft.sources import Source, find_files
 
@@ -38,15 +39,11 @@ def write_copy(path: str, source: Source, left_out: Sequence[int]) -> int:
     """Copy the source's rows but for those numbers to a CSV, JSONL or Parquet file, whole or not at all; returns how
     many were copied."""
     left_out = set(left_out)
-    unfinished = Path(path).with_name(Path(path).name + ".part")
     write = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[Path(path).suffix.lower()]
-    try:
+    with whole(path) as unfinished:
         num_rows = write(unfinished, source, left_out)
         if not num_rows:
             raise InputError(f"no row of {source.name} can be used, so {path} was not written.")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return num_rows
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from scipy import sparse
 
 from vqa_sft.errors import InputError, name_rows
+from vqa_sft.files import whole
 from vqa_sft.sources import open_source
 
 # What the square of a row too many costs: among all rows, in its stratum, in each part of the stratum alone.
@@ -159,15 +160,11 @@ def _number(values: Iterable[Hashable]) -> np.ndarray:
 
 def write_folds(path: str | Path, ids: Sequence[str], folds: Sequence[int]) -> None:
     """Write a CSV of id and fold, whole or not at all; fold -1: always trained on."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
+    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         # Ids in quotes: csv would leave a lone carriage return in one bare, and read it as the end of the row.
         writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         writer.writerow(("id", "fold"))
         writer.writerows(zip(ids, folds, strict=True))
-    unfinished.replace(path)
 
 
 def read_folds(path: str | Path, ids: Sequence[str], whole: bool = True) -> list[int]:

@@ -7,10 +7,10 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from vqa_sft.errors import InputError
-from vqa_sft.run_folder import METRICS, RECIPE, read_run
+from vqa_sft.run_folder import METRICS, RECIPE, SHARED_FILES, read_run
 
-# What a reader of the Hub page needs; checkpoints and optimiser states stay here.
-_LEFT_OUT = ["checkpoint-*/**", "*.part", "runs/**", "training_args.bin"]
+# Patterns match across folders: without the second, the weights of checkpoints too.
+_UPLOADED = {"allow_patterns": list(SHARED_FILES), "ignore_patterns": ["*/*"]}
 
 
 def write_card(folder: str | Path) -> None:
@@ -96,7 +96,7 @@ def push_run(
     try:
         api = HfApi(token=token)
         repo = api.create_repo(name, exist_ok=True, private=private)
-        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, ignore_patterns=_LEFT_OUT)
+        api.upload_folder(repo_id=repo.repo_id, folder_path=folder, **_UPLOADED)
     except Exception as error:  # offline, no token, no rights, ...: whatever it is, the run is whole and stays
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(

@@ -23,6 +23,7 @@ from trl import ModelConfig
 from vqa_sft import hub, quantized, run_folder
 from vqa_sft.calibration import CALIBRATION, known_entries
 from vqa_sft.errors import InputError, explains
+from vqa_sft.files import held
 from vqa_sft.model import DTYPES, LOADING_ERRORS, add_adapter, load_model, load_processor
 from vqa_sft.split import ROWS
 
@@ -42,6 +43,11 @@ def merge_run(
     `overwrite` an earlier merge, which is replaced once the new one is whole. `model` says where the base is now, if
     not where it was in training. Raises InputError.
     """
+    with held(output, "OUTPUT"):
+        return _merge_run(folder, output, dtype=dtype, overwrite=overwrite, model=model)
+
+
+def _merge_run(folder: str, output: str, *, dtype: str | None, overwrite: bool, model: str | None) -> str:
     run = run_folder.read_runs([folder], model)[str(folder)]
     recipe = run["recipe"]
     name, trust = recipe["model_name_or_path"], {"trust_remote_code": bool(recipe.get("trust_remote_code"))}

@@ -18,8 +18,7 @@ scales, that were found for the run and these views: `Predictions.probs` applies
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
@@ -28,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vqa_sft.errors import InputError, name_rows
+from vqa_sft.files import whole
 from vqa_sft.mcq import LETTERS
 from vqa_sft.metrics import as_table, describe, softmax, with_intervals
 from vqa_sft.pooling import experts_of_scales, log_rows, pool
@@ -111,25 +111,6 @@ def may_be_of_one_run(one: Predictions, other: Predictions) -> bool:
 def _name_and_fold(run: PurePath) -> tuple[str, str | None]:
     is_fold = run.name.startswith("fold") and run.name[4:].isdecimal()
     return (run.parent.name, run.name) if is_fold else (run.name, None)
-
-
-@contextmanager
-def whole(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place at the end: a file is there whole or not at all."""
-    path = Path(path)
-    unfinished = path.with_name(path.name + ".part")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder. Name a file.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.touch()
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error}. Name another file.") from error
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:

@@ -7,6 +7,7 @@ predict([one, other], ["What?", "Which?"], [["a", "b"], ["x", "y", "z"]])  ->  a
 
 import hashlib
 import math
+import threading
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ class Predictor:
     `orders`, `scales`, `average` and `average_runs` are those of recipes/predict.py, `batch_size` counts views.
     `model` says where the runs' base is now, if not where it was in training. Raises InputError for folders that hold
     no run, and for runs that one model cannot score (other bases, prompts, picture sizes, ranks).
+
+    Any number of threads may call it: while one scores, another prepares, and the others wait.
     """
 
     def __init__(
@@ -75,6 +78,8 @@ class Predictor:
         self.batch_size = batch_size
         metadata = {"orders": orders, "scales": [*scales], "average": average}
         self.folders = folders
+        # The tokenizer holds the padding of the call at hand, and the model the adapter of the run at hand.
+        self._preparing, self._scoring = threading.Lock(), threading.Lock()
         self.metadata = [
             metadata | {"calibration": (read_calibration(folder, metadata) or Calibration()).as_dict}
             for folder in folders
@@ -160,21 +165,23 @@ class Predictor:
         device, scales = PartialState().device, []
         letter_ids = self.scorer.letter_ids.to(device)
         for collator in self.collators:
-            try:
-                batch = collator(rows)
-            except InputError:
-                _name_bad_picture(collator, rows)
-                raise
+            with self._preparing:
+                try:
+                    batch = collator(rows)
+                except InputError:
+                    _name_bad_picture(collator, rows)
+                    raise
             groups = batch.get("groups", torch.arange(len(rows))).tolist()
-            batch = send_to_device(batch, device)
-            logits = scoring.letter_logits_of_runs(
-                self.scorer.model,
-                batch,
-                letter_ids,
-                self.scorer.precision,
-                self.scorer.adapters,
-                range(len(self.folders)),
-            )
+            with self._scoring:
+                batch = send_to_device(batch, device)
+                logits = scoring.letter_logits_of_runs(
+                    self.scorer.model,
+                    batch,
+                    letter_ids,
+                    self.scorer.precision,
+                    self.scorer.adapters,
+                    range(len(self.folders)),
+                )
             scales.append((groups, logits, batch["orders"], batch["num_choices"]))
         scored = scoring.undo_orders(range(len(rows)), scales, self.average)
         ids, answers = [row["id"] for row in rows], [None] * len(rows)

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from vqa_sft.check import Report, Skew, count_cut, formats, quantiles, sizes
 from vqa_sft.errors import name_rows, printable
+from vqa_sft.files import write_whole
 from vqa_sft.folds import Deviation
 from vqa_sft.images import Picture, open_image
 from vqa_sft.mcq import LETTERS
@@ -223,9 +224,7 @@ def write_page(path: str | Path, reports: Sequence[Report]) -> None:
         clean=not any(report.num_bad for report in reports),
         sections=[_section(report, is_first=report is reports[0]) for report in reports],
     )
-    unfinished = Path(path).with_name(Path(path).name + ".part")
-    unfinished.write_text(PAGE_START + page, encoding="utf-8", newline="\n")
-    unfinished.replace(path)
+    write_whole(path, PAGE_START + page)
 
 
 def shown(text: str, limit: int = _MAX_CHARS) -> str:

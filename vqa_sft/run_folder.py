@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -25,6 +26,7 @@ import yaml
 from vqa_sft.checkpoints import last_whole_checkpoint, remove_broken_checkpoints
 from vqa_sft.columns import Columns
 from vqa_sft.errors import InputError
+from vqa_sft.files import remove_unfinished, write_whole
 from vqa_sft.prompts import Prompts
 
 RECIPE, RUN, METRICS, VALIDATION = "recipe.yaml", "run.json", "metrics.json", "validation.parquet"
@@ -37,6 +39,17 @@ _FREE = {
     "on_bad_row", "on_bad_image",  # the latter of runs before 0.1.0; rows.csv keeps what was left out
     "fast", "compile_layers", "activation_memory_budget", "cache_image_features", "time_budget_h",
 }  # fmt: skip
+# The model's processor and whatever code a base brings along, under the names that transformers gives them.
+PROCESSOR_FILES = (
+    "*processor*.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+    "*.model", "*.spm", "*.tiktoken", "*chat_template*", "*.py",
+)  # fmt: skip
+# What the weights are, and what is known of them: for whoever loads the run elsewhere. Not its rows and their answers,
+# its log, its checkpoints, or what was predicted into its folder.
+SHARED_FILES = (
+    *PROCESSOR_FILES, "adapter_config.json", "adapter_model*.safetensors", "config.json", "generation_config.json",
+    "model*.safetensors", "model.safetensors.index.json", RUN, RECIPE, METRICS, "calibration.json", "README.md",
+)  # fmt: skip
 _MICRO_BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "vqa-sft")
 
@@ -95,7 +108,8 @@ def start(folder: str | Path, values: dict[str, Any], overwrite: bool) -> None:
         print(f"{folder / name} was not finished when the run stopped; it is removed.")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MARKER).touch()
-    _write(folder / RECIPE, yaml.safe_dump(without_secrets(values), allow_unicode=True, sort_keys=False))
+    remove_unfinished(folder)
+    write_whole(folder / RECIPE, yaml.safe_dump(without_secrets(values), allow_unicode=True, sort_keys=False))
 
 
 def put_aside(folder: str | Path) -> None:
@@ -178,6 +192,13 @@ def write_metrics(folder: str | Path, metrics: dict[str, float | str]) -> None:
     write_json(Path(folder) / METRICS, metrics)
 
 
+def copy_processor(folder: Path, target: Path) -> None:
+    """Copy what belongs to the base of a run and not to that run alone."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PROCESSOR_FILES):
+            shutil.copy(path, target)
+
+
 def read_run(folder: str | Path) -> dict[str, Any]:
     """run.json of a finished run. Raises InputError when there is none."""
     path = Path(folder) / RUN
@@ -241,14 +262,7 @@ def runs_in(folders: Sequence[str]) -> list[str]:
 
 
 def write_json(path: Path, content: dict) -> None:
-    _write(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: on a full disk half of run.json would say that the run is finished."""
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vqa_sft.errors import InputError
+from vqa_sft.files import whole, write_whole
 
 EVERY_S = 20.0  # between two shards of a process
 BLOCK_ROWS = 10_000  # of a stream
@@ -53,9 +54,7 @@ def open_parts(output: Path, plan: dict[str, Any]) -> tuple[Path, bool]:
         raise InputError(f"{folder} is in the way and none of our folders. Move it, or name another --output.")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    unfinished = folder / (PLAN + ".tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(folder / PLAN)
+    write_whole(folder / PLAN, text)
     return folder, False
 
 
@@ -85,14 +84,13 @@ class Shards:
         if self._waiting:
             columns = zip(*self._waiting, strict=True)
             columns = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
-            write_whole(pa.Table.from_arrays(columns, schema=SCHEMA), self.folder / f"{uuid4().hex}.parquet")
+            write_table(pa.Table.from_arrays(columns, schema=SCHEMA), self.folder / f"{uuid4().hex}.parquet")
         self._waiting, self._written_s = [], time.monotonic()
 
 
-def write_whole(table: pa.Table, path: Path) -> None:
-    half = path.with_name(path.name + ".tmp")
-    pq.write_table(table, half)
-    half.replace(path)
+def write_table(table: pa.Table, path: Path) -> None:
+    with whole(path) as unfinished:
+        pq.write_table(table, unfinished)
 
 
 def read_shards(folder: Path) -> pa.Table:
@@ -124,7 +122,7 @@ def finish_block(folder: Path, beside: pa.Table) -> None:
         )
     for name in SCHEMA.names[1:]:
         beside = beside.append_column(name, table[name])
-    write_whole(beside, folder.with_name(folder.name + ".parquet"))
+    write_table(beside, folder.with_name(folder.name + ".parquet"))
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -161,18 +159,17 @@ def read_blocks(folder: Path, num_pass: int) -> Iterator[pa.Table]:
 
 def join_files(parts: Sequence[Path], output: Path) -> None:
     """One Parquet or text file of several, whole or not at all; they are removed. Texts have one header line each."""
-    half = output.with_name(output.name + ".part")
-    if output.suffix == ".parquet":
-        with pq.ParquetWriter(half, pq.read_schema(parts[0])) as writer:
-            for part in parts:
-                writer.write_table(pq.read_table(part))
-    else:
-        with half.open("wb") as file:
-            for number, part in enumerate(parts):
-                with part.open("rb") as lines:
-                    header = lines.readline()
-                    file.write(header * (number == 0))
-                    shutil.copyfileobj(lines, file)
-    half.replace(output)
+    with whole(output) as unfinished:
+        if output.suffix == ".parquet":
+            with pq.ParquetWriter(unfinished, pq.read_schema(parts[0])) as writer:
+                for part in parts:
+                    writer.write_table(pq.read_table(part))
+        else:
+            with unfinished.open("wb") as file:
+                for number, part in enumerate(parts):
+                    with part.open("rb") as lines:
+                        header = lines.readline()
+                        file.write(header * (number == 0))
+                        shutil.copyfileobj(lines, file)
     for part in parts:
         part.unlink()

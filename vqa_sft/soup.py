@@ -18,14 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vqa_sft import run_folder
-from vqa_sft.calibration import CALIBRATION
 from vqa_sft.errors import InputError
-from vqa_sft.split import ROWS
+from vqa_sft.files import held
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Not of the soup: what one of the runs learnt, answered or was told.
-OWN_FILES = {CONFIG, WEIGHTS, run_folder.RUN, run_folder.METRICS, run_folder.RECIPE, run_folder.VALIDATION}
-OWN_FILES |= {ROWS, CALIBRATION, "README.md", "training_args.bin"}
 ZERO = 1e-6  # singular values below this share of the largest are rounding
 # Other ways to adapt than s B A; where one is on, the mean is not known.
 VARIANTS = (
@@ -50,6 +46,11 @@ def make_soup(
 
     `weights` are those of the runs, by default equal; they are divided by their sum. Raises InputError.
     """
+    with held(output, "--output"):
+        return _make_soup(folders, output, weights, rank)
+
+
+def _make_soup(folders: Sequence[str], output: str, weights: Sequence[float] | None, rank: int | None) -> str:
     weights = _shares(folders, weights)
     target = Path(output).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -68,24 +69,26 @@ def make_soup(
     for name in next(iter(others)):  # layers that were trained whole
         tensors[name] = sum(w * other[name].float() for w, (_, other) in zip(weights, adapters, strict=True))
 
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
     first = Path(folders[0])
-    for path in first.iterdir():
-        if path.is_file() and path.name not in OWN_FILES:
-            shutil.copy(path, part)
     config = json.loads((first / CONFIG).read_text(encoding="utf-8"))
     config |= {"r": new_rank, "lora_alpha": new_rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    run_folder.write_json(part / CONFIG, config)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / WEIGHTS, {"format": "pt"})
     of = {str(folder): weight for folder, weight in zip(folders, weights, strict=True)}
     recipe = {name: value for name, value in runs[0]["recipe"].items() if name not in ("push_to_hub", "hub_model_id")}
     run = runs[0] | {"recipe": recipe | {"output_dir": str(output)}, "soup_of": of}
-    run_folder.write_json(part / run_folder.RUN, run)
-    if target.exists():
-        target.rmdir()
-    part.rename(target)
+    part = target.with_name(target.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    try:
+        run_folder.copy_processor(first, part)
+        run_folder.write_json(part / CONFIG, config)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / WEIGHTS, {"format": "pt"})
+        run_folder.write_json(part / run_folder.RUN, run)
+        if target.exists():
+            target.rmdir()
+        part.rename(target)
+    except BaseException:  # a full disk, an interruption
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     return f"Wrote {output}: {len(factors)} layers of rank {new_rank}, with {kept:.2%} of the mean change."
 
 

@@ -1,16 +1,22 @@
 """Which rows a run trains on, validates on and leaves out; written to its folder, so that a resumed run keeps them.
 
-No torch. One part a row, in the order of the data:
+No torch. One part a row, in the order of the data, and digests of what the row held:
 
-    part,id
-    train,t_1
-    left_out,t_2          it could not be used, and the recipe said `on_bad_row: skip`
-    validation,t_3
+    part,id,texts,label,images
+    train,t_1,6f1c...,9a04...,77e2...
+    left_out,t_2,...      it could not be used, and the recipe said `on_bad_row: skip`
+    validation,t_3,...
+
+`label` is of answer and targets, `images` of their content, wherever the files lie; empty with `check_images: false`.
+Of a stream, whose rows nobody counts, one line tells its first rows: `stream,first 100 rows,...`.
 """
 
 import csv
 import hashlib
-from collections.abc import Sequence
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +25,16 @@ import datasets
 from vqa_sft.data import Loaded
 from vqa_sft.duplicates import row_groups
 from vqa_sft.errors import InputError, name_rows
+from vqa_sft.files import whole
 from vqa_sft.folds import hold_out_rows, read_folds
-from vqa_sft.images import Picture
+from vqa_sft.images import Picture, digest_of
 from vqa_sft.scan import Scan, scan_pictures
 
 TRAIN, VALIDATION, LEFT_OUT = "train", "validation", "left_out"
+STREAM = "stream"
 ROWS = "rows.csv"
+DIGESTS = ("texts", "label", "images")
+STREAM_ROWS = 100
 
 
 def choose_parts(
@@ -41,6 +51,7 @@ def choose_parts(
             parts.append(None)
             continue
         scan = scan_pictures(data.examples) if check_images else None
+        data.image_digests = _image_digests(scan) if scan is not None else None
         bad = _bad_rows(data, scan, on_bad_row) if scan is not None else set()
         validates = held_out(data, scan, **how) if data is loaded[0] else [True] * len(data.examples)
         parts.append([VALIDATION if yes else TRAIN for yes in validates])
@@ -52,6 +63,16 @@ def choose_parts(
         if data_parts is not None and validates and VALIDATION not in data_parts:
             raise InputError(f"no row of {data.name} is left to validate on; all are trained on or left out.")
     return parts
+
+
+def _image_digests(scan: Scan) -> list[str]:
+    """Of every row's images; those of files that cannot be read count by what is wrong with them."""
+    known = [image.digest.hex() if image.digest else image.problem for image in scan.pictures]
+    return [_digest([known[number] for number in of_row]) for of_row in scan.of_row]
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _bad_rows(data: Loaded, scan: Scan, on_bad_row: str) -> set[int]:
@@ -124,36 +145,103 @@ def select(loaded: Sequence[Loaded], parts: Sequence[list[str] | None], part: st
 
 def write_parts(folder: str | Path, loaded: Sequence[Loaded], parts: Sequence[list[str] | None]) -> None:
     """Write rows.csv into a run's folder, whole or not at all."""
-    unfinished = Path(folder) / (ROWS + ".part")
-    with unfinished.open("w", newline="", encoding="utf-8") as file:
+    with (
+        whole(Path(folder) / ROWS) as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8") as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("part", "id"))
+        writer.writerow(("part", "id", *DIGESTS))
         for data, data_parts in zip(loaded, parts, strict=True):
-            writer.writerows(zip(data_parts or [], data.examples["id"] if data_parts else [], strict=True))
-    unfinished.replace(Path(folder) / ROWS)
+            if data_parts is None:
+                writer.writerow((STREAM, *_first_rows(data).values()))
+                continue
+            for part, row in zip(data_parts, _describe_rows(data), strict=True):
+                writer.writerow((part, *row.values()))
+
+
+def _describe_rows(data: Loaded) -> Iterator[dict[str, str]]:
+    """`id` and `DIGESTS` of every row."""
+    columns = [name for name in data.examples.column_names if name != "images"]
+    images = data.image_digests or itertools.repeat("")
+    for row, of_images in zip(data.examples.select_columns(columns), images, strict=False):
+        yield {"id": row["id"], "texts": _texts(row), "label": _label(row), "images": of_images}
+
+
+def _texts(row: Mapping[str, Any]) -> str:
+    return _digest([row["question"], row["context"], row["choices"]])
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return _digest([row["answer"], row.get("targets")])
+
+
+def _first_rows(data: Loaded) -> dict[str, str]:
+    rows = list(itertools.islice(data.examples, STREAM_ROWS))
+    texts, labels = ([read(row) for row in rows] for read in (_texts, _label))
+    ids = [row["id"] for row in rows]
+    return {"id": f"first {len(rows)} rows", "texts": _digest([ids, texts]), "label": _digest(labels), "images": ""}
 
 
 def read_parts(
     folder: str | Path,
     loaded: Sequence[Loaded],
     hint: str = "Choose another output_dir, or give --overwrite to start anew.",
+    part: str | None = None,
 ) -> list[list[str] | None]:
     """The parts that a run in this folder began with. Raises InputError, with the hint, when the data have other rows
-    by now."""
+    by now, or rows with other texts, labels or images; with `part`, only its rows are compared, and their image files
+    are read. What an earlier version did not write down is not compared."""
     is_stream = isinstance(loaded[0].examples, datasets.IterableDataset)
     try:
         with (Path(folder) / ROWS).open(newline="", encoding="utf-8") as file:
-            lines = [(part, row_id) for part, row_id in list(csv.reader(file))[1:]]
-    except (OSError, ValueError, csv.Error) as error:
+            lines = list(csv.DictReader(file, strict=True))
+            if any(line["part"] is None or line["id"] is None or None in line for line in lines):
+                raise ValueError("lines of other lengths")
+    except (OSError, ValueError, KeyError, csv.Error) as error:
         raise InputError(
             f"{Path(folder) / ROWS}, which says what the run was trained on, cannot be read ({error}). Train it again."
         ) from error
+    streamed = [line for line in lines if line["part"] == STREAM]
+    if streamed and is_stream:
+        first = _first_rows(loaded[0])
+        if any(streamed[0].get(name) != first[name] for name in ("id", *DIGESTS)):
+            raise InputError(
+                f"the {first['id']} of {loaded[0].name} have changed since the run in {folder} began. {hint}"
+            )
+    lines = [line for line in lines if line["part"] != STREAM]
     loaded = [data for data in loaded if not isinstance(data.examples, datasets.IterableDataset)]
     ids = [row_id for data in loaded for row_id in data.examples["id"]]
-    if [row_id for _, row_id in lines] != ids:
+    if [line["id"] for line in lines] != ids:
         raise InputError(
             f"the run in {folder} began with {len(lines):,} rows, and the data have {len(ids):,} or other ids by now. "
             + hint
         )
-    parts = iter(part for part, _ in lines)
+    pairs, rest = [], iter(lines)
+    for data in loaded:
+        of_data = [next(rest) for _ in range(len(data.examples))]
+        compared = [number for number, line in enumerate(of_data) if part in (None, line["part"])]
+        if part is not None:
+            own = data.examples.select(compared)
+            data = replace(data, examples=own, image_digests=[*map(_read_images, own["images"])])
+            of_data = [of_data[number] for number in compared]
+        pairs += zip(of_data, _describe_rows(data), strict=True)
+    _check_same(folder, pairs, hint)
+    parts = iter(line["part"] for line in lines)
     return [None] * is_stream + [[next(parts) for _ in range(len(data.examples))] for data in loaded]
+
+
+def _read_images(images: Sequence[Mapping[str, Any]]) -> str:
+    digests = [digest_of(image) for image in images]
+    return "" if None in digests else _digest(digests)  # who opens it names a file that cannot be read
+
+
+def _check_same(folder: str | Path, pairs: Sequence[tuple[Mapping[str, str], Mapping[str, str]]], hint: str) -> None:
+    """Raises InputError where a row is not as a run's line tells it."""
+    told = []
+    for name, what in zip(DIGESTS, ("texts", "labels", "images"), strict=True):
+        known = [(line[name], row[name], row["id"]) for line, row in pairs if line.get(name) and row[name]]
+        changed = [row_id for before, now, row_id in known if before != now]
+        if changed:
+            told.append(f"{what} of {name_rows(changed, len(pairs))}")
+    if told:
+        raise InputError(f"the data have changed since the run in {folder} began: {'; '.join(told)}. {hint}")

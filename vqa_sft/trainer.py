@@ -114,8 +114,9 @@ class AnswerTrainer(SFTTrainer):
         inputs: dict[str, torch.Tensor],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Mean loss over the rows of the global batch; with `return_outputs`, the letter logits (B, L) too."""
+    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Mean loss over the rows of the global batch; with `return_outputs` also, of each row, the letter logits
+        (B, L), the loss (B,) and the letters' share of the vocabulary's probability (B,)."""
         logits, *at_letter = supervised_logits(model, inputs).unbind(dim=1)  # (B, V)
         letter_logits = logits[:, self.letter_ids]  # (B, L)
         answers, num_choices = inputs["answers"], inputs["num_choices"]
@@ -130,13 +131,13 @@ class AnswerTrainer(SFTTrainer):
         step = self.state.global_step + self.model.training
         what = f"The loss of step {step}" if self.model.training else f"The loss in the evaluation after step {step}"
         self.losses.append((step, what, inputs["ids"], losses.detach()))
-        self._log_letters(logits.detach(), letter_logits.detach(), answers, num_choices)
+        letters_mass = self._log_letters(logits.detach(), letter_logits.detach(), answers, num_choices)
         if num_items_in_batch is None:
             loss = losses.mean()
         else:
             # DDP averages gradients over processes; the sum over all rows is wanted.
             loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
-        return (loss, letter_logits) if return_outputs else loss
+        return (loss, (letter_logits, losses, letters_mass)) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """The Trainer's own estimate for a micro-batch; it counts the weights anew for each (4 ms for 7B)."""
@@ -149,13 +150,14 @@ class AnswerTrainer(SFTTrainer):
 
     def _log_letters(
         self, logits: torch.Tensor, letter_logits: torch.Tensor, answers: torch.Tensor, num_choices: torch.Tensor
-    ) -> None:
+    ) -> torch.Tensor:
+        """How usable the model still is for `generate`: the share of probability that the letters have, (B,)."""
         own = own_logits(letter_logits, num_choices)
-        logged = self._metrics["train" if self.model.training else "eval"]
+        letters_mass = (own.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp()
         if self.model.training:  # evaluation has its own, over all rows at once
-            logged["accuracy"].append((own.argmax(dim=1) == answers).float().mean())
-        # How usable the model still is for `generate`: the share of probability that the letters have.
-        logged["letters_mass"].append((own.logsumexp(dim=1) - logits.logsumexp(dim=1)).exp().mean())
+            self._metrics["train"]["accuracy"].append((own.argmax(dim=1) == answers).float().mean())
+            self._metrics["train"]["letters_mass"].append(letters_mass.mean())
+        return letters_mass
 
     def check_losses(self, weights: bool = False) -> None:
         """Raises InputError, in every process, where a loss since the last look was no number, with the rows of the
@@ -203,14 +205,19 @@ class AnswerTrainer(SFTTrainer):
         inputs: dict[str, torch.Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Loss, letter logits (B, L) and labels (B, 2): the answer and the number of choices of each row."""
+    ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, ...] | None, torch.Tensor | None]:
+        """No loss, letter logits (B, L), losses (B,) and letters' shares (B,), and labels (B, 2): the answer and the
+        number of choices of each row.
+
+        The Trainer would average losses by batch; on several processes the last ones hold rows twice. Whatever it
+        gathers by row it keeps once, and `letter_metrics` averages that.
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, letter_logits = self.compute_loss(model, inputs, return_outputs=True)
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         if prediction_loss_only:
             return loss, None, None
-        return loss, letter_logits, torch.stack([inputs["answers"], inputs["num_choices"]], dim=1)
+        return None, outputs, torch.stack([inputs["answers"], inputs["num_choices"]], dim=1)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self.check_losses(weights=True)
@@ -222,7 +229,6 @@ class AnswerTrainer(SFTTrainer):
                     self.get_eval_dataloader(), "Evaluation of the average", metric_key_prefix="eval_average"
                 ).metrics
             self.speed.start_s += _now_s() - start_s
-            self._metrics["eval"].pop("letters_mass", None)  # it would stand beside that of the raw weights
             self.average.keep_if_best(found["eval_average_nll_calibrated"])
             self.log(found)
             metrics |= found
@@ -386,11 +392,15 @@ class AnswerECE(_ChoiceMetric):
 
 
 def letter_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`METRICS` from letter logits (N, L) and labels (N, 2) as `prediction_step` gives them."""
+    """`METRICS`, the mean loss and the letters' mean share of the probability, from what `prediction_step` gives of N
+    rows."""
+    letter_logits, losses, letters_mass = prediction.predictions
     answers, num_choices = prediction.label_ids.T
-    probs = metrics.softmax([row[:count] for row, count in zip(prediction.predictions, num_choices, strict=True)])
+    probs = metrics.softmax([row[:count] for row, count in zip(letter_logits, num_choices, strict=True)])
     combined = evaluate.combine([AnswerAccuracy(), AnswerNLL(), AnswerCalibratedNLL(), AnswerECE()])
-    return combined.compute(predictions=[row.tolist() for row in probs], references=answers.tolist())
+    found = combined.compute(predictions=[row.tolist() for row in probs], references=answers.tolist())
+    means = {"loss": losses, "letters_mass": letters_mass}
+    return {name: float(np.mean(values, dtype=np.float64)) for name, values in means.items()} | found
 
 
 def predict_examples(trainer: AnswerTrainer, examples: datasets.Dataset) -> tuple[Predictions, dict[str, float]]:
@@ -398,7 +408,7 @@ def predict_examples(trainer: AnswerTrainer, examples: datasets.Dataset) -> tupl
     output = trainer.predict(examples, metric_key_prefix="validation")
     trainer.check_losses()
     num_choices = torch.from_numpy(output.label_ids[:, 1])
-    letter_logits = torch.from_numpy(output.predictions)
+    letter_logits = torch.from_numpy(output.predictions[0])
     identity = torch.arange(letter_logits.shape[1]).expand_as(letter_logits)
     predictions = Predictions(
         examples["id"], to_choice_logits(letter_logits, identity, num_choices), examples["answer"]

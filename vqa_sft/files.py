@@ -1,0 +1,122 @@
+"""Files that are there whole or not at all, and folders that one process at a time may write. No torch.
+
+whole("out.csv")                  gives out.csv.1f09a2b4.part to write to, and renames it
+held("runs/mine", "output_dir")   locks runs/mine.lock, which says who; InputError where another process holds it
+"""
+
+import errno
+import json
+import os
+import re
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from vqa_sft.errors import InputError, printable
+
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+PART = ".part"
+_OURS = re.compile(r".+\.[0-9a-f]{8}" + re.escape(PART))
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # what network disks say that have none
+WAIT_S = 0.5  # for a holder that is about to write its name, or has just let go
+
+
+@contextmanager
+def whole(path: str | Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its place at the end: a file is there whole or not at all, whoever
+    else writes it at the same time. Raises InputError where none can be written there."""
+    path = Path(path)
+    unfinished = path.with_name(f"{path.name}.{uuid4().hex[:8]}{PART}")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder. Name a file.")
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished.touch()
+        except OSError as error:
+            if error.errno in _FULL:  # another name would not help
+                raise
+            raise InputError(f"{path} cannot be written: {error}. Name another file.") from error
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove what `whole` left in a folder that nobody writes, where a process was killed in the middle."""
+    for path in Path(folder).glob(f"*{PART}"):
+        if _OURS.fullmatch(path.name):
+            path.unlink()
+
+
+@contextmanager
+def held(paths: str | Path | Sequence[str | Path], what: str) -> Iterator[None]:
+    """While this lasts, no other process may hold one of the files or folders; `what` names the option that says where
+    they are. Raises InputError with who holds one.
+
+    The lock is the operating system's, on a file beside (`x.lock`): it ends with the process, however that ends. Where
+    a disk has no locks, a line says so.
+    """
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    with ExitStack() as stack:
+        for path in dict.fromkeys(Path(path).resolve() for path in paths):
+            stack.enter_context(_held(path, what))
+        yield
+
+
+@contextmanager
+def _held(path: Path, what: str) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    file = path.with_name(path.name + ".lock")
+    lock = FileLock(file, timeout=WAIT_S, fallback_to_soft=False)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        about = {"host": socket.gethostname(), "pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}
+        file.write_text(json.dumps(about), encoding="utf-8")
+    except Timeout as error:
+        raise InputError(
+            f"{path} is being written by {_holder(file)}. Wait until that ends, or choose another {what}."
+        ) from error
+    except OSError as error:
+        _let_go(lock, file)
+        if error.errno in _FULL:
+            raise
+        if error.errno not in _NO_LOCKS:
+            raise InputError(f"{what} {path} cannot be written: {error}. Choose another.") from error
+        print(f"The disk of {path} has no locks: nothing stops a second process from writing there too.")
+    try:
+        yield
+    finally:
+        _let_go(lock, file)
+
+
+def _let_go(lock: "FileLock", file: Path) -> None:
+    if lock.is_locked:
+        with suppress(OSError):  # Windows removes no open file
+            file.unlink()  # while it is held: who has opened it meanwhile finds it gone, and opens it anew
+    lock.release()
+
+
+def _holder(file: Path) -> str:
+    try:
+        about = json.loads(file.read_text(encoding="utf-8"))
+        told = f"process {about['pid']} on {about['host']} since {about['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        told = "another process"
+    return printable(told)
