@@ -44,9 +44,10 @@ from vqa_sft.data import Loaded, read_examples, stream_examples
 from vqa_sft.ensemble import AVERAGES
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown, name_rows
 from vqa_sft.mcq import LETTERS, MOST_ORDERS, view_orders
+from vqa_sft.predictions import ANSWERS, answers_as, digests_of
 from vqa_sft.problems import Problems
 from vqa_sft.prompts import Prompts
-from vqa_sft.results import block_of_parts, blocks_of_runs, check_outputs, write_results
+from vqa_sft.results import Block, block_of_parts, blocks_of_runs, check_outputs, write_results
 from vqa_sft.scan import scan_pictures
 from vqa_sft.sources import find_files
 from vqa_sft.split import VALIDATION, read_parts, select
@@ -150,10 +151,11 @@ def main() -> None:
                     blank = launch.from_main(found)
                 score(args, model, of_pass.runs, examples, blank, folder)
         if is_main:
+            written_as = answers_as(submission_columns(data.loaded[0].columns, data.trained, args.answer_format))
             about = {folder: about_run(args, folder, run, views) for folder, run in runs.items()}
             for group in groups:
                 for folder in group:
-                    about[folder]["precision"] = precisions[group[0]]
+                    about[folder] |= {"precision": precisions[group[0]], ANSWERS: written_as}
             print(finish(args, data, about, len(passes), parts))
             shutil.rmtree(parts)
     launch.leave()
@@ -186,7 +188,8 @@ def score(
     if state.is_main_process:
         ids = examples["id"][:]
         beside = {"id": ids, "answer": examples["answer"][:], "blanked": [row_id in blank for row_id in ids]}
-        shards.finish_block(folder, pa.table(beside | {"choices": examples["choices"][:]}))
+        beside |= {"choices": examples["choices"][:], "digest": digests_of(examples)}
+        shards.finish_block(folder, pa.table(beside))
     state.wait_for_everyone()
 
 
@@ -489,7 +492,7 @@ def describe_plan(args: argparse.Namespace, runs: dict[str, dict], data: Data) -
         else:  # its rows are not known: the files that they come from
             files = find_files([args.data]) or sorted(Path(args.data).rglob("*"))
             digest.update(json.dumps([describe_file(path) for path in files]).encode())
-    return plan | {"rows": digest.hexdigest()}
+    return plan | {"rows": digest.hexdigest(), "columns of rows": [*Block.COLUMNS]}
 
 
 def digest_rows(examples: Dataset) -> str:

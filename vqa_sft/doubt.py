@@ -12,7 +12,7 @@ from vqa_sft.calibration import views_key
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.mcq import LETTERS
 from vqa_sft.metrics import as_table
-from vqa_sft.predictions import CALIBRATION, Predictions, may_be_of_one_run, read_predictions, whole
+from vqa_sft.predictions import CALIBRATION, Predictions, may_be_of_one_run, others_of, read_predictions, whole
 from vqa_sft.submission import check_output
 
 HEADER = ("id", "best", "probability", "margin", "entropy", "agreement", "set")
@@ -124,6 +124,7 @@ def _read_held_out(path: str | Path, file: str | Path, predictions: Predictions)
     if unknown:
         raise InputError(f"{path} has no answer in {name_rows(unknown, len(held_out.ids))}. Give rows with answers.")
     shared = set(held_out.ids) & set(predictions.ids)
+    shared -= set(others_of(shared, held_out.digest_of, predictions.digest_of))
     if shared:
         raise InputError(
             f"{path} and {file} share {name_rows([i for i in held_out.ids if i in shared], len(held_out.ids))}. Sets "
