@@ -91,11 +91,12 @@ def main() -> None:
     check_outputs(Path(args.output), {"--data": args.data, "--template": args.template}, folders)
     data = read_data(args, runs)
     # A template of other rows and a damaged calibration are found before the rows are scored.
-    style_of(args, data)
+    style = style_of(args, data)
     views = {"orders": args.orders, "scales": args.scales, "average": args.average}
     for folder, run in runs.items():
         about_run(args, folder, run, views)
     notes = [note for source in data.loaded for note in source.notes]
+    notes += style.notes
     if args.part == "all" and "none" not in folders:
         notes += worth_of_scales(folders, views)
     for note in dict.fromkeys(notes * is_main):
@@ -229,11 +230,13 @@ def about_run(args: argparse.Namespace, folder: str, run: dict, metadata: dict) 
 def style_of(args: argparse.Namespace, data: Data) -> Style:
     """How the submission is written: as the template, else in the names and the answer format of the data, or those of
     training where the data have no answers. Raises InputError for a template of other rows."""
+    columns = submission_columns(data.loaded[0].columns, data.trained, args.answer_format)
     if args.template:
         rows = data.loaded[0].examples
         counts, choices = list(map(len, rows["choices"])), rows["choices"][:]
-        return Style.from_template(args.template, rows["id"][:], counts, args.answer_format, choices)
-    style = Style.from_columns(submission_columns(data.loaded[0].columns, data.trained, args.answer_format))
+        how = (args.answer_format, choices, answers_as(columns))
+        return Style.from_template(args.template, rows["id"][:], counts, *how)
+    style = Style.from_columns(columns)
     if args.answer_format != PROBABILITIES:
         return style
     letters = tuple(LETTERS[: data.num_choices])

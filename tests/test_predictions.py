@@ -5,9 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from vqa_sft.errors import InputError
+from vqa_sft.matched import read_answers
 from vqa_sft.predictions import (
     Predictions,
-    read_answers,
     read_predictions,
     score_table,
     with_answers,
@@ -36,7 +36,7 @@ def test_rows_that_were_answered_without_their_picture_are_marked(tmp_path):
 
 def test_answers_are_matched_by_id_and_not_by_position(tmp_path):
     (tmp_path / "a.csv").write_text("id,answer\nz,b\nx,A\nother,c\ny,c\n")
-    assert with_answers(THREE, read_answers(tmp_path / "a.csv")).answers == [0, 2, 1]
+    assert with_answers(THREE, read_answers(tmp_path / "a.csv", THREE, "p.parquet")).answers == [0, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_answers_are_matched_by_id_and_not_by_position(tmp_path):
 def test_answers_that_do_not_fit_are_named(tmp_path, content, part):
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(InputError) as error:
-        with_answers(THREE, read_answers(tmp_path / "a.csv"))
+        with_answers(THREE, read_answers(tmp_path / "a.csv", THREE, "p.parquet"))
     assert part in str(error.value)
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from vqa_sft.folds import Deviation
     from vqa_sft.problems import Problems
 
+# How the data or the answers beside a prediction file are read; as fields of a recipe, but for the split.
+DATA_OPTIONS = ("columns", "answer_format", "encoding", "keep_rows", "empty_cells", "image_root", "data_config")
 # Options of SOURCE that a recipe has under the same names; a data file has only these.
 SOURCE_OPTIONS = (
     "train_split",
@@ -142,7 +144,16 @@ def _add_score(commands: Any) -> None:
         "line with it. Example: vqa-sft score runs/a/validation.parquet mine=runs/b/validation.parquet",
     )
     score.add_argument("predictions", nargs="+", help="FILE.parquet or NAME=FILE.parquet")
-    score.add_argument("--answers", help="CSV with id and answer; default: the answers in the prediction files")
+    score.add_argument(
+        "--answers",
+        metavar="FILE",
+        help="ids and answers, or data with answers; read as the run's data are. Default: the answers in the prediction "
+        "files",
+    )
+    score.add_argument(
+        "--data", metavar="TEST", help="the data that were predicted, where answers are written as texts"
+    )
+    _add_data_options(score)
     score.set_defaults(run=_score)
 
 
@@ -219,9 +230,12 @@ def _add_submit(commands: Any) -> None:
     submit.add_argument(
         "--answer-format",
         choices=(*FORMATS, "probabilities"),
-        help="how answers are written; default: as in the template, else letter",
+        help="how answers are written; default: as in the template, else as in the run's data",
     )
-    submit.add_argument("--data", metavar="TEST", help="the data that were predicted, for answers written as texts")
+    submit.add_argument(
+        "--data", metavar="TEST", help="the data that were predicted, for answers and columns that are texts of choices"
+    )
+    _add_data_options(submit)
     submit.add_argument("--overwrite", action="store_true", help="replace a file with other columns")
     submit.set_defaults(run=_submit)
 
@@ -236,6 +250,7 @@ def _add_diff(commands: Any) -> None:
     diff.add_argument("before", metavar="A")
     diff.add_argument("after", metavar="B")
     diff.add_argument("--data", metavar="TEST", help="the data: show the question and both choices of a changed row")
+    _add_data_options(diff)
     diff.add_argument("--all", action="store_true", help="name all changed rows, not the first 20")
     diff.set_defaults(run=_diff)
 
@@ -269,7 +284,7 @@ def _add_doubt(commands: Any) -> None:
 def _score(args: argparse.Namespace) -> None:
     from vqa_sft.predictions import score_table
 
-    print(score_table(args.predictions, args.answers))
+    print(score_table(args.predictions, args.answers, args.data, **_data_options(args)))
 
 
 def _calibrate(args: argparse.Namespace) -> None:
@@ -288,14 +303,15 @@ def _ensemble(args: argparse.Namespace) -> None:
 def _submit(args: argparse.Namespace) -> None:
     from vqa_sft.submission import submit
 
-    how = {"template": args.template, "answer_format": args.answer_format, "data": args.data}
-    print(submit(args.predictions, args.output, **how, overwrite=args.overwrite))
+    how = _data_options(args) | {"answer_format": args.answer_format}
+    how |= {"template": args.template, "data": args.data, "overwrite": args.overwrite}
+    print(submit(args.predictions, args.output, **how))
 
 
 def _diff(args: argparse.Namespace) -> None:
     from vqa_sft.diff import describe
 
-    print(describe(args.before, args.after, data=args.data, show_all=args.all))
+    print(describe(args.before, args.after, data=args.data, show_all=args.all, **_data_options(args)))
 
 
 def _doubt(args: argparse.Namespace) -> None:
@@ -303,6 +319,43 @@ def _doubt(args: argparse.Namespace) -> None:
 
     how = {"coverage": args.coverage, "calibrate_on": args.calibrate_on, "output": args.output}
     print(describe(args.predictions, **how, overwrite=args.overwrite))
+
+
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Those of `_data_options`."""
+    of = "of the file of answers or of --data"
+    parser.add_argument("--columns", help=f"{of}, as in a recipe: '{{id: key, answer: label}}'; default: found")
+    if "--answer-format" not in parser.format_help():  # submit has one, with probabilities
+        parser.add_argument(
+            "--answer-format", help="letter, index_from_0, index_from_1 or text; default: that of the run's data"
+        )
+    parser.add_argument("--encoding", help=f"{of}; default: detected")
+    parser.add_argument("--keep-rows", help=f"{of}, as in a recipe: '{{column: value}}'")
+    parser.add_argument("--empty-cells", help="cells of --data that count as empty, as in a recipe: '[NA]'")
+    parser.add_argument("--image-root", metavar="FOLDER", help="folder that image paths of --data are relative to")
+    parser.add_argument("--split", help="of a Hub dataset (default: test)")
+    parser.add_argument("--data-config", help="configuration of a Hub dataset")
+
+
+def _data_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `matched.read_rows` takes: the options of `_add_data_options` that were given, checked as in a recipe."""
+    from vqa_sft.answers import FORMATS
+    from vqa_sft.columns import check_columns
+    from vqa_sft.config import RecipeArguments
+    from vqa_sft.fields import checked, from_tokens
+
+    given = {name: getattr(args, name) for name in DATA_OPTIONS if getattr(args, name, None) is not None}
+    probabilities = given.get("answer_format") == "probabilities"  # of submit, and no format of data
+    known = {name: (hint, None) for name, hint in typing.get_type_hints(RecipeArguments).items()}
+    values = {name: checked(name, from_tokens(name, [value], known), known) for name, value in given.items()}
+    if values.get("answer_format") not in (None, "probabilities", *FORMATS):
+        raise InputError(f"--answer-format must be one of {', '.join(FORMATS)}; got {values['answer_format']}.")
+    if probabilities:
+        del values["answer_format"]
+    check_columns(values.get("columns") or {})
+    if "data_config" in values:
+        values["config"] = values.pop("data_config")
+    return values | ({"split": args.split} if args.split else {})
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:

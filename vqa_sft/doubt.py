@@ -1,6 +1,5 @@
 """Which answers to doubt: margin, entropy, sets that hold the answer with a stated probability. No torch."""
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.mcq import LETTERS
 from vqa_sft.metrics import as_table
 from vqa_sft.predictions import CALIBRATION, Predictions, may_be_of_one_run, others_of, read_predictions, whole
-from vqa_sft.submission import check_output
+from vqa_sft.submission import check_output, write_table
 
 HEADER = ("id", "best", "probability", "margin", "entropy", "agreement", "set")
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
@@ -227,6 +226,4 @@ def _cells(doubts: Doubts, i: int) -> list[str]:
 
 def _write(path: str | Path, doubts: Doubts) -> None:
     with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
-        writer.writerows(_cells(doubts, i) for i in range(len(doubts.ids)))
+        write_table(file, HEADER, (_cells(doubts, i) for i in range(len(doubts.ids))))

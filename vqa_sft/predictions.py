@@ -32,13 +32,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vqa_sft.answers import FORMATS
 from vqa_sft.columns import Columns
 from vqa_sft.data import row_digest
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.mcq import LETTERS
 from vqa_sft.metrics import as_table, describe, softmax, with_intervals
 from vqa_sft.pooling import experts_of_scales, log_rows, pool
-from vqa_sft.sources import open_source
 
 SCHEMA = pa.schema(
     [
@@ -134,11 +134,12 @@ def check_same_rows(
 
 
 def answers_as(columns: Columns) -> dict[str, Any]:
-    """What stands under "answers" in the metadata: how the data with these columns name and write their answers."""
+    """What stands under "answers" in the metadata: how the data with these columns name and write their answers.
+    The format is None where no row says it."""
     return {
         "id": columns.id or "id",
         "column": columns.answer or "answer",
-        "format": columns.answer_format or "letter",
+        "format": columns.answer_format,
         "is_upper": columns.answers_are_upper,
     }
 
@@ -248,11 +249,23 @@ def _check(path: str | Path, predictions: Predictions) -> None:
     bad = [row_id for row_id, logits, of_scales in pairs if not _are_like(of_scales, len(scales), len(logits))]
     if bad or predictions.scale_logits and len(scales) < 2:
         raise InputError(f"{path} is damaged: scale_logits are not those of {len(scales)} scales.")
+    if not _says_how_to_write(predictions.metadata.get(ANSWERS)):
+        raise InputError(f"{path} is damaged: `answers` in its metadata do not say how answers are written.")
     found = predictions.metadata.get(CALIBRATION)
     if found is not None:
         check_calibration(found, f"the calibration in {path}", scales)
         if found.get("scale_weights") and not predictions.scale_logits:
             raise InputError(f"{path} is damaged: it has weights of its scales, and no scale_logits.")
+
+
+def _says_how_to_write(known: object) -> bool:
+    """Whether it is what `answers_as` gives, or nothing."""
+    if known is None:
+        return True
+    names = [known.get("id"), known.get("column")] if isinstance(known, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
+        return False
+    return known.get("format") in (None, *FORMATS) and isinstance(known.get("is_upper"), bool)
 
 
 def _are_like(of_scales: list | None, num_scales: int, num_choices: int) -> bool:
@@ -297,21 +310,6 @@ def scale_names(scales: Sequence[float]) -> dict[str, float]:
     return {str(float(scale)): float(scale) for scale in scales}
 
 
-def read_answers(path: str | Path) -> dict[str, int]:
-    """Ids and answer indices of a CSV with columns `id` and `answer` (letters)."""
-    opened = open_source(str(path))
-    if not {"id", "answer"} <= set(opened.columns):
-        raise InputError(f"{path} must have the columns id and answer; found: {', '.join(opened.columns)}.")
-    rows = [(str(row["id"]).strip(), str(row["answer"]).strip().upper()) for _, row in opened.rows()]
-    answers = dict(rows)
-    if len(answers) < len(rows):
-        raise InputError(f"{path} has ids more than once: {len(rows)} rows, {len(answers)} ids.")
-    bad = [row_id for row_id, answer in rows if len(answer) != 1 or answer not in LETTERS]
-    if bad:
-        raise InputError(f"{path}: `answer` is no letter in {name_rows(bad, len(rows))}.")
-    return {row_id: LETTERS.index(answer) for row_id, answer in rows}
-
-
 def with_answers(predictions: Predictions, answers: dict[str, int]) -> Predictions:
     """`predictions` with the answers of a file, matched by id. Raises InputError for ids without one."""
     missing = [row_id for row_id in predictions.ids if row_id not in answers]
@@ -334,15 +332,16 @@ def read_named(item: str) -> tuple[str, Predictions]:
     return name or path, read_predictions(path)
 
 
-def score_table(files: Sequence[str], answers_file: str | None = None) -> str:
+def score_table(files: Sequence[str], answers_file: str | None = None, data: str | None = None, **options: Any) -> str:
     """A table of rows, accuracy, NLL in nats, Brier score and both ECE, with 95% intervals: a line a prediction file,
-    two for a calibrated one, without its calibration and with it."""
-    answers = read_answers(answers_file) if answers_file else None
+    two for a calibrated one, without its calibration and with it. `options` say how the answers are read."""
+    from vqa_sft.matched import read_answers
+
     lines = []
     for item in files:
         name, predictions = read_named(item)
-        if answers is not None:
-            predictions = with_answers(predictions, answers)
+        if answers_file is not None:
+            predictions = with_answers(predictions, read_answers(answers_file, predictions, name, data, **options))
         if None in predictions.answers:
             raise InputError(f"{name} holds rows without an answer. Give --answers FILE.csv.")
         calibration = predictions.metadata.get(CALIBRATION)
