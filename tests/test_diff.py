@@ -44,7 +44,7 @@ def test_columns_of_probabilities_are_read_as_their_likeliest(write):
     assert "1 of 2 answers changed" in describe(one, write("b", "x,A", "y,A"))
     assert "0 of 2 answers changed" in describe(one, write("d", "x,0.9,A", "y,0.6,B", header="id,sure,answer"))
     with pytest.raises(InputError, match="are no probabilities"):
-        describe(write("c", "x,a,b", header="id,u,v"), one)
+        describe(write("c", "x,a,b", header="id,B,A"), one)
     with pytest.raises(InputError, match="probabilities are no numbers in row y"):
         describe(write("e", "x,0.1,0.9", "y,nan,0.4", header="id,A,B"), one)
     with pytest.raises(InputError, match="more than once, of row x"):

@@ -43,7 +43,7 @@ def test_answers_are_matched_by_id_and_not_by_position(tmp_path):
     ("content", "part"),
     [
         ("id,answer\nx,a\n", "no answer for rows y, z (2 of 3)"),
-        ("id,answer\nx,c\ny,a\nz,a\n", "none of the row's choices in row x"),
+        ("id,answer\nx,c\ny,a\nz,a\n", "none of the row's choices (letter) in row x"),
         ("id,answer\nx,7\ny,a\nz,a\n", "`answer` is no letter in row x"),
         ("key,answer\nx,a\n", "must have the columns id and answer"),
         ("id,answer\nx,a\nx,b\ny,a\nz,a\n", "ids more than once: 4 rows, 3 ids"),

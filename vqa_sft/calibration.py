@@ -23,7 +23,7 @@ from scipy.optimize import minimize, minimize_scalar
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.metrics import as_table, describe, losses_of, softmax, with_intervals
 from vqa_sft.pooling import experts_of_scales, learn_weights, log_rows, pool
-from vqa_sft.predictions import Predictions, check_calibration, read_predictions, scale_names, whole
+from vqa_sft.predictions import Predictions, check_calibration, others_of, read_predictions, scale_names, whole
 
 LOWEST, HIGHEST = 0.05, 20.0  # temperature
 NUM_FOLDS = 5
@@ -465,7 +465,9 @@ def _check_rows(folder: Path, file: Path, predictions: Predictions) -> None:
             f"{file} holds predictions of {of}, not of {folder}. Give that run, or this one's predictions."
         )
     run = folder / Path(predictions.metadata.get("run") or "").name
-    seen = set(ids) & _trained_on(run if _is_fold_of(run, folder) else folder)
+    trained_on = _trained_on(run if _is_fold_of(run, folder) else folder)
+    seen = set(ids) & trained_on.keys()
+    seen -= set(others_of(seen, predictions.digest_of, {i: digest for i, digest in trained_on.items() if digest}))
     if seen:
         raise InputError(
             f"{folder} was trained on {name_rows([i for i in ids if i in seen], len(ids))} of {file}: there it is "
@@ -487,16 +489,21 @@ def _is_of(folder: Path, run: str | None) -> bool:
     return run is not None and any(Path(run).resolve().is_relative_to(Path(name).resolve()) for name in names)
 
 
-def _trained_on(folder: Path) -> set[str]:
-    """Ids of the training rows; without those that other rows have too, for two sets may both count from 0."""
-    parts: dict[str, set[str]] = {}
+def _trained_on(folder: Path) -> dict[str, str]:
+    """Ids and digests ("": unknown) of the training rows; without those whose ids other rows have too, for two sets may
+    both count from 0."""
+    parts: dict[str, dict[str, str]] = {}
     if (folder / ROWS).is_file():
         try:
             with (folder / ROWS).open(newline="", encoding="utf-8") as file:
-                for part, row_id in list(csv.reader(file))[1:]:
-                    parts.setdefault(part, set()).add(row_id)
-        except (ValueError, csv.Error) as error:
+                for row in csv.DictReader(file, strict=True):
+                    if row["id"] is None:
+                        raise ValueError("a line is cut off")
+                    parts.setdefault(row["part"], {})[row["id"]] = row.get("digest") or ""
+        except (ValueError, KeyError, csv.Error) as error:
             raise InputError(
                 f"{folder / ROWS}, which says what the run was trained on, is damaged ({error}). Train it again."
             ) from error
-    return parts.pop("train", set()).difference(*parts.values())
+    trained_on = parts.pop("train", {})
+    others = set().union(*parts.values())
+    return {row_id: digest for row_id, digest in trained_on.items() if row_id not in others}

@@ -147,8 +147,7 @@ def _add_score(commands: Any) -> None:
     score.add_argument(
         "--answers",
         metavar="FILE",
-        help="ids and answers, or data with answers; read as the run's data are. Default: the answers in the prediction "
-        "files",
+        help="ids and answers, or data with answers, read as the run's data are; default: those of the predictions",
     )
     score.add_argument(
         "--data", metavar="TEST", help="the data that were predicted, where answers are written as texts"
@@ -235,7 +234,7 @@ def _add_submit(commands: Any) -> None:
     submit.add_argument(
         "--data", metavar="TEST", help="the data that were predicted, for answers and columns that are texts of choices"
     )
-    _add_data_options(submit)
+    _add_data_options(submit, with_format=False)
     submit.add_argument("--overwrite", action="store_true", help="replace a file with other columns")
     submit.set_defaults(run=_submit)
 
@@ -321,11 +320,11 @@ def _doubt(args: argparse.Namespace) -> None:
     print(describe(args.predictions, **how, overwrite=args.overwrite))
 
 
-def _add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Those of `_data_options`."""
+def _add_data_options(parser: argparse.ArgumentParser, with_format: bool = True) -> None:
+    """Those of `_data_options`; of a parser that has its own --answer-format all others."""
     of = "of the file of answers or of --data"
     parser.add_argument("--columns", help=f"{of}, as in a recipe: '{{id: key, answer: label}}'; default: found")
-    if "--answer-format" not in parser.format_help():  # submit has one, with probabilities
+    if with_format:
         parser.add_argument(
             "--answer-format", help="letter, index_from_0, index_from_1 or text; default: that of the run's data"
         )

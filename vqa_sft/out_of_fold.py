@@ -17,7 +17,7 @@ OUT_OF_FOLD, METRICS = "out_of_fold.parquet", "out_of_fold.json"
 def _ids_of(run: str | Path) -> list[str]:
     """All rows of the data that a run began with, in their order."""
     with (Path(run) / ROWS).open(newline="", encoding="utf-8") as file:
-        return [row_id for _, row_id in list(csv.reader(file))[1:]]
+        return [row["id"] for row in csv.DictReader(file)]
 
 
 def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:

@@ -2,10 +2,12 @@
 
 No torch. One part a row, in the order of the data:
 
-    part,id
-    train,t_1
-    left_out,t_2          its picture could not be used, and the recipe said `on_bad_image: skip`
-    validation,t_3
+    part,id,digest
+    train,t_1,6f1c...
+    left_out,t_2,...      its picture could not be used, and the recipe said `on_bad_image: skip`
+    validation,t_3,...
+
+`digest` tells the row from others with its id, as in a prediction file; earlier versions wrote none.
 """
 
 import csv
@@ -21,6 +23,7 @@ from vqa_sft.duplicates import row_groups
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.folds import hold_out_rows, read_folds
 from vqa_sft.images import Picture
+from vqa_sft.predictions import digests_of
 from vqa_sft.scan import Scan, scan_pictures
 
 TRAIN, VALIDATION, LEFT_OUT = "train", "validation", "left_out"
@@ -127,9 +130,10 @@ def write_parts(folder: str | Path, loaded: Sequence[Loaded], parts: Sequence[li
     unfinished = Path(folder) / (ROWS + ".part")
     with unfinished.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("part", "id"))
+        writer.writerow(("part", "id", "digest"))
         for data, data_parts in zip(loaded, parts, strict=True):
-            writer.writerows(zip(data_parts or [], data.examples["id"] if data_parts else [], strict=True))
+            if data_parts is not None:
+                writer.writerows(zip(data_parts, data.examples["id"], digests_of(data.examples), strict=True))
     unfinished.replace(Path(folder) / ROWS)
 
 
@@ -143,7 +147,7 @@ def read_parts(
     is_stream = isinstance(loaded[0].examples, datasets.IterableDataset)
     try:
         with (Path(folder) / ROWS).open(newline="", encoding="utf-8") as file:
-            lines = [(part, row_id) for part, row_id in list(csv.reader(file))[1:]]
+            lines = [(part, row_id) for part, row_id, *_ in list(csv.reader(file))[1:]]
     except (OSError, ValueError, csv.Error) as error:
         raise InputError(
             f"{Path(folder) / ROWS}, which says what the run was trained on, cannot be read ({error}). Train it again."
