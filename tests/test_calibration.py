@@ -521,6 +521,19 @@ def test_rows_that_say_nothing_of_the_run_are_refused(run, change, part):
     assert part in str(error.value) and not (run / CALIBRATION).exists()
 
 
+def test_rows_of_other_data_with_the_numbers_of_training_rows_were_not_trained_on(run):
+    lines = "".join(f"train,{i},t{i}\n" for i in range(300))
+    (run / "rows.csv").write_text("part,id,digest\n" + lines)
+    numbered = replace(read_predictions(run / "validation.parquet"), ids=[str(i) for i in range(300)])
+    for digests, is_refused in (([f"o{i}" for i in range(300)], False), (["t0"] + ["o"] * 299, True), ([], True)):
+        write_predictions(run.parent / "other.parquet", replace(numbered, digests=digests))
+        if not is_refused:
+            assert "temperature" in calibrate_run(run, run.parent / "other.parquet")
+            continue
+        with pytest.raises(InputError, match="was trained on row"):
+            calibrate_run(run, run.parent / "other.parquet")
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe\xff", b"a,b,c\n1,2,3\n", b"part,id\ntrain\n"])
 def test_damaged_rows_are_an_error(run, content):
     (run / "rows.csv").write_bytes(content)
