@@ -195,6 +195,12 @@ def write_ensemble(
     else:
         found = _given_weights(weights, names, average)
     ensemble = combine(files, names, found, average)
+    ways = [file.metadata[ANSWERS] for file in files if file.metadata.get(ANSWERS)]
+    if any(way != ways[0] for way in ways):
+        notes.append(
+            f"The data of the runs write their answers in other ways; a submission is written as those of the first "
+            f"that says it: {ways[0]['column']} ({ways[0]['format']})."
+        )
     ensemble.metadata["ensemble"] |= {"weights_from": weights, "learn_on": [str(name) for name in learn_on]}
     if save_weights is not None:
         _save_weights(Path(save_weights), found, names, average)
