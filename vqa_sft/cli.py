@@ -338,19 +338,15 @@ def _add_data_options(parser: argparse.ArgumentParser, with_format: bool = True)
 
 def _data_options(args: argparse.Namespace) -> dict[str, Any]:
     """What `matched.read_rows` takes: the options of `_add_data_options` that were given, checked as in a recipe."""
-    from vqa_sft.answers import FORMATS
     from vqa_sft.columns import check_columns
     from vqa_sft.config import RecipeArguments
     from vqa_sft.fields import checked, from_tokens
 
     given = {name: getattr(args, name) for name in DATA_OPTIONS if getattr(args, name, None) is not None}
-    probabilities = given.get("answer_format") == "probabilities"  # of submit, and no format of data
+    if given.get("answer_format") == "probabilities":  # of submit, and no format of data
+        del given["answer_format"]
     known = {name: (hint, None) for name, hint in typing.get_type_hints(RecipeArguments).items()}
     values = {name: checked(name, from_tokens(name, [value], known), known) for name, value in given.items()}
-    if values.get("answer_format") not in (None, "probabilities", *FORMATS):
-        raise InputError(f"--answer-format must be one of {', '.join(FORMATS)}; got {values['answer_format']}.")
-    if probabilities:
-        del values["answer_format"]
     check_columns(values.get("columns") or {})
     if "data_config" in values:
         values["config"] = values.pop("data_config")
