@@ -45,9 +45,10 @@ from vqa_sft.ensemble import AVERAGES
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown, name_rows
 from vqa_sft.files import held
 from vqa_sft.mcq import LETTERS, MOST_ORDERS, view_orders
+from vqa_sft.predictions import ANSWERS, answers_as, digests_of
 from vqa_sft.problems import GUESSED, PREDICTION_HINT, Problems
 from vqa_sft.prompts import Prompts
-from vqa_sft.results import block_of_parts, blocks_of_runs, check_outputs, write_results
+from vqa_sft.results import Block, block_of_parts, blocks_of_runs, check_outputs, write_results
 from vqa_sft.scan import scan_pictures
 from vqa_sft.sources import find_files
 from vqa_sft.split import VALIDATION, read_parts, select
@@ -98,11 +99,12 @@ def predict(args: argparse.Namespace, runs: dict[str, dict], folders: list[str],
     """Score the rows, and write what is said of them."""
     data = read_data(args, runs)
     # A template of other rows and a damaged calibration are found before the rows are scored.
-    style_of(args, data)
+    style = style_of(args, data)
     views = {"orders": args.orders, "scales": args.scales, "average": args.average}
     for folder, run in runs.items():
         about_run(args, folder, run, views)
     notes = [note for source in data.loaded for note in source.notes]
+    notes += style.notes
     if args.part == "all" and "none" not in folders:
         notes += worth_of_scales(folders, views)
     for note in dict.fromkeys(notes * is_main):
@@ -158,10 +160,11 @@ def predict(args: argparse.Namespace, runs: dict[str, dict], folders: list[str],
                     blank = launch.from_main(found)
                 score(args, model, of_pass.runs, examples, blank, folder, guessed_rows(data, examples))
         if is_main:
+            written_as = answers_as(submission_columns(data.loaded[0].columns, data.trained, args.answer_format))
             about = {folder: about_run(args, folder, run, views) for folder, run in runs.items()}
             for group in groups:
                 for folder in group:
-                    about[folder]["precision"] = precisions[group[0]]
+                    about[folder] |= {"precision": precisions[group[0]], ANSWERS: written_as}
             print(finish(args, data, about, len(passes), parts))
             shutil.rmtree(parts)
     launch.leave()
@@ -208,9 +211,9 @@ def score(
     if state.is_main_process:
         ids = examples["id"][:]
         blanked = [row_id in blank or row_id in guessed for row_id in ids]
-        beside = {"id": ids, "answer": examples["answer"][:], "blanked": blanked}
-        choices = [texts or [""] for texts in examples["choices"]]
-        shards.finish_block(folder, pa.table(beside | {"choices": choices}))
+        beside = {"id": ids, "answer": examples["answer"][:], "blanked": blanked, "digest": digests_of(examples)}
+        beside["choices"] = [texts or [""] for texts in examples["choices"]]
+        shards.finish_block(folder, pa.table(beside))
     state.wait_for_everyone()
 
 
@@ -250,11 +253,13 @@ def about_run(args: argparse.Namespace, folder: str, run: dict, metadata: dict) 
 def style_of(args: argparse.Namespace, data: Data) -> Style:
     """How the submission is written: as the template, else in the names and the answer format of the data, or those of
     training where the data have no answers. Raises InputError for a template of other rows."""
+    columns = submission_columns(data.loaded[0].columns, data.trained, args.answer_format)
     if args.template:
         rows = data.loaded[0].examples
         counts, choices = list(map(len, rows["choices"])), rows["choices"][:]
-        return Style.from_template(args.template, rows["id"][:], counts, args.answer_format, choices)
-    style = Style.from_columns(submission_columns(data.loaded[0].columns, data.trained, args.answer_format))
+        how = (args.answer_format, choices, answers_as(columns))
+        return Style.from_template(args.template, rows["id"][:], counts, *how)
+    style = Style.from_columns(columns)
     if args.answer_format != PROBABILITIES:
         return style
     letters = tuple(LETTERS[: data.num_choices])
@@ -449,18 +454,21 @@ def read_validation(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
     sources, rows_of = {}, {}
     for folder, run in runs.items():
         own = RecipeArguments.of_run(run["recipe"])
-        options = own.data_options | {"limit": own.limit}
-        options["image_root"] = args.image_root or own.image_root
-        named = [(args.data or own.train_data, own.train_split)]
-        named += [(own.validation_data, own.validation_split)] * (own.validation_data is not None)
-        named = named[own.streaming :]  # a stream is trained on as a whole
+        where = {"image_root": args.image_root or own.image_root, "limit": own.limit}
+        named = []
+        if not own.streaming:  # a stream is trained on as a whole
+            options = own.data_options | where
+            named.append((args.data or own.train_data, {"split": own.train_split} | options))
+        if own.validation_data is not None:
+            options = own.options_for_other_data(Columns(**run["columns"])) | where
+            named.append((own.validation_data, {"split": own.validation_split} | options))
         if not named:
             raise InputError(f"{folder} was trained without validation rows. Give --data with rows it has not seen.")
-        key = repr((named, options))
+        key = repr(named)
         if key not in sources:
-            sources[key] = [read_examples(source, split=split, **options) for source, split in named]
+            sources[key] = [read_examples(source, **options) for source, options in named]
             for source in sources[key]:
-                source.problems.raise_if_any(source.name)
+                source.problems.raise_if_any(source.name, own.on_bad_row)
         hint = "Give --data with the rows that it was trained on, in their order."
         rows = select(sources[key], read_parts(folder, sources[key], hint, VALIDATION), VALIDATION)
         if rows is None:
@@ -521,7 +529,7 @@ def describe_plan(args: argparse.Namespace, runs: dict[str, dict], data: Data) -
         else:  # its rows are not known: the files that they come from
             files = find_files([args.data]) or sorted(Path(args.data).rglob("*"))
             digest.update(json.dumps([describe_file(path) for path in files]).encode())
-    return plan | {"rows": digest.hexdigest()}
+    return plan | {"rows": digest.hexdigest(), "columns of rows": [*Block.COLUMNS]}
 
 
 def digest_rows(examples: Dataset) -> str:

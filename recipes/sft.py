@@ -105,7 +105,7 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
 
     from vqa_sft import averaging, cache, curves, hub, launch, memory, model as models, speed
     from vqa_sft.collator import AnswerCollator, TrainCollator, check_texts
-    from vqa_sft.predictions import write_predictions
+    from vqa_sft.predictions import ANSWERS, answers_as, write_predictions
     from vqa_sft.scoring import find_end_of_turn, find_letter_ids
     from vqa_sft.trainer import AnswerTrainer, predict_examples
 
@@ -292,6 +292,7 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     if trainer.is_world_process_zero():
         if validation is not None:
             predictions.metadata |= {"run": output_dir, "prompts_digest": args.prompts.digest, "split": "validation"}
+            predictions.metadata |= {ANSWERS: answers_as(loaded[0].columns)}
             write_predictions(f"{output_dir}/{run_folder.VALIDATION}", predictions)
         run_folder.write_metrics(output_dir, metrics)
         run_folder.describe(

@@ -312,3 +312,33 @@ def test_what_is_not_there_is_said_in_one_line(tmp_path, monkeypatch, run, argum
     code, out, err = run(*arguments)
     assert code == 2 and not out and err.startswith("error: no such ") and len(err.splitlines()) == 1
     assert not [*tmp_path.iterdir()]
+
+
+def test_answers_beside_predictions_take_the_options_of_data(tmp_path, run):
+    predictions = Predictions(["x", "y", "z"], [[-0.1, -2.0], [-2.0, -0.1], [-0.1, -2.0]], [None] * 3)
+    write_predictions(tmp_path / "p.parquet", predictions)
+    (tmp_path / "a.csv").write_text("key;right;part\nx;1;test\ny;2;test\nz;1;test\n")
+    named = ("--columns", "{id: key, answer: right}", "--answer-format", "index_from_1")
+    code, out, _ = run("score", tmp_path / "p.parquet", "--answers", tmp_path / "a.csv", *named)
+    assert code == 0 and "1.0000" in out
+    code, _, error = run("score", tmp_path / "p.parquet", "--answers", tmp_path / "a.csv")
+    assert code == 2 and "--columns '{id: ..., answer: ...}'" in error
+    code, _, error = run("score", tmp_path / "p.parquet", "--answers", tmp_path / "a.csv", *named[:3], "roman")
+    assert code == 2 and "must be 'letter' or" in error
+    code, _, error = run("score", tmp_path / "p.parquet", "--answers", tmp_path / "a.csv", "--columns", "{ids: key}")
+    assert code == 2 and "columns knows id" in error
+    (tmp_path / "t.csv").write_text(
+        "key;path;question;one;two;part\n"
+        + "".join(
+            f"{i};{i}.png;Which?;cat;dog;{part}\n"
+            for i, part in (("x", "test"), ("x", "old"), ("y", "test"), ("z", "test"))
+        ),
+        encoding="utf-16",
+    )
+    how = ("--columns", "{choices: [one, two], id: key}", "--keep-rows", "{part: test}", "--encoding", "utf-16")
+    submit = ("submit", tmp_path / "p.parquet", "--output", tmp_path / "s.csv", "--answer-format", "text")
+    code, _, error = run(*submit, "--data", tmp_path / "t.csv", *how)
+    assert run(*submit[:4], "--answer-format", "probabilities", "--overwrite")[0] == 0
+    (tmp_path / "s.csv").unlink()
+    code, _, error = run(*submit, "--data", tmp_path / "t.csv", *how)
+    assert (code, error) == (0, "") and (tmp_path / "s.csv").read_text() == "id,answer\nx,cat\ny,dog\nz,cat\n"

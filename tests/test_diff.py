@@ -44,7 +44,7 @@ def test_columns_of_probabilities_are_read_as_their_likeliest(write):
     assert "1 of 2 answers changed" in describe(one, write("b", "x,A", "y,A"))
     assert "0 of 2 answers changed" in describe(one, write("d", "x,0.9,A", "y,0.6,B", header="id,sure,answer"))
     with pytest.raises(InputError, match="are no probabilities"):
-        describe(write("c", "x,a,b", header="id,u,v"), one)
+        describe(write("c", "x,a,b", header="id,B,A"), one)
     with pytest.raises(InputError, match="probabilities are no numbers in row y"):
         describe(write("e", "x,0.1,0.9", "y,nan,0.4", header="id,A,B"), one)
     with pytest.raises(InputError, match="more than once, of row x"):
@@ -115,3 +115,44 @@ def test_letters_are_compared_with_letters_and_with_nothing_else(files, write):
         describe(files[0], write("b", *[f"r{i},1" for i in range(10)]))
     with pytest.raises(InputError, match="b.csv has other answers than letters"):
         describe(letters, write("b", *[f"r{i},{'A' if i else 'red'}" for i in range(10)]))
+
+
+# --- Formats and columns ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("header", ["id,prediction,confidence", "id,choice,score"])
+def test_an_answer_and_its_confidence_are_no_probabilities(write, header):
+    one = write("a", *[f"r{i},0,0.{i + 1}" for i in range(8)], header=header)
+    other = write("b", *[f"r{i},1,0.{i + 1}" for i in range(8)], header=header)
+    columns = header.removeprefix("id,").replace(",", ", ")
+    with pytest.raises(InputError, match=f"which of the columns {columns} is the answer"):
+        describe(one, other)
+    given = {"columns": {"answer": header.split(",")[1]}, "answer_format": "index_from_0"}
+    said = describe(one, other, **given)
+    assert "8 of 8 answers changed" in said and said.splitlines()[3].split() == ["A", "B", "8"]
+
+
+def test_columns_named_after_choices_are_compared_by_these(write, tmp_path):
+    rows = ["r0,r0.png,Which?,red,green,blue", "r1,r1.png,Which?,blue,red,green"]
+    data = write("test", *rows, header="id,path,question,a,b,c")
+    one = write("a", "r0,0.7,0.2,0.1", "r1,0.7,0.2,0.1", header="id,blue,green,red")
+    said = describe(one, write("b", "r0,blue", "r1,red"), data=data)
+    assert "1 of 2 answers changed" in said and "A. blue -> B. red" in said and "blue is that of 'blue'" in said
+    with pytest.raises(InputError, match="--data tells their texts"):
+        describe(one, one)
+
+
+@pytest.mark.parametrize(("answer_format", "cells"), [("index_from_1", "12"), ("index_from_0", "01"), ("letter", "ab")])
+def test_a_submission_is_read_as_the_data_of_the_prediction_file_beside_it(files, write, answer_format, cells):
+    own = {"id": "id", "column": "answer", "format": answer_format, "is_upper": False}
+    write_predictions(files[0], replace(files[2], metadata={"answers": own}))
+    best = [0] * 3 + [1] * 7
+    submission = write("s", *[f"r{i},{cells[choice]}" for i, choice in enumerate(best)])
+    assert "0 of 10 answers changed" in describe(files[0], submission)
+
+
+def test_prediction_files_of_other_rows_with_the_same_numbers_are_refused(files):
+    write_predictions(files[0], replace(files[2], digests=[f"a{i}" for i in range(10)]))
+    write_predictions(files[1], replace(files[2], digests=[f"b{i}" for i in range(10)]))
+    with pytest.raises(InputError, match="same ids and other questions"):
+        describe(*files[:2])

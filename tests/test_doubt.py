@@ -142,6 +142,19 @@ def test_held_out_rows_that_say_nothing_are_refused(files, tmp_path, change, par
     assert part in str(error.value) and not (tmp_path / "d.csv").exists()
 
 
+def test_held_out_rows_with_the_same_numbers_and_other_digests_share_nothing(files, tmp_path):
+    numbers = [str(i) for i in range(300)]
+    test = replace(exchangeable(100, 0, "t"), ids=numbers[:100], digests=[f"t{i}" for i in range(100)])
+    held_out = replace(exchangeable(300, 1, "v"), ids=numbers, digests=[f"v{i}" for i in range(300)])
+    for name, file in (("test", test), ("held_out", held_out)):
+        write_predictions(tmp_path / f"{name}.parquet", file)
+    assert "Sets for a coverage" in describe(files[0], coverage=0.9, calibrate_on=files[1])
+    held_out.digests[7] = "t7"  # this one is a row of the test set
+    write_predictions(files[1], held_out)
+    with pytest.raises(InputError, match="share row 7 .1 of 300."):
+        describe(files[0], coverage=0.9, calibrate_on=files[1])
+
+
 @pytest.mark.parametrize(
     ("test", "held_out", "part"),
     [

@@ -313,3 +313,28 @@ def test_nothing_but_an_ensemble_is_replaced(files, tmp_path):
     write_ensemble(paths[:2], tmp_path / "out.parquet", average="log", save_weights=tmp_path / "new.json")
     with pytest.raises(InputError, match="are for --average log; got mean"):
         write_ensemble(paths[:2], tmp_path / "out.parquet", weights=str(tmp_path / "new.json"))
+
+
+def test_answers_are_written_as_the_data_of_the_first_file_where_others_differ(tmp_path):
+    own = {"id": "id", "column": "label", "format": "index_from_1", "is_upper": False}
+    paths = [str(tmp_path / f"{name}.parquet") for name in "abc"]
+    for path, answers in zip(paths, (None, own, own | {"format": "letter"}), strict=True):
+        write_predictions(path, replace(ragged(), metadata={"answers": answers} if answers else {}))
+    said = write_ensemble(paths, tmp_path / "all.parquet")
+    assert "in other ways; a submission is written as those of the first that says it: label (index_from_1)" in said
+    assert read_predictions(tmp_path / "all.parquet").metadata["answers"] == own
+    assert "in other ways" not in write_ensemble(paths[:2], tmp_path / "two.parquet")
+
+
+def test_held_out_rows_with_the_numbers_of_other_rows_are_not_taken_for_these(tmp_path):
+    one, other = ragged(300), other_model(ragged(300), noise=3.0)
+    paths = {}
+    for part in ("t", "v"):
+        for name, file in (("one", one), ("other", other)):
+            paths[part, name] = str(tmp_path / f"{part}_{name}.parquet")
+            write_predictions(paths[part, name], replace(file, digests=[f"{part}{i}" for i in range(300)]))
+    test, held_out = ([paths[part, name] for name in ("one", "other")] for part in ("t", "v"))
+    said = write_ensemble(test, tmp_path / "a.parquet", weights="learned", learn_on=held_out)
+    assert "Weights learned" in said and "rows of this ensemble" not in said
+    said = write_ensemble(test, tmp_path / "b.parquet", weights="learned", learn_on=test)
+    assert "rows of this ensemble" in said

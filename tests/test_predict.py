@@ -22,11 +22,13 @@ from PIL import Image
 from vqa_sft import Predictor, data, run_folder, scoring, shards
 from vqa_sft.calibration import calibrate_run, read_calibration
 from vqa_sft.data import read_examples, stream_examples
+from vqa_sft.ensemble import write_ensemble
 from vqa_sft.errors import InputError
 from vqa_sft.folds import write_folds
 from vqa_sft.metrics import softmax
 from vqa_sft.out_of_fold import write_out_of_fold
-from vqa_sft.predictions import read_predictions, write_predictions
+from vqa_sft.predictions import digests_of, read_predictions, write_predictions
+from vqa_sft.submission import submit
 from vqa_sft.tiny import TINY_PATH
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -572,3 +574,54 @@ def test_rows_left_out_of_a_stream_do_not_change_the_numbers_of_the_others(tmp_p
     streamed = [(row["id"], row["question"]) for row in stream_examples(str(tmp_path / "saved"), **how).examples]
     examples = read_examples(str(tmp_path / "saved"), **how).examples
     assert streamed == [(row["id"], row["question"]) for row in examples] == [("1", "Which, 1?"), ("3", "Which, 3?")]
+
+
+def test_answers_are_written_as_in_training_whatever_an_empty_template_says(three, tmp_path, capsys):
+    contest, run = three
+    ids = [f"row_{i:03d}" for i in range(24)]
+    (tmp_path / "t.csv").write_text("id,answer\n" + "".join(f"{row_id},\n" for row_id in ids))
+    test = ("--data", contest / "test.csv", "--template", tmp_path / "t.csv")
+    found = predict(run / "fold0", tmp_path / "out.csv", *test)
+    assert "written as in the run's data (letter, lower case)" in capsys.readouterr().out
+    assert found.metadata["answers"] == {"id": "id", "column": "answer", "format": "letter", "is_upper": False}
+    expected = [f"{row_id},{'abcd'[best]}" for row_id, best in zip(ids, found.best, strict=True)]
+    assert (tmp_path / "out.csv").read_text().splitlines()[1:] == expected
+    predict(run / "fold1", tmp_path / "other.csv", *test)
+    write_ensemble([str(tmp_path / "out.parquet"), str(tmp_path / "other.parquet")], tmp_path / "both.parquet")
+    for template in (None, tmp_path / "t.csv"):
+        submit(tmp_path / "both.parquet", tmp_path / "s.csv", template=template)
+        cells = [line.split(",")[1] for line in (tmp_path / "s.csv").read_text().splitlines()[1:]]
+        assert cells == ["abcd"[best] for best in read_predictions(tmp_path / "both.parquet").best]
+
+
+def test_every_prediction_file_knows_its_rows_by_digests(three, tmp_path):
+    contest, run = three
+    expected = digests_of(read_examples(str(contest / "test.csv"), answers="optional").examples)
+    for more in ((), ("--streaming",)):
+        assert predict(run, tmp_path / "out.csv", "--data", contest / "test.csv", *more).digests == expected
+        assert read_predictions(tmp_path / "out.fold1.parquet").digests == expected
+    trained = digests_of(read_examples(str(contest / "train.csv")).examples)
+    assert read_predictions(run / "out_of_fold.parquet").digests == trained
+    assert read_predictions(run / "fold1" / "validation.parquet").digests == trained[1::3]
+    assert read_predictions(run / "fold1" / "validation.parquet").metadata["answers"]["is_upper"] is False
+
+
+def test_columns_of_probabilities_go_by_the_texts_of_the_data(three, tmp_path, capsys):
+    contest, run = three
+    with (contest / "test.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    colours = ["red", "green", "blue", "black"]
+    rows = [row | dict(zip("abcd", colours[i % 4 :] + colours[: i % 4], strict=True)) for i, row in enumerate(rows)]
+    write_csv(tmp_path / "test.csv", rows)
+    template = "id,blue,red,black,green\n" + "".join(f"{row['id']},0,0,0,0\n" for row in rows)
+    (tmp_path / "t.csv").write_text(template)
+    test = ("--data", tmp_path / "test.csv", "--image_root", contest, "--template", tmp_path / "t.csv")
+    found = predict(run / "fold0", tmp_path / "out.csv", *test)
+    assert "blue is that of 'blue'" in capsys.readouterr().out
+    with (tmp_path / "out.csv").open() as file:
+        for line, row, probs in zip(csv.DictReader(file), rows, found.probs, strict=True):
+            assert [float(line[row[letter]]) for letter in "abcd"] == pytest.approx(probs, abs=2e-6)
+    (tmp_path / "t.csv").write_text(template.replace("blue,red,black,green", "one,two,three,four"))
+    with pytest.raises(SystemExit):
+        predict(run / "fold0", tmp_path / "out2.csv", *test)
+    assert "one, two, three, four are named after neither" in capsys.readouterr().err

@@ -4,10 +4,13 @@ from dataclasses import replace
 import pyarrow.parquet as pq
 import pytest
 
+from vqa_sft.data import read_examples
+from vqa_sft.ensemble import align
 from vqa_sft.errors import InputError
+from vqa_sft.matched import read_answers
 from vqa_sft.predictions import (
     Predictions,
-    read_answers,
+    digests_of,
     read_predictions,
     score_table,
     with_answers,
@@ -36,14 +39,14 @@ def test_rows_that_were_answered_without_their_picture_are_marked(tmp_path):
 
 def test_answers_are_matched_by_id_and_not_by_position(tmp_path):
     (tmp_path / "a.csv").write_text("id,answer\nz,b\nx,A\nother,c\ny,c\n")
-    assert with_answers(THREE, read_answers(tmp_path / "a.csv")).answers == [0, 2, 1]
+    assert with_answers(THREE, read_answers(tmp_path / "a.csv", THREE, "p.parquet")).answers == [0, 2, 1]
 
 
 @pytest.mark.parametrize(
     ("content", "part"),
     [
         ("id,answer\nx,a\n", "no answer for rows y, z (2 of 3)"),
-        ("id,answer\nx,c\ny,a\nz,a\n", "none of the row's choices in row x"),
+        ("id,answer\nx,c\ny,a\nz,a\n", "none of the row's choices (letter) in row x"),
         ("id,answer\nx,7\ny,a\nz,a\n", "`answer` is no letter in row x"),
         ("key,answer\nx,a\n", "must have the columns id and answer"),
         ("id,answer\nx,a\nx,b\ny,a\nz,a\n", "ids more than once: 4 rows, 3 ids"),
@@ -52,7 +55,7 @@ def test_answers_are_matched_by_id_and_not_by_position(tmp_path):
 def test_answers_that_do_not_fit_are_named(tmp_path, content, part):
     (tmp_path / "a.csv").write_text(content)
     with pytest.raises(InputError) as error:
-        with_answers(THREE, read_answers(tmp_path / "a.csv"))
+        with_answers(THREE, read_answers(tmp_path / "a.csv", THREE, "p.parquet"))
     assert part in str(error.value)
 
 
@@ -164,3 +167,99 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         write_predictions(tmp_path / "p.parquet" / "q.parquet", THREE)
     assert read_predictions(tmp_path / "p.parquet") == THREE and len([*tmp_path.iterdir()]) == 1
+
+
+# --- Answers beside a prediction file ---------------------------------------------------------------------------------
+
+
+def as_the_run(answer_format, column="label", row_id="key"):
+    own = {"id": row_id, "column": column, "format": answer_format, "is_upper": True}
+    return replace(THREE, metadata={"answers": own})
+
+
+@pytest.mark.parametrize(
+    ("answer_format", "content"),
+    [
+        ("letter", "key,label\nx,a\ny,(c)\nz,B\n"),
+        ("index_from_0", "key,label\nz,1\nx,0\ny,2\n"),
+        ("index_from_1", "key,label\nx,1\ny,3\nz,2\n"),
+        ("index_from_1", "id,answer\nx,1\ny,3\nz,2\n"),  # the usual names, where the run's own are not there
+        ("index_from_1", "answer,key,label\n?,x,1\n?,y,3\n?,z,2\n"),
+    ],
+)
+def test_answers_are_read_as_the_runs_data_write_them(tmp_path, answer_format, content):
+    (tmp_path / "a.csv").write_text(content)
+    predictions = as_the_run(answer_format)
+    assert read_answers(tmp_path / "a.csv", predictions, "p") == {"x": 0, "y": 2, "z": 1}
+
+
+def test_columns_and_format_of_answers_may_be_given(tmp_path):
+    (tmp_path / "a.csv").write_text("row;solution;answer\nx;1;B\ny;3;B\nz;2;B\n")
+    how = {"columns": {"id": "row", "answer": "solution"}, "answer_format": "index_from_1"}
+    assert read_answers(tmp_path / "a.csv", as_the_run("letter"), "p", **how) == {"x": 0, "y": 2, "z": 1}
+    with pytest.raises(
+        InputError, match="`solution` is no letter in rows x, y, z .3 of 3., such as '1'. Give --answer"
+    ):
+        read_answers(tmp_path / "a.csv", as_the_run("letter"), "p", columns=how["columns"])
+
+
+@pytest.mark.parametrize("cells", [("B", "C", "A"), ("2", "3", "1")])
+def test_answers_that_are_texts_are_no_letters_and_no_numbers(tmp_path, cells):
+    """The choices are letters or numbers themselves, in another order in every row."""
+    first, second, third = sorted(cells)
+    rows = [[second, first], [first, second, third], [third, first]]
+    names = ["x", "y", "z"]
+    lines = [f"{i},{i}.png,Which?," + ",".join([*row, ""][:3]) for i, row in zip(names, rows, strict=True)]
+    (tmp_path / "test.csv").write_text("\n".join(["key,path,question,a,b,c", *lines]) + "\n")
+    texts = [second, third, first]
+    (tmp_path / "a.csv").write_text("key,label\n" + "".join(f"{i},{t}\n" for i, t in zip(names, texts, strict=True)))
+    predictions = as_the_run("text")
+    with pytest.raises(InputError, match="Give --data"):
+        read_answers(tmp_path / "a.csv", predictions, "p")
+    expected = {"x": 0, "y": 2, "z": 1}
+    assert read_answers(tmp_path / "a.csv", predictions, "p", tmp_path / "test.csv") == expected
+    lines = [f"{line},{text}" for line, text in zip(lines, texts, strict=True)]
+    (tmp_path / "whole.csv").write_text("\n".join(["key,path,question,a,b,c,label", *lines]) + "\n")
+    assert read_answers(tmp_path / "whole.csv", predictions, "p") == expected
+
+
+def test_without_a_known_format_numbers_that_can_be_read_in_two_ways_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("id,answer\nx,1\ny,1\nz,1\n")
+    with pytest.raises(InputError, match="--answer-format"):
+        read_answers(tmp_path / "a.csv", THREE, "p")
+    expected = {"x": 0, "y": 0, "z": 0}
+    assert read_answers(tmp_path / "a.csv", THREE, "p", answer_format="index_from_1") == expected
+
+
+def test_answers_of_other_rows_with_the_same_numbers_are_refused(tmp_path):
+    lines = [f"{i}.png,Which?,cat,dog,,a" for i in range(3)]
+    (tmp_path / "one.csv").write_text("\n".join(["path,question,a,b,c,answer", *lines]) + "\n")
+    (tmp_path / "other.csv").write_text("\n".join(["path,question,a,b,c,answer", *lines[::-1]]) + "\n")
+    digests = digests_of(read_examples(str(tmp_path / "one.csv")).examples)
+    predictions = Predictions(["0", "1", "2"], [[-1.0, -1.0]] * 3, [None] * 3, digests=digests)
+    write_predictions(tmp_path / "p.parquet", predictions)
+    predictions = read_predictions(tmp_path / "p.parquet")
+    assert predictions.digests == digests
+    assert read_answers(tmp_path / "one.csv", predictions, "p") == {"0": 0, "1": 0, "2": 0}
+    with pytest.raises(InputError, match="same ids and other questions, choices or images in rows 0, 2 "):
+        read_answers(tmp_path / "other.csv", predictions, "p")
+
+
+def test_files_of_earlier_versions_have_no_digests_and_their_ids_alone_count(tmp_path):
+    write_predictions(tmp_path / "p.parquet", THREE)
+    table = pq.read_table(tmp_path / "p.parquet")
+    pq.write_table(table.drop_columns(["digest", "agreement"]), tmp_path / "old.parquet")
+    assert read_predictions(tmp_path / "old.parquet") == THREE
+    known = replace(THREE, digests=["1", "2", "3"])
+    assert align([known, THREE], ["a", "b"])[1].digests == []
+    with pytest.raises(InputError, match="a and b have the same ids and other questions, .* in row y "):
+        align([known, replace(known, digests=["1", "9", "3"])], ["a", "b"])
+
+
+def test_a_context_that_only_one_of_two_runs_was_given_does_not_make_other_rows(tmp_path):
+    (tmp_path / "t.csv").write_text("path,question,a,b,hint\n1.png,Which?,cat,dog,red\n")
+    with_hint, without = (
+        read_examples(str(tmp_path / "t.csv"), answers="optional", columns={"context": name}).examples
+        for name in ("hint", None)
+    )
+    assert digests_of(with_hint) == digests_of(without)

@@ -2,12 +2,16 @@ import csv
 from dataclasses import replace
 
 import numpy as np
+import pandas
 import pytest
+from conftest import write_csv
 from test_predictions import THREE
 
 from vqa_sft.columns import Columns
+from vqa_sft.data import read_examples
+from vqa_sft.ensemble import write_ensemble
 from vqa_sft.errors import InputError
-from vqa_sft.predictions import Predictions, write_predictions
+from vqa_sft.predictions import Predictions, digests_of, write_predictions
 from vqa_sft.submission import Style, submit, write
 
 CHOICES = [["cat", "dog"], ["1", "2", "3"], ["yes", "no"]]
@@ -82,7 +86,7 @@ def test_rounded_probabilities_of_many_choices_still_sum_to_one(tmp_path):
         ("id,answer\nx,0\ny,2\nz,1\n", None, ["id,answer", "x,0", "y,1", "z,0"]),
         ("id,answer\nx,0\ny,0\nz,0\n", "index_from_1", ["id,answer", "x,1", "y,2", "z,1"]),
         ("id,answer\nx,\ny,\nz,\n", "letter", ["id,answer", "x,A", "y,B", "z,A"]),
-        ("id,answer\nx,(b)\ny,\nz,\n", None, ["id,answer", "x,a", "y,b", "z,a"]),
+        ("id,answer\nx,(b)\ny,\nz,\n", None, ["id,answer", "x,(a)", "y,(b)", "z,(a)"]),
     ],
 )
 def test_a_template_fixes_names_columns_rows_case_and_format(file, tmp_path, template, answer_format, lines):
@@ -99,10 +103,9 @@ def test_a_template_fixes_names_columns_rows_case_and_format(file, tmp_path, tem
         ("2,1,0", "012"),
         ("option_c,option_a,option_b", ["option_a", "option_b", "option_c"]),
         ("B prob,A prob,C prob", ["A prob", "B prob", "C prob"]),
-        ("p3,p1,p9", ["p3", "p1", "p9"]),
     ],
 )
-def test_columns_that_are_letters_or_count_go_by_their_names_others_as_they_stand(file, tmp_path, names, of_choices):
+def test_columns_that_are_letters_or_count_go_by_their_names(file, tmp_path, names, of_choices):
     (tmp_path / "t.csv").write_text(f"id,{names}\nz,0,0,0\ny,0,0,0\nx,0,0,0\n")
     submit(file, tmp_path / "s.csv", template=tmp_path / "t.csv")
     assert written(tmp_path / "s.csv")[0] == f"id,{names}"
@@ -200,3 +203,173 @@ def test_probabilities_that_are_no_numbers_are_not_written(tmp_path):
     with pytest.raises(InputError, match="every id once"):
         write(tmp_path / "s.csv", replace(THREE, ids=["x", "x", "z"]), Style())
     assert not (tmp_path / "s.csv").exists()
+
+
+# --- As the run's data write their answers ----------------------------------------------------------------------------
+
+
+def as_the_run(answer_format="letter", is_upper=False, answer="label", row_id="key"):
+    """Predictions of a run whose data write their answers so."""
+    own = {"id": row_id, "column": answer, "format": answer_format, "is_upper": is_upper}
+    return replace(THREE, metadata={"answers": own})
+
+
+@pytest.mark.parametrize(
+    ("own", "lines"),
+    [
+        (as_the_run(), ["key,label", "x,a", "y,b", "z,a"]),
+        (as_the_run(is_upper=True), ["key,label", "x,A", "y,B", "z,A"]),
+        (as_the_run("index_from_1"), ["key,label", "x,1", "y,2", "z,1"]),
+        (as_the_run("index_from_0"), ["key,label", "x,0", "y,1", "z,0"]),
+    ],
+)
+def test_format_case_and_names_come_from_the_runs_data_through_ensemble_and_submit(tmp_path, own, lines):
+    for name in ("p", "q"):
+        write_predictions(tmp_path / f"{name}.parquet", own)
+    write_ensemble([str(tmp_path / "p.parquet"), str(tmp_path / "q.parquet")], tmp_path / "both.parquet")
+    for name in ("p", "both"):
+        submit(tmp_path / f"{name}.parquet", tmp_path / f"{name}.csv")
+        assert written(tmp_path / f"{name}.csv") == lines
+
+
+@pytest.mark.parametrize(
+    ("template", "own", "lines", "said"),
+    [
+        ("x,\ny,\nz,\n", as_the_run(), "aba", "written as in the run's data (letter, lower case)"),
+        ("x,0\ny,0\nz,0\n", as_the_run("index_from_1"), "121", "written as in the run's data (index_from_1)"),
+        ("x,1\ny,2\nz,1\n", as_the_run("index_from_1"), "121", "written as in the run's data (index_from_1)"),
+        ("x,?\ny,?\nz,?\n", as_the_run(is_upper=True), "ABA", "written as in the run's data (letter, upper case)"),
+        ("x,A\ny,A\nz,A\n", as_the_run(), "ABA", None),
+        ("x,0\ny,2\nz,1\n", as_the_run(), "010", None),
+        ("x,(a)\ny,(a)\nz,(a)\n", as_the_run(is_upper=True), ["(a)", "(b)", "(a)"], None),
+        ("x,A.\ny,\nz,B.\n", as_the_run(), ["A.", "B.", "A."], None),
+    ],
+)
+def test_cells_of_a_template_win_and_where_they_say_nothing_the_runs_data_do(tmp_path, template, own, lines, said):
+    write_predictions(tmp_path / "p.parquet", own)
+    (tmp_path / "t.csv").write_text("id,answer\n" + template)
+    told = submit(tmp_path / "p.parquet", tmp_path / "s.csv", template=tmp_path / "t.csv")
+    assert written(tmp_path / "s.csv")[1:] == [f"{i},{cell}" for i, cell in zip("xyz", lines, strict=True)]
+    assert ("does not say" in told) == (said is not None) and (said or "") in told
+
+
+def test_answers_that_are_texts_in_the_runs_data_need_them(tmp_path):
+    write_predictions(tmp_path / "p.parquet", as_the_run("text"))
+    with pytest.raises(InputError, match="Give --data, the data that were predicted, or another --answer-format"):
+        submit(tmp_path / "p.parquet", tmp_path / "s.csv")
+    submit(tmp_path / "p.parquet", tmp_path / "s.csv", answer_format="letter")
+    write_csv(tmp_path / "test.csv", [row("x", "cat", "dog"), row("y", "1", "2", "3"), row("z", "no", "yes")])
+    (tmp_path / "t.csv").write_text("id,answer\nx,\ny,\nz,\n")
+    for template in (None, tmp_path / "t.csv"):
+        submit(
+            tmp_path / "p.parquet", tmp_path / "s.csv", data=tmp_path / "test.csv", template=template, overwrite=True
+        )
+        assert written(tmp_path / "s.csv")[1:] == ["x,cat", "y,2", "z,no"]
+
+
+def test_what_is_no_way_to_write_answers_is_a_damaged_file(tmp_path):
+    for own in ({"id": "id"}, [], {"id": "i", "column": "a", "format": "roman", "is_upper": True}):
+        write_predictions(tmp_path / "p.parquet", replace(THREE, metadata={"answers": own}))
+        with pytest.raises(InputError, match="do not say how answers are written"):
+            submit(tmp_path / "p.parquet", tmp_path / "s.csv")
+
+
+# --- Columns of probabilities -----------------------------------------------------------------------------------------
+
+
+def row(row_id, *choices, question="Which?", **cells):
+    names = dict(zip("abcde", [*choices, "", "", ""][:3], strict=False))
+    return {"id": row_id, "path": f"{row_id}.png", "question": question} | names | cells
+
+
+@pytest.mark.parametrize(
+    ("names", "named"),
+    [
+        ("blue,green,red", ["blue", "green", "red"]),
+        ("prob_red,prob_blue,prob_green", ["prob_blue", "prob_green", "prob_red"]),
+        ("Green (%),Red (%),Blue (%)", ["Blue (%)", "Green (%)", "Red (%)"]),
+    ],
+)
+def test_columns_named_after_choices_hold_these_whatever_their_order_in_a_row(tmp_path, names, named):
+    rows = [["red", "green", "blue"], ["blue", "red", "green"], ["green", "blue"]]  # one without red
+    write_csv(tmp_path / "test.csv", [row(f"r{i}", *texts) for i, texts in enumerate(rows)])
+    logits = [np.log([0.7, 0.2, 0.1]).tolist()] * 2 + [np.log([0.9, 0.1]).tolist()]
+    write_predictions(tmp_path / "p.parquet", Predictions(["r0", "r1", "r2"], logits, [None] * 3))
+    (tmp_path / "t.csv").write_text(f"id,{names}\nr2,0,0,0\nr0,0,0,0\nr1,0,0,0\n")
+    how = {"template": tmp_path / "t.csv", "data": tmp_path / "test.csv"}
+    said = submit(tmp_path / "p.parquet", tmp_path / "s.csv", **how)
+    found = {line["id"]: [float(line[name]) for name in named] for line in csv.DictReader(written(tmp_path / "s.csv"))}
+    for row_id, texts, numbers in zip(("r0", "r1", "r2"), rows, logits, strict=True):
+        of_text = dict(zip(texts, np.exp(numbers), strict=True))
+        assert found[row_id] == pytest.approx([of_text.get(text, 0) for text in ("blue", "green", "red")], abs=1e-6)
+    assert f"{named[0]} is that of 'blue'" in said and f"{named[2]} is that of 'red'" in said
+    with pytest.raises(InputError, match="whose texts only --data tells"):
+        submit(tmp_path / "p.parquet", tmp_path / "n.csv", template=tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize("names", ["answer,confidence", "prediction,confidence", "label,score", "yes,maybe", "a,c"])
+def test_columns_that_are_named_after_no_choices_are_refused_and_named(tmp_path, names):
+    write_csv(tmp_path / "test.csv", [row(f"r{i}", "Yes", "No") for i in range(4)])
+    predictions = Predictions([f"r{i}" for i in range(4)], [[-0.1, -2.0]] * 4, [None] * 4)
+    write_predictions(tmp_path / "p.parquet", predictions)
+    (tmp_path / "t.csv").write_text(f"id,{names}\n" + "".join(f"r{i},0,0\n" for i in range(4)))
+    for data in (None, tmp_path / "test.csv"):
+        with pytest.raises(InputError, match=f"the columns {names.replace(',', ', ')} are named after neither"):
+            submit(tmp_path / "p.parquet", tmp_path / "s.csv", template=tmp_path / "t.csv", data=data)
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_names_that_are_places_and_texts_are_refused_where_these_differ(tmp_path):
+    predictions = Predictions(["r0", "r1"], [[-0.1, -2.0]] * 2, [None] * 2)
+    write_predictions(tmp_path / "p.parquet", predictions)
+    (tmp_path / "t.csv").write_text("id,1,2\nr0,0,0\nr1,0,0\n")
+    how = {"template": tmp_path / "t.csv", "data": tmp_path / "test.csv"}
+    write_csv(tmp_path / "test.csv", [row("r0", "1", "2"), row("r1", "2", "1")])
+    with pytest.raises(InputError, match="may be places or the texts"):
+        submit(tmp_path / "p.parquet", tmp_path / "s.csv", **how)
+    write_csv(tmp_path / "test.csv", [row("r0", "1", "2"), row("r1", "1", "2")])
+    assert "1 is that of choice A" in submit(tmp_path / "p.parquet", tmp_path / "s.csv", **how)
+
+
+# --- What readers take for the end of a row ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mark", ["\r", "\n", "\r\n", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "\0"]
+)
+def test_pandas_and_csv_read_as_many_rows_as_were_written(tmp_path, mark):
+    texts = [[f"one{mark}two", "dog"], [f"{mark}1", f"2{mark}", '"3", 4'], ["yes", f"no{mark}{mark}"]]
+    style = replace(Style(), answer_format="text", header=("id", f"an{mark}swer"), answers=(f"an{mark}swer",))
+    write(tmp_path / "s.csv", THREE, style, texts)
+    expected = [texts[0][0], texts[1][1], texts[2][0]]
+    table = pandas.read_csv(tmp_path / "s.csv", dtype=str)
+    assert table.iloc[:, 1].tolist() == expected and table["id"].tolist() == ["x", "y", "z"]
+    with (tmp_path / "s.csv").open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file))[1:] == [["x", expected[0]], ["y", expected[1]], ["z", expected[2]]]
+
+
+def test_ordinary_cells_stand_bare(tmp_path):
+    write(
+        tmp_path / "s.csv",
+        THREE,
+        replace(Style(), answer_format="text"),
+        [["빨간 cat", "dog"], ["1", "2", "3"], ["", "no"]],
+    )
+    assert (tmp_path / "s.csv").read_text() == "id,answer\nx,빨간 cat\ny,2\nz,\n"
+
+
+# --- Data of other rows -----------------------------------------------------------------------------------------------
+
+
+def test_data_with_the_same_numbers_and_other_questions_are_refused(tmp_path):
+    """Without ids, rows are named by their numbers, which other data have too."""
+    rows = [row("", "cat", "dog", question=f"Which, {i}?") for i in range(3)]
+    without_ids = [{key: cell for key, cell in one.items() if key != "id"} for one in rows]
+    write_csv(tmp_path / "one.csv", without_ids)
+    write_csv(tmp_path / "other.csv", [one | {"question": "Another?"} for one in without_ids])
+    digests = digests_of(read_examples(str(tmp_path / "one.csv"), answers="optional").examples)
+    predictions = Predictions(["0", "1", "2"], [[-0.1, -2.0]] * 3, [None] * 3, digests=digests)
+    write_predictions(tmp_path / "p.parquet", predictions)
+    submit(tmp_path / "p.parquet", tmp_path / "s.csv", answer_format="text", data=tmp_path / "one.csv")
+    with pytest.raises(InputError, match="same ids and other questions, choices or images in rows 0, 1, 2"):
+        submit(tmp_path / "p.parquet", tmp_path / "s.csv", answer_format="text", data=tmp_path / "other.csv")

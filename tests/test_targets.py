@@ -8,7 +8,7 @@ from conftest import write_csv
 from test_trainer import build_trainer
 
 from vqa_sft.collator import AnswerCollator, TrainCollator
-from vqa_sft.columns import Columns, with_context_of
+from vqa_sft.columns import Columns, known_columns
 from vqa_sft.data import read_examples, stream_examples
 from vqa_sft.loss import letter_targets
 from vqa_sft.mcq import draw_order
@@ -79,7 +79,7 @@ def test_smoothing_is_of_targets_too():
 
 def test_other_data_of_a_run_need_no_targets(voted):
     trained = Columns("id", ("path",), "question", "choices", "answer", targets="votes")
-    assert with_context_of(trained, {"targets": "votes", "id": "qid"}) == {"context": None, "id": "qid"}
+    assert "targets" not in known_columns(trained, {"targets": "votes", "id": "qid"})
 
 
 def test_a_recipe_with_targets_trains_and_predicts(families, voted, sft, contest, tmp_path):

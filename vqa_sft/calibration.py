@@ -12,7 +12,7 @@ worse, and how much worse nobody knows beforehand.
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from scipy.optimize import minimize, minimize_scalar
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.metrics import as_table, describe, losses_of, softmax, with_intervals
 from vqa_sft.pooling import experts_of_scales, learn_weights, log_rows, pool
-from vqa_sft.predictions import Predictions, check_calibration, read_predictions, scale_names, whole
+from vqa_sft.predictions import Predictions, check_calibration, others_of, read_predictions, scale_names, whole
 
 LOWEST, HIGHEST = 0.05, 20.0  # temperature
 NUM_FOLDS = 5
 MIN_ROWS = 20
+MIN_WRONG = 10  # rows whose likeliest choice is wrong, for a temperature below 1
 CALIBRATION = "calibration.json"
 AT_THE_END = "at_the_end_of_training"  # of an entry that nobody asked for
 # Files of a run folder, named in run_folder, out_of_fold and split; the first two import torch.
@@ -47,6 +48,11 @@ class Calibration:
         """Of logits whose scales are weighed already."""
         return softmax(choice_logits, self.temperature, self.bias)
 
+    @classmethod
+    def none(cls, choice_logits: "Logits", answers: Sequence[int]) -> "Calibration":
+        """What is found where nothing is to be changed."""
+        return cls()
+
     @property
     def as_dict(self) -> dict[str, Any]:
         """What stands under "calibration" in the metadata of a prediction file."""
@@ -65,31 +71,48 @@ def fit(
     right ask for temperature 0; with it they ask for a little less than 1, and a thousand rows that say something
     drown it.
 
-    With `may_have_bias` a bias as well, each number ~ N(0, 1) beforehand, if it lowers the NLL of rows that it was not
-    fitted on, five parts in turn, by more than two standard errors of the rows' differences.
+    It is used only where it proves itself, else it is 1: it must lower the NLL of rows that it was not fitted on, five
+    parts in turn, by more than one standard error of the rows' differences. One below 1 is believed only where at least
+    MIN_WRONG rows are answered wrongly: rows that are all right differ little and always ask for it, and the few errors
+    that other rows will have cost all that it gains.
+
+    With `may_have_bias` a bias as well, each number ~ N(0, 1) beforehand, if it lowers the NLL in the same way by more
+    than two standard errors, where so many rows are answered wrongly.
 
     Where `choice_logits` were learned on these rows too, `by_fold` holds what they are without each of the five parts.
     """
-    temperature_alone = Calibration(_fit_temperature(choice_logits, answers))
-    if not may_have_bias or len(answers) < MIN_ROWS:
-        return temperature_alone
-    without, with_bias = (
-        losses_of(cross_fit(choice_logits, answers, has_bias, by_fold), answers) for has_bias in (False, True)
-    )
-    return _fit_bias(choice_logits, answers) if is_lower(with_bias, without, 2) else temperature_alone
+    if len(answers) < MIN_ROWS:
+        return Calibration()
+    known = choice_logits, answers
+    losses = losses_of(cross_fit(*known, Calibration.none, by_fold), answers)
+    found, tempered = fit_temperature(*known), losses_of(cross_fit(*known, fit_temperature, by_fold), answers)
+    num_wrong = sum(int(np.argmax(row)) != answer for row, answer in zip(choice_logits, answers, strict=True))
+    if is_lower(tempered, losses, 1) and (found.temperature > 1 or num_wrong >= MIN_WRONG):
+        losses = tempered
+    else:
+        found = Calibration()
+    if not may_have_bias or num_wrong < MIN_WRONG:
+        return found
+    if not is_lower(losses_of(cross_fit(*known, fit_bias, by_fold), answers), losses, 2):
+        return found
+    return fit_bias(*known)
 
 
 def cross_fit(
-    choice_logits: Logits, answers: Sequence[int], has_bias: bool, by_fold: Sequence[Logits] | None = None
+    choice_logits: Logits,
+    answers: Sequence[int],
+    find: Callable[[Logits, Sequence[int]], Calibration],
+    by_fold: Sequence[Logits] | None = None,
 ) -> list[np.ndarray]:
-    """Probabilities of every row by what was fitted on the other four parts of five."""
+    """Probabilities of every row by what `find` makes of the other four parts of five: `fit_temperature`, `fit_bias`,
+    or `Calibration.none`."""
     probs: list[np.ndarray] = [np.empty(0)] * len(answers)
     fold_of = deal_rows(len(answers))
     for fold in range(NUM_FOLDS):
         rows, others = np.flatnonzero(fold_of == fold), np.flatnonzero(fold_of != fold)
         logits = choice_logits if by_fold is None else by_fold[fold]
         part = [logits[i] for i in others], [answers[i] for i in others]
-        found = _fit_bias(*part) if has_bias else Calibration(_fit_temperature(*part))
+        found = find(*part)
         for i, row in zip(rows, found.probs([logits[i] for i in rows]), strict=True):
             probs[i] = row
     return probs
@@ -121,7 +144,8 @@ def _nll_of_rows(padded: np.ndarray, answers: Sequence[int]) -> np.ndarray:
     return np.log(np.exp(padded).sum(axis=1)) - padded[np.arange(len(padded)), np.asarray(answers)]
 
 
-def _fit_temperature(choice_logits: Sequence[Sequence[float]], answers: Sequence[int]) -> float:
+def fit_temperature(choice_logits: Logits, answers: Sequence[int]) -> Calibration:
+    """That of `fit`, whether it proves itself or not."""
     padded = _pad(choice_logits)
 
     def loss(log_temperature: float) -> float:
@@ -131,10 +155,11 @@ def _fit_temperature(choice_logits: Sequence[Sequence[float]], answers: Sequence
     grid = np.linspace(np.log(LOWEST), np.log(HIGHEST), 31)
     best = int(np.argmin([loss(point) for point in grid]))
     bounds = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    return float(np.exp(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x))
+    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-6}).x
+    return Calibration(float(np.exp(found)))
 
 
-def _fit_bias(choice_logits: Sequence[Sequence[float]], answers: Sequence[int]) -> Calibration:
+def fit_bias(choice_logits: Logits, answers: Sequence[int]) -> Calibration:
     """Temperature and bias together; in 1 / temperature and the bias the NLL is convex."""
     padded, rows = _pad(choice_logits), np.arange(len(answers))
     is_own = np.isfinite(padded)
@@ -152,7 +177,7 @@ def _fit_bias(choice_logits: Sequence[Sequence[float]], answers: Sequence[int]) 
         value = _nll_of_rows(logits, answers).sum() + (found**2).sum() / 2
         return value, np.array([-(slope * tempered).sum(), *slope.sum(axis=0)]) + found
 
-    start = np.array([np.log(_fit_temperature(choice_logits, answers)), *[0.0] * padded.shape[1]])
+    start = np.array([np.log(fit_temperature(choice_logits, answers).temperature), *[0.0] * padded.shape[1]])
     bounds = [(np.log(LOWEST), np.log(HIGHEST)), *[(None, None)] * padded.shape[1]]
     found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds).x
     return Calibration(float(np.exp(found[0])), found[1:].tolist())
@@ -207,7 +232,7 @@ def weigh_scales(predictions: Predictions, answers: Sequence[int]) -> Weighing:
     logits = {way: pooled(weights) for way, weights in found.items()}
     by_fold = {way: [logits[way]] * NUM_FOLDS for way in found}
     by_fold["learned weights"] = [pooled(learn(fold_of != fold)) for fold in range(NUM_FOLDS)]
-    losses = {way: losses_of(cross_fit(logits[way], answers, False, by_fold[way]), answers) for way in found}
+    losses = {way: losses_of(cross_fit(logits[way], answers, fit_temperature, by_fold[way]), answers) for way in found}
     nll = {way: float(of_rows.mean()) for way, of_rows in losses.items()}
     proven = [way for way in found if way == first or is_lower(losses[way], losses[first], 1)]
     chosen = min(proven, key=nll.__getitem__)
@@ -323,7 +348,8 @@ def calibrate_run(folder: str | Path, file: str | Path | None = None, *, at_the_
     may_have_bias = key.startswith("orders identity") and not at_the_end
     found = fit(logits, answers, may_have_bias=may_have_bias, by_fold=by_fold)
     before = with_intervals(softmax(predictions.choice_logits), answers)
-    after = with_intervals(cross_fit(logits, answers, found.bias is not None, by_fold), answers)
+    find = fit_bias if found.bias else fit_temperature if found != Calibration() else Calibration.none
+    after = with_intervals(cross_fit(logits, answers, find, by_fold), answers)
     is_inside = file.resolve().is_relative_to(folder.resolve())
     source = str(file.resolve().relative_to(folder.resolve())) if is_inside else file.name
     entry = found.as_dict | {"rows": len(answers), "source": source, "before": before, "after": after}
@@ -340,6 +366,7 @@ def calibrate_run(folder: str | Path, file: str | Path | None = None, *, at_the_
     names = ["accuracy", "nll", "brier", "ece", "ece_equal_mass"]
     lines = [["", *names], ["before", *describe(before, names)], ["after", *describe(after, names)]]
     bias = "no bias" if found.bias is None else "bias " + " ".join(f"{number:+.2f}" for number in found.bias)
+    bias += " (none proves itself: probabilities stay as they are)" if found == Calibration() else ""
     return (
         f"{as_table(lines)}\n{_compare_weights(weighing)}\n{key}: temperature {found.temperature:.3f}, {bias}, from "
         f"{len(answers):,} rows of "
@@ -363,6 +390,11 @@ def calibrate_new(folder: str | Path) -> str:
     except InputError as error:
         return f"Not calibrated: {error}"
     entry = _read_entries(folder)[key]
+    if entry["temperature"] == 1:
+        return (
+            f"Not calibrated: on the {entry['rows']:,} rows of {folder / entry['source']} no temperature proves itself "
+            "(NLL of rows that it was not fitted on); probabilities stay as they are scored."
+        )
     return (
         f"Calibrated on the {entry['rows']:,} rows of {folder / entry['source']}: temperature "
         f"{entry['temperature']:.3f}; on rows that it was not fitted on the NLL goes from {entry['before']['nll']:.4f} "
@@ -433,7 +465,9 @@ def _check_rows(folder: Path, file: Path, predictions: Predictions) -> None:
             f"{file} holds predictions of {of}, not of {folder}. Give that run, or this one's predictions."
         )
     run = folder / Path(predictions.metadata.get("run") or "").name
-    seen = set(ids) & _trained_on(run if _is_fold_of(run, folder) else folder)
+    trained_on = _trained_on(run if _is_fold_of(run, folder) else folder)
+    seen = set(ids) & trained_on.keys()
+    seen -= set(others_of(seen, predictions.digest_of, {i: digest for i, digest in trained_on.items() if digest}))
     if seen:
         raise InputError(
             f"{folder} was trained on {name_rows([i for i in ids if i in seen], len(ids))} of {file}: there it is "
@@ -455,16 +489,21 @@ def _is_of(folder: Path, run: str | None) -> bool:
     return run is not None and any(Path(run).resolve().is_relative_to(Path(name).resolve()) for name in names)
 
 
-def _trained_on(folder: Path) -> set[str]:
-    """Ids of the training rows; without those that other rows have too, for two sets may both count from 0."""
-    parts: dict[str, set[str]] = {}
+def _trained_on(folder: Path) -> dict[str, str]:
+    """Ids and digests ("": unknown) of the training rows; without those whose ids other rows have too, for two sets may
+    both count from 0."""
+    parts: dict[str, dict[str, str]] = {}
     if (folder / ROWS).is_file():
         try:
             with (folder / ROWS).open(newline="", encoding="utf-8") as file:
-                for part, row_id, *_ in list(csv.reader(file))[1:]:
-                    parts.setdefault(part, set()).add(row_id)
-        except (ValueError, csv.Error) as error:
+                for row in csv.DictReader(file, strict=True):
+                    if row["id"] is None:
+                        raise ValueError("a line is cut off")
+                    parts.setdefault(row["part"], {})[row["id"]] = row.get("digest") or ""
+        except (ValueError, KeyError, csv.Error) as error:
             raise InputError(
                 f"{folder / ROWS}, which says what the run was trained on, is damaged ({error}). Train it again."
             ) from error
-    return parts.pop("train", set()).difference(*parts.values())
+    trained_on = parts.pop("train", {})
+    others = set().union(*parts.values())
+    return {row_id: digest for row_id, digest in trained_on.items() if row_id not in others}

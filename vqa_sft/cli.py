@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from vqa_sft.folds import Deviation
     from vqa_sft.problems import Problems
 
+# How the data or the answers beside a prediction file are read; as fields of a recipe, but for the split.
+DATA_OPTIONS = ("columns", "answer_format", "encoding", "keep_rows", "empty_cells", "image_root", "data_config")
+DATA_OPTIONS += ("fixed_question", "fixed_choices")
 # Options of SOURCE that a recipe has under the same names; a data file has only these.
 SOURCE_OPTIONS = (
     "train_split",
@@ -146,7 +149,15 @@ def _add_score(commands: Any) -> None:
         "line with it. Example: vqa-sft score runs/a/validation.parquet mine=runs/b/validation.parquet",
     )
     score.add_argument("predictions", nargs="+", help="FILE.parquet or NAME=FILE.parquet")
-    score.add_argument("--answers", help="CSV with id and answer; default: the answers in the prediction files")
+    score.add_argument(
+        "--answers",
+        metavar="FILE",
+        help="ids and answers, or data with answers, read as the run's data are; default: those of the predictions",
+    )
+    score.add_argument(
+        "--data", metavar="TEST", help="the data that were predicted, where answers are written as texts"
+    )
+    _add_data_options(score)
     score.set_defaults(run=_score)
 
 
@@ -223,9 +234,12 @@ def _add_submit(commands: Any) -> None:
     submit.add_argument(
         "--answer-format",
         choices=(*FORMATS, "probabilities"),
-        help="how answers are written; default: as in the template, else letter",
+        help="how answers are written; default: as in the template, else as in the run's data",
     )
-    submit.add_argument("--data", metavar="TEST", help="the data that were predicted, for answers written as texts")
+    submit.add_argument(
+        "--data", metavar="TEST", help="the data that were predicted, for answers and columns that are texts of choices"
+    )
+    _add_data_options(submit, with_format=False)
     submit.add_argument("--overwrite", action="store_true", help="replace a file with other columns")
     submit.set_defaults(run=_submit)
 
@@ -240,6 +254,7 @@ def _add_diff(commands: Any) -> None:
     diff.add_argument("before", metavar="A")
     diff.add_argument("after", metavar="B")
     diff.add_argument("--data", metavar="TEST", help="the data: show the question and both choices of a changed row")
+    _add_data_options(diff)
     diff.add_argument("--all", action="store_true", help="name all changed rows, not the first 20")
     diff.set_defaults(run=_diff)
 
@@ -273,7 +288,7 @@ def _add_doubt(commands: Any) -> None:
 def _score(args: argparse.Namespace) -> None:
     from vqa_sft.predictions import score_table
 
-    print(score_table(args.predictions, args.answers))
+    print(score_table(args.predictions, args.answers, args.data, **_data_options(args)))
 
 
 def _calibrate(args: argparse.Namespace) -> None:
@@ -292,14 +307,15 @@ def _ensemble(args: argparse.Namespace) -> None:
 def _submit(args: argparse.Namespace) -> None:
     from vqa_sft.submission import submit
 
-    how = {"template": args.template, "answer_format": args.answer_format, "data": args.data}
-    print(submit(args.predictions, args.output, **how, overwrite=args.overwrite))
+    how = _data_options(args) | {"answer_format": args.answer_format}
+    how |= {"template": args.template, "data": args.data, "overwrite": args.overwrite}
+    print(submit(args.predictions, args.output, **how))
 
 
 def _diff(args: argparse.Namespace) -> None:
     from vqa_sft.diff import describe
 
-    print(describe(args.before, args.after, data=args.data, show_all=args.all))
+    print(describe(args.before, args.after, data=args.data, show_all=args.all, **_data_options(args)))
 
 
 def _doubt(args: argparse.Namespace) -> None:
@@ -307,6 +323,42 @@ def _doubt(args: argparse.Namespace) -> None:
 
     how = {"coverage": args.coverage, "calibrate_on": args.calibrate_on, "output": args.output}
     print(describe(args.predictions, **how, overwrite=args.overwrite))
+
+
+def _add_data_options(parser: argparse.ArgumentParser, with_format: bool = True) -> None:
+    """Those of `_data_options`; of a parser that has its own --answer-format all others."""
+    of = "of the file of answers or of --data"
+    parser.add_argument("--columns", help=f"{of}, as in a recipe: '{{id: key, answer: label}}'; default: found")
+    if with_format:
+        parser.add_argument(
+            "--answer-format", help="letter, index_from_0, index_from_1 or text; default: that of the run's data"
+        )
+    parser.add_argument("--fixed-question", help="the question of every row of --data, as in a recipe")
+    parser.add_argument("--fixed-choices", help="the choices of every row of --data, as in a recipe: '[yes, no]'")
+    parser.add_argument("--encoding", help=f"{of}; default: detected")
+    parser.add_argument("--keep-rows", help=f"{of}, as in a recipe: '{{column: value}}'")
+    parser.add_argument("--empty-cells", help="cells of --data that count as empty, as in a recipe: '[NA]'")
+    parser.add_argument("--image-root", metavar="FOLDER", help="folder that image paths of --data are relative to")
+    parser.add_argument("--split", help="of a Hub dataset (default: test)")
+    parser.add_argument("--data-config", help="configuration of a Hub dataset")
+
+
+def _data_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `matched.read_rows` takes: the options of `_add_data_options` that were given, checked as in a recipe."""
+    from vqa_sft.columns import check_columns, check_fixed
+    from vqa_sft.config import RecipeArguments
+    from vqa_sft.fields import checked, from_tokens
+
+    given = {name: getattr(args, name) for name in DATA_OPTIONS if getattr(args, name, None) is not None}
+    if given.get("answer_format") == "probabilities":  # of submit, and no format of data
+        del given["answer_format"]
+    known = {name: (hint, None) for name, hint in typing.get_type_hints(RecipeArguments).items()}
+    values = {name: checked(name, from_tokens(name, [value], known), known) for name, value in given.items()}
+    check_columns(values.get("columns") or {})
+    check_fixed(values.get("fixed_question"), values.get("fixed_choices"))
+    if "data_config" in values:
+        values["config"] = values.pop("data_config")
+    return values | ({"split": args.split} if args.split else {})
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,5 @@
 """Which answers to doubt: margin, entropy, sets that hold the answer with a stated probability. No torch."""
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from vqa_sft.calibration import views_key
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.mcq import LETTERS
 from vqa_sft.metrics import as_table
-from vqa_sft.predictions import CALIBRATION, Predictions, may_be_of_one_run, read_predictions, whole
-from vqa_sft.submission import check_output
+from vqa_sft.predictions import CALIBRATION, Predictions, may_be_of_one_run, others_of, read_predictions, whole
+from vqa_sft.submission import check_output, write_table
 
 HEADER = ("id", "best", "probability", "margin", "entropy", "agreement", "set")
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
@@ -124,6 +123,7 @@ def _read_held_out(path: str | Path, file: str | Path, predictions: Predictions)
     if unknown:
         raise InputError(f"{path} has no answer in {name_rows(unknown, len(held_out.ids))}. Give rows with answers.")
     shared = set(held_out.ids) & set(predictions.ids)
+    shared -= set(others_of(shared, held_out.digest_of, predictions.digest_of))
     if shared:
         raise InputError(
             f"{path} and {file} share {name_rows([i for i in held_out.ids if i in shared], len(held_out.ids))}. Sets "
@@ -226,6 +226,4 @@ def _cells(doubts: Doubts, i: int) -> list[str]:
 
 def _write(path: str | Path, doubts: Doubts) -> None:
     with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(HEADER)
-        writer.writerows(_cells(doubts, i) for i in range(len(doubts.ids)))
+        write_table(file, HEADER, (_cells(doubts, i) for i in range(len(doubts.ids))))

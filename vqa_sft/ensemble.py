@@ -17,9 +17,12 @@ from vqa_sft.calibration import MIN_ROWS, NUM_FOLDS, deal_rows, is_lower, views_
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.pooling import TINY, learn_weights, log_rows, own_choices, pool
 from vqa_sft.predictions import (
+    ANSWERS,
     CALIBRATION,
     Predictions,
+    check_same_rows,
     may_be_of_one_run,
+    others_of,
     read_predictions,
     whole,
     write_predictions,
@@ -43,7 +46,7 @@ class Learned:
 def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Predictions]:
     """The same rows in the order of the first file.
 
-    Raises InputError where ids, numbers of choices or known answers differ.
+    Raises InputError where ids, digests, numbers of choices or known answers differ.
     """
     first, aligned = files[0], []
     for file, name in zip(files, names, strict=True):
@@ -57,6 +60,7 @@ def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Prediction
                     f"{name} {what} {name_rows(ids, total)}, and {names[0]} has "
                     f"{'them' if what == 'lacks' else 'not'}. Give predictions for the same rows."
                 )
+        check_same_rows(first.ids, first.digest_of, file.digest_of, [names[0], name])
         rows = [row_of[row_id] for row_id in first.ids]
         aligned.append(_take(file, rows))
         pairs = list(zip(first.ids, first.choice_logits, aligned[-1].choice_logits, strict=True))
@@ -82,7 +86,7 @@ def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Prediction
 
 
 def _take(file: Predictions, rows: Sequence[int]) -> Predictions:
-    names = ("ids", "choice_logits", "answers", "blanked", "agreement", "scale_logits")
+    names = ("ids", "choice_logits", "answers", "blanked", "agreement", "scale_logits", "digests")
     return replace(file, **{name: [column[i] for i in rows] for name in names if (column := getattr(file, name))})
 
 
@@ -129,8 +133,12 @@ def combine(files: Sequence[Predictions], names: Sequence[str], weights: Sequenc
         for name, weight, file in zip(names, weights, files, strict=True)
     ]
     metadata = {"ensemble": {"average": average, "files": made_of}}
+    written_as = next((file.metadata[ANSWERS] for file in files if file.metadata.get(ANSWERS)), None)
+    metadata |= {ANSWERS: written_as} if written_as else {}
+    digests = next((file.digests for file in files if file.digests), [])
     blanked = [any(row) for row in zip(*(file.blanked or [False] * len(first.ids) for file in files), strict=True)]
-    return Predictions(first.ids, logits, first.answers, metadata, blanked, np.minimum(agree, 1).tolist())
+    agreement = np.minimum(agree, 1).tolist()
+    return Predictions(first.ids, logits, first.answers, metadata, blanked, agreement, digests=digests)
 
 
 _MADE_BY = ("base_model", "run", "orders", "scales", "average", CALIBRATION)
@@ -180,12 +188,19 @@ def write_ensemble(
             if not may_be_of_one_run(one, other) or _views(one) != _views(other):
                 ours, theirs = (f"{_maker(file)}, {_views(file)}" for file in (other, one))
                 notes.append(f"Beware: {name} ({theirs}) may not stand for {stands_for} ({ours}).")
-        read = set(files[0].ids) & set(read_predictions(learn_on[0]).ids)
-        if read and learned.weights:
+        held_out = read_predictions(learn_on[0])
+        shared = set(files[0].ids) & set(held_out.ids)
+        if shared.difference(others_of(shared, files[0].digest_of, held_out.digest_of)) and learned.weights:
             notes.append("They were learned on rows of this ensemble, so its own metrics look a little too good.")
     else:
         found = _given_weights(weights, names, average)
     ensemble = combine(files, names, found, average)
+    ways = [file.metadata[ANSWERS] for file in files if file.metadata.get(ANSWERS)]
+    if any(way != ways[0] for way in ways):
+        notes.append(
+            f"The data of the runs write their answers in other ways; a submission is written as those of the first "
+            f"that says it: {ways[0]['column']} ({ways[0]['format']})."
+        )
     ensemble.metadata["ensemble"] |= {"weights_from": weights, "learn_on": [str(name) for name in learn_on]}
     if save_weights is not None:
         _save_weights(Path(save_weights), found, names, average)

@@ -17,17 +17,19 @@ OUT_OF_FOLD, METRICS = "out_of_fold.parquet", "out_of_fold.json"
 def _ids_of(run: str | Path) -> list[str]:
     """All rows of the data that a run began with, in their order."""
     with (Path(run) / ROWS).open(newline="", encoding="utf-8") as file:
-        return [row_id for _, row_id, *_ in list(csv.reader(file))[1:]]
+        return [row["id"] for row in csv.DictReader(file)]
 
 
 def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
     """Write both files into `folder`, rows in the order of the data; a table of the folds' metrics and all together."""
     parts = {Path(run).name: read_predictions(Path(run) / run_folder.VALIDATION) for run in runs}
     row_of: dict[str, tuple[list[float], int | None]] = {}
+    digest_of: dict[str, str] = {}
     for part in parts.values():
         twice = [row_id for row_id in part.ids if row_id in row_of]
         if twice:
             raise InputError(f"rows are validated on in two folds: {name_rows(twice, len(part.ids))}. Train them anew.")
+        digest_of |= part.digest_of
         row_of |= zip(part.ids, zip(part.choice_logits, part.answers, strict=True), strict=True)
     data = {str(run): _ids_of(run) for run in runs}
     for run, found in data.items():
@@ -38,7 +40,8 @@ def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
     metadata = next(iter(parts.values())).metadata | {"run": str(folder), "split": "out-of-fold", "folds": [*parts]}
     file = Path(folder) / OUT_OF_FOLD
     before = file.read_bytes() if file.is_file() else None
-    write_predictions(file, Predictions(ids, [*logits], [*answers], metadata))
+    digests = [digest_of.get(row_id) for row_id in ids]
+    write_predictions(file, Predictions(ids, [*logits], [*answers], metadata, digests=digests))
     if file.read_bytes() != before:  # temperatures were those of other weights
         (Path(folder) / CALIBRATION).unlink(missing_ok=True)
 

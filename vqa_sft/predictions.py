@@ -9,29 +9,36 @@ A prediction file is Parquet, in the row order of the data:
     blanked        answered without a picture that could not be used
     agreement      share of the row's views whose best choice is the averaged best one (of an ensemble: the share of the
                    weights); null where unknown, and files without the column are read too. Scales count equally in it
+    digest         of the row's question, choices and images (`digests_of`), whatever its id: rows of two files are the
+                   same where id and digest agree; null where unknown, and files without the column are read too
     scale_logits   only where pictures were scored at several scales by one run: of each scale, in the order of `scales`
                    in the metadata, what `choice_logits` are of all. Those weigh the scales equally
 
-Its metadata say what made it. Under "calibration" they hold the temperature, and perhaps a bias and weights of the
+Its metadata say what made it. Under "answers" they say how the data of the run write their answers (`answers_as`): a
+submission is written so. Under "calibration" they hold the temperature, and perhaps a bias and weights of the
 scales, that were found for the run and these views: `Predictions.probs` applies them.
 """
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
+from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vqa_sft.answers import FORMATS
+from vqa_sft.columns import Columns
+from vqa_sft.data import row_digest
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import whole
 from vqa_sft.mcq import LETTERS
 from vqa_sft.metrics import as_table, describe, softmax, with_intervals
 from vqa_sft.pooling import experts_of_scales, log_rows, pool
-from vqa_sft.sources import open_source
 
 SCHEMA = pa.schema(
     [
@@ -40,11 +47,13 @@ SCHEMA = pa.schema(
         ("answer", pa.int64()),
         ("blanked", pa.bool_()),
         ("agreement", pa.float32()),
+        ("digest", pa.string()),
     ]
 )
+LATER = ("agreement", "digest")  # columns that files of earlier versions lack
 SCALE_LOGITS = pa.field("scale_logits", pa.list_(pa.list_(pa.float32())))
 METADATA_KEY = b"vqa_sft"
-CALIBRATION = "calibration"  # in the metadata
+CALIBRATION, ANSWERS = "calibration", "answers"  # in the metadata
 
 
 @dataclass
@@ -58,6 +67,13 @@ class Predictions:
     blanked: list[bool] = field(default_factory=list)  # empty: none
     agreement: list[float | None] = field(default_factory=list)  # empty: unknown
     scale_logits: list[list[list[float]]] = field(default_factory=list)  # of S scales; empty: one scale, or unknown
+    digests: list[str | None] = field(default_factory=list)  # empty: unknown
+
+    @property
+    def digest_of(self) -> dict[str, str]:
+        """Id -> digest of the rows whose digest is known."""
+        pairs = zip(self.ids, self.digests, strict=bool(self.digests))
+        return {row_id: digest for row_id, digest in pairs if digest is not None}
 
     @property
     def probs(self) -> list[np.ndarray]:
@@ -93,6 +109,41 @@ class Predictions:
         return replace(self, metadata=rest | ({CALIBRATION: own} if own else {}))
 
 
+def digests_of(examples: datasets.Dataset) -> list[str]:
+    """The digest of each row. A context does not count: of two runs, one may have been trained without it."""
+    rows = examples.select_columns(["question", "choices", "images"])
+    return [row_digest(row | {"context": ""}) for row in rows]
+
+
+def others_of(ids: Iterable[str], ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """Those of the ids under which two files hold different rows, as far as both know their digests."""
+    return [i for i in ids if i in ours and i in theirs and ours[i] != theirs[i]]
+
+
+def check_same_rows(
+    ids: Sequence[str], ours: Mapping[str, str], theirs: Mapping[str, str], names: Sequence[str | Path]
+) -> None:
+    """Raises InputError where two files, which have these names, hold other rows under the same ids."""
+    differ = others_of(ids, ours, theirs)
+    if differ:
+        raise InputError(
+            f"{names[0]} and {names[1]} have the same ids and other questions, choices or images in "
+            f"{name_rows(differ, len(ids))}. Ids that are numbers of rows do not tell one data set from another: give "
+            "files of the same rows."
+        )
+
+
+def answers_as(columns: Columns) -> dict[str, Any]:
+    """What stands under "answers" in the metadata: how the data with these columns name and write their answers.
+    The format is None where no row says it."""
+    return {
+        "id": columns.id or "id",
+        "column": columns.answer or "answer",
+        "format": columns.answer_format,
+        "is_upper": columns.answers_are_upper,
+    }
+
+
 def may_be_of_one_run(one: Predictions, other: Predictions) -> bool:
     """False where the metadata of both say otherwise: other prompts, another base model, another run. A fold and the
     folder of its folds are one run; of a folder that was moved the name stays."""
@@ -118,7 +169,8 @@ def write_predictions(path: str | Path, predictions: Predictions) -> None:
     num_rows = len(predictions.ids)
     blanked = predictions.blanked or [False] * num_rows
     agreement = predictions.agreement or [None] * num_rows
-    columns = [predictions.ids, predictions.choice_logits, predictions.answers, blanked, agreement]
+    digests = predictions.digests or [None] * num_rows
+    columns = [predictions.ids, predictions.choice_logits, predictions.answers, blanked, agreement, digests]
     table = pa.Table.from_arrays([pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA)
     if predictions.scale_logits:
         table = table.append_column(SCALE_LOGITS, pa.array(predictions.scale_logits, SCALE_LOGITS.type))
@@ -133,8 +185,9 @@ def read_predictions(path: str | Path) -> Predictions:
         raise InputError(f"no such prediction file: {path}.")
     try:
         table = pq.read_table(path)
-        if "agreement" not in table.schema.names:
-            table = table.append_column("agreement", pa.nulls(len(table), pa.float32()))
+        for name in LATER:
+            if name not in table.schema.names:
+                table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
         columns = [table.select(SCHEMA.names).cast(SCHEMA)[name].to_pylist() for name in SCHEMA.names]
         has_scales = SCALE_LOGITS.name in table.schema.names
         scale_logits = table[SCALE_LOGITS.name].cast(SCALE_LOGITS.type).to_pylist() if has_scales else []
@@ -142,10 +195,9 @@ def read_predictions(path: str | Path) -> Predictions:
     # OSError: pages that are damaged; RecursionError: lists in lists without an end
     except (pa.ArrowException, KeyError, ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).") from error
-    ids, choice_logits, answers, blanked, agreement = columns
-    is_known = any(share is not None for share in agreement)
-    agreement = agreement if is_known else []
-    predictions = Predictions(ids, choice_logits, answers, metadata, blanked, agreement, scale_logits)
+    ids, choice_logits, answers, blanked, *later = columns
+    agreement, digests = ([] if all(value is None for value in column) else column for column in later)
+    predictions = Predictions(ids, choice_logits, answers, metadata, blanked, agreement, scale_logits, digests)
     _check(path, predictions)
     return predictions
 
@@ -178,11 +230,23 @@ def _check(path: str | Path, predictions: Predictions) -> None:
     bad = [row_id for row_id, logits, of_scales in pairs if not _are_like(of_scales, len(scales), len(logits))]
     if bad or predictions.scale_logits and len(scales) < 2:
         raise InputError(f"{path} is damaged: scale_logits are not those of {len(scales)} scales.")
+    if not _says_how_to_write(predictions.metadata.get(ANSWERS)):
+        raise InputError(f"{path} is damaged: `answers` in its metadata do not say how answers are written.")
     found = predictions.metadata.get(CALIBRATION)
     if found is not None:
         check_calibration(found, f"the calibration in {path}", scales)
         if found.get("scale_weights") and not predictions.scale_logits:
             raise InputError(f"{path} is damaged: it has weights of its scales, and no scale_logits.")
+
+
+def _says_how_to_write(known: object) -> bool:
+    """Whether it is what `answers_as` gives, or nothing."""
+    if known is None:
+        return True
+    names = [known.get("id"), known.get("column")] if isinstance(known, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
+        return False
+    return known.get("format") in (None, *FORMATS) and isinstance(known.get("is_upper"), bool)
 
 
 def _are_like(of_scales: list | None, num_scales: int, num_choices: int) -> bool:
@@ -227,21 +291,6 @@ def scale_names(scales: Sequence[float]) -> dict[str, float]:
     return {str(float(scale)): float(scale) for scale in scales}
 
 
-def read_answers(path: str | Path) -> dict[str, int]:
-    """Ids and answer indices of a CSV with columns `id` and `answer` (letters)."""
-    opened = open_source(str(path))
-    if not {"id", "answer"} <= set(opened.columns):
-        raise InputError(f"{path} must have the columns id and answer; found: {', '.join(opened.columns)}.")
-    rows = [(str(row["id"]).strip(), str(row["answer"]).strip().upper()) for _, row in opened.rows()]
-    answers = dict(rows)
-    if len(answers) < len(rows):
-        raise InputError(f"{path} has ids more than once: {len(rows)} rows, {len(answers)} ids.")
-    bad = [row_id for row_id, answer in rows if len(answer) != 1 or answer not in LETTERS]
-    if bad:
-        raise InputError(f"{path}: `answer` is no letter in {name_rows(bad, len(rows))}.")
-    return {row_id: LETTERS.index(answer) for row_id, answer in rows}
-
-
 def with_answers(predictions: Predictions, answers: dict[str, int]) -> Predictions:
     """`predictions` with the answers of a file, matched by id. Raises InputError for ids without one."""
     missing = [row_id for row_id in predictions.ids if row_id not in answers]
@@ -264,15 +313,16 @@ def read_named(item: str) -> tuple[str, Predictions]:
     return name or path, read_predictions(path)
 
 
-def score_table(files: Sequence[str], answers_file: str | None = None) -> str:
+def score_table(files: Sequence[str], answers_file: str | None = None, data: str | None = None, **options: Any) -> str:
     """A table of rows, accuracy, NLL in nats, Brier score and both ECE, with 95% intervals: a line a prediction file,
-    two for a calibrated one, without its calibration and with it."""
-    answers = read_answers(answers_file) if answers_file else None
+    two for a calibrated one, without its calibration and with it. `options` say how the answers are read."""
+    from vqa_sft.matched import read_answers
+
     lines = []
     for item in files:
         name, predictions = read_named(item)
-        if answers is not None:
-            predictions = with_answers(predictions, answers)
+        if answers_file is not None:
+            predictions = with_answers(predictions, read_answers(answers_file, predictions, name, data, **options))
         if None in predictions.answers:
             raise InputError(f"{name} holds rows without an answer. Give --answers FILE.csv.")
         calibration = predictions.metadata.get(CALIBRATION)

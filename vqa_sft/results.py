@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 
@@ -30,10 +30,13 @@ class Block:
     """Rows in the order of the data, and what each run says of them: choice logits, agreement and scale logits of every
     row."""
 
+    COLUMNS: ClassVar = ("id", "answer", "choices", "blanked", "digest")  # of its file, beside what the runs say
+
     ids: list[str]
     answers: list[int | None]
     choices: list[list[str]]
     blanked: list[bool]
+    digests: list[str]
     of_runs: list[tuple[Sequence, Sequence, Sequence]]
 
 
@@ -53,7 +56,7 @@ def block_of_parts(parts: Path, num_passes: int, ids: Sequence[str]) -> Iterator
 
 
 def _block(table: pa.Table, of_runs: list[tuple[Sequence, Sequence, Sequence]]) -> Block:
-    return Block(*(table[name].to_pylist() for name in ("id", "answer", "choices", "blanked")), of_runs)
+    return Block(*(table[name].to_pylist() for name in Block.COLUMNS), of_runs)
 
 
 def _of_runs(table: pa.Table) -> list[tuple[Sequence, Sequence, Sequence]]:
@@ -83,7 +86,10 @@ def write_results(
     num_rows, blanked = 0, []
     for block in blocks:
         alone = [
-            Predictions(block.ids, logits, block.answers, metadata, block.blanked, agreement, [*filter(None, scales)])
+            Predictions(
+                *(block.ids, logits, block.answers, metadata, block.blanked, agreement, [*filter(None, scales)]),
+                block.digests,
+            )
             for (logits, agreement, scales), metadata in zip(block.of_runs, about.values(), strict=False)
         ]
         mean = alone[0]

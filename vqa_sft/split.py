@@ -2,12 +2,13 @@
 
 No torch. One part a row, in the order of the data, and digests of what the row held:
 
-    part,id,texts,label,images
-    train,t_1,6f1c...,9a04...,77e2...
+    part,id,texts,label,images,digest
+    train,t_1,6f1c...,9a04...,77e2...,3b5d...
     left_out,t_2,...      it could not be used, and the recipe said `on_bad_row: skip`
     validation,t_3,...
 
 `label` is of answer and targets, `images` of their content, wherever the files lie; empty with `check_images: false`.
+`digest` tells the row from others with its id, as in a prediction file.
 Of a stream, whose rows nobody counts, one line tells its first rows: `stream,first 100 rows,...`.
 """
 
@@ -28,6 +29,7 @@ from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import whole
 from vqa_sft.folds import hold_out_rows, read_folds
 from vqa_sft.images import Picture, digest_of
+from vqa_sft.predictions import digests_of
 from vqa_sft.scan import Scan, scan_pictures
 
 TRAIN, VALIDATION, LEFT_OUT = "train", "validation", "left_out"
@@ -150,13 +152,13 @@ def write_parts(folder: str | Path, loaded: Sequence[Loaded], parts: Sequence[li
         unfinished.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("part", "id", *DIGESTS))
+        writer.writerow(("part", "id", *DIGESTS, "digest"))
         for data, data_parts in zip(loaded, parts, strict=True):
             if data_parts is None:
-                writer.writerow((STREAM, *_first_rows(data).values()))
+                writer.writerow((STREAM, *_first_rows(data).values(), ""))
                 continue
-            for part, row in zip(data_parts, _describe_rows(data), strict=True):
-                writer.writerow((part, *row.values()))
+            for part, row, digest in zip(data_parts, _describe_rows(data), digests_of(data.examples), strict=True):
+                writer.writerow((part, *row.values(), digest))
 
 
 def _describe_rows(data: Loaded) -> Iterator[dict[str, str]]:

@@ -5,20 +5,23 @@ t_1,B            t_1,0.1,0.7,0.2      Style.from_template writes as a contest's 
 """
 
 import csv
+import itertools
 import math
-import os
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 
 from vqa_sft.answers import FORMATS, UNKNOWN, infer_format, is_upper_case, read_answer, write_answer
 from vqa_sft.columns import Columns
 from vqa_sft.errors import InputError, name_rows, printable
+from vqa_sft.matched import HINT, read_rows_of
 from vqa_sft.mcq import LETTERS
-from vqa_sft.predictions import Predictions, read_predictions, whole
+from vqa_sft.predictions import ANSWERS, Predictions, read_predictions, whole
 from vqa_sft.sources import open_source
 
 PROBABILITIES = "probabilities"
@@ -30,8 +33,10 @@ DIGITS = 6  # of a probability
 class Style:
     """How a submission is written.
 
-    `answers` names one column, or with the format "probabilities" one for each choice; `header` holds all names in
-    their order. `ids` is the order of the rows; empty: that of the predictions.
+    `answers` names one column, or with the format "probabilities" one for each choice: of the place in a row, or where
+    `texts` are given of the choice with this text. A letter stands between the two texts `around`. `header` holds all
+    names in their order. `ids` is the order of the rows; empty: that of the predictions. `notes` say what was taken for
+    what.
     """
 
     id: str = "id"
@@ -40,12 +45,18 @@ class Style:
     is_upper: bool = True
     header: tuple[str, ...] = ("id", "answer")
     ids: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
+    around: tuple[str, str] = ("", "")
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def plain(cls, answer_format: str, num_choices: int) -> "Style":
-        """id and answer, or id and the letters of so many choices."""
-        answers = tuple(LETTERS[:num_choices]) if answer_format == PROBABILITIES else ("answer",)
-        return cls(answers=answers, answer_format=answer_format, header=("id", *answers))
+    def plain(cls, answer_format: str | None, num_choices: int, own: Mapping[str, Any] | None = None) -> "Style":
+        """id and answer, or id and the letters of so many choices; named and written as the run's `own` data are, as
+        far as that is known."""
+        own = own or {"id": "id", "column": "answer", "format": None, "is_upper": True}
+        answer_format = answer_format or own["format"] or "letter"
+        answers = tuple(LETTERS[:num_choices]) if answer_format == PROBABILITIES else (own["column"],)
+        return cls(own["id"], answers, answer_format, own["is_upper"], (own["id"], *answers))
 
     @classmethod
     def from_columns(cls, columns: Columns) -> "Style":
@@ -62,11 +73,13 @@ class Style:
         num_choices: Sequence[int],
         answer_format: str | None = None,
         choices: Sequence[Sequence[str]] | None = None,
+        own: Mapping[str, Any] | None = None,
     ) -> "Style":
         """As a contest's sample submission writes it, for rows with these ids and numbers of choices.
 
-        One column holds the ids; one other is the answer, or as many as there are choices are their probabilities. The
-        cells of an answer column tell its format, unless `answer_format` does. `choices` are needed for texts.
+        One column holds the ids; one other is the answer, or as many as there are choices are their probabilities, each
+        named after its choice (`order_columns`). The cells of an answer column tell its format, unless `answer_format`
+        does; where they leave it open, that of the run's `own` data is taken. `choices` are needed for texts.
         Raises InputError where the template does not fit the rows, or can be read in two ways.
         """
         columns, rows = read_table(path)
@@ -74,7 +87,12 @@ class Style:
         answers = tuple(name for name in columns if name != id_name)
         order = tuple(row[id_name] for row in rows)
         most = max(num_choices)
-        if len(answers) not in (1, most):
+        if len(answers) > 1:
+            ordered = order_columns(path, answers, choices, most)
+            if ordered is None and len(answers) == most:
+                _check_numbers(path, answers, rows)
+                raise InputError(_unnamed(path, answers, choices))
+        if len(answers) == 0 or len(answers) > 1 and ordered is None:
             raise InputError(
                 f"{path} has {len(answers)} columns beside {id_name}: {printable(', '.join(answers)) or 'none'}. One "
                 f"is an answer, {most} are the probabilities of the choices; remove or add columns."
@@ -82,10 +100,12 @@ class Style:
         if len(answers) > 1:
             if answer_format not in (None, PROBABILITIES):
                 raise InputError(
-                    f"{path} has {most} columns for probabilities; --answer-format {answer_format} has one."
+                    f"{path} has {len(answers)} columns for probabilities; --answer-format {answer_format} has one."
                 )
             _check_numbers(path, answers, rows)
-            return cls(id_name, by_letter(answers), PROBABILITIES, header=tuple(columns), ids=order)
+            names, texts = ordered
+            note = f"{path}: {describe_columns(names, texts)}."
+            return cls(id_name, names, PROBABILITIES, True, tuple(columns), order, texts, notes=(note,))
         if answer_format == PROBABILITIES:
             raise InputError(f"{path} has one column beside {id_name}; --answer-format {PROBABILITIES} needs {most}.")
         row_of = {row_id: i for i, row_id in enumerate(ids)}
@@ -93,10 +113,37 @@ class Style:
         texts = choices or [[f"<choice {letter}>" for letter in LETTERS[:number]] for number in num_choices]
         cells = [(row[answers[0]], texts[row_of[row[id_name]]]) for row in rows]
         known = [(cell, texts) for cell, texts in cells if cell.casefold() not in UNKNOWN]
-        answer_format = answer_format or _find_format(path, answers[0], known)
+        notes = []
+        if answer_format is None:
+            answer_format, is_own = _find_format(path, answers[0], known, (own or {}).get("format"))
+            notes += [f"{path} does not say how answers are written"] if is_own else []
         letters = [cell for cell, _ in known if _is_letter(cell)]
-        is_upper = is_upper_case(letters) if letters else True
-        return cls(id_name, answers, answer_format, is_upper, tuple(columns), order)
+        is_upper = is_upper_case(letters) if letters else own is None or own["is_upper"]
+        if notes:
+            case = f", {'upper' if is_upper else 'lower'} case" if answer_format == "letter" else ""
+            notes = [f"{notes[0]}: written as in the run's data ({answer_format}{case})."]
+        how = {"around": _around(letters), "notes": tuple(notes)}
+        return cls(id_name, answers, answer_format, is_upper, tuple(columns), order, **how)
+
+
+def _around(letters: Sequence[str]) -> tuple[str, str]:
+    """What stands before and after the letter in all of the cells: "(b)" has ("(", ")")."""
+    found = set()
+    for cell in letters:
+        place = cell.upper().rfind(LETTERS[read_answer(cell, LETTERS, "letter")])
+        found.add((cell[:place], cell[place + 1 :]) if place >= 0 else ("", ""))
+    return found.pop() if len(found) == 1 else ("", "")
+
+
+def _unnamed(path: str | Path, names: Sequence[str], choices: Iterable[Sequence[str]] | None) -> str:
+    """What is wrong with columns that are named after no choices."""
+    shown = printable(", ".join(dict.fromkeys(text for row in choices or () for text in row)), 200)
+    data = f" ({shown})" if shown else ", whose texts only --data tells,"
+    return (
+        f"{path}: the columns {printable(', '.join(names))} are named after neither the choices{data} nor their "
+        "letters or numbers, so it cannot be said which holds whose probability. Name them after the choices; a file "
+        "with one answer has one column beside the ids."
+    )
 
 
 def _is_letter(cell: str) -> bool:
@@ -121,19 +168,54 @@ def _is_number(cell: str) -> bool:
         return False
 
 
-def by_letter(names: Sequence[str]) -> tuple[str, ...]:
-    """Columns of probabilities in the order of the choices: by their names where these are the letters, or count from 0
-    or 1, perhaps with the same text around them ("option_a", "p1"); else as they stand."""
-    own = [name.strip().upper() for name in names]
-    before = len(os.path.commonprefix(own))
-    own = [name[before:] for name in own]
-    after = len(os.path.commonprefix([name[::-1] for name in own]))
-    own = [name[: len(name) - after] for name in own]
-    counted = [[*LETTERS[: len(names)]], *([str(first + i) for i in range(len(names))] for first in (0, 1))]
-    for order in counted:
-        if sorted(own) == sorted(order):
-            return tuple(name for _, name in sorted(zip(map(order.index, own), names, strict=True)))
-    return tuple(names)
+def order_columns(
+    path: str | Path, names: Sequence[str], choices: Sequence[Sequence[str]] | None, most: int
+) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Columns of probabilities in the order of the choices, by their names; None where these name no choices.
+
+    Names are the letters, or count from 0 or 1: then they are places in a row, of which it has at most `most`. Or they
+    are the texts of all choices, which stand beside them then: red, green and blue in any order in any row. The same
+    text may stand around all names ("option_a", "p1", "prob_red"). Raises InputError where they can be read as both.
+    """
+    counted = [[*LETTERS[:most]], *([str(first + i) for i in range(most)] for first in (0, 1))]
+    by_place = next((found for words in counted if (found := _named_after(names, words))), None)
+    texts = tuple(dict.fromkeys(text for row in choices or () for text in row))
+    by_text = _named_after(names, texts)
+    if by_place and by_text:
+        text_of = dict(zip(by_text, texts, strict=True))
+        if any(list(row) != [text_of[name] for name in by_place[: len(row)]] for row in choices):
+            raise InputError(
+                f"{path}: the columns {printable(', '.join(names))} may be places or the texts of choices, which stand "
+                "in another order in some rows. Rename them, such as option_a, option_b for places."
+            )
+    if by_place:
+        return by_place, ()
+    return (by_text, texts) if by_text else None
+
+
+def _named_after(names: Sequence[str], words: Sequence[str]) -> tuple[str, ...] | None:
+    """The names in the order of the words that they consist of, with the same text around all; None where they do
+    not. Case does not count, nor, if need be, spaces, "_" and "-"."""
+    if len(names) != len(words) or not all(words):
+        return None
+    for plain in (str.casefold, lambda text: re.sub(r"[\s_-]", "", text).casefold()):
+        own, wanted = [plain(name.strip()) for name in names], [plain(word.strip()) for word in words]
+        if len({*own}) < len(own) or len({*wanted}) < len(wanted):
+            continue
+        for word in wanted:
+            for place in range(len(own[0]) - len(word) + 1):
+                if own[0].startswith(word, place):
+                    framed = [own[0][:place] + other + own[0][place + len(word) :] for other in wanted]
+                    if {*framed} == {*own}:
+                        return tuple(names[own.index(name)] for name in framed)
+    return None
+
+
+def describe_columns(names: Sequence[str], texts: Sequence[str]) -> str:
+    """Which column was taken for the probability of which choice."""
+    of = [repr(text) for text in texts] or [f"choice {letter}" for letter in LETTERS]
+    said = [f"{printable(name, 40)} is that of {printable(text, 40)}" for name, text in zip(names, of, strict=False)]
+    return "probabilities by column: " + ", ".join(said)
 
 
 def read_table(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -176,28 +258,38 @@ def _find_id_column(
     return best
 
 
-def _find_format(path: str | Path, name: str, known: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """How the cells of the answer column are written, if that can be told from them."""
-    hint = f"Give --answer-format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}."
+def _find_format(
+    path: str | Path, name: str, known: Sequence[tuple[str, Sequence[str]]], own: str | None
+) -> tuple[str, bool]:
+    """How the cells of the answer column are written, and whether that is the run's `own` format, because they leave
+    it open: empty, all the same number or filler, or such that two formats fit."""
     values = {cell for cell, _ in known}
+    readable = {how: all(read_answer(cell, texts, how) is not None for cell, texts in known) for how in FORMATS}
     if not known:
-        raise InputError(f"{path}: every `{name}` is empty, which does not say how answers are written. {hint}")
-    if len(values) == 1 and not any(map(_is_letter, values)):
+        if own:
+            return own, True
+        raise InputError(f"{path}: every `{name}` is empty, which does not say how answers are written. {HINT}.")
+    is_text = readable["text"] and not (readable["index_from_0"] or readable["index_from_1"])
+    if len(values) == 1 and not any(map(_is_letter, values)) and not is_text:
+        if own:
+            return own, True
         raise InputError(
             f"{path}: every `{name}` is {printable(repr(*values))}, which may be a number that counts from 0 or from "
-            f"1, or stand for any answer. {hint}"
+            f"1, or stand for any answer. {HINT}."
         )
     try:
         found = infer_format(known, may_be_odd=False)
     except InputError as error:
+        if own and readable[own]:
+            return own, True
         raise InputError(f"{path}: {error} Here that is --answer-format.") from error
     bad = [cell for cell, texts in known if read_answer(cell, texts, found) is None]
     if bad:
         raise InputError(
             f"{path}: {len(bad):,} of {len(known):,} cells of `{name}` are no answer as the others are ({found}), such "
-            f"as {printable(repr(bad[0]))}. {hint} Texts need --data as well."
+            f"as {printable(repr(bad[0]))}. {HINT}. Texts need --data as well."
         )
-    return found
+    return found, False
 
 
 def render(
@@ -216,24 +308,35 @@ def render(
     if bad:
         raise InputError(f"the probabilities are no numbers in {name_rows(bad, len(ids))}. Score the rows again.")
     if style.answer_format == "text" and choices is None:
-        raise InputError("answers are written as texts, and a prediction file holds none. Give --data.")
+        raise InputError(
+            "answers are written as texts, and a prediction file holds none. Give --data, the data that were "
+            "predicted, or another --answer-format."
+        )
+    if style.texts and choices is None:
+        raise InputError("columns are named after the texts of choices, and a prediction file holds none. Give --data.")
     rows = []
     for row_id in ids:
         probs = all_probs[row_of[row_id]]
         if style.answer_format == PROBABILITIES:
-            cells = _written(probs, len(style.answers))
+            places = range(len(probs))
+            if style.texts:
+                places = [style.texts.index(text) for text in choices[row_of[row_id]]]
+            cells = _written(probs, places, len(style.answers))
         else:
             texts = choices[row_of[row_id]] if choices is not None else LETTERS
             cells = [write_answer(int(probs.argmax()), texts, style.answer_format, style.is_upper)]
+            if style.answer_format == "letter":
+                cells = [cells[0].join(style.around)]
         rows.append({style.id: row_id} | dict(zip(style.answers, cells, strict=True)))
     return rows
 
 
-def _written(probs: np.ndarray, num_columns: int) -> list[str]:
-    """Probabilities that still sum to 1 once they are rounded; choices that the row does not have get 0."""
+def _written(probs: np.ndarray, places: Sequence[int], num_columns: int) -> list[str]:
+    """Probabilities, each in the column of its place, that still sum to 1 once they are rounded; columns of choices
+    that the row does not have get 0."""
     rounded = np.zeros(num_columns)
-    rounded[: len(probs)] = np.round(probs, DIGITS)
-    rounded[probs.argmax()] += 1 - rounded.sum()
+    np.add.at(rounded, list(places), np.round(probs, DIGITS))
+    rounded[places[int(probs.argmax())]] += 1 - rounded.sum()
     cells = [f"{number:.{DIGITS}f}" for number in rounded]
     assert abs(math.fsum(map(float, cells)) - 1) < 1e-5, cells
     return cells
@@ -248,9 +351,19 @@ def write(
     """Write the submission whole or not at all, over whatever is there: see `check_output`."""
     rows = render(predictions, style, choices)
     with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, style.header, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        write_table(file, style.header, ([row[name] for name in style.header] for row in rows))
+
+
+def write_table(file: TextIO, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A CSV that every reader cuts into these rows: a cell with anything that some reader takes for the end of a line,
+    or drops, stands in quotes. Python's csv leaves a lone carriage return bare, which is a new row for pandas."""
+    for row in itertools.chain([header], rows):
+        file.write(",".join(map(_quoted, row)) + "\n")
+
+
+def _quoted(cell: str) -> str:
+    is_plain = len(cell.splitlines()) == 1 and cell == cell.strip() and not set(cell) & set(',"\r\n\0\ufeff')
+    return cell if is_plain or cell == "" else '"' + cell.replace('"', '""') + '"'
 
 
 def check_output(
@@ -274,27 +387,6 @@ def check_output(
         )
 
 
-def read_choices(data: str | Path, predictions: Predictions) -> tuple[list[str], list[list[str]]]:
-    """Questions and choices of the predictions' rows, from their data; rows beyond them do not count."""
-    from vqa_sft.data import read_examples
-
-    examples = read_examples(str(data), split="test", answers="optional").examples
-    row_of = {row_id: i for i, row_id in enumerate(examples["id"])}
-    missing = [row_id for row_id in predictions.ids if row_id not in row_of]
-    if missing:
-        raise InputError(f"{data} lacks {name_rows(missing, len(predictions.ids))}. Give the data of the predictions.")
-    rows = examples.select([row_of[row_id] for row_id in predictions.ids])
-    questions, choices = rows["question"][:], rows["choices"][:]
-    pairs = zip(predictions.ids, choices, predictions.choice_logits, strict=True)
-    differ = [row_id for row_id, texts, logits in pairs if len(texts) != len(logits)]
-    if differ:
-        raise InputError(
-            f"{data} has other numbers of choices in {name_rows(differ, len(predictions.ids))}. Give the data of the "
-            "predictions."
-        )
-    return questions, choices
-
-
 def submit(
     file: str | Path,
     output: str | Path,
@@ -303,16 +395,22 @@ def submit(
     answer_format: str | None = None,
     data: str | Path | None = None,
     overwrite: bool = False,
+    **options: Any,
 ) -> str:
-    """`vqa-sft submit`: write a prediction file's submission, and say how. Raises InputError before it writes."""
+    """`vqa-sft submit`: write a prediction file's submission, and say how. `options` say how the data are read. Raises
+    InputError before it writes."""
     predictions = read_predictions(file)
-    choices = read_choices(data, predictions)[1] if data else None
+    own, choices = predictions.metadata.get(ANSWERS), None
+    if data:
+        found = read_rows_of(data, predictions, file, **options).choices
+        choices = [found[row_id] for row_id in predictions.ids]
     num_choices = [len(row) for row in predictions.choice_logits]
     if template is None:
-        style = Style.plain(answer_format or "letter", max(num_choices))
+        style = Style.plain(answer_format, max(num_choices), own)
     else:
-        style = Style.from_template(template, predictions.ids, num_choices, answer_format, choices)
+        style = Style.from_template(template, predictions.ids, num_choices, answer_format, choices, own)
     check_output(output, style.header, [file, template, data], overwrite)
     write(output, predictions, style, choices)
     like = f", as {template} has them" if template else ""
-    return f"Wrote {len(predictions.ids):,} rows to {output}: {', '.join(style.header)} ({style.answer_format}){like}."
+    said = f"Wrote {len(predictions.ids):,} rows to {output}: {', '.join(style.header)} ({style.answer_format}){like}."
+    return "\n".join([*style.notes, said])

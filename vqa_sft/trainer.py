@@ -29,7 +29,7 @@ from vqa_sft.collator import AnswerCollator, TrainCollator
 from vqa_sft.errors import InputError, printable
 from vqa_sft.loss import answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
 from vqa_sft.model import vision_parameters
-from vqa_sft.predictions import Predictions
+from vqa_sft.predictions import Predictions, digests_of
 from vqa_sft.scoring import supervised_logits, to_choice_logits
 from vqa_sft.speed import base_of, num_compilations
 
@@ -410,7 +410,6 @@ def predict_examples(trainer: AnswerTrainer, examples: datasets.Dataset) -> tupl
     num_choices = torch.from_numpy(output.label_ids[:, 1])
     letter_logits = torch.from_numpy(output.predictions[0])
     identity = torch.arange(letter_logits.shape[1]).expand_as(letter_logits)
-    predictions = Predictions(
-        examples["id"], to_choice_logits(letter_logits, identity, num_choices), examples["answer"]
-    )
+    choice_logits = to_choice_logits(letter_logits, identity, num_choices)
+    predictions = Predictions(examples["id"][:], choice_logits, examples["answer"][:], digests=digests_of(examples))
     return predictions, {name: output.metrics[f"validation_{name}"] for name in METRICS}
