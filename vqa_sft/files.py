@@ -47,7 +47,8 @@ def whole(path: str | Path) -> Iterator[Path]:
         yield unfinished
         unfinished.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that cannot be written holds none
+            unfinished.unlink()
 
 
 def write_whole(path: str | Path, text: str) -> None:
