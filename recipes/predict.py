@@ -43,6 +43,7 @@ from vqa_sft.config import RecipeArguments
 from vqa_sft.data import Loaded, read_examples, stream_examples
 from vqa_sft.ensemble import AVERAGES
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown, name_rows
+from vqa_sft.fields import load_yaml, settle_words
 from vqa_sft.files import held
 from vqa_sft.mcq import LETTERS, MOST_ORDERS, view_orders
 from vqa_sft.predictions import ANSWERS, answers_as, digests_of
@@ -68,7 +69,11 @@ class Data:
 
     @property
     def num_choices(self) -> int:
-        return max(source.num_choices for source in self.loaded)
+        of_rows = [
+            max(map(len, rows["choices"])) if isinstance(rows, Dataset) else self.loaded[0].num_choices
+            for rows in self.rows_of.values()
+        ]
+        return max(of_rows)
 
 
 @dataclass
@@ -259,11 +264,7 @@ def style_of(args: argparse.Namespace, data: Data) -> Style:
         counts, choices = list(map(len, rows["choices"])), rows["choices"][:]
         how = (args.answer_format, choices, answers_as(columns))
         return Style.from_template(args.template, rows["id"][:], counts, *how)
-    style = Style.from_columns(columns)
-    if args.answer_format != PROBABILITIES:
-        return style
-    letters = tuple(LETTERS[: data.num_choices])
-    return replace(style, answers=letters, answer_format=PROBABILITIES, header=(style.id, *letters))
+    return Style.plain(args.answer_format, data.num_choices, answers_as(columns))
 
 
 def parse_args() -> argparse.Namespace:
@@ -392,8 +393,8 @@ def scales(text: str) -> list[float]:
 def mapping(text: str) -> dict:
     """A mapping in YAML's short form, as a recipe writes it."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = settle_words(load_yaml(text), are_texts=True)
+    except (yaml.YAMLError, ValueError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"a mapping such as '{{id: key}}' is needed; got {text!r}.")
@@ -435,10 +436,10 @@ def read_data(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
     trained = run["columns"] and Columns(**run["columns"])
     if args.part == VALIDATION:
         return read_validation(args, runs)
-    options = data_options(args, run["recipe"], trained)
+    options = data_options(args, run["recipe"], trained) | {"on_bad_row": args.on_bad_row}
     known = [other["num_letters"] for other in runs.values() if other["num_letters"]]
     if args.streaming:
-        options |= {"max_choices": min(known, default=None), "on_bad_row": args.on_bad_row}
+        options["max_choices"] = min(known, default=None)
         loaded = stream_examples(args.data, answers="optional", **options)
     else:
         loaded = read_examples(args.data, answers="optional", **options)

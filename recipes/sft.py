@@ -31,7 +31,7 @@ from vqa_sft.data import Loaded, note_kept_orders, read_examples, stream_example
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown
 from vqa_sft.files import held
 from vqa_sft.out_of_fold import write_out_of_fold
-from vqa_sft.split import TRAIN, VALIDATION, choose_parts, read_parts, select, write_parts
+from vqa_sft.split import TRAIN, VALIDATION, choose_parts, most_choices, read_parts, select, write_parts
 
 STARTED_S = time.monotonic()
 
@@ -119,7 +119,10 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     if args.streaming:
         # Without an end, so that no process runs out of rows before the others; max_steps ends the training.
         train = train.shuffle(seed=training_args.seed).repeat(None)
-    num_letters = args.max_choices or max(data.num_choices for data in loaded)
+    most = most_choices(loaded, parts)
+    num_letters = args.max_choices or most
+    if most > num_letters:
+        raise InputError(f"max_choices is {args.max_choices}, and the data have rows of {most} choices. Raise it.")
 
     if args.averaging and launch.shards_weights():
         raise InputError("averaging needs whole weights on every process: launch by DDP or ZeRO-2, or remove it.")
@@ -171,8 +174,10 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     if is_main:
         for folder in folders * args.overwrite:
             run_folder.put_aside(folder)
+        keeps_parts = checkpoints.last_whole_checkpoint(output_dir) is not None and not args.overwrite
         run_folder.start(output_dir, recipe.values, args.overwrite)
-        write_parts(output_dir, loaded, parts)
+        if not keeps_parts:  # of a run that is resumed, its rows as they were say more than as they are
+            write_parts(output_dir, loaded, parts)
     PartialState().wait_for_everyone()
     model = models.load_model(model_args, precision, device_map=launch.device_map(), **trust)
     if args.init_adapter is not None:
@@ -347,9 +352,6 @@ def load_data(recipe: Recipe, is_main: bool) -> list[Loaded]:
             if note not in needless:
                 print(note)
         data.problems.raise_if_any(data.name, args.on_bad_row)
-    most = max(data.num_choices for data in loaded)
-    if most > (args.max_choices or most):
-        raise InputError(f"max_choices is {args.max_choices}, and the data have rows of {most} choices. Raise it.")
     return loaded
 
 

@@ -385,7 +385,7 @@ COLUMNS = {
     ),
     "keep_rows_of_no_column": Broken(table(GOOD), "keep_rows names columns", recipe={"keep_rows": {"sort": "open"}}),
     "keep_rows_of_a_number": Broken(table(GOOD), "keep_rows names columns", recipe={"keep_rows": {3: "open"}}),
-    "keep_rows_keeps_none": Broken(table(GOOD), "has no rows that keep_rows keeps", recipe={"keep_rows": {"a": "?"}}),
+    "keep_rows_keeps_none": Broken(table(GOOD), "keeps: a holds 'cat'", recipe={"keep_rows": {"a": "?"}}),
     "no_row_has_a_picture": Broken(table([row(i, path="") for i in range(4)]), "has a picture in path"),
     "answer_in_the_prompt": Broken(
         table(GOOD), "answer stands for two things", recipe={"columns": {"context": "answer"}}
@@ -449,6 +449,19 @@ ROWS = {
     "sparse_choice": Broken(table([row(i, e="ant" if i == 7 else "") for i in range(24)]), "sparse_column", (7,)),
     "numbers_beside_choices": Broken(
         table([*(cells | {"E": i if i < 3 else ""} for i, cells in enumerate(GOOD))]), "stray_column", (0, 1, 2)
+    ),
+    "choices_that_refer": Broken(bad_row(d="Both A and B"), "keeps_order"),
+    "none_of_the_above": Broken(bad_row(d="None of the above"), "keeps_last"),
+    "no_choices_in_a_question": Broken(
+        table(
+            [
+                cells | {"question": "Which?" if i == 1 else "Which?\nA. cat\nB. dog\nC. fox\nD. owl"}
+                for i, cells in enumerate(GOOD)
+            ]
+        ),
+        "no_choices_in_question",
+        (1,),
+        recipe={"columns": {"choices": "in_question"}},
     ),
     "unknown_letter": Broken(bad_row(answer="e"), "bad_answer"),
     "answer_to_no_choice": Broken(bad_row(d="", answer="d"), "bad_answer"),

@@ -134,10 +134,9 @@ def test_what_cannot_stand_under_columns_is_refused(given):
 
 
 def test_other_data_of_a_run_are_read_with_its_context_or_none():
-    assert known_columns(found("id path question hint a b answer"), None) == {"context": "hint", "answer": "answer"}
+    assert known_columns(found("id path question hint a b answer"), None) == {"context": "hint"}
     assert known_columns(found("id path question a b answer"), {"id": "key"}) == {
         "context": None,
-        "answer": "answer",
         "id": "key",
     }
 

@@ -8,6 +8,8 @@ from vqa_sft.in_question import split_choices
     [
         ("Which?\nA. cat\nB. dog", "Which?", ["cat", "dog"]),
         ("How many triangles? Select answers from A-D. \n A) 10 B) 12 C) 14 D) 16", None, ["10", "12", "14", "16"]),
+        ("Which?\n- A. cat\n- B. dog", "Which?", ["cat", "dog"]),
+        ("Which?\nA. cat\nB. dog\nUse the map.", "Which?\nUse the map.", ["cat", "dog"]),
         ("어느 것인가요?\n① 고양이\n② 개", "어느 것인가요?", ["고양이", "개"]),
     ],
 )

@@ -11,7 +11,7 @@ from vqa_sft.columns import Columns
 from vqa_sft.data import read_examples
 from vqa_sft.ensemble import write_ensemble
 from vqa_sft.errors import InputError
-from vqa_sft.predictions import Predictions, digests_of, write_predictions
+from vqa_sft.predictions import Predictions, answers_as, digests_of, write_predictions
 from vqa_sft.submission import Style, submit, write
 
 CHOICES = [["cat", "dog"], ["1", "2", "3"], ["yes", "no"]]
@@ -29,7 +29,7 @@ CHOICES = [["cat", "dog"], ["1", "2", "3"], ["yes", "no"]]
 )
 def test_a_submission_is_written_as_the_data_write_their_answers(tmp_path, answer_format, is_upper, answers):
     columns = Columns("key", ("path",), "question", ("a", "b", "c"), "label", None, answer_format, is_upper)
-    write(tmp_path / "s.csv", THREE, Style.from_columns(columns), CHOICES)
+    write(tmp_path / "s.csv", THREE, Style.plain(None, 3, answers_as(columns)), CHOICES)
     lines = [f"{row_id},{answer}" for row_id, answer in zip("xyz", answers, strict=True)]
     assert (tmp_path / "s.csv").read_text().splitlines() == ["key,label", *lines]
 

@@ -22,6 +22,7 @@ _BEFORE = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _LETTER = re.compile(r"[(\[]?([A-Za-zⓐ-ⓩ가나다라마바사아자차카타파하ㄱ-ㅎ㉠-㉭])[)\].:]*")
+_LABELLED = re.compile(r"[(\[]?([A-Za-z])[)\].:]\s")
 _INDEX = re.compile(r"[(\[]?([0-9]{1,3})(?:\.0)?[)\].:]*")
 _FROM_1 = re.compile(r"([1-9][0-9]?)\s*번\.?|([①-⑳❶-❿])")
 # Choices that a truth value can answer.
@@ -130,10 +131,11 @@ def is_plain(cell: str, choices: Sequence[str], answer_format: str) -> bool:
 
 
 def is_upper_case(cells: Iterable[str]) -> bool:
-    """Whether most of the letters among the cells are upper case."""
+    """Whether most of the letters among the cells, or before their texts, are upper case; where there are none, yes."""
     bare = [_BEFORE.sub("", cell, count=1) for cell in cells]
-    letters = [match[1] for cell in bare if (match := _LETTER.fullmatch(cell)) and match[1].isascii()]
-    return sum(letter.isupper() for letter in letters) * 2 > len(letters)
+    labels = [match for cell in bare if (match := _LETTER.fullmatch(cell) or _LABELLED.match(cell))]
+    letters = [match[1] for match in labels if match[1].isascii()]
+    return sum(letter.isupper() for letter in letters) * 2 > len(letters) if letters else True
 
 
 def infer_format(rows: Iterable[tuple[str, Sequence[str]]], may_be_odd: bool = True) -> str:

@@ -60,7 +60,7 @@ def split_labelled(text: str) -> tuple[str, list[str]] | None:
     asked after the choices goes to the text before them.
     """
     narrow = text.translate(NARROW)
-    for start in (r"(?:^|\n)[ \t]*", r"(?:^|(?<=\s))"):  # lines; else anywhere
+    for start in (r"(?:^|\n)[ \t]*(?:[-*•][ \t]+)?", r"(?:^|(?<=\s))"):  # lines, in a list perhaps; else anywhere
         runs = _runs(narrow, re.compile(start + f"(?:{_LABEL.pattern})"))
         if runs:
             return _cut(text, max(runs))
@@ -87,6 +87,8 @@ def _cut(text: str, spans: list[tuple[int, int]]) -> tuple[str, list[str]] | Non
     choices = [text[end:stop] for (_, end), stop in zip(spans, ends, strict=True)]
     last = choices[-1]
     request = _REQUEST.search(last.rstrip())
+    if request is None and not any("\n" in choice.strip() for choice in choices[:-1]):  # all others are single lines
+        request = re.search(r"\n(?=\s*\S)", last.rstrip())
     after = last[request.start() :].strip() if request else ""
     choices[-1] = last[: request.start()] if request else last
     choices = _without_ends([choice.strip() for choice in choices])

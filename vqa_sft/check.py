@@ -210,7 +210,7 @@ def _list_problems(loaded: Loaded) -> Iterator[Found]:
     ids = dict(zip(loaded.numbers, loaded.examples["id"], strict=True))
     for key, kind, _ in loaded.problems:
         rows = [(row, ids[row], label) for label, row in loaded.problems.found(key)]
-        yield Found(key, kind.severity, kind.what, loaded.problems.mend(key), rows)
+        yield Found(key, kind.severity, kind.what, loaded.problems.remedy(key), rows)
 
 
 # --- Problems between rows --------------------------------------------------------------------------------------------

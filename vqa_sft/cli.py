@@ -362,6 +362,7 @@ def _data_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = f"As in a recipe, for a data file too: --{', --'.join(DATA_FIELDS)}."
     parser.add_argument(
         "source",
         metavar="SOURCE",

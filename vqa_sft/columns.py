@@ -57,11 +57,11 @@ _FIELD = re.compile(r"\{([^{}:]+)(?::0?([0-9]{1,2})d?)?\}")  # {id}, or {id:06} 
 class Columns:
     """The columns of one source. `choices` is the name of a list column, or one name a choice.
 
-    `id` None: rows are named by their number. `image` (): no pictures; a name with braces is a template of a path,
+    `id` None: rows are named by their number. `image` (): no images; a name with braces is a template of a path,
     "images/{id}.png". `choices` may be IN_QUESTION. `targets` is a list column with a number for each choice: votes, or
     a teacher's probabilities. `answer_format` and `answers_are_upper` say how the source writes its answers, so that a
     submission can write them the same. `fixed_question` and `fixed_choices` are those of every row; `question` is then
-    None, and `choices` ().
+    None, and `choices` (). `has_labels`: every choice began with the label of its place, which was taken off.
     """
 
     id: str | None
@@ -75,6 +75,7 @@ class Columns:
     targets: str | None = None
     fixed_question: str | None = None
     fixed_choices: tuple[str, ...] | None = None
+    has_labels: bool = False
 
     def __post_init__(self) -> None:
         for name in ("image", "choices", "fixed_choices"):  # JSON knows lists only
@@ -115,6 +116,12 @@ class Columns:
         parts = []
         if self.describe_choices() != trained.describe_choices():
             parts.append(f"choices: {self.describe_choices()}, not {trained.describe_choices()}")
+        for what, own, other in (("question", self.question, trained.question), ("image", self.image, trained.image)):
+            if own != other:
+                shown = [", ".join(names) if isinstance(names, tuple) else str(names) for names in (own, other)]
+                parts.append(f"{what}: {shown[0] or 'none'}, not {shown[1] or 'none'}")
+        if self.has_labels != trained.has_labels:
+            parts.append(f"choices {'begin' if self.has_labels else 'do not all begin'} with labels")
         if self.answer_format and trained.answer_format and self.answer_format != trained.answer_format:
             parts.append(f"answers are read as {self.answer_format}, not as {trained.answer_format}")
         if trained.context and not self.context:
@@ -173,8 +180,8 @@ def find_columns(
     those with paths. `fixed_question` and `fixed_choices` stand for columns. Raises InputError when a column is missing
     or there are too many choices.
     """
-    found: dict[str, Any] = {key: _find(names, usual) for key, usual in USUAL_NAMES.items()}
-    found["image"] = _find(images, USUAL_NAMES["image"]) or found["image"]
+    found: dict[str, Any] = {key: find_usual(names, usual) for key, usual in USUAL_NAMES.items()}
+    found["image"] = find_usual(images, USUAL_NAMES["image"]) or found["image"]
     if fixed_question is not None:
         found["question"] = None
     if fixed_choices is not None:
@@ -196,12 +203,19 @@ def find_columns(
 def are_here(known: Mapping[str, Any] | None, names: Sequence[str]) -> dict[str, Any]:
     """Of the columns of other data those that a source with these columns has too."""
 
-    def is_here(value: Any) -> bool:
-        wanted = value if isinstance(value, list | tuple) else [value]
-        parts = [part for name in wanted if name is not None for part in fields_of(name, "id") or [name]]
-        return all(part in names or part == IN_QUESTION for part in parts)
+    def is_here(name: str | None) -> bool:
+        if name is None or name == IN_QUESTION or name in names:
+            return True
+        parts = fields_of(name, None)
+        return bool(parts) and all(part in names or part == "id" for part in parts)
 
-    return {key: value for key, value in (known or {}).items() if is_here(value)}
+    here = {}
+    for key, value in (known or {}).items():
+        if all(map(is_here, value if isinstance(value, list | tuple) else [value])):
+            here[key] = value
+        elif key == "context":  # another column would be another context
+            here[key] = None
+    return here
 
 
 def find_others(names: Sequence[str], columns: Columns, given: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -233,7 +247,9 @@ def is_stray(rows: Callable[[], Iterator[tuple[str, Sequence[str]]]], is_other_c
         numbers, words = numbers + is_number, words + (not is_number)
         beside_words += any(text and not _NUMBER.fullmatch(text) for text in texts[:-1])
     is_numeric = not words and numbers >= 3 and beside_words >= 0.9 * numbers
-    return (is_numeric or is_other_case) and _is_never_right(rows())
+    if not is_numeric and not (is_other_case and any(cell for cell, _ in rows())):  # without answers, who knows
+        return False
+    return _is_never_right(rows())
 
 
 def is_sparse(rows: Callable[[], Iterator[tuple[str, Sequence[str]]]]) -> bool:
@@ -307,7 +323,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).casefold()
 
 
-def _find(names: Sequence[str], usual: Sequence[str]) -> str | None:
+def find_usual(names: Sequence[str], usual: Sequence[str]) -> str | None:
     plain = {_plain(name): name for name in reversed(names)}
     return next((plain[_plain(name)] for name in usual if _plain(name) in plain), None)
 
@@ -373,5 +389,5 @@ def known_columns(trained: Columns | None, named: Mapping[str, Any] | None) -> d
     """What other data of a run take over of its training, for `find_columns`: the columns that the recipe `named`, and
     the context. That is part of the prompt, so it is read where training had one and nowhere else. Targets are for
     training alone."""
-    known = {} if trained is None else {"context": trained.context, "answer": trained.answer}
+    known = {} if trained is None else {"context": trained.context}
     return known | {key: name for key, name in (named or {}).items() if key != "targets"}

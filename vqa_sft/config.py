@@ -61,7 +61,7 @@ class RecipeArguments:
         default=None,
     )
     fixed_question: str | None = _help("The question of every row, where the data have no column for it.", default=None)
-    fixed_choices: list[str] | None = _help("The choices of every row, such as [yes, no].", default=None)
+    fixed_choices: list[str] | None = _help("The choices of every row: [yes, no].", default=None)
     answer_format: Literal["letter", "index_from_0", "index_from_1", "text"] | None = _help(
         "How the answers are written; default: inferred.", default=None
     )
@@ -176,8 +176,8 @@ class RecipeArguments:
     def options_for_other_data(self, trained: Columns) -> dict[str, Any]:
         """The same for validation or test rows, which may be written in another way than the training rows."""
         options = self.data_options
-        options |= {"known_columns": known_columns(trained, options["columns"]), "columns": None, "trained": trained}
-        return options
+        options |= {"known_columns": known_columns(trained, options["columns"]), "trained": trained}
+        return options | {"columns": None, "answer_format": None}
 
     @property
     def adapted_parts(self) -> dict[str, bool]:

@@ -37,23 +37,24 @@ from vqa_sft.answers import (
     read_answer,
     unwrap,
 )
-from vqa_sft.cells import EMPTY_WORDS, find_split, read_list, split_text, strip_labels
+from vqa_sft.cells import EMPTY_WORDS, find_split, read_label, read_list, split_text, strip_labels
 from vqa_sft.columns import (
     IN_QUESTION,
     Columns,
     are_here,
     fields_of,
     fill,
+    find_choice_columns,
     find_columns,
     find_others,
     is_sparse,
     is_stray,
 )
-from vqa_sft.errors import InputError, printable, safe
+from vqa_sft.errors import InputError, name_rows, printable, safe
 from vqa_sft.in_question import split_choices
 from vqa_sft.mcq import LETTERS
 from vqa_sft.paths import ImagePaths
-from vqa_sft.problems import PREDICTION_HINT, TRAINING_HINT, Problems
+from vqa_sft.problems import PREDICTION_HINT, STREAM_HINT, Problems
 from vqa_sft.question_types import find_type
 from vqa_sft.references import find_references
 from vqa_sft.sources import Source, holds_pictures, open_source
@@ -80,7 +81,7 @@ _SHOWN = 10  # values of a column in a message
 _MANY = 10  # rows that should not all have one answer
 # Where rows need no answers: what is no answer of a choice; and of how many rows one and the same answer is none.
 PLACEHOLDERS = ("hidden", "unknown", "n/a", "na", "tbd", "todo", "x", "_", "--", "...", "<hidden>", "[hidden]")
-_CONSTANT = 5
+_CONSTANT = 10
 # How JPEG, PNG, GIF and WebP begin in base64: benchmark files in TSV hold their pictures so.
 _BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 
@@ -130,6 +131,7 @@ def read_examples(
     fixed_choices: Sequence[str] | None = None,
     known_columns: Mapping[str, Any] | None = None,
     trained: Columns | None = None,
+    on_bad_row: str = "error",
 ) -> Loaded:
     """Canonical examples of a source, and everything that is wrong with its texts; pictures are not opened.
 
@@ -149,7 +151,7 @@ def read_examples(
     given = are_here(known_columns, opened.columns) | dict(columns or {})
     fixed = {"fixed_question": fixed_question, "fixed_choices": fixed_choices}
     found = find_columns(opened.columns, given, answers, _columns_with_images(opened), **fixed)
-    reader = RowReader(opened, found, keep_rows, empty_cells, image_root, answers, trained)
+    reader = RowReader(opened, found, keep_rows, empty_cells, image_root, answers, trained, on_bad_row)
     reader.settle_columns(lambda: itertools.islice(reader.rows(), limit), given, answer_format)
     numbers, tables = [], []
     rows = itertools.islice(reader.rows(), limit)
@@ -164,7 +166,7 @@ def read_examples(
         raise InputError(f"{opened.name} has no rows{reader.describe_kept()}.")
     reader.problems.total = len(numbers)
     texts = pa.concat_tables(tables)
-    reader.settle_answers(partial(_cells_and_choices, texts), answer_format)
+    reader.settle_answers(partial(_cells_and_choices, texts), answer_format, are_all=limit is None)
     targets = texts["targets"].to_pylist() if reader.columns.targets else itertools.repeat(None, len(numbers))
     found = [
         reader.answer(cell, choices, row_id.as_py(), number, target)
@@ -191,7 +193,8 @@ def read_examples(
                 if found != path:
                     other[path] = found
         if other:  # nobody opens those outside
-            examples = examples.map(partial(_replace_paths, other=other), desc="Naming images")
+            how = {"other": other, "unopened": reader.unopened}
+            examples = examples.map(partial(_replace_paths, **how), desc="Naming images")
     reader.check_that_some_have_pictures(len(numbers))
     notes = [*opened.notes, *reader.notes, reader.describe(len(numbers)), *reader.paths.notes()]
     notes += note_kept_orders(opened.name, reader.problems)
@@ -212,16 +215,19 @@ def note_kept_orders(name: str, problems: Problems) -> list[str]:
 
 
 def row_digest(example: Mapping[str, Any]) -> str:
-    """16 hex digits that tell a row from others, whatever its id: of question, context, choices and images.
+    """16 hex digits that tell a row from others, whatever its id: of question, choices and images.
 
-    An image counts by its content where the row holds it, else by the name of its file, so that a folder may move. The
-    answer does not count: a test set may come with answers and without.
+    An image counts by its content where the row holds it, else by the name of its file without suffix and case, so that
+    a folder may move and a name be spelled as another disk has it. The answer does not count: a test set may come with
+    answers and without; nor does the context: of two runs, one may have been trained without it.
     """
     images = [
-        Path(image["path"]).name if image["bytes"] is None else hashlib.sha256(image["bytes"]).hexdigest()
+        unicodedata.normalize("NFC", Path(image["path"]).stem).casefold()
+        if image["bytes"] is None
+        else hashlib.sha256(image["bytes"]).hexdigest()
         for image in example["images"]
     ]
-    texts = [example["question"], example["context"], example["choices"], images]
+    texts = [example["question"], example["choices"], images]
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
 
 
@@ -260,8 +266,7 @@ def stream_examples(
     given = are_here(known_columns, opened.columns) | dict(columns or {})
     fixed = {"fixed_question": fixed_question, "fixed_choices": fixed_choices}
     found = find_columns(opened.columns, given, answers, _columns_with_images(opened), **fixed)
-    reader = RowReader(opened, found, keep_rows, empty_cells, image_root, answers, trained)
-    reader.on_bad_row = on_bad_row
+    reader = RowReader(opened, found, keep_rows, empty_cells, image_root, answers, trained, on_bad_row)
     first = list(itertools.islice(reader.rows(), min(_HEAD, limit or _HEAD)))
     reader.settle_columns(lambda: iter(first), given, answer_format)
     head = [reader.read(*item) for item in first]
@@ -272,7 +277,8 @@ def stream_examples(
         raise InputError(f"{opened.name} has no rows{reader.describe_kept()}.")
     if not reader.inside:
         reader.check_that_some_have_pictures(len(head))
-    reader.settle_answers(lambda: ((row["cell"], row["choices"]) for row in head), answer_format)
+    are_all = len(head) < _HEAD or limit == len(head)
+    reader.settle_answers(lambda: ((row["cell"], row["choices"]) for row in head), answer_format, are_all)
     reader.max_choices = max_choices or max(len(row["choices"]) for row in head)
     if reader.inside:
         reader.folder = first[-1][1]
@@ -322,6 +328,7 @@ class RowReader:
         image_root: str | None = None,
         answers: str = "required",
         trained: Columns | None = None,
+        on_bad_row: str = "error",
     ) -> None:
         in_arrow = _columns_with_images(source)
         texts = [name for name in [*columns.names, *(keep_rows or {})] if name not in columns.image]
@@ -331,7 +338,7 @@ class RowReader:
         self.source = source
         self.columns = columns
         self.keep_rows = {
-            name: [_text(value) for value in (values if isinstance(values, list) else [values])]
+            name: [text_of(value) for value in (values if isinstance(values, list) else [values])]
             for name, values in (keep_rows or {}).items()
         }
         self.empty_cells = {*(empty_cells or ()), ""}
@@ -340,14 +347,15 @@ class RowReader:
         self.max_choices = len(LETTERS)
         self.answers = answers
         self.trained = trained
-        self.on_bad_row = "error"  # of a stream
+        self.on_bad_row = on_bad_row
+        # In place of an image that is not opened, where its row is answered all the same.
+        self.unopened = [{"bytes": b"", "path": None}] if on_bad_row == "guess" else []
         self.notes: list[str] = []
         self.constant: str | None = None  # the answer of every row, which is none
         self.left_out = 0
         self._first_split: str | None = None  # of choices in the question, to look at
         self._values: dict[str, dict[str, None]] = {name: {} for name in self.keep_rows}  # some that are there
         self.split: str | None = None  # how a text becomes choices, one of cells.SPLITS
-        self.has_labels = False  # whether every choice begins with the label of its place
         self.stray: list[str] = []  # columns that look like choices and are none
         self.sparse: str | None = None  # one that may be none
         self.inside = [name for name in columns.image if name in in_arrow]
@@ -383,8 +391,8 @@ class RowReader:
         """Whether the row's columns hold what `keep_rows` asks for."""
         for name, there in self._values.items():
             if len(there) <= _SHOWN:
-                there[_text(row[name])] = None
-        return all(_text(row[name]) in values for name, values in self.keep_rows.items())
+                there[text_of(row[name])] = None
+        return all(text_of(row[name]) in values for name, values in self.keep_rows.items())
 
     def describe_kept(self) -> str:
         """Of a source without rows: what the columns of `keep_rows` hold, for the user."""
@@ -396,7 +404,7 @@ class RowReader:
 
     def raise_if_any(self) -> None:
         """Raises InputError for problems of a stream's row."""
-        hint = TRAINING_HINT if self.answers == "required" else PREDICTION_HINT
+        hint = STREAM_HINT if self.answers == "required" else PREDICTION_HINT
         self.problems.raise_if_any(self.source.name, self.on_bad_row, hint)
 
     def example(self, row: dict, number: int, folder: str | None = None) -> dict:
@@ -418,6 +426,7 @@ class RowReader:
                 found = self.paths.find(root, image["path"]) if image["bytes"] is None else image["path"]
                 if found is None and image["bytes"] is None:
                     self.problems.add("path_outside", texts["id"], number, image["path"][:60])
+                    image["bytes"] = b""
                 image["path"] = found
             self.raise_if_any()
         return texts | {"answer": answer}
@@ -447,10 +456,11 @@ class RowReader:
         is_list, choices = choices is not None, [self._checked(choice, row_id, number) for choice in choices or []]
         while choices and not choices[-1]:
             choices.pop()
-        if self.has_labels and is_list and (bare := strip_labels(choices)) is None:
-            self.problems.add("bad_choices", row_id, number, f"not labelled as in the other rows: {choices!r:.60}")
-        elif self.has_labels and is_list:
-            choices = bare
+        if is_list and (columns.has_labels or (self.trained is not None and self.trained.has_labels)):
+            bare = strip_labels(choices)
+            if bare is None and columns.has_labels:
+                self.problems.add("bad_choices", row_id, number, f"not labelled as in the other rows: {choices!r:.60}")
+            choices = bare or choices
         for name in self.stray:
             if text := self._value(row[name]):
                 self.problems.add("stray_column", row_id, number, f"{name}: {text!r:.60}")
@@ -480,15 +490,19 @@ class RowReader:
         others = find_others(texts, self.columns, given)
         name = self.columns.choices
         if name == IN_QUESTION or self.columns.fixed_choices is not None:
-            others.pop("choices", None)
+            unread = others.pop("choices", []) + [*(find_choice_columns(texts) or ())]
+            if unread:
+                self.notes.append(f"choices are {self.columns.describe_choices()}; not read: {', '.join(unread)}")
         elif isinstance(name, str):
             self.split = find_split(row[name] for _, _, row in rows())
             if self.split:
                 self.notes.append(f"the texts in {name} become choices by their {self.split!r}")
-        elif "choices" not in given:
+        elif "choices" not in given and (self.trained is None or self.trained.choices != self.columns.choices):
             self._leave_stray_out(rows)
         self._check_other_choices(rows, others.get("choices", ()))
         names = [self.columns.answer, *others.get("answer", ())]
+        if self.trained is not None and self.trained.answer in names:  # the first of those that mean the same
+            names.sort(key=lambda name: name != self.trained.answer)
         if len(names) > 1 and names[0] in self.source.columns:
             cells = (([self._value(self._cell(row, name)) for name in names], self._texts(row)) for _, _, row in rows())
             chosen = find_answer_column(names, cells, [answer_format] if answer_format else FORMATS)
@@ -499,7 +513,7 @@ class RowReader:
         if unread:
             self.notes.append(f"not read, though their names are usual: {', '.join(unread)}")
         if self._all_have_labels(rows):
-            self.has_labels = True
+            self.columns = replace(self.columns, has_labels=True)
             self.notes.append('the labels before the choices ("A. ...") are left out: the model gets its own')
         self.notes = [safe(f"{self.source.name}: {note}") for note in self.notes]
 
@@ -556,14 +570,22 @@ class RowReader:
                     )
 
     def _all_have_labels(self, rows: Callable[[], Iterator[tuple[int, str | None, dict]]]) -> bool:
-        has_labels = False
-        for _, _, row in rows():
+        num_rows, out_of_order = 0, []
+        for number, _, row in rows():
             choices = self._texts(row)
             if len(choices) > 1:
+                num_rows += 1
                 if strip_labels(choices) is None:
-                    return False
-                has_labels = True
-        return has_labels
+                    labels = [read_label(choice) for choice in choices]
+                    if None in labels or sorted(place for place, _ in labels) != [*range(len(choices))]:
+                        return False
+                    out_of_order.append(f"number {number} ({choices!r:.100})")
+        if len(out_of_order) >= 3:
+            raise InputError(
+                f"{self.source.name}: every choice begins with a label, and not with that of its own place in "
+                f"{name_rows(out_of_order, num_rows)}. Put the choices in the order of their labels, or take these off."
+            )
+        return num_rows > 0 and not out_of_order
 
     def _choices(self, row: dict) -> list | None:
         """The cells of the choices; None where their one cell is no list."""
@@ -585,19 +607,30 @@ class RowReader:
         return texts
 
     def settle_answers(
-        self, cells_and_choices: Callable[[], Iterator[tuple[str, list[str]]]], answer_format: str | None
+        self,
+        cells_and_choices: Callable[[], Iterator[tuple[str, list[str]]]],
+        answer_format: str | None,
+        are_all: bool = True,
     ) -> None:
         """Fix how the source writes its answers: as given, else as those of the training if that fits, else as most of
-        its rows do. Where answers are optional, placeholders are no answers."""
+        its rows do. Where answers are optional, placeholders are no answers; that one answer in all rows is one can be
+        said where these `are_all`."""
         if self.answers == "optional":
-            self._find_placeholders(cells_and_choices(), answer_format)
+            self._find_placeholders(cells_and_choices(), may_be_constant=are_all and answer_format is None)
 
         def known() -> Iterator[tuple[str, list[str]]]:
-            return ((cell, choices) for cell, choices in cells_and_choices() if not self._is_none(cell))
+            pairs = cells_and_choices()
+            return ((cell, choices) for cell, choices in pairs if cell in choices or not self._is_none(cell))
 
         if next(known(), None) is not None:
-            is_upper = is_upper_case(cell for cell, _ in known())
+            if answer_format and self.answers == "optional" and not _read_some(known(), answer_format):
+                found = self._find_format(known)
+                self.notes.append(
+                    f"{self.source.name}: no answer is written as {answer_format}; they are read as {found}"
+                )
+                answer_format = found
             answer_format = answer_format or self._find_format(known)
+            is_upper = answer_format == "letter" and is_upper_case(cell for cell, _ in known())
             for cell, choices in known():
                 index = read_answer(cell, choices, answer_format)
                 if index is not None and not is_plain(cell, choices, answer_format):
@@ -606,22 +639,22 @@ class RowReader:
                     break
         else:  # nothing is known of a source without answers
             is_upper = isinstance(self.columns.choices, tuple) and self.columns.choices[:1] == ("A",)
-            answer_format = None
         self.columns = replace(self.columns, answer_format=answer_format, answers_are_upper=is_upper)
         if self._first_split is not None:
             self.notes.append(safe(f"{self.source.name}: choices are read from the question: {self._first_split}"))
         if self.trained is not None and (unlike := self.columns.unlike(self.trained)):
             self.notes.append(safe(f"{self.source.name}: unlike the training data: {unlike}"))
 
-    def _find_placeholders(self, cells_and_choices: Iterator[tuple[str, list[str]]], answer_format: str | None) -> None:
+    def _find_placeholders(self, cells_and_choices: Iterator[tuple[str, list[str]]], may_be_constant: bool) -> None:
         """What test sets write in place of answers: usual words, and what stands in each of many rows."""
-        cells, words = Counter(), Counter()
+        cells, words, num_rows = Counter(), Counter(), 0
         for cell, choices in cells_and_choices:
+            num_rows += 1
             if cell.casefold() in PLACEHOLDERS and cell not in choices:
                 words[cell] += 1
             elif cell.casefold() not in UNKNOWN:
                 cells[cell] += 1
-        if answer_format is None and len(cells) == 1 and cells.total() >= _CONSTANT:
+        if may_be_constant and len(cells) == 1 and cells.total() == num_rows >= _CONSTANT:
             self.constant = next(iter(cells))
             words |= cells
         if words:
@@ -642,7 +675,7 @@ class RowReader:
         try:
             return infer_format(known())
         except InputError:
-            if trained is None:
+            if trained is None or not _read_some(known(), trained):
                 raise
             return trained
 
@@ -702,7 +735,7 @@ class RowReader:
         return text
 
     def _value(self, cell: object) -> str:
-        text = _text(cell)
+        text = text_of(cell)
         return "" if text in self.empty_cells else text
 
     def _check_texts(self, texts: dict, choices: list[str] | None, number: int) -> None:
@@ -730,9 +763,9 @@ class RowReader:
             add("equal_choices", row_id, number, repr(max(choices, key=choices.count))[:60])
         if "" in choices:
             add("empty_choice", row_id, number)
-        for choice in choices:
-            if choice.casefold() in EMPTY_WORDS:
-                add("nan_choice", row_id, number, repr(choice))
+        for text in (*choices, texts["context"]):
+            if text.casefold() in EMPTY_WORDS:
+                add("nan_choice", row_id, number, repr(text))
                 break
         num_free, reference = find_references(texts["question"], choices)
         if num_free < len(choices):
@@ -767,14 +800,17 @@ class RowReader:
                 images.append({"bytes": _decode_base64(text), "path": None})
             elif "://" in text[:10]:
                 self.problems.add("picture_address", row_id, number, text[:60])
+                images += self.unopened
             elif "\0" in text or not _is_whole(text):
                 self.problems.add("missing_picture", row_id, number, repr(text)[:60])
+                images += self.unopened
             else:
                 path = self.paths.find(self.root_of(folder), text)
                 if path is not None:
                     images.append({"bytes": None, "path": path})
                 else:  # nobody opens it
                     self.problems.add("path_outside", row_id, number, text[:60])
+                    images += self.unopened
         if not num_named and self._paths:
             self.problems.add("no_picture", row_id, number)
         return images
@@ -783,7 +819,9 @@ class RowReader:
         """The paths in a column, or the one that a template gives."""
         parts = fields_of(name, self.columns.id)
         if not parts:
-            return _as_list(row[name])
+            cells = [row[name]] if isinstance(row[name], dict) else _as_list(row[name])
+            # As `datasets` writes an image into JSON.
+            return [cell.get("path") if isinstance(cell, dict) and "path" in cell else cell for cell in cells]
         return [fill(name, {part: self._value(row.get(part)) for part in parts} | {"id": row_id})]
 
     def root_of(self, folder: str | None) -> Path:
@@ -794,7 +832,13 @@ class RowReader:
         return self._roots[folder]
 
 
-def _text(cell: object) -> str:
+def _read_some(cells_and_choices: Iterator[tuple[str, list[str]]], answer_format: str) -> bool:
+    """Whether half of the cells or more are answers in this format."""
+    readable = [read_answer(cell, choices, answer_format) is not None for cell, choices in cells_and_choices]
+    return sum(readable) * 2 >= len(readable)
+
+
+def text_of(cell: object) -> str:
     return "" if cell is None or cell != cell else str(cell).strip()  # NaN is not equal to itself
 
 
@@ -860,10 +904,13 @@ def _collect_pictures(row: dict, names: Sequence[str], root: str) -> dict:
     return {"images": pictures}
 
 
-def _replace_paths(row: dict, other: Mapping[str, str | None]) -> dict:
-    """The images of a row with their other paths; without those whose other path is None."""
-    images = [image | {"path": other.get(image["path"], image["path"])} for image in row["images"]]
-    return {"images": [image for image in images if image["bytes"] is not None or image["path"] is not None]}
+def _replace_paths(row: dict, other: Mapping[str, str | None], unopened: Sequence[dict]) -> dict:
+    """The images of a row with their other paths; `unopened` in place of those whose other path is None."""
+    images = []
+    for image in row["images"]:
+        path = other.get(image["path"], image["path"])
+        images += [image | {"path": path}] if image["bytes"] is not None or path is not None else unopened
+    return {"images": images}
 
 
 def _paths_only(pictures: datasets.Dataset) -> Iterator[list[str] | None]:

@@ -15,6 +15,7 @@ import yaml
 
 from vqa_sft.errors import InputError
 
+TEXT_FIELDS = ("columns", "keep_rows", "type_prompts")  # mappings that hold names and cells of data
 # Name of a field -> its type and, where it has them, its choices.
 Known = dict[str, tuple[Any, list | None]]
 
@@ -35,8 +36,16 @@ def read_command_line(argv: list[str]) -> dict[str, list[str]]:
     return given
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys and says nothing."""
+class _Word(str):
+    """A bare yes, no, on or off: YAML 1.1 reads a truth value, and a choice or a cell may be that very word."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Leaves it to the field whether yes, no, on and off are truth values. PyYAML keeps the last of two equal keys and
+    says nothing; here they are refused."""
+
+    def construct_yaml_bool(self, node: yaml.ScalarNode) -> bool | str:
+        return node.value.lower() == "true" if node.value.lower() in ("true", "false") else _Word(node.value)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
@@ -48,11 +57,30 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_yaml_bool)
+
+
+def settle_words(value: Any, are_texts: bool) -> Any:
+    """The value with every bare yes, no, on and off in it as a text, or as true and false."""
+    if isinstance(value, _Word):
+        return str(value) if are_texts else value.lower() in ("yes", "on")
+    if isinstance(value, list):
+        return [settle_words(item, are_texts) for item in value]
+    if isinstance(value, dict):
+        return {settle_words(key, True): settle_words(item, are_texts) for key, item in value.items()}
+    return value
+
+
+def load_yaml(text: str) -> Any:
+    """A value in YAML, as `checked` takes it. Raises yaml.YAMLError or ValueError."""
+    return yaml.load(text, _Loader)
+
+
 def read_yaml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise InputError(f"no such recipe: {path}.")
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _UniqueKeyLoader)
+        values = load_yaml(Path(path).read_text(encoding="utf-8"))
     except InputError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -75,7 +103,7 @@ def from_tokens(name: str, tokens: list[str], known: Known) -> Any:
 
 def _as_yaml(token: str) -> Any:
     try:
-        value = yaml.safe_load(token)
+        value = load_yaml(token)
         # "part #2.csv" is no name with a comment.
         return token if isinstance(value, str) and token[:1] not in ("'", '"') else value
     except (yaml.YAMLError, ValueError):  # "{question} {choices}" is fine text and no YAML
@@ -88,6 +116,8 @@ def checked(name: str, value: Any, known: Known) -> Any:
         near = difflib.get_close_matches(str(name), known, n=1)
         raise InputError(f"unknown key `{name}`." + (f" Did you mean `{near[0]}`?" if near else ""))
     hint, choices = known[name]
+    # Of a mapping that a library takes, the values may be anything, and are truth values as YAML says.
+    value = settle_words(value, name in TEXT_FIELDS or (_holds_texts(hint) and not isinstance(value, dict)))
     if isinstance(value, str) and "\0" in value:
         raise InputError(f"`{name}` holds a null byte. Take it out; got {value!r}.")
     if value is False and not _fits(value, hint) and _fits("no", hint):
@@ -100,6 +130,13 @@ def checked(name: str, value: Any, known: Known) -> Any:
     if isinstance(value, str) and float in _members(hint) and str not in _members(hint):
         return float(value)
     return value
+
+
+def _holds_texts(hint: Any) -> bool:
+    """Whether a field of this type holds texts and no truth value: text, or a list of texts."""
+    members = _members(hint)
+    lists = [typing.get_args(kind) for kind in members if typing.get_origin(kind) is list]
+    return bool not in members and (str in members or (str,) in lists)
 
 
 def _members(hint: Any) -> tuple:

@@ -4,19 +4,20 @@ answers.csv  id,label  ->  {"t_1": 1, ...}     read as the run's own data are (`
              t_1,2                             unless --columns or --answer-format say otherwise
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vqa_sft.answers import FORMATS, infer_format, read_answer
-from vqa_sft.columns import USUAL_NAMES, find_columns
-from vqa_sft.data import read_examples
+from vqa_sft.columns import USUAL_NAMES, are_here, find_columns, find_usual
+from vqa_sft.data import read_examples, text_of
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.mcq import LETTERS
 from vqa_sft.predictions import ANSWERS, Predictions, check_same_rows, digests_of
 from vqa_sft.sources import Source, open_source
 
+FIXED = ("fixed_question", "fixed_choices")
 HINT = f"Give --answer-format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 
 
@@ -33,12 +34,19 @@ class Rows:
 def read_rows(path: str | Path, own: Mapping[str, Any] | None, **options: Any) -> Rows:
     """All rows of a data file. `own` says how the run's data write their answers; `options` as in `read_examples`."""
     opened = _open(path, options)
+    fixed = _fixed(own, options)
     given = _own_columns(opened, own) | (options.pop("columns", None) or {})
+    options |= fixed
+    given = {key: name for key, name in given.items() if fixed.get(f"fixed_{key}") is None}
     answer_format = options.pop("answer_format", None) or (own or {}).get("format")
     options = {"split": "test"} | options | {"answers": "optional"}
-    knows_images = _has_columns(opened, given, options)
+    knows_images = _has_columns(opened, given, fixed)
     given = given if knows_images else {"image": []} | given
-    examples = read_examples(str(path), columns=given, answer_format=answer_format, **options).examples
+    loaded = read_examples(str(path), columns=given, answer_format=answer_format, **options)
+    if twice := loaded.problems.found("duplicate_id"):
+        labels = [label for label, _ in twice]
+        raise InputError(f"{path} has ids more than once: {name_rows(labels, len(loaded.examples))}.")
+    examples = loaded.examples
     ids = examples["id"][:]
     digests = dict(zip(ids, digests_of(examples), strict=True)) if knows_images else {}
     by_id = (dict(zip(ids, examples[name][:], strict=True)) for name in ("question", "choices", "answer"))
@@ -54,7 +62,7 @@ def read_rows_of(path: str | Path, predictions: Predictions, name: str | Path, *
         raise InputError(f"{path} lacks {name_rows(missing, len(ids))}. Give the data of the predictions.")
     check_same_rows(ids, predictions.digest_of, rows.digests, [name, path])
     pairs = zip(ids, predictions.choice_logits, strict=True)
-    differ = [row_id for row_id, logits in pairs if len(rows.choices[row_id]) != len(logits)]
+    differ = [row_id for row_id, logits in pairs if max(1, len(rows.choices[row_id])) != len(logits)]
     if differ:
         raise InputError(
             f"{path} has other numbers of choices in {name_rows(differ, len(ids))}. Give the data of the predictions."
@@ -73,7 +81,7 @@ def read_answers(
     own, given = predictions.metadata.get(ANSWERS), options.get("columns") or {}
     opened = _open(path, options)
     columns = _own_columns(opened, own) | given
-    if _has_columns(opened, {"image": []} | columns, options) or {"question", "choices"} & given.keys():
+    if _has_columns(opened, {"image": []} | columns, _fixed(own, options)) or {"question", "choices"} & given.keys():
         # Rows that are not predicted do not count.
         found = read_rows_of(path, predictions, name, **options).answers
         unknown = [row_id for row_id in predictions.ids if found[row_id] is None]
@@ -82,13 +90,13 @@ def read_answers(
                 f"{path}: the answer is none of the row's choices in {name_rows(unknown, len(found))}. {HINT}."
             )
         return {row_id: found[row_id] for row_id in predictions.ids}
-    id_name, answer = (columns.get(key) or _usual(opened.columns, key) for key in ("id", "answer"))
+    id_name, answer = (columns.get(key) or find_usual(opened.columns, USUAL_NAMES[key]) for key in ("id", "answer"))
     if id_name not in opened.columns or answer not in opened.columns:
         raise InputError(
             f"{path} must have the columns id and answer; found: {printable(', '.join(opened.columns), 400)}. Name "
             "them: --columns '{id: ..., answer: ...}'."
         )
-    rows = [(_text(row[id_name]), _text(row[answer])) for _, row in opened.rows()]
+    rows = [(text_of(row[id_name]), text_of(row[answer])) for _, row in opened.rows()]
     cells = dict(rows)
     if len(cells) < len(rows):
         raise InputError(f"{path} has ids more than once: {len(rows)} rows, {len(cells)} ids.")
@@ -144,12 +152,19 @@ def _open(path: str | Path, options: Mapping[str, Any]) -> Source:
 
 def _own_columns(opened: Source, own: Mapping[str, Any] | None) -> dict[str, str]:
     """The columns of the run's data that this file has too."""
-    named = {"id": (own or {}).get("id"), "answer": (own or {}).get("column")}
-    return {key: name for key, name in named.items() if name in opened.columns}
+    own = own or {}
+    named = {"id": own.get("id"), "answer": own.get("column")} | {key: own.get(key) for key in ("question", "choices")}
+    return are_here({key: name for key, name in named.items() if name}, opened.columns)
 
 
-def _has_columns(opened: Source, given: Mapping[str, Any], options: Mapping[str, Any]) -> bool:
-    fixed = {name: options.get(name) for name in ("fixed_question", "fixed_choices")}
+def _fixed(own: Mapping[str, Any] | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The question and the choices of every row: as given, else those of the run where no column is given."""
+    given = options.get("columns") or {}
+    known = {name: (own or {}).get(name) for name in FIXED if name.removeprefix("fixed_") not in given}
+    return known | {name: options[name] for name in FIXED if options.get(name) is not None}
+
+
+def _has_columns(opened: Source, given: Mapping[str, Any], fixed: Mapping[str, Any]) -> bool:
     try:
         find_columns(opened.columns, given, "optional", **fixed)
     except InputError:
@@ -160,12 +175,3 @@ def _has_columns(opened: Source, given: Mapping[str, Any], options: Mapping[str,
 def _without_columns(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those for the data beside a file that the columns were given for."""
     return {key: value for key, value in options.items() if key not in ("columns", "keep_rows")}
-
-
-def _usual(names: Iterable[str], key: str) -> str | None:
-    folded = {name.casefold(): name for name in names}
-    return next((folded[usual] for usual in USUAL_NAMES[key] if usual in folded), None)
-
-
-def _text(cell: object) -> str:
-    return "" if cell is None else str(cell).strip()

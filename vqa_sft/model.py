@@ -210,14 +210,14 @@ def _check_weights(name: str, model: PreTrainedModel, loaded: dict[str, Any]) ->
 
 
 def _is_apart(weight: str, model: PreTrainedModel) -> bool:
-    """Whether a weight belongs to a module that the model does not have, beside the language model or what holds it."""
+    """Whether a weight belongs to a module that the model does not have, beside the decoder and outside of it."""
     modules = {name for name, _ in model.named_modules()}
     owner = weight.rpartition(".")[0]
     if owner in modules:
         return False
     while owner not in modules:
         owner = owner.rpartition(".")[0]
-    return owner == "" or f"{decoder_name(model)}.".startswith(f"{owner}.")
+    return owner == "" or decoder_name(model).startswith(f"{owner}.")
 
 
 def _first(names: list[str], num: int = 3) -> str:

@@ -110,9 +110,8 @@ class Predictions:
 
 
 def digests_of(examples: datasets.Dataset) -> list[str]:
-    """The digest of each row. A context does not count: of two runs, one may have been trained without it."""
-    rows = examples.select_columns(["question", "choices", "images"])
-    return [row_digest(row | {"context": ""}) for row in rows]
+    """The digest of each row."""
+    return [row_digest(row) for row in examples.select_columns(["question", "choices", "images"])]
 
 
 def others_of(ids: Iterable[str], ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
@@ -141,6 +140,10 @@ def answers_as(columns: Columns) -> dict[str, Any]:
         "column": columns.answer or "answer",
         "format": columns.answer_format,
         "is_upper": columns.answers_are_upper,
+        "question": columns.question,
+        "choices": columns.choices,
+        "fixed_question": columns.fixed_question,
+        "fixed_choices": columns.fixed_choices,
     }
 
 

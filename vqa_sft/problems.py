@@ -23,7 +23,7 @@ class Kind:
 KINDS = {
     # The row
     "empty_id": Kind("error", "the id is empty", "Give every row an id."),
-    "duplicate_id": Kind("error", "duplicate id", "Give every row its own id."),
+    "duplicate_id": Kind("error", "duplicate id", "Give every row its own id; `columns: {id: null}` numbers the rows."),
     "empty_question": Kind("error", "the question is empty", "Write the question or remove the row."),
     "bad_choices": Kind("error", "the choices are no list", "Write them as a JSON list or in columns a, b, c, ..."),
     "no_choices_in_question": Kind(
@@ -46,7 +46,7 @@ KINDS = {
     "empty_choice": Kind("warning", "an empty choice before a filled one", "It is shown as an empty choice."),
     "nan_choice": Kind(
         "warning",
-        "a choice reads as tools write empty cells (NaN, N/A, None)",
+        "a choice or the context reads as tools write empty cells (NaN, N/A, None)",
         "If it is none, say so, as it is written: `empty_cells: [NaN]`.",
     ),
     "stray_column": Kind(
@@ -93,10 +93,9 @@ KINDS = {
 
 
 # Where the rows are trained on, and where they are predicted.
-TRAINING_HINT = (
-    "`on_bad_row: skip` trains without such rows; `vqa-sft check ... --fix FILE` writes a copy without them."
-)
-PREDICTION_HINT = "`--on_bad_row guess` answers such rows all the same, and marks them."
+STREAM_HINT = "`vqa-sft check ... --fix FILE` writes a copy without such rows."
+TRAINING_HINT = "`on_bad_row: skip` trains without such rows. " + STREAM_HINT
+PREDICTION_HINT = "`--on_bad_row guess` answers such rows all the same, and marks those that are guessed."
 IDS = ("empty_id", "duplicate_id")  # by which rows are told apart in folds, submissions, ensembles
 # Errors with which a row of a test set can be answered all the same.
 IMAGES = ("picture_address", "path_outside", "missing_picture", "unreadable_picture", "empty_picture", "not_a_picture")
@@ -143,7 +142,7 @@ class Problems:
         """(label, number) of the rows with one kind of problem, in the order in which they were found."""
         return self._found.get(key, [])
 
-    def mend(self, key: str) -> str:
+    def remedy(self, key: str) -> str:
         """How to mend one kind of problem in these data."""
         return f"{KINDS[key].mend} {self.hints.get(key, '')}".rstrip()
 
@@ -159,7 +158,10 @@ class Problems:
             errors = [error for error in errors if error[0] not in ANSWERABLE]
         if not errors:
             return
-        lines = [f"{kind.what}: {name_rows(labels, self.total)}. {self.mend(key)}" for key, kind, labels in errors]
-        if hint != PREDICTION_HINT or any(key in ANSWERABLE for key, _, _ in errors):
+        lines = [f"{kind.what}: {name_rows(labels, self.total)}. {self.remedy(key)}" for key, kind, labels in errors]
+        helped = {PREDICTION_HINT: {*ANSWERABLE}, TRAINING_HINT: KINDS.keys() - {*IDS}}
+        if any(key in helped.get(hint, KINDS) for key, _, _ in errors):
             lines.append(hint)
+        elif hint == TRAINING_HINT:
+            lines.append(STREAM_HINT)
         raise InputError("\n  ".join([f"{source} has rows that cannot be used:", *lines]))

@@ -26,7 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from vqa_sft.columns import USUAL_NAMES, _find
+from vqa_sft.columns import USUAL_NAMES, find_usual
 from vqa_sft.errors import InputError, explains, name_rows, printable
 
 FORMATS = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSONL", ".ndjson": "JSONL", ".json": "JSON", ".parquet": "Parquet"}
@@ -40,7 +40,7 @@ MAX_ROW = 64 * 2**20
 MAX_JSON_LIST = 256 * 2**20  # bytes of a file that has to be read as a whole
 _CHUNK = 2**20
 _BATCH = 1_000
-_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,12 @@ def find_files(names: Sequence[str]) -> list[Path]:
             )
         if path.stat().st_size == 0:
             raise InputError(f"{path} cannot be read as {FORMATS[path.suffix.lower()]}: it is empty.")
+        with path.open("rb") as file:
+            head = file.read(200).lstrip().lower()
+        if head.startswith(b"version https://git-lfs"):
+            raise InputError(f"{path} is a pointer of Git LFS, not the data. Fetch them: git lfs pull.")
+        if head.startswith((b"<!doctype", b"<html")):
+            raise InputError(f"{path} is a page of the web, not the data. Download the file itself.")
     suffixes = sorted({path.suffix.lower() for path in files})
     if len(suffixes) > 1:
         raise InputError(f"the files must have one format; got {', '.join(suffixes)}. Convert some of them.")
@@ -141,7 +147,7 @@ def _find_in_folder(folder: Path) -> list[Path]:
     card = folder / "README.md"  # of a local copy of a Hub dataset, which knows its files
     is_dataset = any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
     is_dataset = is_dataset or card.is_file() and card.read_bytes().startswith(b"---")
-    if is_dataset or any(path.suffix.lower() == ".parquet" for path in found):
+    if is_dataset or {path.suffix.lower() for path in found} == {".parquet"}:
         return []
     if len(found) > 1:
         named = ", ".join(printable(path.name) for path in found[:10]) + (", ..." if len(found) > 10 else "")
@@ -464,13 +470,13 @@ def _is_row(value: dict) -> bool:
 
 
 def _is_usual(name: str, role: str) -> bool:
-    return _find([name], USUAL_NAMES[role]) is not None
+    return find_usual([name], USUAL_NAMES[role]) is not None
 
 
 def _choose_ids(value: dict) -> tuple[list[tuple[str, object]], str]:
     """(key, row) of an object of rows, each with an id: its own where each has another, else the key."""
     rows = [row for row in value.values() if isinstance(row, dict)]
-    name = _find(list(dict.fromkeys(itertools.chain.from_iterable(rows))), USUAL_NAMES["id"])
+    name = find_usual(list(dict.fromkeys(itertools.chain.from_iterable(rows))), USUAL_NAMES["id"])
     own = [str(row[name]) for row in rows if row.get(name) is not None]
     how = "one JSON object with a row under each key"
     if len({*own}) == len(rows):
@@ -583,6 +589,11 @@ def _first_undecodable(path: Path, encoding: str) -> int | None:
                 line += text[: text.index("\0")].count("\n")
                 raise InputError(
                     f"{path} holds a null byte on line {line}. The file is damaged, or UTF-16: then set its `encoding`."
+                )
+            if any(mark in text for mark in ("\x1b$", "\x1b(")):
+                raise InputError(
+                    f"{path} holds the shifts of ISO-2022 (Japanese or Korean mail). Set `encoding: iso2022_jp` (or "
+                    "iso2022_kr), or save it as UTF-8."
                 )
             line += text.count("\n")
     return None

@@ -145,6 +145,18 @@ def select(loaded: Sequence[Loaded], parts: Sequence[list[str] | None], part: st
     return None
 
 
+def most_choices(loaded: Sequence[Loaded], parts: Sequence[list[str] | None]) -> int:
+    """Of a row that is trained or validated on; of a stream as far as it is known."""
+    counts = []
+    for data, data_parts in zip(loaded, parts, strict=True):
+        if data_parts is None:
+            counts.append(data.num_choices)
+        else:
+            used = zip(data.examples["choices"], data_parts, strict=True)
+            counts += [len(choices) for choices, part in used if part != LEFT_OUT]
+    return max(counts)
+
+
 def write_parts(folder: str | Path, loaded: Sequence[Loaded], parts: Sequence[list[str] | None]) -> None:
     """Write rows.csv into a run's folder, whole or not at all."""
     with (

@@ -17,7 +17,6 @@ from typing import Any, TextIO
 import numpy as np
 
 from vqa_sft.answers import FORMATS, UNKNOWN, infer_format, is_upper_case, read_answer, write_answer
-from vqa_sft.columns import Columns
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.matched import HINT, read_rows_of
 from vqa_sft.mcq import LETTERS
@@ -57,13 +56,6 @@ class Style:
         answer_format = answer_format or own["format"] or "letter"
         answers = tuple(LETTERS[:num_choices]) if answer_format == PROBABILITIES else (own["column"],)
         return cls(own["id"], answers, answer_format, own["is_upper"], (own["id"], *answers))
-
-    @classmethod
-    def from_columns(cls, columns: Columns) -> "Style":
-        """The names and the answer format of data."""
-        id_name, answer = columns.id or "id", columns.answer or "answer"
-        how = {"answer_format": columns.answer_format or "letter", "is_upper": columns.answers_are_upper}
-        return cls(id_name, (answer,), header=(id_name, answer), **how)
 
     @classmethod
     def from_template(
@@ -320,7 +312,8 @@ def render(
         if style.answer_format == PROBABILITIES:
             places = range(len(probs))
             if style.texts:
-                places = [style.texts.index(text) for text in choices[row_of[row_id]]]
+                place_of = {text: place for place, text in enumerate(style.texts)}
+                places = [place_of.get(text, 0) for text in choices[row_of[row_id]]]  # a row without choices: the first
             cells = _written(probs, places, len(style.answers))
         else:
             texts = choices[row_of[row_id]] if choices is not None else LETTERS
