@@ -60,7 +60,7 @@ def test_the_table_says_what_is_there_and_lists_errors_before_warnings(faulty):
     assert "  width, px             120      120      120      120      120      120      120" in lines
     problems = [line for line in lines if line.startswith(("  error", "  warning"))]
     assert [line.split(":")[0].split(maxsplit=1) for line in problems] == [
-        ["error", "the picture lies outside the picture folder"],
+        ["error", "the image lies outside the image folder"],
         ["error", "the answer is none of the choices"],
         ["error", "the picture is missing"],
         ["warning", "two choices are equal"],
@@ -165,7 +165,7 @@ def test_the_answer_is_marked_and_rows_with_problems_show_why(faulty):
     assert "the answer is none of the choices (&#39;z&#39;)" in by_row["row_001"]
     assert '<div class="no-picture">the picture is missing</div>' in by_row["row_002"]
     # It exists, and is still not put into a page that others may get.
-    assert "<img" not in by_row["row_003"] and "the picture lies outside the picture folder" in by_row["row_003"]
+    assert "<img" not in by_row["row_003"] and "the image lies outside the image folder" in by_row["row_003"]
 
 
 def test_every_sentence_over_a_plot_says_what_is_seen(faulty):

@@ -13,6 +13,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +23,9 @@ from scipy import sparse
 
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import whole
-from vqa_sft.sources import open_source
+from vqa_sft.sources import Source, open_source
 
+ENCODINGS = ("cp949", "gb18030", "big5", "cp932", "euc_jp", "cp1252", "latin-1")  # in which spreadsheets save
 # What the square of a row too many costs: among all rows, in its stratum, in each part of the stratum alone.
 # Measured: with less on strata, rare ones are more than a row off; with less on parts, a hold-out rounds too many rare
 # strata the same way.
@@ -172,7 +174,7 @@ def read_folds(path: str | Path, ids: Sequence[str], whole: bool = True) -> list
 
     `whole` is False where `ids` are only a part of the data, as under a limit: then the file may have others.
     """
-    fold_of = _read(path)
+    fold_of = _read(path, ids)
     _check_ids(path, ids, fold_of, whole)
     return [fold_of[row_id] for row_id in ids]
 
@@ -182,11 +184,24 @@ def fold_numbers(path: str | Path) -> list[int]:
     return sorted(set(_read(path).values()) - {-1})
 
 
-def _read(path: str | Path) -> dict[str, int]:
+def _open(path: str | Path, ids: Sequence[str] | None) -> Source:
+    """The file, in an encoding in which it has these ids where it is not sure; numbers of folds are the same in all."""
+    try:
+        return open_source(str(path))
+    except InputError:
+        for encoding in ENCODINGS if ids is not None else ("latin-1",):
+            with suppress(InputError):
+                opened = open_source(str(path), encoding=encoding)
+                if ids is None or "id" in opened.columns and {*ids} <= {row["id"] for _, row in opened.rows()}:
+                    return opened
+        raise
+
+
+def _read(path: str | Path, ids: Sequence[str] | None = None) -> dict[str, int]:
     """Id -> fold. Raises InputError."""
     if not Path(path).is_file():
         raise InputError(f"no such file: {path}. `vqa-sft folds` writes one.")
-    opened = open_source(str(path))
+    opened = _open(path, ids)
     if not {"id", "fold"} <= set(opened.columns):
         raise InputError(f"{path} must have the columns id and fold; found: {', '.join(opened.columns)}.")
     rows = [(str(row["id"]), str(row["fold"]).strip()) for _, row in opened.rows()]

@@ -300,7 +300,8 @@ def read_scores(work: Path, set_name: str, recipe: str, num_seeds: int) -> Score
         logits = np.stack(found.choice_logits)
         odds = np.exp(logits - logits.max(axis=1, keepdims=True))
         probs.append(odds / odds.sum(axis=1, keepdims=True))
-        with (run / LOG).open(encoding="utf-8") as file:
+        trained = run_folder_of(work, set_name, "plain", seed) if recipe == SOUP else run  # a soup has no log
+        with (trained / LOG).open(encoding="utf-8") as file:
             train_s.append(float([*csv.DictReader(file)][-1]["train_runtime"]))
     num_rotations = probs[0].shape[1]
     stacked = np.stack(probs).reshape(num_seeds, -1, num_rotations, num_rotations)  # seeds, rows, rotations, choices

@@ -4,6 +4,8 @@ import difflib
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
-from transformers.integrations import sdpa_attention
+from transformers.integrations import deepspeed, sdpa_attention
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from vqa_sft import quantized
@@ -114,8 +116,23 @@ def build_skeleton(
     """The base without weights (on the meta device): the names of its modules, and what `read_config` raises."""
     config = read_config(model_args, trust_remote_code=trust_remote_code, device_map=device_map)
     what = f"the model {model_args.model_name_or_path!r} cannot be built"
-    with explains(LOADING_ERRORS, what), torch.device("meta"):
+    with explains(LOADING_ERRORS, what), _without_zero3(), torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """ZeRO-3 would deal out the weights of a model that has none."""
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    if config is None or not deepspeed.is_deepspeed_zero3_enabled():
+        yield
+        return
+    kept = config()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(kept)
 
 
 def load_model(
