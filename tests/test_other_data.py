@@ -443,3 +443,20 @@ def test_mail_in_iso_2022_is_not_read_as_ascii(folder):
     with pytest.raises(InputError, match="encoding: iso2022_jp"):
         read_examples(file)
     assert read_examples(file, encoding="iso2022_jp").examples[0]["choices"][0] == "\u732b"
+
+
+def test_a_format_that_training_could_not_tell_is_not_believed_where_it_matters(folder):
+    def numbers(order, name):
+        rows = [
+            {"question": f"{i}?"} | dict(zip("abcd", order, strict=True)) | {"answer": order[i % 4]} for i in range(16)
+        ]
+        return write(folder, rows, name)
+
+    trained = read_examples(numbers([1, 2, 3, 4], "train.csv")).columns
+    assert {trained.answer_format, *trained.other_formats} == {"index_from_1", "text"}
+    with pytest.raises(InputError, match="index_from_1 or text|text or index_from_1"):
+        read_examples(numbers([4, 3, 2, 1], "test.csv"), answers="optional", trained=trained)
+    assert (
+        answers(read_examples(numbers([1, 2, 3, 4], "same.csv"), answers="optional", trained=trained))
+        == [0, 1, 2, 3] * 4
+    )

@@ -139,7 +139,13 @@ def is_upper_case(cells: Iterable[str]) -> bool:
 
 
 def infer_format(rows: Iterable[tuple[str, Sequence[str]]], may_be_odd: bool = True) -> str:
-    """The format in which the (answer, choices) are answers; cells that are one in no format do not count.
+    """The likeliest of `infer_formats`."""
+    return infer_formats(rows, may_be_odd)[0]
+
+
+def infer_formats(rows: Iterable[tuple[str, Sequence[str]]], may_be_odd: bool = True) -> list[str]:
+    """The format in which the (answer, choices) are answers, and others that read all of them as well and mean the same
+    choices: 1, 2, 3 of the choices 1, 2, 3 are indices and texts. Cells that are an answer in no format do not count.
 
     A format is ruled out by three rows and 1% of all that it cannot read and a better one can. Raises InputError, with
     the evidence, while two formats are left that mean other choices: 1, 2, 1 of four may count from 0 or from 1. Where
@@ -165,7 +171,7 @@ def infer_format(rows: Iterable[tuple[str, Sequence[str]]], may_be_odd: bool = T
     ]
     evidence = [found for pair, found in differ.items() if {*pair} <= {*left}]
     if not evidence:
-        return left[0]
+        return [left[0], *(name for name in left[1:] if fits[name] == num_rows)]
     left = [name for name in left if fits[name]]
     counts = [f"{name} ({fits[name]:,} of {num_rows:,} rows)" for name in left]
     shown = dict.fromkeys(_show(cell, choices, readings, left) for cell, choices, readings in evidence)

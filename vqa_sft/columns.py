@@ -62,6 +62,7 @@ class Columns:
     a teacher's probabilities. `answer_format` and `answers_are_upper` say how the source writes its answers, so that a
     submission can write them the same. `fixed_question` and `fixed_choices` are those of every row; `question` is then
     None, and `choices` (). `has_labels`: every choice began with the label of its place, which was taken off.
+    `other_formats` read all answers as well, and mean the same choices.
     """
 
     id: str | None
@@ -76,9 +77,10 @@ class Columns:
     fixed_question: str | None = None
     fixed_choices: tuple[str, ...] | None = None
     has_labels: bool = False
+    other_formats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("image", "choices", "fixed_choices"):  # JSON knows lists only
+        for name in ("image", "choices", "fixed_choices", "other_formats"):  # JSON knows lists only
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
 

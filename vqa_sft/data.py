@@ -31,7 +31,7 @@ from vqa_sft.answers import (
     FORMATS,
     UNKNOWN,
     find_answer_column,
-    infer_format,
+    infer_formats,
     is_plain,
     is_upper_case,
     read_answer,
@@ -624,12 +624,13 @@ class RowReader:
 
         if next(known(), None) is not None:
             if answer_format and self.answers == "optional" and not _read_some(known(), answer_format):
-                found = self._find_format(known)
+                found = self._find_formats(known)[0]
                 self.notes.append(
                     f"{self.source.name}: no answer is written as {answer_format}; they are read as {found}"
                 )
                 answer_format = found
-            answer_format = answer_format or self._find_format(known)
+            answer_format, *others = [answer_format] if answer_format else self._find_formats(known)
+            self.columns = replace(self.columns, other_formats=tuple(others))
             is_upper = answer_format == "letter" and is_upper_case(cell for cell, _ in known())
             for cell, choices in known():
                 index = read_answer(cell, choices, answer_format)
@@ -668,16 +669,26 @@ class RowReader:
         words = (*UNKNOWN, *PLACEHOLDERS) if self.answers == "optional" else UNKNOWN
         return cell.casefold() in words or cell == self.constant
 
-    def _find_format(self, known: Callable[[], Iterator[tuple[str, list[str]]]]) -> str:
-        trained = self.trained and self.trained.answer_format
-        if trained and all(read_answer(cell, choices, trained) is not None for cell, choices in known()):
-            return trained
+    def _find_formats(self, known: Callable[[], Iterator[tuple[str, list[str]]]]) -> list[str]:
+        """As `infer_formats`; those of the training come first, where they read all answers. Raises InputError where
+        training could not tell two of them apart, and these rows could."""
+        trained = self.trained
+        formats = [trained.answer_format, *trained.other_formats] if trained and trained.answer_format else []
+        fit = [name for name in formats if all(read_answer(*pair, name) is not None for pair in known())]
+        for cell, choices in known() if len(fit) > 1 else ():
+            if len({read_answer(cell, choices, name) for name in fit}) > 1:
+                raise InputError(
+                    f"{self.source.name}: the answers can be read as {' or '.join(fit)}, as those of the training "
+                    f"could: {cell!r:.60} of {choices!r:.100} means different choices. Set answer_format to one."
+                )
+        if fit:
+            return fit
         try:
-            return infer_format(known())
+            return infer_formats(known())
         except InputError:
-            if trained is None or not _read_some(known(), trained):
+            if not formats or not _read_some(known(), formats[0]):
                 raise
-            return trained
+            return formats[:1]
 
     def answer(
         self,
