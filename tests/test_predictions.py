@@ -12,10 +12,10 @@ from vqa_sft.predictions import (
     Predictions,
     digests_of,
     read_predictions,
-    score_table,
     with_answers,
     write_predictions,
 )
+from vqa_sft.score import score_table
 
 THREE = Predictions(
     ["x", "y", "z"],

@@ -286,7 +286,7 @@ def _add_doubt(commands: Any) -> None:
 
 
 def _score(args: argparse.Namespace) -> None:
-    from vqa_sft.predictions import score_table
+    from vqa_sft.score import score_table
 
     print(score_table(args.predictions, args.answers, args.data, **_data_options(args)))
 

@@ -37,7 +37,7 @@ from vqa_sft.data import row_digest
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import whole
 from vqa_sft.mcq import LETTERS
-from vqa_sft.metrics import as_table, describe, softmax, with_intervals
+from vqa_sft.metrics import softmax
 from vqa_sft.pooling import experts_of_scales, log_rows, pool
 
 SCHEMA = pa.schema(
@@ -308,34 +308,3 @@ def with_answers(predictions: Predictions, answers: dict[str, int]) -> Predictio
     if beyond:
         raise InputError(f"the answer is none of the row's choices in {name_rows(beyond, len(predictions.ids))}.")
     return replace(predictions, answers=list(matched))
-
-
-def read_named(item: str) -> tuple[str, Predictions]:
-    """The name and the predictions of FILE.parquet or NAME=FILE.parquet."""
-    name, _, path = ("", "", item) if Path(item).exists() or "=" not in item else item.partition("=")
-    return name or path, read_predictions(path)
-
-
-def score_table(files: Sequence[str], answers_file: str | None = None, data: str | None = None, **options: Any) -> str:
-    """A table of rows, accuracy, NLL in nats, Brier score and both ECE, with 95% intervals: a line a prediction file,
-    two for a calibrated one, without its calibration and with it. `options` say how the answers are read."""
-    from vqa_sft.matched import read_answers
-
-    lines = []
-    for item in files:
-        name, predictions = read_named(item)
-        if answers_file is not None:
-            predictions = with_answers(predictions, read_answers(answers_file, predictions, name, data, **options))
-        if None in predictions.answers:
-            raise InputError(f"{name} holds rows without an answer. Give --answers FILE.csv.")
-        calibration = predictions.metadata.get(CALIBRATION)
-        kinds = [("", softmax(predictions.choice_logits))]
-        if calibration:
-            told = f", temperature {calibration['temperature']:.2f}" + ", bias" * bool(calibration.get("bias"))
-            told += ", weights of scales" * bool(calibration.get("scale_weights"))
-            kinds = [(", as scored", kinds[0][1]), (told, predictions.probs)]
-        for kind, probs in kinds:
-            values = with_intervals(probs, predictions.answers)
-            names = [key for key in values if not key.endswith("_95")]
-            lines.append([name + kind, f"{len(predictions.ids):,}", *describe(values, names)])
-    return as_table([["", "rows", *names], *lines])
