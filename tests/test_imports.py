@@ -28,6 +28,8 @@ WITHOUT_TORCH = (
     "metrics",
     "pooling",
     "predictions",
+    "matched",
+    "score",
     "calibration",
     "ensemble",
     "diff",

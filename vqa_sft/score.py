@@ -18,7 +18,7 @@ def read_named(item: str) -> tuple[str, Predictions]:
 
 def score_table(files: Sequence[str], answers_file: str | None = None, data: str | None = None, **options: Any) -> str:
     """A table of rows, accuracy, NLL in nats, Brier score and both ECE, with 95% intervals: a line a prediction file,
-    two for a calibrated one, without its calibration and with it. `options` say how the answers are read."""
+    two where a calibration changes something, without it and with it. `options` say how the answers are read."""
     lines = []
     for item in files:
         name, predictions = read_named(item)
@@ -29,9 +29,7 @@ def score_table(files: Sequence[str], answers_file: str | None = None, data: str
         calibration = predictions.metadata.get(CALIBRATION) or {}
         changes = calibration.get("temperature", 1) != 1 or calibration.get("bias") or calibration.get("scale_weights")
         kinds = [("", softmax(predictions.choice_logits))]
-        if calibration and (
-            calibration["temperature"] != 1 or calibration.get("bias") or calibration.get("scale_weights")
-        ):
+        if changes:
             told = f", temperature {calibration['temperature']:.2f}"
             told += ", bias" if calibration.get("bias") else ""
             told += ", weights of scales" if calibration.get("scale_weights") else ""
