@@ -57,7 +57,13 @@ def test_a_pipe_that_breaks_elsewhere_keeps_its_traceback():
 def test_an_interrupted_script_says_one_word():
     code = SCRIPT.format(body="print('ready', flush=True); time.sleep(60)")
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        # What is started in the background ignores it, and so would what that starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
