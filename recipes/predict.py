@@ -31,29 +31,30 @@ import pyarrow as pa
 import yaml
 from datasets import Dataset, IterableDataset
 
-from vqa_sft.quiet import quiet
+from vqa_sft.environment import quiet
 
 quiet()
 
-from vqa_sft import run_folder, shards
-from vqa_sft.answers import FORMATS
-from vqa_sft.calibration import read_calibration, views_key, worth_of_scales
-from vqa_sft.columns import Columns, check_columns, check_fixed, known_columns
-from vqa_sft.config import RecipeArguments
-from vqa_sft.data import Loaded, read_examples, stream_examples
-from vqa_sft.ensemble import AVERAGES
+from vqa_sft.batch.prompts import Prompts
+from vqa_sft.config.fields import load_yaml, settle_words
+from vqa_sft.config.recipe import RecipeArguments
+from vqa_sft.data.answers import FORMATS
+from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
+from vqa_sft.data.examples import Loaded, read_examples, stream_examples
+from vqa_sft.data.problems import GUESSED, PREDICTION_HINT, Problems
+from vqa_sft.data.scan import scan_pictures
+from vqa_sft.data.sources import find_files
+from vqa_sft.data.split import VALIDATION, read_parts, select
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown, name_rows
-from vqa_sft.fields import load_yaml, settle_words
 from vqa_sft.files import held
-from vqa_sft.mcq import LETTERS, MOST_ORDERS, view_orders
-from vqa_sft.predictions import ANSWERS, answers_as, digests_of
-from vqa_sft.problems import GUESSED, PREDICTION_HINT, Problems
-from vqa_sft.prompts import Prompts
-from vqa_sft.results import Block, block_of_parts, blocks_of_runs, check_outputs, write_results
-from vqa_sft.scan import scan_pictures
-from vqa_sft.sources import find_files
-from vqa_sft.split import VALIDATION, read_parts, select
-from vqa_sft.submission import PROBABILITIES, STYLES, Style
+from vqa_sft.inference import shards
+from vqa_sft.inference.results import Block, block_of_parts, blocks_of_runs, check_outputs, write_results
+from vqa_sft.letters import LETTERS, MOST_ORDERS, view_orders
+from vqa_sft.predictions.calibration import read_calibration, views_key, worth_of_scales
+from vqa_sft.predictions.ensemble import AVERAGES
+from vqa_sft.predictions.file import ANSWERS, answers_as, digests_of
+from vqa_sft.predictions.submission import PROBABILITIES, STYLES, Style
+from vqa_sft.runs import folder as run_folder
 
 # What a run's or a base's numbers depend on, and not what is made of them later.
 MODEL_FILES = ("*.safetensors", "run.json", "*config.json", "chat_template*", "tokenizer*")
@@ -124,7 +125,8 @@ def predict(args: argparse.Namespace, runs: dict[str, dict], folders: list[str],
 
     from accelerate import PartialState
 
-    from vqa_sft import launch, scorer
+    from vqa_sft.inference import scorer
+    from vqa_sft.models import processes as launch
 
     launch.check_processes(args.use_cpu)
     with explains((ValueError, RuntimeError), "the processes do not find each other: use accelerate launch"):
@@ -188,8 +190,8 @@ def score(
     than two choices are not shown to the model."""
     from accelerate import PartialState
 
-    from vqa_sft import launch
-    from vqa_sft.scoring import plan_batches, score_batches
+    from vqa_sft.models import processes as launch
+    from vqa_sft.models.scoring import plan_batches, score_batches
 
     state = PartialState()
     collators = model.collators(args.orders, args.scales, blank)

@@ -20,18 +20,18 @@ import time
 from collections import Counter
 from typing import Any
 
-from vqa_sft.quiet import quiet
+from vqa_sft.environment import quiet
 
 quiet()
 
-from vqa_sft import checkpoints, run_folder
-from vqa_sft.calibration import calibrate_new
-from vqa_sft.config import Recipe, describe_fields, read_recipe
-from vqa_sft.data import Loaded, note_kept_orders, read_examples, stream_examples
+from vqa_sft.config.recipe import Recipe, describe_fields, read_recipe
+from vqa_sft.data.examples import Loaded, note_kept_orders, read_examples, stream_examples
+from vqa_sft.data.split import TRAIN, VALIDATION, choose_parts, most_choices, read_parts, select, write_parts
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown
 from vqa_sft.files import held
-from vqa_sft.out_of_fold import write_out_of_fold
-from vqa_sft.split import TRAIN, VALIDATION, choose_parts, most_choices, read_parts, select, write_parts
+from vqa_sft.predictions.calibration import calibrate_new
+from vqa_sft.runs import checkpoints, folder as run_folder
+from vqa_sft.runs.out_of_fold import write_out_of_fold
 
 STARTED_S = time.monotonic()
 
@@ -77,7 +77,7 @@ def train_runs(recipe: Recipe, runs: list[Recipe], folders: list[str], is_main: 
         if recipe.arguments.fold == "all" and is_main:
             print(write_out_of_fold(recipe.values["output_dir"], folders))
             print(calibrate_new(recipe.values["output_dir"]))
-    from vqa_sft import launch
+    from vqa_sft.models import processes as launch
 
     launch.leave()
     if is_stopped and stop.got_sigterm:
@@ -103,11 +103,15 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     from accelerate import PartialState
     from transformers import EarlyStoppingCallback
 
-    from vqa_sft import averaging, cache, curves, hub, launch, memory, model as models, speed
-    from vqa_sft.collator import AnswerCollator, TrainCollator, check_texts
-    from vqa_sft.predictions import ANSWERS, answers_as, write_predictions
-    from vqa_sft.scoring import find_end_of_turn, find_letter_ids
-    from vqa_sft.trainer import AnswerTrainer, predict_examples
+    from vqa_sft.batch.collator import AnswerCollator, TrainCollator, check_texts
+    from vqa_sft.models import load as models, processes as launch
+    from vqa_sft.models.fast import feature_store as cache, speedups as speed
+    from vqa_sft.models.memory import estimate as memory
+    from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
+    from vqa_sft.predictions.file import ANSWERS, answers_as, write_predictions
+    from vqa_sft.runs import hub
+    from vqa_sft.training import averaging, curves
+    from vqa_sft.training.trainer import AnswerTrainer, predict_examples
 
     launch.check_processes(use_cpu=bool(recipe.values.get("use_cpu")))
     precision = models.choose_precision(recipe.values)
@@ -373,7 +377,7 @@ def split(recipe: Recipe, loaded: list[Loaded], folders: list[str]) -> list[list
 
 def push(recipe: Recipe) -> None:
     """Push the finished run; when that fails, say how to do it later."""
-    from vqa_sft.hub import push_run
+    from vqa_sft.runs.hub import push_run
 
     values = recipe.values
     try:

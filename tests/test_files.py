@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 from conftest import RECIPES, write_hard_contest
 
-from vqa_sft import curves, folds, run_folder, shards
+from vqa_sft.data import folds
 from vqa_sft.errors import InputError
 from vqa_sft.files import held, remove_unfinished, whole, write_whole
-from vqa_sft.predictions import read_predictions
+from vqa_sft.inference import shards
+from vqa_sft.predictions.file import read_predictions
+from vqa_sft.runs import folder as run_folder
 from vqa_sft.tiny import TINY_PATH
+from vqa_sft.training import curves
 
 ROOT = RECIPES.parent
 HOLD = """
@@ -138,10 +141,10 @@ def test_a_folder_that_cannot_be_written_is_told_as_such(tmp_path):
 # Starts pairs of commands at once, one pair after another, and prints their exit codes. Imports once for all of them.
 PAIRS = """
 import json, os, runpy, sys, traceback
-from vqa_sft.quiet import quiet
+from vqa_sft.environment import quiet
 
 quiet()
-import vqa_sft.memory, vqa_sft.scorer, vqa_sft.trainer
+import vqa_sft.models.memory.estimate, vqa_sft.inference.scorer, vqa_sft.training.trainer
 
 def begin(command, log):
     if pid := os.fork():

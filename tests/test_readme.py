@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from vqa_sft.config import read_recipe
+from vqa_sft.config.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from vqa_sft.mcq import LETTERS
+from vqa_sft.letters import LETTERS
 from vqa_sft.tiny.glyphs import FONTS, HELD_OUT_FONTS, glyph_mask
 from vqa_sft.tiny.words import COLOURS, NUMBER_WORDS, PLACES, SHAPES, WORDINGS, YES_NO, with_particle
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from vqa_sft.mcq import LETTERS, identity_order
-from vqa_sft.prompts import Prompts, render_messages
+from vqa_sft.batch.prompts import Prompts, render_messages
+from vqa_sft.letters import LETTERS, identity_order
 
 
 def load_base(path: Path) -> tuple[ProcessorMixin, PreTrainedModel]:

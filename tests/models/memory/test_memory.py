@@ -1,0 +1,638 @@
+"""The estimate against peaks measured on GPUs, against what autograd really saves, and what is made of it."""
+
+import copy
+import functools
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import RECIPES
+from peft import get_peft_model
+from quantised import FP8, KINDS, OTHERS
+from test_cli import run  # noqa: F401  a fixture
+from transformers import AttentionInterface, AutoModelForImageTextToText
+from trl import ModelConfig, SFTConfig
+
+from vqa_sft.errors import InputError
+from vqa_sft.models import shapes
+from vqa_sft.models.fast import fused_lora as lora
+from vqa_sft.models.load import load_model, lora_config
+from vqa_sft.models.memory import estimate as memory
+from vqa_sft.models.memory.estimate import Plan, estimate, need_gib
+from vqa_sft.runs import folder as run_folder
+from vqa_sft.training.trainer import AnswerTrainer
+
+B7, B3, B8 = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7B", "2.5-VL-3B", "3-VL-8B"))
+
+
+@functools.cache
+def shape_of(name, rank=32, **values):
+    args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=rank, lora_dropout=0.0, dtype=None)
+    args = replace(args, **values)
+    return memory.read_shape(args, shapes.shape_config(name))
+
+
+def allocated_gib(shape, plan):
+    """What is measured with max_memory_allocated: without what the allocator keeps beside it."""
+    parts = estimate(shape, plan)
+    return sum(parts.values()) - parts["fragmentation"]
+
+
+# --- against measurements ---------------------------------------------------------------------------------------------
+
+# One H200, torch 2.11, bf16, AdamW, LoRA of rank 32 on the seven linear layers, 448 px (256 tokens) a row; peak of
+# max_memory_allocated in GiB (docs/speed.md holds most). Compiled layers keep all that the compiler chooses to keep,
+# or as much as the default of activation_memory_budget lets them.
+ALL, LESS = {"compiled": True}, {"compiled": True, "memory_budget": 0.7}
+OLD = {"rides": False}  # before adapters rode on the base
+H200 = [
+    (B7, Plan(16, text_tokens=75, **OLD), 5296, 50.3),
+    (B7, Plan(16, text_tokens=75, fast=False), 5296, 51.5),  # packed, with the MLP of the last layer at all places
+    (B7, Plan(16, text_tokens=75, fast=False, attention="unfused"), 5296, 59.8),
+    (B7, Plan(16, text_tokens=75, **ALL), 5296, 40.4),
+    (B7, Plan(16, text_tokens=167, **ALL), 6768, 46.5),
+    (B7, Plan(16, text_tokens=219, **ALL), 7604, 50.2),
+    (B7, Plan(32, text_tokens=219, **ALL), 15209, 83.5),
+    (B7, Plan(16, text_tokens=167, **LESS), 6768, 36.7),
+    (B3, Plan(32, text_tokens=219, **ALL), 15209, 57.6),
+    (B7, Plan(16, text_tokens=167, shared_tokens=22, **LESS), 6438, 36.9),
+    (B7, Plan(4, text_tokens=167, shared_tokens=22, **LESS), 1626, 21.8),
+]
+
+
+@pytest.mark.parametrize("name, plan, tokens, measured_gib", H200)
+def test_peaks_measured_on_an_h200(name, plan, tokens, measured_gib):
+    shape, plan = shape_of(name), replace(plan, max_pixels=448 * 448)
+    assert memory.num_tokens(shape, plan) == pytest.approx(tokens, rel=0.001)
+    assert allocated_gib(shape, plan) == pytest.approx(measured_gib, rel=0.03)
+
+
+def test_a_peak_reserved_on_a_small_activation_memory_budget():
+    plan = Plan(12, text_tokens=167, shared_tokens=22, max_pixels=448 * 448, compiled=True, memory_budget=0.2)
+    assert need_gib(shape_of(B7), plan) == pytest.approx(22.0, rel=0.03)
+
+
+@pytest.mark.parametrize("rows, text_tokens, measured_gib", [(16, 75, 17.0), (32, 167, 19.3)])
+def test_peaks_of_scoring_measured_on_an_h200(rows, text_tokens, measured_gib):
+    """By a model with an adapter and without an optimiser; the second is reserved memory."""
+    shape, plan = shape_of(B7), Plan(1, eval_batch=rows, text_tokens=text_tokens, max_pixels=448 * 448)
+    states_and_gradients = 0.75 * memory.trained_bytes(shape, plan) / 2**30
+    assert memory.scoring_gib(shape, plan) - states_and_gradients == pytest.approx(measured_gib, rel=0.05)
+
+
+# Reserved memory. The first two are older: the libraries' own paths, rows padded to about 120 tokens of text.
+T4 = [
+    (B3, Plan(8, text_tokens=120, max_pixels=384 * 384, fast=False), 5.7),
+    (B7, Plan(4, text_tokens=120, max_pixels=384 * 384, fast=False), 8.5),
+    (B7, Plan(4, text_tokens=120, max_pixels=448 * 448), 8.7),
+]
+
+
+@pytest.mark.parametrize("name, plan, measured_gib", T4)
+def test_peaks_of_the_t4_recipes(name, plan, measured_gib):
+    plan = replace(plan, bits=4, nested=True, checkpointing=True, attention="repeated")
+    assert need_gib(shape_of(name, rank=16), plan) == pytest.approx(measured_gib, rel=0.06)
+
+
+def test_a_peak_reserved_by_the_recipe_of_7b_is_that_of_the_documents():
+    plan = Plan(16, eval_batch=16, text_tokens=167, max_pixels=448 * 448, **LESS)
+    assert need_gib(shape_of(B7), plan) == pytest.approx(37.7, rel=0.03)
+
+
+# Recipes as they stand, with pictures of mixed sizes that reach their limit and texts of about 105 tokens.
+AS_THEY_STAND = [
+    (B7, 16, Plan(8, eval_batch=16, checkpointing=True, max_pixels=448 * 448), 19.4),  # scienceqa
+    (B3, 16, Plan(4, eval_batch=8, checkpointing=True, max_pixels=401408), 10.0),  # mmbench
+    (B8, 32, Plan(4, eval_batch=8, max_pixels=768 * 768), 37.5),  # qwen3vl8b_a100
+]
+
+
+@pytest.mark.parametrize("name, rank, plan, measured_gib", AS_THEY_STAND)
+def test_what_recipes_reserved_is_foreseen_within_15_percent(name, rank, plan, measured_gib):
+    plan = replace(plan, text_tokens=105, shared_tokens=22)
+    assert need_gib(shape_of(name, rank=rank), plan) == pytest.approx(measured_gib, rel=0.15)
+
+
+# --- against real models ----------------------------------------------------------------------------------------------
+
+
+def test_parameters_are_those_of_the_published_models():
+    totals = {B3: 3_754_622_976, B7: 8_292_166_656, B8: 8_767_123_696}
+    for name, total in totals.items():
+        shape = shape_of(name)
+        assert shape.decoder_linear + shape.decoder_other + shape.tower == total
+    layers = 28 * 32 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
+    assert shape_of(B7).trained == layers and 2 * shape_of(B7, rank=16).trained == layers
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_parameters_are_those_of_a_loaded_model(families, family):
+    for values in ({}, {"lora_target_modules": ["q_proj", "down_proj"]}, {"use_peft": False}):
+        args = ModelConfig(model_name_or_path=families(family), use_peft=True, lora_r=4, dtype=None)
+        args = replace(args, **values)
+        config, note = memory.read_config(args)
+        shape, model = memory.read_shape(args, config), load_model(args, "fp32")
+        assert not note
+        assert shape.decoder_linear + shape.decoder_other + shape.tower == sum(p.numel() for p in model.parameters())
+        assert shape.tower == sum(p.numel() for p in model.model.visual.parameters())
+        if adapter := lora_config(args, model):
+            model = get_peft_model(model, adapter)
+        assert shape.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts, args = {"adapt_tower": True, "adapt_merger": True}, replace(args, use_peft=True)
+    shape, model = memory.read_shape(args, config, **parts), load_model(args, "fp32")
+    model = get_peft_model(model, lora_config(args, model, **parts))
+    assert shape.trained == sum(p.numel() for p in model.parameters() if p.requires_grad) and shape.trains_tower
+
+
+@torch.library.custom_op("vqa_sft_tests::flash", mutates_args=())
+def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (1, T, H, D) and log-sum-exp (1, H, T) in fp32, as of a fused attention; their values do not matter."""
+    output = query.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return output, torch.zeros(query.shape[:3])
+
+
+@flash.register_fake
+def _(query, key, value):
+    batch, heads, tokens, dim = query.shape
+    return query.new_empty(batch, tokens, heads, dim), query.new_empty(batch, heads, tokens, dtype=torch.float32)
+
+
+@torch.library.custom_op("vqa_sft_tests::flash_backward", mutates_args=())
+def flash_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+
+
+@flash_backward.register_fake
+def _(grad, query, key, value, kept):
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def keep_as_flash_does(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, *output)
+
+
+def flash_gradients(ctx, grad, _):
+    query, key, value, *kept = ctx.saved_tensors
+    return flash_backward(grad, query, key, value, kept)
+
+
+flash.register_autograd(flash_gradients, setup_context=keep_as_flash_does)
+
+
+def attend_like_flash(module, query, key, value, *args, **kwargs):
+    return flash(query, key, value)[0], None
+
+
+AttentionInterface.register("keeps_like_flash", attend_like_flash)
+
+
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+def small(request, monkeypatch):
+    """The name of a shape whose widths are all different, small enough for a CPU."""
+    text = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    text |= {"intermediate_size": 448, "vocab_size": 1000, "head_dim": 128, "tie_word_embeddings": False}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 52, "num_heads": 2, "out_hidden_size": 256}
+    if request.param == "qwen3_vl":
+        text["num_attention_heads"] = 3
+        vision["deepstack_visual_indexes"] = [0]
+    monkeypatch.setitem(shapes.SHAPES, "small", (request.param, text, vision))
+    return "small"
+
+
+def saved_bytes(name, how, num_tokens=40, *, rides=False):
+    """What autograd saves for one decoder layer, per token: counted, under autocast to bf16, without the weights."""
+    args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=8, lora_dropout=0.0)
+    args = replace(args, **{key: value for key, value in how.items() if key != "compiled"})
+    model = AutoModelForImageTextToText.from_config(shapes.shape_config(name), dtype=torch.bfloat16)
+    adapter = lora_config(args, model)
+    if adapter is not None:
+        get_peft_model(model, adapter)
+    if rides:
+        assert lora.ride_on_base(model.get_decoder())
+    layer, text = model.get_decoder().layers[1], model.config.text_config
+    text._attn_implementation = "keeps_like_flash"
+    hidden = torch.randn(1, num_tokens, text.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    rotation = 2 * (torch.randn(1, num_tokens, 128, dtype=torch.bfloat16),)
+    forward = layer.forward
+    if how.get("compiled"):
+        forward = torch.compile(forward, backend="aot_eager_decomp_partition")
+    found = {}
+
+    def count(tensor):
+        if num_tokens in tensor.shape:  # neither a weight nor autocast's copy of one
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        forward(hidden, position_embeddings=rotation, attention_mask=None)
+    own = {tensor.untyped_storage().data_ptr() for tensor in rotation}  # of all layers together
+    return sum(size for place, (size, _) in found.items() if place not in own) / num_tokens
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"lora_target_modules": ["q_proj", "v_proj", "down_proj"]},
+        {"use_peft": False},
+        {"compiled": True},
+    ],
+    ids=["LoRA", "LoRA on some", "all weights", "compiled"],
+)
+@pytest.mark.parametrize("rides", [False, True])
+def test_what_a_layer_keeps_is_what_autograd_saves(small, how, rides):
+    shape = shape_of_small(small, how)
+    plan = Plan(1, compiled=how.get("compiled", False), rides=rides)
+    attention, mlp = memory.kept_by_layer(shape, plan)
+    rides = rides and how in ({}, {"compiled": True})
+    assert sum(attention.values()) + sum(mlp.values()) == saved_bytes(small, how, rides=rides)
+
+
+def shape_of_small(name, how):
+    args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=8, lora_dropout=0.0)
+    args = replace(args, **{key: value for key, value in how.items() if key != "compiled"})
+    return memory.read_shape(args, shapes.shape_config(name))
+
+
+# --- what follows from what -------------------------------------------------------------------------------------------
+
+
+def test_more_rows_pixels_text_pictures_and_rank_need_more():
+    shape, plan = shape_of(B7), Plan(4, eval_batch=4, max_pixels=448 * 448)
+    for name in ("micro_batch", "max_pixels", "text_tokens", "pictures"):
+        needs = [need_gib(shape, replace(plan, **{name: factor * getattr(plan, name)})) for factor in range(1, 9)]
+        assert needs == sorted(needs) and needs[0] < needs[-1]
+    assert need_gib(shape_of(B7, rank=16), plan) < need_gib(shape, plan)
+
+
+@pytest.mark.parametrize("name", [B7, B3, B8])
+def test_a_smaller_activation_memory_budget_needs_less_and_more_than_recomputing_all(name):
+    shape, plan = shape_of(name), Plan(8, max_pixels=448 * 448, compiled=True)
+    needs = [need_gib(shape, replace(plan, memory_budget=budget)) for budget in (1, 0.7, 0.5, 0.2)]
+    assert needs == sorted(needs, reverse=True) and len(set(needs)) == 4
+    assert needs[-1] > need_gib(shape, replace(plan, checkpointing=True))
+
+
+@pytest.mark.parametrize("name", [B7, B3, B8])
+def test_recomputation_quantisation_compilation_and_small_optimisers_need_less(name):
+    shape, plan = shape_of(name), Plan(8, max_pixels=448 * 448)
+    for less in (
+        {"checkpointing": True},
+        {"compiled": True},
+        {"bits": 8},
+        {"optimizer_bytes": 2},
+    ):
+        assert need_gib(shape, replace(plan, **less)) < need_gib(shape, plan)
+    assert need_gib(shape, replace(plan, bits=4)) < need_gib(shape, replace(plan, bits=8))
+    assert need_gib(shape, replace(plan, bits=4, nested=True)) < need_gib(shape, replace(plan, bits=4))
+    assert need_gib(shape, replace(plan, fast=False, checkpointing=True)) > need_gib(
+        shape, replace(plan, checkpointing=True)
+    )
+
+
+def test_training_all_weights_needs_more_and_in_fp16_more_still():
+    shape, plan = shape_of(B7, use_peft=False), Plan(1, max_pixels=448 * 448)
+    assert shape.trained == shape.decoder_linear + shape.decoder_other + shape.tower
+    assert need_gib(shape_of(B7), plan) < need_gib(shape, plan) < need_gib(shape, replace(plan, weight_bytes=4))
+
+
+def test_what_is_said_to_fit_fits_and_the_next_larger_does_not():
+    shape, plan = shape_of(B7), Plan(8, eval_batch=8, max_pixels=448 * 448)
+    for gib in (20, 30, 60):
+        size = memory.largest_micro_batch(shape, plan, gib)
+        assert (
+            need_gib(shape, replace(plan, micro_batch=size))
+            <= gib
+            < need_gib(shape, replace(plan, micro_batch=size + 1))
+        )
+        pixels = memory.largest_max_pixels(shape, replace(plan, micro_batch=1), gib)
+        assert need_gib(shape, replace(plan, micro_batch=1, max_pixels=pixels)) <= gib
+        assert need_gib(shape, replace(plan, micro_batch=1, max_pixels=pixels + 28 * 28)) > gib
+    assert memory.largest_micro_batch(shape, plan, 10) == memory.largest_max_pixels(shape, plan, 10) == 0
+
+
+def as_fields(settings):
+    names = {"per_device_train_batch_size": "micro_batch", "per_device_eval_batch_size": "eval_batch"}
+    names |= {"gradient_checkpointing": "checkpointing", "max_pixels": "max_pixels"}
+    fields = {names[key]: value for key, value in settings.items() if key != "load_in_4bit"}
+    return fields | ({"bits": 4, "compiled": False} if "load_in_4bit" in settings else {})
+
+
+@pytest.mark.parametrize("name", [B7, B3, B8])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_remedy_is_enough(name, compiled):
+    shape, plan = shape_of(name), Plan(16, eval_batch=32, max_pixels=672 * 672, compiled=compiled)
+    for gib in (6, 8, 10, 14, 18, 22, 30, 40, 60, 79):
+        if need_gib(shape, plan) <= gib:
+            continue
+        for settings in memory.remedies(shape, plan, gib, 16):
+            changed = replace(plan, **as_fields(settings))
+            assert settings and need_gib(shape, changed) <= gib
+            assert 16 % changed.micro_batch == 0
+    assert memory.remedies(shape, plan, 1, 16) == []
+    assert len(memory.remedies(shape, plan, 0.9 * need_gib(shape, plan), 16)) >= 3
+
+
+# --- vqa-sft memory ---------------------------------------------------------------------------------------------------
+
+
+def test_every_recipe_has_a_table_within_seconds(run):  # noqa: F811
+    for path in sorted(RECIPES.glob("*.yaml")):
+        start = time.monotonic()
+        code, out, err = run("memory", path)
+        assert code == 0 and not err and time.monotonic() - start < 10, (path, err)
+        assert "language model" in out and "peak that torch reserves" in out
+        (peak,) = re.findall(r"peak that torch reserves +([\d.]+)", out)
+        parts = re.findall(r"^  \S.{32}\s+([\d.]+)", out.split("In GiB:")[1].split("  peak")[0], re.MULTILINE)
+        assert math.isclose(sum(map(float, parts)), float(peak), abs_tol=0.05)
+
+
+def test_fields_of_the_recipe_may_be_given_again(run):  # noqa: F811
+    peaks = []
+    for more in ((), ("--max_pixels", 50176), ("--text-tokens", 20), ("--gradient_checkpointing", "true")):
+        _, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--compile_layers", "false", *more)
+        peaks.append(float(re.search(r"reserves +([\d.]+)", out)[1]))
+    assert max(peaks[1:]) < peaks[0]
+
+
+def test_a_gpu_that_is_large_enough_and_one_that_is_not(run):  # noqa: F811
+    code, out, _ = run("memory", RECIPES / "qwen3b_t4.yaml", "--gpu-gib", 14)
+    assert code == 0 and "It fits:" in out and "Largest micro-batch" in out and "Largest max_pixels" in out
+    code, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--gpu-gib", 24)
+    assert code == 1 and "does not fit" in out
+    lines = out.split("each line alone:\n")[1].splitlines()
+    assert lines and all(line.startswith("  --") for line in lines)
+    for line in lines:  # what is said to fit, fits
+        assert run("memory", RECIPES / "qwen7b.yaml", "--gpu-gib", 24, *line.split())[0] == 0
+    code, out, _ = run("memory", RECIPES / "qwen7b_24gb.yaml", "--gpu-gib", 23.6)
+    assert code == 0 and "It fits:" in out and "compiled, activation_memory_budget 0.2" in out
+    code, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--gpu-gib", 2)
+    assert code == 1 and "Nothing known makes it fit" in out
+
+
+def test_a_recipe_that_states_accumulation_is_told_it_too(run):  # noqa: F811
+    options = ("--global_batch_size", "null", "--gradient_accumulation_steps", 1, "--per_device_train_batch_size", 16)
+    _, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--gpu-gib", 40, *options)
+    assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4" in out
+
+
+def test_what_cannot_be_said_ends_with_exit_code_2(run, families, tmp_path):  # noqa: F811
+    recipe = RECIPES / "qwen7b.yaml"
+    for arguments, says in (
+        ((tmp_path / "none.yaml",), "no such recipe"),
+        ((tmp_path / "data.csv",), "memory needs a recipe"),
+        ((recipe, "--gpu-gib", -1), "--gpu-gib must be above 0"),
+        ((recipe, "--gpu-gib", "nan"), "--gpu-gib must be above 0"),
+        ((recipe, "--text-tokens", 0), "--text-tokens must be above 0"),
+        ((recipe, "--lora_rr", 8), "Did you mean `lora_r`"),
+        ((recipe, "--model_name_or_path", tmp_path / "none"), "cannot be loaded"),
+        ((recipe, "--model_name_or_path", families("llava")), "the memory of llava cannot be estimated"),
+        ((recipe, "--lora_target_modules", "nope"), "has no 'nope' (nearest: "),
+    ):
+        code, out, err = run("memory", *arguments)
+        assert code == 2 and not out and says in err and "Traceback" not in err, err
+
+
+def published(folder, name, own):
+    """A folder with config.json alone: the published shape, quantised as `own` says."""
+    config = shapes.shape_config(name)
+    config.quantization_config = own
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "own, says, bytes_a_weight",
+    [
+        (FP8, "(fp8): 1.00 bytes a weight", 1 + 4 / 128**2),
+        (OTHERS["awq"] | {"group_size": 128}, "(awq, 4 bit): 0.52 bytes", 0.5 + 2.5 / 128),
+        (OTHERS["gptq"] | {"bits": 8, "group_size": -1}, "(gptq, 8 bit): 1.00 bytes", 1),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": True}, "(bitsandbytes, 4 bit): 0.52", 0.5 + 65 / 4096),
+        ({"load_in_8bit": True}, "(bitsandbytes, 8 bit): 1.00", 1 + 4 / 1024),
+        (KINDS["compressed int4"], "(compressed-tensors, 4 bit), and unpacked to whole weights", 2),
+        (OTHERS["hqq"], "(hqq); what its weights take is not known, and they are counted as whole ones", 2),
+        ({"quant_method": "modelopt"}, "(modelopt); what its weights take is not known", 2),
+    ],
+)
+def test_the_weights_of_a_quantised_base_are_counted_as_they_are_stored(run, tmp_path, own, says, bytes_a_weight):  # noqa: F811
+    base = published(tmp_path / "base", B7, own)
+    code, out, err = run("memory", RECIPES / "qwen7b.yaml", "--model_name_or_path", base, "--gpu-gib", 12)
+    shape = shape_of(B7)
+    expected = (shape.decoder_linear * bytes_a_weight + shape.decoder_other * 2) / 2**30
+    counted = float(re.search(r"language model +([\d.]+)", out)[1])
+    assert counted == pytest.approx(expected, abs=0.01) and says in out, out + err
+    assert "as it is stored" in out and "load_in_4bit" not in out  # cannot be rounded again
+    code, _, err = run("memory", RECIPES / "qwen7b.yaml", "--model_name_or_path", base, "--load_in_4bit", "true")
+    assert code == 2 and "is quantised itself" in err and "Remove load_in_4bit" in err
+
+
+# --- auto_batch -------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def fields_of_trl():
+    return SFTConfig(output_dir="unused", bf16=False, report_to="none")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """`gpu(gib)`: as if there were a GPU with so much free memory."""
+    fields_of_trl()  # which would look for that GPU
+
+    def show(gib):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(gib * 2**30), int(gib * 2**30)))
+
+    return show
+
+
+def choose(plan, accumulation, shape=None):
+    args = copy.copy(fields_of_trl())
+    args.per_device_train_batch_size, args.gradient_accumulation_steps = plan.micro_batch, accumulation
+    args.gradient_checkpointing = args.activation_checkpointing = plan.checkpointing
+    line = memory.choose_batch(args, lambda: (shape or shape_of(B7), plan))
+    assert args.gradient_checkpointing == args.activation_checkpointing  # trl reads one, transformers the other
+    return args.per_device_train_batch_size, args.gradient_accumulation_steps, args.gradient_checkpointing, line
+
+
+@pytest.mark.parametrize("rows, accumulation", [(8, 2), (1, 16), (3, 4), (7, 1), (32, 2)])
+@pytest.mark.parametrize("gib", [20, 24, 40, 80, 140])
+def test_auto_batch_keeps_the_rows_of_a_step_and_takes_the_largest_that_fits(gpu, gib, rows, accumulation):
+    gpu(gib)
+    plan = Plan(rows, max_pixels=448 * 448)
+    size, steps, checkpointing, line = choose(plan, accumulation)
+    assert size * steps == rows * accumulation
+    chosen = replace(plan, micro_batch=size, checkpointing=checkpointing)
+    limit = gib / (1 + memory.MARGIN)
+    assert need_gib(shape_of(B7), chosen) <= limit
+    larger = [n for n in range(size + 1, rows * accumulation + 1) if rows * accumulation % n == 0]
+    assert all(need_gib(shape_of(B7), replace(chosen, micro_batch=n)) > limit for n in larger)
+    if checkpointing:  # only where not even one row can do without
+        assert need_gib(shape_of(B7), replace(plan, micro_batch=1)) > limit
+    assert (
+        f"{steps} x {size} with{'out' * (not checkpointing)} gradient_checkpointing" in line and f"{gib}.0 GiB" in line
+    )
+
+
+def test_auto_batch_says_what_would_fit_where_nothing_does(gpu):
+    gpu(14)
+    with pytest.raises(InputError, match="--load_in_4bit true"):
+        choose(Plan(8, max_pixels=448 * 448), 2)
+    gpu(10)
+    with pytest.raises(InputError, match="--max_pixels"):
+        choose(Plan(8, max_pixels=2688 * 2688, bits=4), 2)
+    gpu(2)
+    with pytest.raises(InputError, match="a smaller model"):
+        choose(Plan(8, max_pixels=448 * 448), 2)
+
+
+def test_auto_batch_changes_nothing_without_a_gpu(families, sft, tmp_path, capsys):
+    sft(families("qwen2_5_vl"), tmp_path / "run", auto_batch=True, max_steps=1)
+    assert "auto_batch: there is no GPU; nothing is changed." in capsys.readouterr().out
+
+
+def test_what_auto_batch_chooses_is_what_the_trainer_does(families, sft, tmp_path, capsys, monkeypatch):
+    seen = {}
+
+    def choose(args, needs):
+        seen["plan"] = needs()[1]
+        args.per_device_train_batch_size, args.gradient_accumulation_steps = 2, 4
+        args.gradient_checkpointing = args.activation_checkpointing = True
+        return "chosen"
+
+    def train(self, **kwargs):
+        train_really(self, **kwargs)
+        seen["recomputes"] = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        seen["rows"] = self.args.train_batch_size, self.args.gradient_accumulation_steps, self.state.global_step
+
+    train_really = AnswerTrainer.train
+    monkeypatch.setattr(memory, "choose_batch", choose)
+    monkeypatch.setattr(AnswerTrainer, "train", train)
+    values = {"global_batch_size": 8, "per_device_train_batch_size": 8, "gradient_checkpointing": False}
+    sft(families("qwen2_5_vl"), tmp_path / "run", auto_batch=True, **values)
+    assert "chosen" in capsys.readouterr().out and seen["recomputes"] and seen["rows"] == (2, 4, 3)
+    plan = seen["plan"]
+    assert (plan.micro_batch, plan.pictures, plan.attention, plan.compiled) == (8, 1, "repeated", False)
+    assert 20 < plan.text_tokens < 300 and plan.max_pixels < 1000 * 1000
+
+
+def test_auto_batch_leaves_spread_weights_alone(gpu, monkeypatch):
+    gpu(80)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert choose(Plan(8), 2)[:3] == (8, 2, False)
+
+
+# --- out of memory ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs_out(monkeypatch):
+    """`runs_out(evaluating=False)`: training, or an evaluation in it, finds no memory."""
+    monkeypatch.setattr(memory, "LIBRARIES_GIB", 0)  # nearly all that a tiny model needs
+
+    def arrange(evaluating=False):
+        def train(self, **kwargs):
+            self.model.train(not evaluating)
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+        monkeypatch.setattr(AnswerTrainer, "train", train)
+
+    return arrange
+
+
+def fails(capsys, function, *args, **values):
+    with pytest.raises(SystemExit) as stop:
+        function(*args, **values)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error and "Tried to allocate" not in error
+    assert error.count("error:") == 1
+    return error
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_running_out_of_memory_ends_with_what_to_change(families, sft, tmp_path, capsys, runs_out, fast):
+    runs_out()
+    model, run_dir = families("qwen2_5_vl"), tmp_path / "run"
+    # Where the end of an epoch depends on the micro-batch, it is left to the user.
+    values = {"global_batch_size": 8, "gradient_checkpointing": False, "dataloader_drop_last": True}
+    error = fails(capsys, sft, model, run_dir, fast=fast, **values)
+    assert "the memory of GPU 0 ran out in training" in error and "starts anew" in error
+    assert "  --gradient_checkpointing true\n" in error
+    error = fails(capsys, sft, families("llava"), tmp_path / "llava")  # after 2 rows at a time, and 1
+    assert "lower per_device_train_batch_size" in error
+
+
+def test_running_out_of_memory_in_an_evaluation_blames_the_evaluation(families, sft, tmp_path, capsys, runs_out):
+    runs_out(evaluating=True)
+    values = {"validation_fraction": 0.25, "per_device_eval_batch_size": 64}
+    error = fails(capsys, sft, families("qwen2_5_vl"), tmp_path / "run", **values)
+    assert "ran out in evaluation" in error and "--per_device_eval_batch_size" in error
+
+
+def test_changes_always_need_less_than_the_run_that_failed():
+    shape, plan = shape_of(B7), Plan(16, max_pixels=448 * 448)
+    how = {"evaluating": False, "accumulated": None}
+    lines = memory._changes(shape, plan, 16, auto_batch=False, **how)
+    assert lines[0] == "--per_device_train_batch_size 8" and "--gradient_checkpointing true" in lines
+    assert any(line.startswith("--max_pixels") and "another run" in line for line in lines)
+    # What auto_batch chose once it would choose again.
+    lines = memory._changes(shape, plan, 16, auto_batch=True, **how)
+    assert lines[0] == "--auto_batch false --per_device_train_batch_size 8 --gradient_checkpointing false"
+
+
+ONE_OF_TWO = """
+import time, torch.distributed as dist
+from vqa_sft.errors import ProcessError, exits_with_message
+
+@exits_with_message
+def main():
+    dist.init_process_group("gloo")
+    dist.barrier()
+    if dist.get_rank() == 1:
+        raise ProcessError("the memory ran out here")
+    dist.barrier()  # waits for the other for ever
+
+main()
+"""
+
+
+def test_a_process_that_fails_alone_says_so_and_the_others_do_not_hang(tmp_path):
+    (tmp_path / "script.py").write_text(ONE_OF_TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ended = subprocess.run(
+        [*command, str(tmp_path / "script.py")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.count("error: the memory ran out here") == 1 and "exitcode  : 2" in ended.stderr
+
+
+def test_a_run_goes_on_with_other_micro_batches_of_the_same_global_batch(tmp_path):
+    values = {"global_batch_size": 16, "per_device_train_batch_size": 8, "max_pixels": 200704}
+    run_folder.start(tmp_path / "run", values, overwrite=False)
+    (tmp_path / "run" / run_folder.RUN).write_text("{}")
+
+    def check(**changes):
+        run_folder.check(tmp_path / "run", values | changes, overwrite=False, inputs=[])
+
+    check(per_device_train_batch_size=2, gradient_checkpointing=True, auto_batch=True)
+    for changes in ({"max_pixels": 100352}, {"global_batch_size": 8, "per_device_train_batch_size": 4}):
+        with pytest.raises(InputError, match="another recipe"):
+            check(**changes)
+    values = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    run_folder.start(tmp_path / "run", values, overwrite=False)
+    check(per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    with pytest.raises(InputError, match="another recipe"):
+        check(per_device_train_batch_size=4)

@@ -1,0 +1,142 @@
+"""example -> messages. The answer is never part of the prompt."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+from vqa_sft.data.question_types import TYPES
+from vqa_sft.errors import InputError
+from vqa_sft.letters import LETTERS, choices_to_letters
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The texts around a question. They are saved with the run, and predict uses the saved ones.
+
+    An empty `system` leaves the system turn to the model's chat template. `user` uses {question} and {choices}; `types`
+    holds such a text for each question type that does not use `user`. `choice` uses {letter} and {text}.
+
+    `context` surrounds a hint or passage, which stands before the line of the question, or at {context} where the text
+    has one; rows without a context get nothing of it, so its label and its line end belong in it. `image` stands
+    before each picture of a row with several, {number} from 1.
+    """
+
+    system: str = "Answer the multiple-choice question with the letter of the right choice."
+    user: str = "{question}\n{choices}"
+    choice: str = "{letter}. {text}"
+    context: str = "{context}\n"
+    # With the space, because some chat templates put all pictures first and then all texts in one line.
+    image: str = "Image {number}: "
+    types: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.types if name not in TYPES]
+        if unknown:
+            raise InputError(f"no question type is called {unknown[0]!r}. Use one of {', '.join(TYPES)}.")
+        _check("choice", self.choice, ("{letter}", "{text}"))
+        _check("context", self.context, ("{context}",))
+        _check("image", self.image, ("{number}",))
+        for name, text in {"user": self.user, **self.types}.items():
+            _check(name, text, ("{question}", "{choices}"))
+            if text.count("{context}") > 1:
+                raise InputError(f"prompt `{name}` may contain {{context}} once only; got {text!r}.")
+
+    @property
+    def all_texts(self) -> str:
+        """Every text, one below the other, to search in."""
+        return "\n".join([self.system, self.user, self.choice, self.context, self.image, *self.types.values()])
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that name these texts in prediction files."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _check(name: str, text: str, fields: Sequence[str]) -> None:
+    if not isinstance(text, str):  # a recipe may hold anything
+        raise InputError(f"prompt `{name}` must be a text; got {text!r}.")
+    wrong = [field for field in fields if text.count(field) != 1]
+    if wrong:
+        raise InputError(f"prompt `{name}` must contain {' and '.join(wrong)} once; got {text!r}.")
+
+
+# What the built-in prompts say: English, Korean. No word on the form of the answer but in the system text.
+_SYSTEM = (Prompts.system, "객관식 문제입니다. 정답에 해당하는 보기의 알파벳만 쓰세요.")
+_GUIDANCE = {
+    "counting": ("Count one by one.", "하나씩 세어 보세요."),
+    "colour": ("Look closely at the colour.", "색을 자세히 살펴보세요."),
+    "ocr": ("Read carefully what is written.", "적혀 있는 내용을 꼼꼼히 읽어 보세요."),
+    "yes_no": ("Check whether it is true.", "사실인지 확인해 보세요."),
+    "place": ("Look at the place and what is around it.", "장소와 그 주변을 살펴보세요."),
+    "attribute": ("Look closely at the details.", "세부적인 특징을 자세히 살펴보세요."),
+}
+
+
+def _texts(*languages: int) -> dict[str, str]:
+    """The system text and a template for each type, in the given languages: 0 English, 1 Korean."""
+    guidance = {name: " ".join(texts[i] for i in languages) for name, texts in _GUIDANCE.items()}
+    return {
+        "system": "\n".join(_SYSTEM[i] for i in languages),
+        "general": Prompts.user,
+        **{name: f"{text}\n{Prompts.user}" for name, text in guidance.items()},
+    }
+
+
+LANGUAGES = {"en": _texts(0), "ko": _texts(1), "both": _texts(0, 1)}
+
+
+def builtin_prompts(language: str = "en", by_type: bool = False) -> Prompts:
+    """Our own texts in a language of LANGUAGES; with `by_type`, a sentence of guidance for the type of the question."""
+    if language not in LANGUAGES:
+        raise InputError(f"no built-in prompts in {language!r}. Use one of {', '.join(LANGUAGES)}.")
+    texts = LANGUAGES[language]
+    types = {name: texts[name] for name in TYPES if name != "general"}
+    return Prompts(system=texts["system"], user=texts["general"], types=types if by_type else {})
+
+
+def render_messages(row: dict, order: Sequence[int], prompts: Prompts) -> list[dict]:
+    """Chat messages for a canonical row whose choices stand under the letters in `order`.
+
+    Of the row it takes question, choices, images and, where it has them, context and question_type. What the row says
+    is shown as it is, also "<image 2>", by which MMMU means a picture: it is no control token ("<image>" is), it names
+    the number that stands before that picture, and a text that we changed would no longer be the data's.
+
+    Pictures are placeholders ({"type": "image"}); the collator hands the pixels to the processor. Placeholders with
+    contents would have to travel through Arrow, which adds `image: None` to text blocks and so breaks templates.
+    """
+    # str.replace, not str.format: questions and choices may contain braces.
+    lines = [
+        prompts.choice.replace("{letter}", LETTERS[i]).replace("{text}", text)
+        for i, text in enumerate(choices_to_letters(row["choices"], order))
+    ]
+    context = row.get("context") or ""
+    text = _fill(
+        prompts.types.get(row.get("question_type"), prompts.user),
+        question=row["question"],
+        choices="\n".join(lines),
+        context=prompts.context.replace("{context}", context) if context else "",
+    )
+    content = [*_image_blocks(len(row["images"]), prompts.image), {"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    if prompts.system:
+        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompts.system}]})
+    return messages
+
+
+def _image_blocks(num_images: int, label: str) -> list[dict]:
+    if num_images < 2:
+        return [{"type": "image"}] * num_images
+    labels = [label.replace("{number}", str(number)) for number in range(1, num_images + 1)]
+    return [block for text in labels for block in ({"type": "text", "text": text}, {"type": "image"})]
+
+
+def _fill(template: str, **texts: str) -> str:
+    if "{context}" not in template:
+        line = template.rfind("\n", 0, template.index("{question}")) + 1
+        template = f"{template[:line]}{{context}}{template[line:]}"
+    # Line ends after {context} are those of the text that stands there: without it, no empty line remains. Only the
+    # template is split, so that a question that contains "{choices}" stays as it is.
+    parts = re.split(r"\{(question|choices|context)\}", re.sub(r"(\{context\})\n+", r"\1", template))
+    return "".join(texts[part] if i % 2 else part for i, part in enumerate(parts))

@@ -1,0 +1,5 @@
+"""`python -m vqa_sft.cli`: the same as `vqa-sft`."""
+
+from vqa_sft.cli.main import main
+
+main()

@@ -1,0 +1,239 @@
+"""How a source writes its answers: as a letter, as an index, or as the choice's text. Standard library only."""
+
+import ast
+import itertools
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from vqa_sft.data.cells import NARROW, PLACES, read_label
+from vqa_sft.errors import InputError
+from vqa_sft.letters import LETTERS
+
+FORMATS = ("letter", "index_from_0", "index_from_1", "text")
+# What test sets write where the answer is not given.
+UNKNOWN = ("", "?", "-", "-1", "nan", "none", "null")
+# A format is ruled out by so many rows, and this share of them, that it cannot read and another can.
+FEWEST, SHARE = 3, 0.01
+# "Option A", "option_a", "Answer: (B)", "The answer is C."
+_BEFORE = re.compile(
+    r"(the\s+)?(correct\s+|right\s+)?(answer|option|choice|정답|답|보기|선택지)[\s_:.#-]*((is|은|는)[\s:]+)?",
+    re.IGNORECASE | re.ASCII,
+)
+_LETTER = re.compile(r"[(\[]?([A-Za-zⓐ-ⓩ가나다라마바사아자차카타파하ㄱ-ㅎ㉠-㉭])[)\].:]*")
+_LABELLED = re.compile(r"[(\[]?([A-Za-z])[)\].:]\s")
+_INDEX = re.compile(r"[(\[]?([0-9]{1,3})(?:\.0)?[)\].:]*")
+_FROM_1 = re.compile(r"([1-9][0-9]?)\s*번\.?|([①-⑳❶-❿])")
+# Choices that a truth value can answer.
+_TRUTHS = (("true", "false"), ("yes", "no"), ("correct", "incorrect"), ("예", "아니오"), ("예", "아니요"))
+_TRUTHS += (("네", "아니오"), ("네", "아니요"), ("참", "거짓"), ("o", "x"))
+_TRUE, _FALSE = {"1", "t", "y"}, {"0", "f", "n"}
+_TRUE |= {true for true, _ in _TRUTHS}
+_FALSE |= {false for _, false in _TRUTHS}
+
+
+def read_answer(cell: str, choices: Sequence[str], answer_format: str) -> int | None:
+    """The index of the right choice, or None when the cell is no answer in this format.
+
+    Letters count in either case and in any dress: "(b)", "b.", "Option B", "나"; so do indices: "(2)", "2.0" as
+    spreadsheets write them, and "②" and "2번", which count from 1. A text is compared as it is, then without case; of
+    two equal choices it means the first. A letter or index before the text of its choice ("B. dog") is both. True and
+    False are texts of choices that say yes and no.
+    """
+    if answer_format == "text":
+        index = _find_text(cell, choices)
+    else:
+        bare = cell.translate(NARROW).strip()
+        before = _BEFORE.match(bare)
+        bare = bare[before.end() :] if before else bare
+        index = _find_place(bare, answer_format)
+    labelled = read_label(cell)
+    if index is None and labelled and _fits_format(cell, answer_format):
+        place, text = labelled
+        index = place if place < len(choices) and _fold(choices[place]) == _fold(text) else None
+    if index is None and cell.startswith("[") and (inner := unwrap(cell)) != cell:
+        return read_answer(str(inner).strip(), choices, answer_format)
+    return index if index is not None and 0 <= index < len(choices) else None
+
+
+def _find_place(text: str, answer_format: str) -> int | None:
+    if answer_format == "letter":
+        match = _LETTER.fullmatch(text)
+        return PLACES.get(match[1]) if match else None
+    if match := _INDEX.fullmatch(text):
+        return int(match[1]) - (1 if answer_format == "index_from_1" else 0)
+    match = _FROM_1.fullmatch(text) if answer_format == "index_from_1" else None
+    return PLACES.get(match[1] or match[2]) if match else None
+
+
+def _fits_format(labelled: str, answer_format: str) -> bool:
+    """Whether the label before a text is a letter or an index, as the format says."""
+    is_number = re.match(r"[(\[]?[0-9①-⑳❶-❿]", labelled.translate(NARROW)) is not None
+    return answer_format == "text" or (answer_format == "index_from_1" if is_number else answer_format == "letter")
+
+
+def _find_text(cell: str, choices: Sequence[str]) -> int | None:
+    """The choice with this text; None where there is none, or where different choices would do."""
+    choices = list(choices)
+    if not cell:
+        return None
+    if cell in choices:
+        return choices.index(cell)
+    wanted, folded = _fold(cell), [_fold(choice) for choice in choices]
+    found = [i for i, text in enumerate(folded) if text == wanted]
+    if not found and (wanted in _TRUE or wanted in _FALSE):
+        found = [
+            i
+            for pair in _TRUTHS
+            if sorted(folded) == sorted(pair)
+            for i, text in enumerate(folded)
+            if text == pair[0 if wanted in _TRUE else 1]
+        ]
+    return found[0] if len({choices[i] for i in found}) == 1 else None
+
+
+def _fold(text: str) -> str:
+    """Without case; 3.0 is 3, which a table with an empty cell makes of it."""
+    text = unicodedata.normalize("NFC", text).casefold()
+    return text[:-2] if re.fullmatch(r"-?[0-9]+\.0", text) else text
+
+
+def unwrap(cell: object) -> object:
+    """What stands alone in a list, or in a text that spells one: "A" of ["A"] and of "['A']"; else the cell."""
+    values = cell
+    if isinstance(cell, str) and cell.startswith("["):
+        try:
+            values = ast.literal_eval(cell)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return cell
+    if isinstance(values, list | tuple) and len(values) == 1 and not isinstance(values[0], list | tuple | dict):
+        return values[0]
+    return cell
+
+
+def write_answer(choice: int, choices: Sequence[str], answer_format: str | None, is_upper: bool) -> str:
+    """The inverse of `read_answer`, as the source writes its answers."""
+    if answer_format == "text":
+        return choices[choice]
+    if answer_format in ("index_from_0", "index_from_1"):
+        return str(choice + (answer_format == "index_from_1"))
+    return LETTERS[choice] if is_upper else LETTERS[choice].lower()
+
+
+def is_plain(cell: str, choices: Sequence[str], answer_format: str) -> bool:
+    """Whether an answer is a letter, a number or the text of a choice as it stands, and nothing is guessed."""
+    if answer_format == "letter":
+        return re.fullmatch(r"\(?[A-Za-z][).:]?", cell) is not None
+    if answer_format == "text":
+        return cell.casefold() in [choice.casefold() for choice in choices]
+    return re.fullmatch(r"[0-9]+(\.0)?", cell) is not None
+
+
+def is_upper_case(cells: Iterable[str]) -> bool:
+    """Whether most of the letters among the cells, or before their texts, are upper case; where there are none, yes."""
+    bare = [_BEFORE.sub("", cell, count=1) for cell in cells]
+    labels = [match for cell in bare if (match := _LETTER.fullmatch(cell) or _LABELLED.match(cell))]
+    letters = [match[1] for match in labels if match[1].isascii()]
+    return sum(letter.isupper() for letter in letters) * 2 > len(letters) if letters else True
+
+
+def infer_format(rows: Iterable[tuple[str, Sequence[str]]], may_be_odd: bool = True) -> str:
+    """The likeliest of `infer_formats`."""
+    return infer_formats(rows, may_be_odd)[0]
+
+
+def infer_formats(rows: Iterable[tuple[str, Sequence[str]]], may_be_odd: bool = True) -> list[str]:
+    """The format in which the (answer, choices) are answers, and others that read all of them as well and mean the same
+    choices: 1, 2, 3 of the choices 1, 2, 3 are indices and texts. Cells that are an answer in no format do not count.
+
+    A format is ruled out by three rows and 1% of all that it cannot read and a better one can. Raises InputError, with
+    the evidence, while two formats are left that mean other choices: 1, 2, 1 of four may count from 0 or from 1. Where
+    no row `may_be_odd`, as in what a program wrote, one row rules a format out.
+    """
+    fits: Counter[str] = Counter()
+    reads_alone: Counter[tuple[str, str]] = Counter()  # (one, other): rows that the first reads and the second does not
+    differ: dict[tuple[str, str], tuple[str, Sequence[str], dict[str, int]]] = {}
+    num_rows = 0
+    for cell, choices in rows:
+        readings = {name: index for name in FORMATS if (index := read_answer(cell, choices, name)) is not None}
+        num_rows += bool(readings)
+        fits.update(readings.keys())
+        reads_alone.update((one, other) for one in readings for other in FORMATS if other not in readings)
+        for one, other in itertools.combinations(readings, 2):
+            if readings[one] != readings[other]:
+                differ.setdefault((one, other), (cell, choices, readings))
+    enough = _enough(num_rows) if may_be_odd else 1
+    left = [
+        name
+        for name in sorted(FORMATS, key=lambda name: -fits[name])
+        if not any(reads_alone[other, name] >= enough and fits[other] > fits[name] for other in FORMATS)
+    ]
+    evidence = [found for pair, found in differ.items() if {*pair} <= {*left}]
+    if not evidence:
+        return [left[0], *(name for name in left[1:] if fits[name] == num_rows)]
+    left = [name for name in left if fits[name]]
+    counts = [f"{name} ({fits[name]:,} of {num_rows:,} rows)" for name in left]
+    shown = dict.fromkeys(_show(cell, choices, readings, left) for cell, choices, readings in evidence)
+    raise InputError(
+        f"the answers can be read as {', '.join(counts[:-1])} and {counts[-1]}: {'; '.join(shown)}. "
+        f"Set answer_format to one of {', '.join(left)}."
+    )
+
+
+def _show(cell: str, choices: Sequence[str], readings: dict[str, int], left: Sequence[str]) -> str:
+    """One row as the formats that are left read it."""
+    means: dict[int, list[str]] = {}
+    for name in left:
+        if name in readings:
+            means.setdefault(readings[name], []).append(name)
+    said = " or ".join(f"{index + 1} ({', '.join(names)})" for index, names in means.items())
+    return f"answer {cell!r} of {list(choices)!r:.200} is choice {said}"
+
+
+def find_answer_column(
+    names: Sequence[str], rows: Iterable[tuple[Sequence[str], Sequence[str]]], formats: Sequence[str] = FORMATS
+) -> str:
+    """Which of some columns is the answer; `rows` gives their cells and the choices.
+
+    Columns whose filled cells are answers in one format, but for so few as rule no format out, may be it. The first of
+    them is, where all mean the same choices. Raises InputError where two mean others.
+    """
+    known: Counter[str] = Counter()
+    fits: Counter[tuple[str, str]] = Counter()
+    agree: Counter[tuple] = Counter()
+    differ: dict[tuple, str] = {}
+    for cells, choices in rows:
+        filled = {name: cell for name, cell in zip(names, cells, strict=True) if cell.casefold() not in UNKNOWN}
+        known.update(filled.keys())
+        readings = {
+            (name, how): index
+            for name, cell in filled.items()
+            for how in formats
+            if (index := read_answer(cell, choices, how)) is not None
+        }
+        fits.update(readings.keys())
+        for pair in itertools.combinations(readings, 2):
+            agree[pair] += readings[pair[0]] == readings[pair[1]]
+            if readings[pair[0]] != readings[pair[1]]:
+                said = " and ".join(f"{name} {filled[name]!r:.60}" for name, _ in pair)
+                differ.setdefault(pair, f"{said} of {list(choices)!r:.200}")
+    may_be = {
+        name: [how for how in formats if fits[name, how] and known[name] - fits[name, how] < _enough(known[name])]
+        for name in names
+    }
+    usable = [name for name in names if may_be[name]]
+    for other in usable[1:]:
+        pairs = [((usable[0], one), (other, two)) for one in may_be[usable[0]] for two in may_be[other]]
+        if not any(agree[pair] and pair not in differ for pair in pairs):
+            example = next((f": {differ[pair]}" for pair in pairs if pair in differ), "")
+            raise InputError(
+                f"{usable[0]} and {other} may both be the answer and mean other choices{example}. Name one in the "
+                f"recipe: `columns: {{answer: {usable[0]}}}`."
+            )
+    return usable[0] if usable else names[0]
+
+
+def _enough(num_rows: int) -> float:
+    """Rows that a format cannot read, to rule it out."""
+    return max(FEWEST, SHARE * num_rows)

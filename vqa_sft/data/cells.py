@@ -1,0 +1,245 @@
+"""Choices as people write them into cells: lists of many spellings, and texts with labels or separators.
+Standard library only."""
+
+import ast
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import partial
+
+from vqa_sft.errors import InputError
+from vqa_sft.letters import LETTERS
+
+# What tools write into empty cells.
+EMPTY_WORDS = ("nan", "n/a", "na", "null", "none", "<na>", "nat", "#n/a")
+SEPARATORS = {";": ";", "|": "|", "lines": "\n"}
+# How texts that are no list may be split: "(a) Open (b) Closed", "Open; Closed", ...
+SPLITS = ("labels", *SEPARATORS)
+
+# What choices are counted with, each in its order.
+SEQUENCES = (
+    LETTERS,
+    LETTERS.lower(),
+    [str(number) for number in range(1, 27)],
+    "①②③④⑤⑥⑦⑧⑨⑩⑪⑫⑬⑭⑮⑯⑰⑱⑲⑳",
+    "❶❷❸❹❺❻❼❽❾❿",
+    "ⓐⓑⓒⓓⓔⓕⓖⓗⓘⓙⓚⓛⓜⓝⓞⓟⓠⓡⓢⓣⓤⓥⓦⓧⓨⓩ",
+    "가나다라마바사아자차카타파하",
+    "ㄱㄴㄷㄹㅁㅂㅅㅇㅈㅊㅋㅌㅍㅎ",
+    "㉠㉡㉢㉣㉤㉥㉦㉧㉨㉩㉪㉫㉬㉭",
+)
+PLACES = {label: place for labels in SEQUENCES for place, label in enumerate(labels)}
+# Forms of ASCII as wide as a syllable: "Ａ", "（１）".
+NARROW = {0xFF01 + i: 0x21 + i for i in range(94)}
+_CIRCLED = "①-⑳❶-❿ⓐ-ⓩ㉠-㉭"
+_PLAIN = r"[A-Za-z가나다라마바사아자차카타파하ㄱㄴㄷㄹㅁㅂㅅㅇㅈㅊㅋㅌㅍㅎ]|[1-9]|1[0-9]|2[0-6]"
+# "A." and "A:" need a space, or a syllable that no abbreviation has: "A.D.", "1.5" and "1:30" are no labels.
+_LABEL = re.compile(
+    rf"\((?P<round>{_PLAIN})\)|\[(?P<square>{_PLAIN})\]|(?P<half>{_PLAIN})\)|(?P<point>{_PLAIN})\.(?=\s|[^\x00-\x7f])"
+    rf"|(?P<colon>{_PLAIN}):(?=\s|[^\x00-\x7f])|(?P<comma>{_PLAIN})、|(?P<circle>[{_CIRCLED}])[.)]?"
+)
+_HEADING = re.compile(r"\s*\b(choices|options|answer choices|보기|선택지)\s*:?\s*$", re.IGNORECASE)
+_REQUEST = re.compile(r"\n\s*\n|\n(?=\s*(answer|please|choose|select|respond|정답|다음)\b)", re.IGNORECASE)
+
+
+def read_label(text: str) -> tuple[int, str] | None:
+    """The place that the label before a text stands for, from 0, and the text: "(b) dog" is (1, "dog"); else None."""
+    match = _LABEL.match(text.translate(NARROW))
+    if match is None or not text[match.end() :].strip():
+        return None
+    return PLACES[match[match.lastgroup]], text[match.end() :].strip()
+
+
+def split_labelled(text: str) -> tuple[str, list[str]] | None:
+    """A text that ends in labelled choices as (what stands before them, the choices); None where it is none.
+
+    "Which?\\nA. cat\\nB. dog" is ("Which?", ["cat", "dog"]). Labels count from the first of one of SEQUENCES, all
+    written alike, each on a line of its own or all in one; a text in which such a run starts twice is none. What is
+    asked after the choices goes to the text before them.
+    """
+    narrow = text.translate(NARROW)
+    for start in (r"(?:^|\n)[ \t]*(?:[-*•][ \t]+)?", r"(?:^|(?<=\s))"):  # lines, in a list perhaps; else anywhere
+        runs = _runs(narrow, re.compile(start + f"(?:{_LABEL.pattern})"))
+        if runs:
+            return _cut(text, max(runs))
+    return None
+
+
+def _runs(text: str, label: re.Pattern) -> list[list[tuple[int, int]]]:
+    """Where the labels of every way to write them stand, from and to: those that are the first two or more in order."""
+    found: dict[tuple[str, int], list[tuple[int, int, int]]] = {}
+    for match in label.finditer(text):
+        for i, labels in enumerate(SEQUENCES):
+            if match[match.lastgroup] in labels:
+                place = PLACES[match[match.lastgroup]]
+                found.setdefault((match.lastgroup, i), []).append((place, match.start(), match.end()))
+    return [
+        [span for _, *span in labels]
+        for labels in found.values()
+        if len(labels) > 1 and [place for place, *_ in labels] == list(range(len(labels)))
+    ]
+
+
+def _cut(text: str, spans: list[tuple[int, int]]) -> tuple[str, list[str]] | None:
+    ends = [start for start, _ in spans[1:]] + [len(text)]
+    choices = [text[end:stop] for (_, end), stop in zip(spans, ends, strict=True)]
+    last = choices[-1]
+    request = _REQUEST.search(last.rstrip())
+    if request is None and not any("\n" in choice.strip() for choice in choices[:-1]):  # all others are single lines
+        request = re.search(r"\n(?=\s*\S)", last.rstrip())
+    after = last[request.start() :].strip() if request else ""
+    choices[-1] = last[: request.start()] if request else last
+    choices = _without_ends([choice.strip() for choice in choices])
+    before = _HEADING.sub("", text[: spans[0][0]]).strip()
+    asked = [choice.endswith("?") for choice in choices]
+    if not all(choices) or (asked[-1] and not all(asked)):  # "Which is larger, ① or ②?"
+        return None
+    return "\n".join(part for part in (before, after) if part), choices
+
+
+def _without_ends(choices: list[str]) -> list[str]:
+    """Without what separates them: "A. cat; B. dog"."""
+    for end in ";,|/":
+        if all(choice.endswith(end) for choice in choices[:-1]):
+            return [choice.removesuffix(end).strip() for choice in choices]
+    return choices
+
+
+def read_list(cell: object) -> list | None:
+    """The choices of a cell that is a list, or a text that spells one in JSON, Python or numpy; else None.
+
+    These are lists as well, where what labels them counts as choices do: {"A": ..., "B": ...}, {"option1": ...},
+    [{"label": "A", "text": ...}, ...], {"label": [...], "text": [...]}, [["A", ...], ...], {"choices": [...]}.
+    """
+    cell = _parse(cell.strip()) if isinstance(cell, str) else cell
+    if isinstance(cell, dict):
+        return _of_dict(cell)
+    if not isinstance(cell, list | tuple):
+        return None
+    if cell and all(isinstance(item, dict) for item in cell):
+        return _of_dicts(list(cell))
+    pairs = [item for item in cell if isinstance(item, list | tuple) and len(item) == 2]
+    if cell and len(pairs) == len(cell):
+        return [text for _, text in pairs] if _count([label for label, _ in pairs]) else None
+    return list(cell)
+
+
+_QUOTED = r"""'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*\""""
+_ITEM = rf"(?:{_QUOTED}|[-+]?[0-9][-+.0-9e]*|True|False|None)"
+_ARRAY = re.compile(rf"\[\s*{_ITEM}(?:\s+{_ITEM})+\s*\]")
+_JOINED = re.compile(rf"(?:{_QUOTED})\s+(?=['\"])|(?:{_QUOTED})")
+
+
+def _parse(text: str) -> object:
+    text = re.sub(r"^(?:np\.|numpy\.)?array\((\[.*\])(?:, dtype=[^()]*)?\)$", r"\1", text, flags=re.DOTALL)
+    if text[:1] not in ("[", "{"):
+        return text
+    if _ARRAY.fullmatch(text):  # ['cat' 'dog'], which Python reads as one text
+        items = re.findall(_ITEM, text)
+        return [ast.literal_eval(item) if item[0] in "'\"" else item for item in items]
+    # Numbers stay as they are written.
+    for read in (partial(json.loads, parse_float=str, parse_int=str), ast.literal_eval):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        joined = read is ast.literal_eval and any(part[-1].isspace() for part in _JOINED.findall(text))
+        return text if joined else value
+    return text
+
+
+def _of_dict(cell: dict) -> list | None:
+    lists = [(key, value) for key, value in cell.items() if isinstance(value, list | tuple)]
+    if len(lists) == len(cell) == 1 and str(lists[0][0]).casefold().rstrip("s") in _TEXT_KEYS:
+        return list(lists[0][1])
+    if len(lists) == len(cell) == 2 and len(lists[0][1]) == len(lists[1][1]):
+        texts = [(key, value) for key, value in lists if str(key).casefold() in _TEXT_KEYS]
+        labels = [(key, value) for key, value in lists if str(key).casefold() in _LABEL_KEYS]
+        return list(texts[0][1]) if len(texts) == len(labels) == 1 and _count(labels[0][1]) else None
+    return list(cell.values()) if not lists and _count(list(cell)) else None
+
+
+_TEXT_KEYS = ("text", "value", "content", "choice", "option", "answer", "description")
+_LABEL_KEYS = ("label", "key", "id", "letter", "name", "index")
+
+
+def _of_dicts(cells: list[dict]) -> list | None:
+    if all(len(cell) == 1 for cell in cells) and _count([key for cell in cells for key in cell]):
+        return [value for cell in cells for value in cell.values()]
+    keys = {str(key).casefold(): key for key in cells[0]}
+    text = next((keys[name] for name in _TEXT_KEYS if name in keys), None)
+    label = next((keys[name] for name in _LABEL_KEYS if name in keys), None)
+    if text is None or not all(text in cell for cell in cells):
+        return None
+    if label is not None and not _count([cell.get(label) for cell in cells]):
+        return None
+    return [cell[text] for cell in cells]
+
+
+def _count(labels: Sequence[object]) -> bool:
+    """Whether labels count from the first of one of SEQUENCES or from 0, perhaps behind the same text: option_a."""
+    texts = [re.sub(r"^\W+|\W+$", "", str(label)).upper() for label in labels]
+    before = len(os.path.commonprefix(texts).rstrip("0123456789")) if len(texts) > 1 else 0
+    texts = [text[before:] for text in texts]
+    counted = [[str(i) for i in range(len(texts))], *SEQUENCES]
+    return any(texts == [label.upper() for label in list(labels)[: len(texts)]] for labels in counted)
+
+
+def split_text(text: str, how: str) -> list[str] | None:
+    """The two choices or more of a text, by one of SPLITS; None where that is no way to split it."""
+    if how == "labels":
+        found = split_labelled(text)
+        return found[1] if found and not found[0] else None
+    choices = [part.strip() for part in text.strip().split(SEPARATORS[how])]
+    while choices and not choices[-1]:
+        choices.pop()
+    return choices if len(choices) > 1 and all(choices) else None
+
+
+def find_split(cells: Iterable[object]) -> str | None:
+    """The one of SPLITS by which the cells of a column become choices; None for a column of lists.
+
+    Labels come first, as they count. A cell that cannot be split as the others are is for the caller to name. Raises
+    InputError where two separators would do and mean other choices.
+    """
+    fits: Counter[str] = Counter()
+    alone: Counter[tuple[str, str]] = Counter()
+    examples: dict[frozenset[str], str] = {}
+    num_lists = num_texts = 0
+    for cell in cells:
+        if not isinstance(cell, str) or read_list(cell) is not None:
+            num_lists += cell is not None
+            if num_lists >= 1_000 and not num_texts:
+                return None
+            continue
+        found = {how: choices for how in SPLITS if (choices := split_text(cell, how))}
+        num_texts += bool(cell.strip())
+        fits.update(found.keys())
+        alone.update((one, other) for one in found for other in SPLITS if other not in found)
+        for how in found:
+            examples.setdefault(frozenset((how, *found)), cell)
+    if not fits or num_lists >= num_texts:
+        return None
+    best = max(SPLITS, key=lambda how: (fits[how], how == "labels"))
+    enough = max(3, num_texts / 100)
+    if fits["labels"] and alone[best, "labels"] < enough:
+        return "labels"
+    left = [how for how in SEPARATORS if fits[how] and alone[best, how] < enough]
+    both = [cell for names, cell in examples.items() if len(names & {*left}) > 1]
+    if both and best != "labels":
+        raise InputError(
+            f"the choices can be split by {' and by '.join(f'{how!r} ({fits[how]:,} cells)' for how in left)}, such as "
+            f"{both[0]!r:.200}. Write them as a JSON list or in columns a, b, c, ..."
+        )
+    return best
+
+
+def strip_labels(choices: Sequence[str]) -> list[str] | None:
+    """Choices without the labels of their own places: cat and dog of "A. cat" and "B. dog"; None where one has none.
+    Empty choices need none."""
+    found = [read_label(choice) if choice else (place, "") for place, choice in enumerate(choices)]
+    if any(item is None or item[0] != place for place, item in enumerate(found)):
+        return None
+    return [text for _, text in found]

@@ -1,0 +1,1 @@
+"""Benchmarks and ablations that maintainers run. Nobody imports it."""

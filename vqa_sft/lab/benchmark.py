@@ -1,0 +1,597 @@
+"""One table: examples/s, memory, share of the GPU's peak and idle share of our recipes, beside plain TRL in one run.
+
+    python -m vqa_sft.lab.benchmark                                    # the standard cases, on one GPU
+    python -m vqa_sft.lab.benchmark --only 7B --steps 20
+    python -m vqa_sft.lab.benchmark recipes/qwen3b_t4.yaml --as-t4     # recipes as they stand
+    python -m vqa_sft.lab.benchmark --tiny                             # every kind of case, on a CPU in about a minute
+
+Weights are random in the true shapes of the models, drawn on the GPU and saved under --work; pictures are noise. Every
+case is a process of its own that runs `recipes/sft.py`, `recipes/predict.py` or TRL's SFTTrainer with its own collator.
+Speed and memory do not depend on what the weights are; accuracy means nothing here.
+
+The share of peak counts needed work only (`needed_tflop`): never padding or what is computed twice. The peak is that of
+a bf16 matrix product on the same GPU. The idle share is what is left of the wall time without the kernels' own.
+
+`--as-t4` shows a recipe what a T4 shows it: an allocator that ends at 13.8 GiB (14.56 less its context), compute
+capability 7.5, neither flash nor cuDNN attention. Its speed cannot be had that way.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import random
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vqa_sft.config.fields import read_yaml
+from vqa_sft.errors import InputError, exits_with_message
+
+T4_GIB = 13.8
+WARM_UP, PROFILED = 6, 3  # steps before and after those that are timed
+QWEN_7B, QWEN_3B, QWEN3_8B = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7B", "2.5-VL-3B", "3-VL-8B"))
+# Pictures of 448 px a side and texts of about 174 tokens with the template: 430 tokens a row; then of 80 to 310 tokens.
+# A word is one token of the random models.
+FIXED = {"num_words": (95, 95), "side_px": (448, 448)}
+MIXED = {"num_words": (5, 235), "side_px": (160, 1280)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table."""
+
+    name: str
+    kind: str  # "train", "trl", "score" or "latency"
+    shape: str
+    recipe: str = ""
+    data: dict = field(default_factory=lambda: FIXED)
+    batch_size: int = 16
+    options: dict[str, Any] = field(default_factory=dict)  # of the recipe
+    cap_gib: float | None = None
+    baseline: str | None = None  # the case whose examples/s are 1.0
+    scores: str = ""  # the case whose run is scored
+    how: dict[str, Any] = field(default_factory=dict)  # arguments of predict.py
+    num_views: int = 1  # of a row, among those that `batch_size` counts
+    num_runs: int = 1  # as many copies of it, scored at once
+
+
+def standard_cases() -> list[Case]:
+    cases = []
+    for size, shape, recipe, rows in (
+        ("7B", QWEN_7B, "qwen7b", 16),
+        ("3B", QWEN_3B, "qwen7b", 32),
+        ("Qwen3-VL-8B", QWEN3_8B, "qwen3vl8b_a100", 16),
+    ):
+        trl = f"{size} TRL as it comes"
+        ours = {"shape": shape, "recipe": f"recipes/{recipe}.yaml", "batch_size": rows, "baseline": trl}
+        if shape == QWEN3_8B:
+            ours["options"] = {"max_pixels": 200704}
+        cases.append(Case(trl, "trl", shape, batch_size=8))
+        cases.append(Case(f"{size} train", "train", **ours))
+        if shape == QWEN_7B:
+            cases.append(Case(f"{size} train, mixed sizes", "train", **ours | {"data": MIXED}))
+            cached = {"options": {"cache_image_features": True}, "batch_size": 32}
+            cases.append(Case(f"{size} train, cached features", "train", **ours | cached))
+            # Four rows fit without recomputing more, but leave a GPU of this kind waiting for Python.
+            small = {"options": {"activation_memory_budget": 0.2}, "batch_size": 12, "cap_gib": 24}
+            cases.append(Case(f"{size} train, within 24 GiB", "train", **ours | small))
+            score = {"kind": "score", "shape": shape, "batch_size": 32, "scores": f"{size} train"}
+            cases.append(Case(f"{size} score", **score))
+            turned = score | {"how": {"orders": "rotations"}, "num_views": 4, "batch_size": 64}
+            turned |= {"baseline": f"{size} score"}
+            cases.append(Case(f"{size} score, rotations", **turned))
+            cases.append(Case(f"{size} score, rotations, five runs", **turned | {"num_runs": 5}))
+            cases.append(Case(f"{size} one row at a time", **score | {"kind": "latency", "batch_size": 1}))
+    return cases
+
+
+def tiny_cases() -> list[Case]:
+    data = {"num_words": (5, 20), "side_px": (60, 120)}
+    ours = {"shape": "tiny", "recipe": "recipes/demo.yaml", "data": data, "batch_size": 4, "baseline": "TRL"}
+    return [
+        Case("TRL", "trl", "tiny", data=data, batch_size=4),
+        Case("train", "train", **ours),
+        Case("cached features", "train", **ours | {"options": {"cache_image_features": True}}),
+        Case("score", "score", "tiny", data=data, batch_size=4, scores="train"),
+        Case(
+            "rotations",
+            "score",
+            "tiny",
+            data=data,
+            batch_size=8,
+            scores="train",
+            how={"orders": "rotations"},
+            num_views=4,
+        ),
+        Case("five runs", "score", "tiny", data=data, batch_size=4, scores="train", num_runs=5),
+        Case("one row at a time", "latency", "tiny", data=data, batch_size=1, scores="train"),
+    ]
+
+
+@exits_with_message
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", help="recipe files, run as they stand; default: the standard cases")
+    parser.add_argument("--only", action="append", help="the case of this name, or all whose names hold it")
+    parser.add_argument("--steps", type=int, default=16, help="timed steps per case")
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmark"), help="folder for models, data and runs")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the recipes")
+    parser.add_argument("--as-t4", action="store_true", help="show the recipes a T4")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU")
+    args = parser.parse_args()
+    if args.steps < 1:
+        raise InputError(f"--steps must be at least 1; got {args.steps}.")
+    if not args.tiny:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError("there is no GPU here. Try --tiny, which runs every kind of case on a CPU.")
+
+    cases = tiny_cases() if args.tiny else standard_cases()
+    if args.recipes:
+        mixed = {"data": {"num_words": (10, 60), "side_px": (320, 1280)}}
+        cases = [
+            Case(Path(name).stem, "train", _model_name(name), name, batch_size=0, **mixed) for name in args.recipes
+        ]
+    if args.only:
+        names = {case.name for case in cases}
+        cases = [
+            case
+            for case in cases
+            if any(text == case.name or text not in names and text in case.name for text in args.only)
+        ]
+        if not cases:
+            raise InputError(f"--only {' '.join(args.only)} names no case; there are: {', '.join(sorted(names))}.")
+    results: dict[str, dict] = {}
+    peak = None if args.tiny else _in_own_process(measure_peak_tflops)
+    for case in cases:
+        try:
+            results[case.name] = run_case(case, args)
+        except subprocess.CalledProcessError as error:
+            results[case.name] = {"failed": error.returncode}
+        print(json.dumps({case.name: results[case.name]}), flush=True)
+    print(
+        f"Peak: {peak:.0f} TFLOP/s, a bf16 product of 8192 x 8192 matrices." if peak else "On a CPU: no share of peak."
+    )
+    print(table(cases, results, peak))
+
+
+def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
+    """What the case's own process measured; raises CalledProcessError when it failed."""
+    work = args.work
+    model = save_random_model(case.shape, work / "model")
+    rows = max(case.batch_size // case.num_views, 16) * (WARM_UP + args.steps + PROFILED)
+    data = work / "_".join(["data", *(str(number) for limits in case.data.values() for number in limits), str(rows)])
+    if not (data / "test.csv").is_file():
+        write_data(data, rows, **case.data)
+    run, result = work / case.name, work / "result.json"
+    result.unlink(missing_ok=True)
+    recipe = ["--config", case.recipe, "--model_name_or_path", str(model)]
+    options = {"train_data": data / "train.csv", "output_dir": run, "overwrite": True, "validation_fraction": 0}
+    options |= {"max_steps": WARM_UP + args.steps + PROFILED, "save_strategy": "no", "eval_strategy": "no"}
+    options |= {"load_best_model_at_end": False, "early_stopping_patience": "null", "check_images": False}
+    options |= {"max_pixels": 200704}
+    if case.batch_size:
+        options |= {"per_device_train_batch_size": case.batch_size, "global_batch_size": case.batch_size}
+        options |= {"compile_layers": not args.tiny}
+    if args.tiny:
+        options |= {"use_cpu": True, "dataloader_num_workers": 0, "max_pixels": 7056, "min_pixels": 7056}
+    if not case.batch_size:  # a recipe as it stands
+        options = {name: options[name] for name in ("train_data", "output_dir", "overwrite", "max_steps")}
+    options |= case.options | dict(text.split("=", 1) for text in args.set)
+    recipe += [token for name, value in options.items() for token in (f"--{name}", str(value))]
+    inside = {"result": str(result), "steps": args.steps, "as_t4": args.as_t4, "cap_gib": case.cap_gib}
+    if case.kind == "trl":
+        pixels = options["max_pixels"]
+        arguments = [str(model), str(data), str(case.batch_size), str(pixels), str(options["max_steps"])]
+        _inside("trl", arguments, inside, work)
+    elif case.kind == "train":
+        _inside("recipes/sft.py", recipe, inside, work)
+    elif case.kind == "latency":
+        _inside("predictor", [str(work / case.scores), str(data), str(args.tiny)], inside, work)
+    else:  # scores the run that an earlier case trained
+        runs = [work / case.scores] + [work / f"{case.scores} {number}" for number in range(2, case.num_runs + 1)]
+        for copy in runs[1:]:
+            shutil.copytree(runs[0], copy, dirs_exist_ok=True)
+        scored = ["--run", *map(str, runs), "--data", str(data / "test.csv")]
+        scored += [token for name, value in case.how.items() for token in (f"--{name}", str(value))]
+        scored += ["--output", str(run / "submission.csv"), "--batch_size", str(case.batch_size)]
+        scored += ["--num_workers", "0", "--use_cpu"] if args.tiny else ["--num_workers", "8", "--compile_layers"]
+        _inside("recipes/predict.py", scored, inside, work)
+    found = json.loads(result.read_text())
+    is_plain = case.batch_size and case.kind != "latency" and not case.how and case.num_runs == 1
+    found["tflop"] = mean_tflop(model, data, options["max_pixels"], case) if is_plain else None
+    return found
+
+
+def _inside(script: str, arguments: list[str], how: dict, work: Path) -> None:
+    command = [sys.executable, "-m", "vqa_sft.lab.benchmark", "--inside", script, json.dumps(how), *arguments]
+    # What is kept of noise pictures is of no use to anybody else.
+    subprocess.run(command, check=True, env=os.environ | {"HF_HOME": str(work.resolve() / "cache")})
+
+
+def _in_own_process(function: Callable[[], float]) -> float | None:
+    """What a function of this module prints, run in a process of its own: the GPU stays free."""
+    code = f"from vqa_sft.lab import benchmark; print(benchmark.{function.__name__}())"
+    return float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+
+
+def measure_peak_tflops() -> float:
+    """TFLOP/s of a bf16 product of two 8192 x 8192 matrices: the best of twenty, before the GPU is warm and slower."""
+    import torch
+
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in "ab")
+    times_ms = []
+    for _ in range(25):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        a @ b
+        end.record()
+        end.synchronize()
+        times_ms.append(start.elapsed_time(end))
+    return 2 * 8192**3 / min(times_ms[5:]) / 1e9
+
+
+def table(cases: list[Case], results: dict[str, dict], peak_tflops: float | None) -> str:
+    """A Markdown table, one line a case."""
+    lines = ["| | rows a step | examples/s | ratio | peak GiB | share of peak | compilations | GPU idle |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for case in cases:
+        found = results[case.name]
+        if "failed" in found:
+            lines.append(f"| {case.name} | | failed with exit code {found['failed']} | | | | | |")
+            continue
+        speed, base = found["examples_per_s"], results.get(case.baseline or "", {}).get("examples_per_s")
+        ratio = f"{speed / base:.1f}" if base else ""
+        share = f"{speed * found['tflop'] / peak_tflops:.0%}" if peak_tflops and found.get("tflop") else ""
+        idle = f"{found['idle']:.0%}" if found.get("idle") is not None else ""
+        memory = f"{found['peak_gib']:.1f}" if found.get("peak_gib") else ""
+        lines.append(
+            f"| {case.name} | {found['rows_a_step']} | {speed:.1f} | {ratio} | {memory} | {share} "
+            f"| {found['compilations']} | {idle} |"
+        )
+    return "\n".join(lines)
+
+
+# --- Needed work ------------------------------------------------------------------------------------------------------
+
+
+def mean_tflop(model: Path, data: Path, max_pixels: int, case: Case) -> float:
+    """Needed work of one example of the data, in TFLOP, by its real tokens and patches."""
+    from PIL import Image
+    from transformers import AutoConfig
+
+    from vqa_sft.batch.collator import render_prompt
+    from vqa_sft.batch.prompts import builtin_prompts
+    from vqa_sft.data.examples import load_examples
+    from vqa_sft.letters import identity_order
+    from vqa_sft.models.load import load_processor
+
+    processor = load_processor(str(model), min_pixels=min(50176, max_pixels), max_pixels=max_pixels)
+    config, prompts = AutoConfig.from_pretrained(model), builtin_prompts("en", by_type=True)
+    examples, _ = load_examples(str(data / "train.csv"))
+    cached = bool(case.options.get("cache_image_features"))
+    prompts_of = [render_prompt(processor, row, identity_order(4), prompts) for row in examples]
+    # What all begin with is needed once a step, not once a row.
+    start = os.path.commonprefix(prompts_of).partition(processor.image_token)[0]
+    num_spared = len(processor.tokenizer(start)["input_ids"]) * (1 - 1 / case.batch_size)
+    total = 0.0
+    for row, prompt in zip(examples, prompts_of, strict=True):
+        with Image.open(row["images"][0]["path"] or io.BytesIO(row["images"][0]["bytes"])) as picture:
+            sizes = [(picture.height, picture.width)]
+        counted = processor._get_num_multimodal_tokens(image_sizes=sizes)
+        num_tokens = len(processor.tokenizer(prompt)["input_ids"]) - 1 + counted.num_image_tokens[0]
+        num_patches = 0 if cached else counted.num_image_patches[0]
+        trains = case.kind != "score"
+        total += needed_tflop(config, num_tokens, num_patches, trains=trains, num_spared=num_spared)
+    return total / len(examples)
+
+
+def needed_tflop(config: Any, num_tokens: int, num_patches: int, *, trains: bool, num_spared: float = 0.0) -> float:
+    """TFLOP of one example: two for every weight that a token meets, and attention; nothing for norms and activations.
+    Another row has computed `num_spared` of the tokens; attention meets them all the same.
+
+    Training adds the gradient of the decoder's activations, as much again as its forward; the tower is frozen. The last
+    layer's MLP and `lm_head` are needed at the answer alone. LoRA (1%) is left out.
+    """
+    text, vision = config.text_config, config.vision_config
+    hidden, head_dim = text.hidden_size, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
+    projections = hidden * (2 * queries + 2 * keys)
+    mlp = 3 * hidden * text.intermediate_size
+    weights = (num_tokens - num_spared) * (text.num_hidden_layers * projections + (text.num_hidden_layers - 1) * mlp)
+    weights += mlp + hidden * text.vocab_size
+    # Causal: half of all pairs, for the products with keys and with values.
+    decoder = 2 * weights + text.num_hidden_layers * 2 * num_tokens**2 * queries
+    width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
+    gates = 3 if config.model_type == "qwen2_5_vl" else 2
+    block = 4 * width**2 + gates * width * vision.intermediate_size
+    mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+    merger = merged * (merged + vision.out_hidden_size) / vision.spatial_merge_size**2 * mergers
+    patch = 3 * vision.temporal_patch_size * vision.patch_size**2 * width
+    whole = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
+    windows = getattr(vision, "window_size", vision.patch_size) ** 2 / vision.patch_size**2
+    pairs = whole * num_patches + (vision.depth - whole) * windows
+    tower = num_patches * (2 * (vision.depth * block + merger + patch) + 4 * pairs * width)
+    return ((2 if trains else 1) * decoder + tower) / 1e12
+
+
+# --- Inside a case ----------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Times steps: `WARM_UP` without, `steps` with the clock, `PROFILED` under the profiler for the idle share."""
+
+    def __init__(self, steps: int, result: str | None) -> None:
+        self.steps, self.result = steps, result
+        self.num_steps = self.num_rows = 0
+        self.values: dict[str, Any] = {}
+        self.profiler = None
+
+    def tick(self, num_rows: int) -> None:
+        """A step of so many rows has ended."""
+        import torch
+
+        self.num_steps += 1
+        self.num_rows += num_rows
+        on_gpu = torch.cuda.is_available()
+        if self.num_steps in (WARM_UP, WARM_UP + self.steps, WARM_UP + self.steps + PROFILED):
+            if on_gpu:
+                torch.cuda.synchronize()
+            now_s = time.perf_counter()
+        if self.num_steps == WARM_UP:
+            self.start_s, self.num_rows = now_s, 0
+        elif self.num_steps == WARM_UP + self.steps:
+            self.values["examples_per_s"] = self.num_rows / (now_s - self.start_s)
+            self.values["rows_a_step"] = num_rows
+            if on_gpu:
+                self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+                self.profiler.start()
+                self.start_s = time.perf_counter()
+        elif self.num_steps == WARM_UP + self.steps + PROFILED and self.profiler:
+            self.profiler.stop()
+            kernels_s = sum(event.self_device_time_total for event in self.profiler.key_averages()) / 1e6
+            self.values["idle"] = max(0.0, 1 - kernels_s / (now_s - self.start_s))
+
+    def finish(self) -> None:
+        import torch
+
+        from vqa_sft.models.fast.speedups import num_compilations
+
+        if torch.cuda.is_available():
+            self.values["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
+            self.values["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.values["compilations"] = num_compilations()
+        if self.result:
+            Path(self.result).write_text(json.dumps(self.values))
+
+
+def run_inside(argv: list[str]) -> None:
+    """`--inside SCRIPT HOW ARGUMENTS...`: run a script of recipes/, or TRL, in this process under a `Watch`."""
+    from vqa_sft.environment import quiet
+
+    quiet()  # as the recipes do, before torch is imported
+    import torch
+    import transformers
+
+    script, how, arguments = argv[0], json.loads(argv[1]), argv[2:]
+    cap_gib = T4_GIB if how["as_t4"] else how["cap_gib"]
+    if cap_gib:
+        total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(cap_gib / total_gib)
+    if how["as_t4"]:
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.cuda.get_device_capability = lambda device=None: (7, 5)
+    watch = Watch(how["steps"], how["result"])
+
+    class StepsOfTrainer(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            watch.tick(args.per_device_train_batch_size * args.gradient_accumulation_steps)
+
+    build = transformers.Trainer.__init__
+
+    def build_watched(self: transformers.Trainer, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        self.add_callback(StepsOfTrainer())
+
+    transformers.Trainer.__init__ = build_watched
+    if script == "recipes/predict.py":
+        _watch_scoring(watch)
+    if script == "trl":
+        run_trl(*arguments)
+    elif script == "predictor":
+        run_predictor(watch, *arguments)
+    else:
+        # A recipe ends its process without a clean-up; what was measured must be written before.
+        from vqa_sft.models import processes as launch
+
+        leave = launch.leave
+        launch.leave = lambda: (watch.finish(), leave())
+        sys.argv = [script, *arguments]
+        runpy.run_path(script, run_name="__main__")
+    watch.finish()
+
+
+def _watch_scoring(watch: Watch) -> None:
+    from vqa_sft.models import scoring
+
+    score = scoring.letter_logits_of_runs
+
+    def score_watched(model: Any, batch: dict, *args: Any) -> Any:
+        logits = score(model, batch, *args)
+        watch.tick(len(batch["groups"].unique()) if "groups" in batch else len(batch["answers"]))
+        return logits
+
+    scoring.letter_logits_of_runs = score_watched
+
+
+def run_predictor(watch: Watch, run: str, data: str, use_cpu: str) -> None:
+    """`vqa_sft.Predictor` on one row after another, each waited for."""
+    from vqa_sft import Predictor
+
+    predict = Predictor(run, use_cpu=use_cpu == "True")
+    with (Path(data) / "test.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows[: WARM_UP + watch.steps + PROFILED]:
+        predict(Path(data) / row["path"], row["question"], [row[letter] for letter in "abcd"])
+        watch.tick(1)
+
+
+def run_trl(model: str, data: str, batch_size: str, max_pixels: str, max_steps: str) -> None:
+    """TRL's SFTTrainer with its own collator and its defaults, on the same rows and the seven usual LoRA layers."""
+    import torch
+    from datasets import Dataset, Features, Image, List, Value
+    from peft import LoraConfig
+    from transformers import AutoProcessor
+    from trl import SFTConfig, SFTTrainer
+
+    with (Path(data) / "train.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    texts = [row["question"] + "".join(f"\n{letter.upper()}. {row[letter]}" for letter in "abcd") for row in rows]
+    message = [{"role": Value("string"), "content": Value("string")}]
+    columns = {
+        "prompt": [[{"role": "user", "content": text}] for text in texts],
+        "completion": [[{"role": "assistant", "content": row["answer"].upper()}] for row in rows],
+        "images": [[str(Path(data) / row["path"])] for row in rows],
+    }
+    features = Features({"prompt": message, "completion": message, "images": List(Image())})
+    processor = AutoProcessor.from_pretrained(model)
+    processor.image_processor.size = {"shortest_edge": min(50176, int(max_pixels)), "longest_edge": int(max_pixels)}
+    on_gpu = torch.cuda.is_available()
+    args = SFTConfig(
+        output_dir=str(Path(data).parent / "trl"),
+        per_device_train_batch_size=int(batch_size),
+        max_steps=int(max_steps),
+        max_length=None,
+        model_init_kwargs={"dtype": "bfloat16" if on_gpu else "float32"},
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        save_strategy="no",
+        report_to="none",
+    )
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    trainer = SFTTrainer(
+        model,
+        args=args,
+        train_dataset=Dataset.from_dict(columns, features=features),
+        processing_class=processor,
+        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=layers),
+    )
+    trainer.train()
+
+
+# --- Models and data --------------------------------------------------------------------------------------------------
+
+
+def _model_name(recipe: str) -> str:
+    from vqa_sft.models.shapes import SHAPES
+
+    name = read_yaml(recipe).get("model_name_or_path")
+    if name not in SHAPES:
+        raise InputError(f"{recipe} is of the model {name}; shapes are known of: {', '.join(SHAPES)}.")
+    return name
+
+
+def save_random_model(name: str, folder: Path) -> Path:
+    """Random weights in the shape of `name`, bf16, with a processor whose vocabulary is the tiny base's."""
+    import torch
+    from transformers import (
+        AutoModelForImageTextToText as Auto,
+        AutoProcessor,
+        Qwen2VLImageProcessor,
+        Qwen3VLProcessor,
+    )
+
+    from vqa_sft.models.shapes import shape_config
+    from vqa_sft.tiny import TINY_PATH
+
+    if (folder / "name").is_file() and (folder / "name").read_text() == name:
+        return folder
+    processor = AutoProcessor.from_pretrained(TINY_PATH)
+    tokens = {
+        f"{key}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for key, token in (("image", "image_pad"), ("video", "video_pad"))
+        + (("vision_start", "vision_start"), ("vision_end", "vision_end"))
+    }
+    config = shape_config(name, pad_token_id=processor.tokenizer.pad_token_id, **tokens)
+    if config.model_type == "qwen3_vl":
+        processor = Qwen3VLProcessor(
+            image_processor=Qwen2VLImageProcessor(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+            tokenizer=processor.tokenizer,
+            video_processor=processor.video_processor,
+            chat_template=processor.chat_template,
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = Auto.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="4GB")
+    processor.save_pretrained(folder)
+    (folder / "name").write_text(name)
+    del model
+    torch.cuda.empty_cache()
+    return folder
+
+
+def write_data(
+    folder: Path,
+    num_rows: int,
+    *,
+    num_words: tuple[int, int] = (10, 60),
+    side_px: tuple[int, int] = (320, 1280),
+    seed: int = 0,
+) -> Path:
+    """Noise pictures with sides and questions with numbers of words drawn from the two ranges; train.csv and test.csv.
+
+    A word is one token of the random models.
+    """
+    from PIL import Image
+
+    rng = random.Random(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    words = [
+        "which",
+        "of",
+        "these",
+        "is",
+        "the",
+        "colour",
+        "shape",
+        "digit",
+        "place",
+        "left",
+        "right",
+        "larger",
+        "picture",
+    ]
+    rows = []
+    for i in range(num_rows):
+        path = f"images/{i:05d}.jpg"
+        width, height = rng.randint(*side_px), rng.randint(*side_px)
+        Image.effect_noise((width, height), 80).convert("RGB").save(folder / path, quality=90)
+        question = " ".join(rng.choices(words, k=rng.randint(*num_words))) + "?"
+        row = {"id": f"row_{i:05d}", "path": path, "question": question}
+        rows.append(row | {letter: " ".join(rng.choices(words, k=rng.randint(1, 6))) for letter in "abcd"})
+    for name, extra in (("train.csv", True), ("test.csv", False)):
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=[*rows[0]] + ["answer"] * extra)
+            writer.writeheader()
+            writer.writerows(row | ({"answer": rng.choice("abcd")} if extra else {}) for row in rows)
+    return folder
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if sys.argv[1:2] == ["--inside"]:
+        run_inside(sys.argv[2:])
+    else:
+        main()

@@ -1,0 +1,172 @@
+"""Which speed-ups a model gets, each exact to the library's own path; where one cannot be had, a line says so.
+
+    packer = pack_rows(model, precision)      before the trainer is built: rows without padding
+    speed_up(model, compile_layers=...)       after it: tower, last layer, compiled layers
+
+Nothing here changes what is saved. `fast: false` in a recipe leaves the libraries' paths as they are.
+"""
+
+import functools
+import types
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+
+from vqa_sft.models import processes as launch
+from vqa_sft.models.fast import attention, fused_lora as lora, packing, vision
+from vqa_sft.models.load import DTYPES
+
+# Graphs of one layer: with and without gradients, first layer (its input has none) and others, training and scoring.
+MAX_GRAPHS = 32
+# Compilation takes about a minute; a run of fewer rows is over sooner without it.
+MIN_ROWS_TO_COMPILE = 3000
+
+
+def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) -> packing.Packer | None:
+    """Let `model` take packed rows; what packs a batch for it, or None where the family or its attention cannot."""
+    model = base_of(model)
+    config = model.config
+    own = getattr(config, "text_config", config)._attn_implementation
+    if reason := packing.why_not(config):
+        say(f"rows are padded: {reason}")
+        return None
+    if own not in ("sdpa", attention.DECODER):
+        say(f"rows are padded: attn_implementation is {own}, and packing needs sdpa")
+        return None
+    config.text_config._attn_implementation = attention.DECODER
+    config.vision_config._attn_implementation = attention.TOWER
+    device = PartialState().device  # where the model will be, if it is not there yet
+    use_varlen = attention.can_use_varlen(device, DTYPES[precision], head_dims_of(config))
+    if device.type == "cuda" and not use_varlen:
+        say("attention goes row by row: this GPU or precision has no kernel for rows of different lengths")
+    for module in model.modules():
+        if hasattr(module, "num_key_value_groups"):
+            module.use_varlen = use_varlen
+    layers = model.get_decoder().layers
+    # Qwen3-VL adds picture features after its first layers, at every place.
+    num_deepstack = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+    keeps = answers_only and num_deepstack < len(layers) and keep_only_answers(layers[-1])
+    return packing.Packer(config, model.model.visual.dtype, keeps_answers=keeps)
+
+
+def keep_only_answers(layer: nn.Module) -> bool:
+    """Let the last decoder `layer` do the rest of its work only at `keep_positions` (B,), once attention is done: what
+    comes after it looks at no other place. Whether the layer is of the kind that is known."""
+    parts = {name for name, _ in layer.named_children()}
+    if parts != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
+        return False
+    layer.forward = types.MethodType(_forward_keeping, layer)
+    return True
+
+
+def _forward_keeping(
+    layer: nn.Module,
+    hidden_states: torch.Tensor,
+    *args: Any,
+    keep_positions: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    if keep_positions is None:
+        return type(layer).forward(layer, hidden_states, *args, **kwargs)
+    attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
+    hidden_states = (hidden_states + attended)[:, keep_positions]
+    return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
+
+
+def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: float = 1.0) -> None:
+    """Speed up the picture tower, and compile its blocks and the decoder's layers if asked and able. Of what a compiled
+    layer would keep for its backward pass, it keeps the share `memory_budget` and computes again what is cheapest."""
+    base = base_of(model)
+    if base.config.model_type not in packing.MODELS:
+        if compile_layers:
+            say(f"layers are not compiled: that is not known for {base.config.model_type}")
+        return
+    tower = base.model.visual
+    if done := vision.speed_up_tower(tower):
+        say("picture tower: " + ", ".join(done))
+    # On a CPU the wide tensors are not what takes the time.
+    if tower.device.type == "cuda" and (num_mlps := lora.ride_on_base(base.get_decoder())):
+        say(f"{num_mlps} MLPs have their adapters inside the base's products")
+    if not compile_layers:
+        return
+    if getattr(base, "is_quantized", False):
+        say("layers are not compiled: the base is quantised")
+    elif not any(getattr(module, "use_varlen", False) for module in base.modules()):
+        # Row by row, every mixture of lengths would be compiled anew.
+        say("layers are not compiled: that needs a GPU of compute capability 8.0 or newer, and half precision")
+    elif can_compile():
+        torch._dynamo.config.recompile_limit = MAX_GRAPHS
+        # A shape that does not compile runs uncompiled.
+        torch._dynamo.config.suppress_errors = True
+        torch._functorch.config.activation_memory_budget = memory_budget
+        layers = [*base.get_decoder().layers, *(tower.blocks if vision.is_frozen(tower) else ())]
+        for layer in layers:
+            layer.compile(dynamic=True)  # in place: names stay, and a copy of the model is not compiled
+        say(f"{len(layers)} layers are compiled; the first steps are slow")
+
+
+def speed_up_training(
+    trainer: Trainer, num_rows: int, *, compile_layers: bool | None, memory_budget: float = 1.0
+) -> None:
+    """`speed_up` of a trainer's model, as far as its weights stand whole on every process."""
+    if launch.shards_weights():
+        say("picture tower and layers stay the library's: their weights are spread over processes")
+        return
+    compiles = pays_compilation(num_rows, compile_layers)
+    if compiles and trainer.is_deepspeed_enabled:
+        say("layers are not compiled: DeepSpeed moves their weights")
+    stay_in_training(trainer.model)
+    compiles = compiles and not trainer.is_deepspeed_enabled
+    speed_up(trainer.model, compile_layers=compiles, memory_budget=memory_budget)
+
+
+def stay_in_training(model: nn.Module) -> None:
+    """Let `model.train()` do nothing where it is training already: the Trainer calls it for every micro-batch, and
+    its walk over the 2,700 modules of a 7B model takes 5 ms, in which a GPU that has few rows waits."""
+    model.train()  # an adapter is in training from the start, and the base under it is not
+    model.train = types.MethodType(_train, model)
+
+
+def _train(model: nn.Module, mode: bool = True) -> nn.Module:
+    return model if model.training == mode else type(model).train(model, mode)
+
+
+def pays_compilation(num_rows: float, asked: bool | None) -> bool:
+    return num_rows >= MIN_ROWS_TO_COMPILE if asked is None else asked
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The model itself, or the one under its adapter."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def head_dims_of(config: PreTrainedConfig) -> set[int]:
+    """Of the language model and of the picture tower."""
+    text, tower = config.text_config, config.vision_config
+    decoder = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return {decoder, tower.hidden_size // tower.num_heads}
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Whether something small compiles on the GPU: a C compiler and Triton are needed. Says why not."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device="cuda"))
+    except Exception as error:  # whatever the tool chain raises
+        say(f"layers are not compiled: {(str(error).splitlines() or [type(error).__name__])[0]}")
+        return False
+    return True
+
+
+def num_compilations() -> int:
+    """Graphs compiled so far in this process."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def say(line: str) -> None:
+    if PartialState().is_main_process:
+        print(f"Speed: {line}.")

@@ -1,0 +1,418 @@
+"""Loads processor, model and adapter; nothing else."""
+
+import difflib
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.integrations import deepspeed, sdpa_attention
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from vqa_sft.errors import InputError, explains
+from vqa_sft.models import quantized
+
+# What transformers, peft and safetensors raise for a folder that is wrong, damaged or of another model.
+LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, SafetensorError)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def choose_precision(values: dict[str, Any], trained: str | None = None) -> str:
+    """The precision that a run was `trained` in, else that the recipe `values` ask for, else that suits the device:
+    "bf16" from capability 8.0 on, "fp16" on older GPUs, "fp32" without one.
+
+    By capability and not by `torch.cuda.is_bf16_supported()`, which says yes to a T4's slow emulation.
+    """
+    on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
+    old_gpu = on_gpu and torch.cuda.get_device_capability() < (8, 0)
+    able = ("fp16", "fp32") if old_gpu else ("bf16", "fp16", "fp32") if on_gpu else ("fp32", "bf16")
+    best = "fp16" if old_gpu else "bf16" if on_gpu else "fp32"
+    asked = next((name for name in ("bf16", "fp16") if values.get(name)), None)
+    if values.get("bf16") is False and values.get("fp16") is False:
+        asked = "fp32"
+    if trained is None and asked is not None and asked not in able:
+        raise InputError(f"{asked} is set, and this device computes in {' or '.join(able)}. Remove {asked}.")
+    wanted = trained or asked or best
+    if wanted not in able:
+        print(f"The run was trained in {wanted}, which this device does not compute in; it is scored in {best}.")
+    return wanted if wanted in able else best
+
+
+def load_processor(
+    name: str,
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> ProcessorMixin:
+    """The model's processor, padding on the right, with limits on the pixels (width x height) of one picture.
+
+    Padding stands on the right so that a prompt has the same positions alone and in a batch.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    except LOADING_ERRORS as error:
+        raise _cannot_load(name, error) from error
+    if not isinstance(processor, ProcessorMixin):
+        raise InputError(f"{name} has no processor for pictures and text; got {type(processor).__name__}.")
+    _limit_pixels(processor, name, min_pixels, max_pixels)
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if processor.chat_template is None:
+        raise InputError(f"{name} has no chat template. Use an instruction-tuned model.")
+    return processor
+
+
+def _limit_pixels(processor: ProcessorMixin, name: str, min_pixels: int | None, max_pixels: int | None) -> None:
+    if min_pixels is None and max_pixels is None:
+        return
+    size = processor.image_processor.size
+    # Qwen-VL keeps pixel counts under these two names, in this release of transformers.
+    low, high = getattr(size, "shortest_edge", None), getattr(size, "longest_edge", None)
+    if not hasattr(processor.image_processor, "merge_size") or low is None or high is None:
+        raise InputError(f"{name} shows every picture at a size of its own ({size}); remove min_pixels and max_pixels.")
+    limits = {"shortest_edge": min_pixels or min(low, max_pixels), "longest_edge": max_pixels or max(high, min_pixels)}
+    processor.image_processor.size = limits
+
+
+def read_config(
+    model_args: ModelConfig, *, trust_remote_code: bool = False, device_map: dict | None = None
+) -> PreTrainedConfig:
+    """The base's configuration. Raises InputError where it cannot be had, or the checkpoint is quantised in a way that
+    cannot be loaded here."""
+    name = model_args.model_name_or_path
+    try:
+        config = AutoConfig.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=trust_remote_code
+        )
+    except LOADING_ERRORS as error:
+        raise _cannot_load(name, error) from error
+    quantized.check(name, config, device_map=device_map, is_asked=model_args.load_in_4bit or model_args.load_in_8bit)
+    return config
+
+
+def build_skeleton(
+    model_args: ModelConfig, *, trust_remote_code: bool = False, device_map: dict | None = None
+) -> PreTrainedModel:
+    """The base without weights (on the meta device): the names of its modules, and what `read_config` raises."""
+    config = read_config(model_args, trust_remote_code=trust_remote_code, device_map=device_map)
+    what = f"the model {model_args.model_name_or_path!r} cannot be built"
+    with explains(LOADING_ERRORS, what), _without_zero3(), torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """ZeRO-3 would deal out the weights of a model that has none."""
+    config = deepspeed._hf_deepspeed_config_weak_ref
+    if config is None or not deepspeed.is_deepspeed_zero3_enabled():
+        yield
+        return
+    kept = config()
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed.set_hf_deepspeed_config(kept)
+
+
+def load_model(
+    model_args: ModelConfig, precision: str, *, trust_remote_code: bool = False, device_map: dict | None = None
+) -> PreTrainedModel:
+    """The base model in the precision it trains in; `dtype` and the 4-bit fields of `model_args` may say otherwise.
+
+    Full fine-tuning in fp16 keeps fp32 weights, because the gradient scaler refuses fp16 ones.
+    """
+    name = model_args.model_name_or_path
+    if precision == "fp16" and not model_args.use_peft:
+        precision = "fp32"
+    dtype = getattr(torch, model_args.dtype, model_args.dtype) if model_args.dtype else DTYPES[precision]
+    avoid_math_attention()
+    config = read_config(model_args, trust_remote_code=trust_remote_code, device_map=device_map)
+    quantization = _quantization(model_args, dtype, config)
+    # The keyword only where it is asked for: None would erase a quantised checkpoint's own settings.
+    asked = {} if quantization is None else {"quantization_config": quantization}
+    try:
+        model, loaded = AutoModelForImageTextToText.from_pretrained(
+            name,
+            revision=model_args.model_revision,
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            attn_implementation=model_args.attn_implementation,
+            device_map=device_map,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+            **asked,
+        )
+    except LOADING_ERRORS as error:
+        raise _cannot_load(name, error) from error
+    _check_weights(name, model, loaded)
+    quantized.unpack(model)
+    for module in model.modules():
+        # On some processors bitsandbytes 0.50 packs 4-bit weights when it evaluates, and unpacks them wrongly when a
+        # checkpoint is saved: every evaluation would change the base.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: PreTrainedConfig) -> BitsAndBytesConfig | None:
+    """TRL's 4- or 8-bit settings, computing in `dtype`, with everything but the language model left as it is.
+
+    The picture tower is small and hurt most by rounding; `lm_head` must be named once a list is given.
+    """
+    quantization = get_quantization_config(model_args)
+    if quantization is None:
+        return None
+    if model_args.load_in_4bit:
+        quantization.bnb_4bit_compute_dtype = dtype
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    kept = names_beside_decoder(model)
+    if not kept:
+        raise InputError(
+            f"the picture tower of {type(model).__name__} does not stand beside its language model, so a 4- or 8-bit "
+            "base would round it too. Remove load_in_4bit and load_in_8bit."
+        )
+    quantization.llm_int8_skip_modules = [*kept, "lm_head"]
+    return quantization
+
+
+def _check_weights(name: str, model: PreTrainedModel, loaded: dict[str, Any]) -> None:
+    """Raises InputError where a checkpoint does not fit its model: transformers would go on with random weights.
+
+    What transformers itself expects to be missing or unused is not in `loaded`: tied heads, heads for several tokens,
+    positions that older releases saved. Unused weights of a whole part that stands beside the language model's own
+    (another head) change nothing and are named in a line. All others are refused: a layer has a scale, a bias, a norm
+    or a neighbour that the model does not know, so that it would compute something else.
+    """
+    unexpected = sorted(loaded["unexpected_keys"])
+    apart = [weight for weight in unexpected if _is_apart(weight, model)]
+    shapes = {weight: f"{weight} {tuple(got)} for {tuple(wanted)}" for weight, got, wanted in loaded["mismatched_keys"]}
+    found = {
+        "missing, which would be random": sorted(loaded["missing_keys"] - shapes.keys()),
+        "of another shape": sorted(shapes.values()),
+        "unexpected, which would be left out": [weight for weight in unexpected if weight not in apart],
+    }
+    said = [f"{len(names):,} {what} ({_first(names)})" for what, names in found.items() if names]
+    if said:
+        raise InputError(
+            f"the checkpoint {name!r} does not hold the weights of {type(model).__name__}: {'; '.join(said)}. Copy or "
+            "download it again, with the config.json that belongs to it."
+        )
+    if apart and os.environ.get("RANK", "0") == "0":
+        print(
+            f"{name} holds {len(apart):,} weights of parts that {type(model).__name__} does not use: {_first(apart)}."
+        )
+
+
+def _is_apart(weight: str, model: PreTrainedModel) -> bool:
+    """Whether a weight belongs to a module that the model does not have, beside the decoder and outside of it."""
+    modules = {name for name, _ in model.named_modules()}
+    owner = weight.rpartition(".")[0]
+    if owner in modules:
+        return False
+    while owner not in modules:
+        owner = owner.rpartition(".")[0]
+    return owner == "" or decoder_name(model).startswith(f"{owner}.")
+
+
+def _first(names: list[str], num: int = 3) -> str:
+    return ", ".join(names[:num]) + (", ..." if len(names) > num else "")
+
+
+def decoder_name(model: PreTrainedModel) -> str:
+    """Where the language model stands in this family: "model.language_model", "model.text_model", ..."""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def names_beside_decoder(model: PreTrainedModel) -> list[str]:
+    """The picture tower and what connects it: everything that stands beside the language model."""
+    parent, _, name = decoder_name(model).rpartition(".")
+    children = [child for child, _ in model.get_submodule(parent).named_children() if child not in (name, "lm_head")]
+    return [f"{parent}.{child}".lstrip(".") for child in children]
+
+
+def vision_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """All weights outside the language model."""
+    return [weight for part in names_beside_decoder(model) for weight in model.get_submodule(part).parameters()]
+
+
+def vision_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Names of the linear layers of the picture tower's blocks, and of what leads from them to the language model: a
+    projector, or the mergers that stand inside the tower (Qwen-VL)."""
+    beside = {part: dict(model.get_submodule(part).named_modules(prefix=part)) for part in names_beside_decoder(model)}
+    modules = {name: module for part in beside.values() for name, module in part.items()}
+    linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+    lists = [name for name, module in modules.items() if isinstance(module, torch.nn.ModuleList)]
+    if not lists:
+        return [], []
+    blocks = max(lists, key=lambda blocks: sum(name.startswith(f"{blocks}.") for name in linear))
+    tower = [name for name in linear if name.startswith(f"{blocks}.")]
+    # A tower may have a head of its own that nothing reads; where there is a projector it is that.
+    home = next(part for part in beside if f"{blocks}.".startswith(f"{part}."))
+    projector = [name for name in linear if name not in beside[home]]
+    return tower, projector or [name for name in linear if name not in tower]
+
+
+def lora_config(
+    model_args: ModelConfig, model: PreTrainedModel, *, adapt_tower: bool = False, adapt_merger: bool = False
+) -> LoraConfig | None:
+    """TRL's LoRA settings; by default every linear layer of the language model is adapted, routers of experts left out
+    (experts that are no linear layers of their own, as in Qwen3-VL-MoE, are not adapted either), and if asked for
+    those of the picture tower's blocks and of its merger or projector.
+
+    The usual bare names (q_proj, ..., down_proj) would also hit the picture tower's MLP in Qwen2.5-VL, which costs
+    its backward pass and makes its output change during training.
+    """
+    config = get_peft_config(model_args)
+    if config is None:
+        if own := quantized.quantization_of(model.config):
+            raise InputError(
+                f"the base is quantised ({quantized.describe(own)}) and can only be trained through an adapter; set "
+                "use_peft: true."
+            )
+        return None
+    _check_names(config, model)
+    if config.target_modules is None:
+        layers = {
+            name.rpartition(".")[2]
+            for name, module in model.get_decoder().named_modules()
+            if isinstance(module, torch.nn.Linear)
+        } - {"lm_head", "router", "gate", "shared_expert_gate"}
+        config.target_modules = re.escape(decoder_name(model)) + rf"\..*\.({'|'.join(sorted(layers))})"
+        asked = {"adapt_tower": adapt_tower, "adapt_merger": adapt_merger}
+        for (field, is_asked), names in zip(asked.items(), vision_layers(model), strict=True):
+            if is_asked and not names:
+                raise InputError(f"{field}: no such linear layers are found in {type(model).__name__}. Remove it.")
+            config.target_modules = "|".join([config.target_modules, *map(re.escape, names * is_asked)])
+    return config
+
+
+def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
+    """Raises InputError, with the nearest names, for a name of the recipe that no module or parameter of the model
+    has: PEFT leaves out what it does not find, as long as it finds another. A name is a module's whole name or the end
+    of one (q_proj, self_attn.q_proj); a single one may be a regular expression of whole names."""
+    modules = [name for name, _ in model.named_modules() if name]
+    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
+        # TRL makes a text of a list of one.
+        if _is_name(config.target_modules):
+            config.target_modules = {config.target_modules}
+        elif not any(_matches(config.target_modules, name) for name in modules):
+            raise InputError(f"lora_target_modules: no module of the model matches {config.target_modules!r}.")
+    asked = {
+        "lora_target_modules": (config.target_modules, modules),
+        "lora_modules_to_save": (config.modules_to_save, modules),
+        "lora_target_parameters": (config.target_parameters, [name for name, _ in model.named_parameters()]),
+    }
+    for field, (names, known) in asked.items():
+        if not names or isinstance(names, str):
+            continue
+        unknown = [name for name in names if not any(f".{path}".endswith(f".{name}") for path in known)]
+        if unknown:
+            said = "; ".join(f"{name!r} (nearest: {', '.join(_nearest(name, known))})" for name in sorted(unknown))
+            raise InputError(f"{field}: {type(model).__name__} has no {said}.")
+
+
+def _is_name(text: str) -> bool:
+    return re.fullmatch(r"\w+(\.\w+)*", text) is not None
+
+
+def _matches(pattern: str, name: str) -> bool:
+    with explains(re.error, f"lora_target_modules: {pattern!r} is no regular expression"):
+        return re.fullmatch(pattern, name) is not None
+
+
+def _nearest(name: str, known: list[str], num: int = 3) -> list[str]:
+    """The ends of the `known` names, as long as `name` is in dots, that are most like it."""
+    length = name.count(".") + 1
+    ends = {".".join(path.split(".")[-length:]) for path in known}
+    return difflib.get_close_matches(name, sorted(end for end in ends if not end.isdecimal()), num, cutoff=0)
+
+
+def load_trained(
+    run: str,
+    model_args: ModelConfig,
+    precision: str,
+    *,
+    trust_remote_code: bool = False,
+    device_map: dict | None = None,
+) -> torch.nn.Module:
+    """The model of a run folder for prediction: base and adapter, or the weights themselves; "none": the base alone.
+
+    Raises InputError, before any weight is loaded, when the folder holds neither.
+    """
+    options = {"trust_remote_code": trust_remote_code, "device_map": device_map}
+    if run == "none":
+        return load_model(model_args, precision, **options)
+    if (Path(run) / "adapter_config.json").is_file() and (Path(run) / "adapter_model.safetensors").is_file():
+        try:
+            base = load_model(model_args, precision, **options)
+        except InputError as error:
+            if Path(model_args.model_name_or_path).exists():
+                raise
+            raise InputError(f"{error} If the base of {run} is elsewhere now, give its place as model.") from error
+        return add_adapter(base, run)
+    if (Path(run) / "config.json").is_file():
+        return load_model(replace(model_args, model_name_or_path=run), precision, **options)
+    raise InputError(
+        f"{run} holds no adapter (adapter_config.json, adapter_model.safetensors). Give the folder of a finished run."
+    )
+
+
+def add_adapter(base: PreTrainedModel, folder: str, *, is_trainable: bool = False) -> PeftModel:
+    """The base with the adapter of a folder. Raises InputError where it is none, or another base's."""
+    try:
+        with warnings.catch_warnings():  # an adapter that is not all there would be random where it is not
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
+            # Once more, for what is left out: PEFT says it only here.
+            left_out = model.load_adapter(folder, "default", is_trainable=is_trainable).unexpected_keys
+    except (*LOADING_ERRORS, UserWarning) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"the adapter in {folder} does not load on {base.name_or_path}: {said[0]}") from error
+    if left_out:
+        raise InputError(
+            f"the adapter in {folder} is of another base than {base.name_or_path}: {len(left_out):,} of its weights "
+            f"have no place in it ({_first(left_out)}). Give the base that it was trained on."
+        )
+    return model
+
+
+def avoid_math_attention() -> None:
+    """Below compute capability 8.0, keep grouped-query attention out of torch's MATH kernel.
+
+    transformers hands grouped heads to sdpa without a mask whatever the GPU; older GPUs have no kernel for that but
+    the unfused one, several times slower and larger. Repeated heads run in the memory-efficient kernel. Goes when
+    `use_gqa_in_sdpa` (transformers 5.23) looks at the GPU.
+    """
+    old_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
+    if old_gpu and "TRANSFORMERS_SDPA_FORCE_GQA" not in os.environ:
+        sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
+
+
+def _cannot_load(name: str, error: Exception) -> InputError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    where = "" if Path(name).exists() else " Check the name or path, and the network."
+    return InputError(f"the model {name!r} cannot be loaded: {lines[0]}{where}")

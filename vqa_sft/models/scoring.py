@@ -1,0 +1,289 @@
+"""Letter ids and letter logits, used by the trainer and by predict; the only module that undoes an order."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
+from jinja2 import TemplateError
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import ProcessorMixin
+
+from vqa_sft.batch.collator import (
+    TARGET_KEYS,
+    AnswerCollator,
+    answer_prefix,
+    answer_suffix,
+    control_tokens,
+    render_prompt,
+)
+from vqa_sft.batch.prompts import Prompts
+from vqa_sft.data.references import count_free
+from vqa_sft.errors import InputError, explains
+from vqa_sft.letters import LETTERS, view_orders
+from vqa_sft.models.adapters import Adapters
+from vqa_sft.models.fast.feature_store import encoder_outputs, picture_inputs, run_tower
+from vqa_sft.models.fast.packing import supervised_positions
+from vqa_sft.models.load import DTYPES
+
+
+def find_letter_ids(processor: ProcessorMixin, num_letters: int, prompts: Prompts = Prompts()) -> torch.Tensor:
+    """Token ids (L,) of the letters as they stand right after the prompt.
+
+    Raises InputError when a letter is not one token there, or the chat template refuses the prompt.
+    """
+    tokenizer = processor.tokenizer
+    prompt = _sample_prompt(processor, prompts)
+    spaces = answer_prefix(processor)[1]
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = []
+    for letter in LETTERS[:num_letters]:
+        answer_ids = tokenizer(prompt + spaces + letter, add_special_tokens=False)["input_ids"]
+        if answer_ids[:-1] != prompt_ids or answer_ids[-1] in ids:
+            raise InputError(
+                f"the letter {letter!r} is not one token after this model's prompt; its tokens there: "
+                f"{tokenizer.convert_ids_to_tokens(answer_ids[-3:])}. Rows need at most {max(len(ids), 1)} choices, or "
+                "another model."
+            )
+        ids.append(answer_ids[-1])
+    return torch.tensor(ids)
+
+
+def find_spellings(processor: ProcessorMixin, num_letters: int, prompts: Prompts = Prompts()) -> torch.Tensor:
+    """Token ids (L, S) of all one-token spellings of the letters after the prompt: "A", "a", " A" and " a"; -1 where a
+    letter has fewer. For a base model that nobody trained to one of them. Raises InputError as `find_letter_ids`."""
+    letter_ids = find_letter_ids(processor, num_letters, prompts).tolist()
+    tokenizer, prompt = processor.tokenizer, _sample_prompt(processor, prompts)
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    found: list[list[int]] = []
+    for letter_id, letter in zip(letter_ids, LETTERS, strict=False):
+        spelled = [space + case for space in ("", " ") for case in (letter, letter.lower())]
+        tokens = [tokenizer(prompt + text, add_special_tokens=False)["input_ids"] for text in spelled]
+        of_letter = [ids[-1] for ids in tokens if ids[:-1] == prompt_ids]
+        found.append([*dict.fromkeys([letter_id, *of_letter])])
+    # What stands for two letters, as an unknown token does, stands for none.
+    all_ids = [token for of_letter in found for token in of_letter]
+    found = [[token for token in of_letter if all_ids.count(token) == 1] for of_letter in found]
+    most = max(map(len, found))
+    return torch.tensor([of_letter + [-1] * (most - len(of_letter)) for of_letter in found])
+
+
+def _sample_prompt(processor: ProcessorMixin, prompts: Prompts) -> str:
+    row = {"question": "?", "choices": ["x", "y"], "images": [None]}
+    with explains(TemplateError, "the chat template of this model refuses the prompt; try an empty system_prompt"):
+        return render_prompt(processor, row, (0, 1), prompts)
+
+
+def find_end_of_turn(processor: ProcessorMixin, prompts: Prompts = Prompts()) -> int:
+    """Id of the token that the chat template puts right after the answer. Raises InputError where it puts none."""
+    answered = _sample_prompt(processor, prompts) + answer_prefix(processor)[1] + LETTERS[0]
+    texts = [answered, answered + answer_suffix(processor)]
+    answered_ids, ended_ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    after = processor.tokenizer.convert_ids_to_tokens(ended_ids[len(answered_ids) :])
+    if ended_ids[: len(answered_ids)] != answered_ids or not after or not control_tokens(processor).fullmatch(after[0]):
+        raise InputError(
+            "the chat template of this model does not end a turn by a control token: after an answer it puts "
+            f"{answer_suffix(processor)[:20]!r}. Remove supervise_end_of_turn."
+        )
+    return ended_ids[len(answered_ids)]
+
+
+def supervised_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits (B, 1, V), float32, at the last prompt position; (B, 2, V) where rows carry their letter, with those at
+    the letter. Only these positions go through `lm_head`."""
+    inputs = {key: value for key, value in batch.items() if key not in TARGET_KEYS}
+    if "image_features" in inputs:  # from the cache, in place of pixels
+        inputs["mm_encoder_outputs"] = {"image": encoder_outputs(inputs.pop("image_features"))}
+    positions = supervised_positions(batch)  # (B, 1 or 2)
+    if "cu_seq_lens_q" in batch:  # packed rows: the answers stand in one row
+        keep = 0 if "keep_positions" in batch else positions.flatten()[None]
+        logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
+        return logits.view(*positions.shape, -1).float()
+    logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
+    if logits.ndim != 3 or logits.shape[:2] != positions.shape:
+        # A family whose `logits_to_keep` does not take positions per row: all logits, then ours. Some give all of
+        # them whatever was asked for.
+        if logits.ndim != 3 or logits.shape[:2] != inputs["input_ids"].shape:
+            logits = model(**inputs, use_cache=False).logits
+        logits = logits.gather(1, positions[..., None].expand(-1, -1, logits.shape[-1]))
+    return logits.float()
+
+
+def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits (B, V), float32, at the last prompt position."""
+    return supervised_logits(model, batch)[:, 0]
+
+
+def letter_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], letter_ids: torch.Tensor) -> torch.Tensor:
+    """Logits (B, L) of the letters at the last prompt position; letters that a row does not use are not masked. Of
+    spellings (L, S) the logarithm of the summed exponentials, so that their probabilities are summed."""
+    logits = answer_logits(model, batch)
+    if letter_ids.ndim == 1:
+        return logits[:, letter_ids]
+    spelled = logits[:, letter_ids.clamp(min=0)].masked_fill(letter_ids < 0, -torch.inf)
+    return spelled.logsumexp(dim=-1)
+
+
+def to_choice_logits(letter_logits: torch.Tensor, orders: torch.Tensor, num_choices: torch.Tensor) -> list[list[float]]:
+    """Log-probabilities of the choices of each row, in dataset order: letters beyond the row's own are dropped,
+    the order is undone. `letter_logits` (B, L), `orders` (B, L), `num_choices` (B,) -> B lists of num_choices."""
+    by_choice = torch.empty_like(letter_logits).scatter_(1, orders, letter_logits)
+    return [row[:count].log_softmax(dim=0).tolist() for row, count in zip(by_choice, num_choices.tolist(), strict=True)]
+
+
+def average_views(views: Sequence[Sequence[float]], how: str = "mean") -> tuple[list[float], float]:
+    """Log-probabilities of a row's choices from those of its views, and the share of the views whose likeliest choice
+    is theirs: the logarithm of the mean probability, or with `how` "log" the mean logarithm, normalised (the geometric
+    mean)."""
+    logits = torch.tensor(views)  # (views, C)
+    if len(logits) == 1:
+        return logits[0].tolist(), 1.0
+    mean = (logits.mean(dim=0) if how == "log" else logits.logsumexp(dim=0)).log_softmax(dim=0)
+    return mean.tolist(), float((logits.argmax(dim=1) == mean.argmax()).float().mean())
+
+
+@dataclass
+class Scored:
+    """Some rows of the data, scored by R runs: their numbers there, of each row R lists of choice logits in dataset
+    order, averaged over its views, R shares of the views that agree with them, and of several picture scales R times S
+    lists of choice logits, averaged over the views of each; of one none."""
+
+    rows: list[int]
+    choice_logits: list[list[list[float]]]
+    agreement: list[list[float]]
+    scale_logits: list[list[list[list[float]]]]
+
+
+def plan_batches(examples: datasets.Dataset, views: str | int, batch_size: int) -> list[list[int]]:
+    """Numbers of rows that are scored together, `batch_size` views of rows of the most views; rows with one picture
+    stand beside each other, for they share it."""
+    num_rows = max(1, batch_size // _most_views(examples, views))
+    order = same_pictures_together(examples)
+    return [order[start : start + num_rows] for start in range(0, len(order), num_rows)]
+
+
+def _most_views(examples: datasets.Dataset, views: str | int) -> int:
+    """In how many orders a row is scored, at most."""
+    if views == "identity":
+        return 1
+    rows = zip(examples["question"], examples["choices"], strict=True)
+    kinds = {(len(choices), count_free(question, choices)) for question, choices in rows}
+    counts = [len(view_orders(num_choices, views, num_free=num_free)) for num_choices, num_free in kinds]
+    return max(counts, default=1)
+
+
+def same_pictures_together(examples: datasets.Dataset) -> list[int]:
+    """Numbers of the rows, those with the same picture paths after the first of them, else in their order."""
+    first: dict[tuple, int] = {}
+    places = []
+    for number, images in enumerate(examples["images"]):
+        if any(image["bytes"] is not None for image in images):
+            return [*range(len(examples))]  # to compare bytes means to read them all
+        key = tuple(image["path"] for image in images)
+        places.append(first.setdefault(key, number) if key else number)
+    return sorted(range(len(places)), key=places.__getitem__)
+
+
+class Views:
+    """Rows -> a batch from each of several collators: the scales of their pictures."""
+
+    def __init__(self, collators: Sequence[AnswerCollator]) -> None:
+        self.collators = collators
+
+    def __call__(self, rows: list[dict]) -> list[dict[str, Any]]:
+        return [collator(rows) for collator in self.collators]
+
+
+@torch.no_grad()
+def score_batches(
+    model: torch.nn.Module,
+    examples: datasets.Dataset,
+    batches: Sequence[Sequence[int]],
+    collators: Sequence[AnswerCollator],
+    letter_ids: torch.Tensor,
+    *,
+    precision: str,
+    num_workers: int,
+    average: str = "mean",
+    adapters: Adapters | None = None,
+    runs: Sequence[int] = (0,),
+) -> Iterator[Scored]:
+    """What this process scores of the `batches` of row numbers, each as soon as the device has it; `runs` are those of
+    the `adapters` that take turns. Batches are cut before they are dealt out, so any number of processes scores the
+    same ones."""
+    state = PartialState()
+    own = batches[state.process_index :: state.num_processes]
+    on_gpu = state.device.type == "cuda"
+    loader = DataLoader(
+        examples,
+        batch_sampler=own,
+        collate_fn=Views(collators),
+        num_workers=num_workers,
+        pin_memory=on_gpu,
+    )
+    letter_ids = letter_ids.to(state.device)
+    waiting: list[tuple] = []
+    progress = tqdm(total=sum(map(len, batches)), desc="Scoring", unit=" questions", disable=not state.is_main_process)
+    for rows, of_scales in zip(own, loader, strict=True):
+        scales = []
+        for batch in of_scales:
+            groups = batch.get("groups", torch.arange(len(batch["answers"]))).tolist()
+            batch = send_to_device(batch, state.device, non_blocking=on_gpu)
+            logits = letter_logits_of_runs(model, batch, letter_ids, precision, adapters, runs)
+            scales.append((groups, logits, batch["orders"], batch["num_choices"]))
+        waiting.append((rows, scales))
+        # The last batches are computed while the next is made ready.
+        if len(waiting) > 2:
+            yield undo_orders(*waiting.pop(0), average)
+        progress.update(min(len(rows) * state.num_processes, progress.total - progress.n))
+    for left in waiting:
+        yield undo_orders(*left, average)
+    progress.close()
+
+
+def letter_logits_of_runs(
+    model: torch.nn.Module,
+    batch: dict[str, Any],
+    letter_ids: torch.Tensor,
+    precision: str,
+    adapters: Adapters | None,
+    runs: Sequence[int],
+) -> list[torch.Tensor]:
+    """(B, L) by each run; pictures go through a tower that they share once."""
+    is_packed = "cu_seq_lens_q" in batch and "pixel_values" in batch
+    if is_packed and adapters is not None and len(runs) > 1 and adapters.share_tower:
+        inputs = picture_inputs(batch)
+        batch = {name: value for name, value in batch.items() if name not in inputs}
+        batch["image_features"] = run_tower(adapters.base, inputs, precision)
+        batch["image_grid_thw"] = inputs["image_grid_thw"]
+    found = []
+    device = batch["orders"].device
+    for run in runs:
+        if adapters is not None:
+            adapters.use(run)
+        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
+            found.append(letter_logits(model, batch, letter_ids))
+    return found
+
+
+def undo_orders(rows: Sequence[int], scales: list[tuple], average: str) -> Scored:
+    """Undo the orders, and average over the views of each row."""
+    num_runs = len(scales[0][1])
+    choice_logits, agreement, scale_logits = ([[] for _ in rows] for _ in "abc")
+    for run in range(num_runs):
+        views: list[list[list[list[float]]]] = [[[] for _ in scales] for _ in rows]
+        for number, (groups, logits, orders, num_choices) in enumerate(scales):
+            of_views = to_choice_logits(logits[run].cpu(), orders.cpu(), num_choices.cpu())
+            for group, of_view in zip(groups, of_views, strict=True):
+                views[group][number].append(of_view)
+        for row, of_scales in enumerate(views):
+            mean, share = average_views([view for of_scale in of_scales for view in of_scale], average)
+            choice_logits[row].append(mean)
+            agreement[row].append(share)
+            alone = [average_views(of_scale, average)[0] for of_scale in of_scales] if len(scales) > 1 else []
+            scale_logits[row].append(alone)
+    return Scored([*rows], choice_logits, agreement, scale_logits)

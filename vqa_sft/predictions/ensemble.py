@@ -1,0 +1,294 @@
+"""Several prediction files -> one: a weighted mean of calibrated probabilities. No torch.
+
+    files of one set of rows -> aligned by id -> experts (M files, N rows, C choices) -> pooled -> prediction file
+
+`mean` and `log` are those of pooling.py, `vote` pools each file's best choice (a linear pool of votes).
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from vqa_sft.errors import InputError, name_rows
+from vqa_sft.predictions.calibration import MIN_ROWS, NUM_FOLDS, deal_rows, is_lower, views_key
+from vqa_sft.predictions.file import (
+    ANSWERS,
+    CALIBRATION,
+    Predictions,
+    check_same_rows,
+    may_be_of_one_run,
+    others_of,
+    read_predictions,
+    whole,
+    write_predictions,
+)
+from vqa_sft.predictions.pooling import TINY, learn_weights, log_rows, own_choices, pool
+
+AVERAGES = ("mean", "log", "vote")
+VOTE = 0.99  # of a vote goes to the choice; the rest is spread over all, for log 0 cannot stand in a file
+WEIGHTS_START = b'{\n  "average"'  # how a file of --save-weights begins
+
+
+@dataclass(frozen=True)
+class Learned:
+    """`weights` is None where the plain mean is as good; NLL in nats, cross-fitted."""
+
+    weights: list[float] | None
+    nll: float
+    nll_of_mean: float
+    num_rows: int
+
+
+def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Predictions]:
+    """The same rows in the order of the first file.
+
+    Raises InputError where ids, digests, numbers of choices or known answers differ.
+    """
+    first, aligned = files[0], []
+    for file, name in zip(files, names, strict=True):
+        row_of = {row_id: i for i, row_id in enumerate(file.ids)}
+        missing = [row_id for row_id in first.ids if row_id not in row_of]
+        known = set(first.ids)
+        foreign = [row_id for row_id in file.ids if row_id not in known]
+        for what, ids, total in (("lacks", missing, len(first.ids)), ("also has", foreign, len(file.ids))):
+            if ids:
+                raise InputError(
+                    f"{name} {what} {name_rows(ids, total)}, and {names[0]} has "
+                    f"{'them' if what == 'lacks' else 'not'}. Give predictions for the same rows."
+                )
+        check_same_rows(first.ids, first.digest_of, file.digest_of, [names[0], name])
+        rows = [row_of[row_id] for row_id in first.ids]
+        aligned.append(_take(file, rows))
+        pairs = list(zip(first.ids, first.choice_logits, aligned[-1].choice_logits, strict=True))
+        other_length = [row_id for row_id, one, other in pairs if len(one) != len(other)]
+        if other_length:
+            raise InputError(
+                f"{name} and {names[0]} have other numbers of choices in {name_rows(other_length, len(rows))}. Give "
+                "predictions for the same data."
+            )
+    known_answers: list[int | None] = [None] * len(first.ids)
+    for file, name in zip(aligned, names, strict=True):
+        both = zip(file.ids, known_answers, file.answers, strict=True)
+        differ = [row_id for row_id, one, other in both if None not in (one, other) and one != other]
+        if differ:
+            raise InputError(
+                f"{name} has other answers than the files before it in {name_rows(differ, len(rows))}. Give "
+                "predictions for the same data."
+            )
+        known_answers = [other if one is None else one for one, other in zip(known_answers, file.answers, strict=True)]
+    for file in aligned:
+        file.answers = list(known_answers)
+    return aligned
+
+
+def _take(file: Predictions, rows: Sequence[int]) -> Predictions:
+    names = ("ids", "choice_logits", "answers", "blanked", "agreement", "scale_logits", "digests")
+    return replace(file, **{name: [column[i] for i in rows] for name in names if (column := getattr(file, name))})
+
+
+def experts_of(files: Sequence[Predictions], average: str) -> np.ndarray:
+    """What is pooled (M, N, C), 0 where a row has fewer choices: calibrated probabilities, or smoothed votes."""
+    lengths = np.array([len(row) for row in files[0].choice_logits])
+    is_own = own_choices(lengths)  # (N, C)
+    experts = np.zeros((len(files), *is_own.shape))
+    for expert, file in zip(experts, files, strict=True):
+        expert[is_own] = np.maximum(np.concatenate(file.probs), TINY)
+        if average == "vote":
+            best = expert.argmax(axis=1)
+            expert[is_own] = ((1 - VOTE) / np.repeat(lengths, lengths)).ravel()
+            expert[np.arange(len(best)), best] += VOTE
+    return experts
+
+
+def learn(files: Sequence[Predictions], average: str) -> Learned:
+    """Weights from rows with answers, if they prove themselves: fitted on four parts of five in turn, they must lower
+    the NLL of the fifth, against equal weights, by more than one standard error of the rows' differences."""
+    experts, answers = experts_of(files, average), np.array(files[0].answers)
+    rows = np.arange(len(answers))
+    equal = np.full(len(files), 1 / len(files))
+    losses_of_mean = -np.log(pool(experts, equal, average)[rows, answers])
+    losses, fold_of = np.empty(len(answers)), deal_rows(len(answers))
+    for fold in range(NUM_FOLDS):
+        others, own = fold_of != fold, np.flatnonzero(fold_of == fold)
+        weights = learn_weights(experts[:, others], answers[others], average)
+        losses[own] = -np.log(pool(experts[:, own], weights, average)[np.arange(len(own)), answers[own]])
+    proves_itself = is_lower(losses, losses_of_mean, 1)
+    weights = learn_weights(experts, answers, average).tolist() if proves_itself else None
+    return Learned(weights, float(losses.mean()), float(losses_of_mean.mean()), len(answers))
+
+
+def combine(files: Sequence[Predictions], names: Sequence[str], weights: Sequence[float], average: str) -> Predictions:
+    """One set of predictions from aligned files. Its `choice_logits` are logarithms of the pooled probabilities, which
+    are calibrated already; its `agreement` is the share of the weights that choose as all together do."""
+    first, experts = files[0], experts_of(files, average)
+    probs = pool(experts, weights, average)
+    logits = log_rows(probs, [len(row) for row in first.choice_logits])
+    agree = (experts.argmax(axis=2) == probs.argmax(axis=1)).T @ np.asarray(weights)  # (N,)
+    made_of = [
+        {"file": str(name), "weight": float(weight)} | {key: file.metadata.get(key) for key in _MADE_BY}
+        for name, weight, file in zip(names, weights, files, strict=True)
+    ]
+    metadata = {"ensemble": {"average": average, "files": made_of}}
+    written_as = next((file.metadata[ANSWERS] for file in files if file.metadata.get(ANSWERS)), None)
+    metadata |= {ANSWERS: written_as} if written_as else {}
+    digests = next((file.digests for file in files if file.digests), [])
+    blanked = [any(row) for row in zip(*(file.blanked or [False] * len(first.ids) for file in files), strict=True)]
+    agreement = np.minimum(agree, 1).tolist()
+    return Predictions(first.ids, logits, first.answers, metadata, blanked, agreement, digests=digests)
+
+
+_MADE_BY = ("base_model", "run", "orders", "scales", "average", CALIBRATION)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def write_ensemble(
+    names: Sequence[str],
+    output: str | Path,
+    *,
+    average: str = "mean",
+    weights: str = "mean",
+    learn_on: Sequence[str] = (),
+    save_weights: str | Path | None = None,
+) -> str:
+    """`vqa-sft ensemble`: write the files' ensemble to `output`, and say how much of each is in it.
+
+    `weights` is "mean", "learned" (on the files `learn_on`), numbers ("0.6,0.4"), or a file of `save_weights`.
+    Raises InputError before anything is written.
+    """
+    if len(names) < 2:
+        raise InputError(f"an ensemble is of two prediction files at least; got {len(names)}.")
+    twice = [name for number, name in enumerate(names) if name in names[:number]]
+    if twice:
+        raise InputError(f"{twice[0]} is given twice. Give it once, and with --weights more of it.")
+    if (weights == "learned") != bool(learn_on):
+        raise InputError("--weights learned and --learn-on FILES belong together; one is missing.")
+    _check_output(Path(output), [*names, *learn_on])
+    if save_weights is not None:
+        _check_weights_file(Path(save_weights))
+    files = align([read_predictions(name) for name in names], names)
+    notes: list[str] = []
+    if weights == "learned":
+        learned = _learn_on(files, learn_on, average, names)
+        found = learned.weights or [1 / len(files)] * len(files)
+        compared = f"NLL {learned.nll:.4f}, cross-fitted; of equal weights {learned.nll_of_mean:.4f}"
+        if learned.weights:
+            notes.append(f"Weights learned on {learned.num_rows:,} rows ({compared}).")
+        else:
+            notes.append(
+                f"Learned weights do not prove themselves on {learned.num_rows:,} rows ({compared}): equal weights are "
+                "used."
+            )
+        for name, stands_for, one, other in zip(learn_on, names, map(read_predictions, learn_on), files, strict=True):
+            if not may_be_of_one_run(one, other) or _views(one) != _views(other):
+                ours, theirs = (f"{_maker(file)}, {_views(file)}" for file in (other, one))
+                notes.append(f"Beware: {name} ({theirs}) may not stand for {stands_for} ({ours}).")
+        held_out = read_predictions(learn_on[0])
+        shared = set(files[0].ids) & set(held_out.ids)
+        if shared.difference(others_of(shared, files[0].digest_of, held_out.digest_of)) and learned.weights:
+            notes.append("They were learned on rows of this ensemble, so its own metrics look a little too good.")
+    else:
+        found = _given_weights(weights, names, average)
+    ensemble = combine(files, names, found, average)
+    ways = [file.metadata[ANSWERS] for file in files if file.metadata.get(ANSWERS)]
+    if any(way != ways[0] for way in ways):
+        notes.append(
+            f"The data of the runs write their answers in other ways; a submission is written as those of the first "
+            f"that says it: {ways[0]['column']} ({ways[0]['format']})."
+        )
+    ensemble.metadata["ensemble"] |= {"weights_from": weights, "learn_on": [str(name) for name in learn_on]}
+    if save_weights is not None:
+        _save_weights(Path(save_weights), found, names, average)
+    write_predictions(output, ensemble)
+    lines = [f"{weight:7.4f}  {name}" for weight, name in zip(found, names, strict=True)]
+    return "\n".join([*notes, *lines, f"Wrote {len(ensemble.ids):,} rows to {output} ({average})."])
+
+
+def _learn_on(files: Sequence[Predictions], learn_on: Sequence[str], average: str, names: Sequence[str]) -> Learned:
+    if len(learn_on) != len(files):
+        raise InputError(
+            f"--learn-on needs one file for each of the {len(files)}, in their order; got {len(learn_on)}."
+        )
+    held_out = align([read_predictions(name) for name in learn_on], learn_on)
+    unknown = [row_id for row_id, answer in zip(held_out[0].ids, held_out[0].answers, strict=True) if answer is None]
+    if unknown:
+        raise InputError(f"--learn-on: there is no answer in {name_rows(unknown, len(held_out[0].ids))}.")
+    if len(held_out[0].ids) < MIN_ROWS:
+        raise InputError(f"--learn-on: weights need at least {MIN_ROWS} rows; got {len(held_out[0].ids)}.")
+    for i, (one, other) in enumerate(zip(held_out, files, strict=True)):
+        if not may_be_of_one_run(one, other) and any(may_be_of_one_run(one, file) for file in files):
+            raise InputError(
+                f"--learn-on: {learn_on[i]} is of {_maker(one)}, {names[i]} of {_maker(other)}. Give the files of "
+                "--learn-on in the order of those that they stand for."
+            )
+    # As sure as the files that the weights are for.
+    return learn([one.calibrated_as(other) for one, other in zip(held_out, files, strict=True)], average)
+
+
+def _views(predictions: Predictions) -> str:
+    return "an ensemble" if "ensemble" in predictions.metadata else views_key(predictions.metadata)
+
+
+def _maker(predictions: Predictions) -> str:
+    return str(predictions.metadata.get("run") or predictions.metadata.get("base_model") or "of an unknown run")
+
+
+def _given_weights(text: str, names: Sequence[str], average: str) -> list[float]:
+    if text == "mean":
+        return [1 / len(names)] * len(names)
+    of = average
+    try:
+        if Path(text).suffix == ".json":
+            saved = json.loads(Path(text).read_text(encoding="utf-8"))
+            numbers, of = [float(one["weight"]) for one in saved["files"]], saved["average"]
+            by_name = dict(zip([one["file"] for one in saved["files"]], numbers, strict=True))
+            if set(by_name) == set(map(str, names)):  # the same files, perhaps in another order
+                numbers = [by_name[str(name)] for name in names]
+        else:
+            numbers = [float(part) for part in text.split(",")]
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise InputError(
+            f"--weights must be mean, learned, numbers such as 0.6,0.4 or a file of --save-weights; got {text}."
+        ) from error
+    if of != average:
+        raise InputError(f"the weights in {text} are for --average {of}; got {average}.")
+    if len(numbers) != len(names):
+        raise InputError(f"--weights {text}: {len(numbers)} weights for {len(names)} files. Give one for each.")
+    if not math.isfinite(sum(numbers)) or min(numbers) < 0 or sum(numbers) <= 0:
+        raise InputError(f"--weights {text}: no weight may be below 0, and one must be above it.")
+    return [number / sum(numbers) for number in numbers]
+
+
+def _check_weights_file(path: Path) -> None:
+    if path.suffix != ".json":
+        raise InputError(f"--save-weights writes a .json file; got {path}.")
+    if path.exists() and not path.read_bytes().startswith(WEIGHTS_START):
+        raise InputError(f"{path} exists and is no file of --save-weights. Name another file.")
+
+
+def _save_weights(path: Path, weights: Sequence[float], names: Sequence[str], average: str) -> None:
+    files = [{"file": str(name), "weight": weight} for name, weight in zip(names, weights, strict=True)]
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps({"average": average, "files": files}, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_output(output: Path, inputs: Sequence[str]) -> None:
+    """Raises InputError where the ensemble would replace what is none."""
+    if output.suffix != ".parquet":
+        raise InputError(f"--output must end in .parquet; got {output}.")
+    if any(output.resolve() == Path(name).resolve() for name in inputs):
+        raise InputError(f"--output is one of the files that are read: {output}. Name another.")
+    if output.exists() and not _is_ensemble(output):
+        raise InputError(f"{output} exists and is no ensemble. Name another --output.")
+
+
+def _is_ensemble(path: Path) -> bool:
+    try:
+        return "ensemble" in read_predictions(path).metadata
+    except InputError:
+        return False

@@ -1,0 +1,310 @@
+"""The prediction file. No torch.
+
+A prediction file is Parquet, in the row order of the data:
+
+    id             of the row
+    choice_logits  log-probabilities of the row's own choices, averaged over views; dataset order, ragged, no -inf.
+                   Never tempered: what the model said, whatever is made of it later
+    answer         null where unknown
+    blanked        answered without a picture that could not be used
+    agreement      share of the row's views whose best choice is the averaged best one (of an ensemble: the share of the
+                   weights); null where unknown, and files without the column are read too. Scales count equally in it
+    digest         of the row's question, choices and images (`digests_of`), whatever its id: rows of two files are the
+                   same where id and digest agree; null where unknown, and files without the column are read too
+    scale_logits   only where pictures were scored at several scales by one run: of each scale, in the order of `scales`
+                   in the metadata, what `choice_logits` are of all. Those weigh the scales equally
+
+Its metadata say what made it. Under "answers" they say how the data of the run write their answers (`answers_as`): a
+submission is written so. Under "calibration" they hold the temperature, and perhaps a bias and weights of the
+scales, that were found for the run and these views: `Predictions.probs` applies them.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vqa_sft.data.answers import FORMATS
+from vqa_sft.data.columns import Columns
+from vqa_sft.data.examples import row_digest
+from vqa_sft.errors import InputError, name_rows
+from vqa_sft.files import whole
+from vqa_sft.letters import LETTERS
+from vqa_sft.predictions.metrics import softmax
+from vqa_sft.predictions.pooling import experts_of_scales, log_rows, pool
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("choice_logits", pa.list_(pa.float32())),
+        ("answer", pa.int64()),
+        ("blanked", pa.bool_()),
+        ("agreement", pa.float32()),
+        ("digest", pa.string()),
+    ]
+)
+LATER = ("agreement", "digest")  # columns that files of earlier versions lack
+SCALE_LOGITS = pa.field("scale_logits", pa.list_(pa.list_(pa.float32())))
+METADATA_KEY = b"vqa_sft"
+CALIBRATION, ANSWERS = "calibration", "answers"  # in the metadata
+
+
+@dataclass
+class Predictions:
+    """N rows in data order; `choice_logits[i]` has as many numbers as row i has choices."""
+
+    ids: list[str]
+    choice_logits: list[list[float]]
+    answers: list[int | None]
+    metadata: dict = field(default_factory=dict)
+    blanked: list[bool] = field(default_factory=list)  # empty: none
+    agreement: list[float | None] = field(default_factory=list)  # empty: unknown
+    scale_logits: list[list[list[float]]] = field(default_factory=list)  # of S scales; empty: one scale, or unknown
+    digests: list[str | None] = field(default_factory=list)  # empty: unknown
+
+    @property
+    def digest_of(self) -> dict[str, str]:
+        """Id -> digest of the rows whose digest is known."""
+        pairs = zip(self.ids, self.digests, strict=bool(self.digests))
+        return {row_id: digest for row_id, digest in pairs if digest is not None}
+
+    @property
+    def probs(self) -> list[np.ndarray]:
+        """Probabilities of each row's choices: softmax(choice_logits / temperature + bias) where the metadata hold a
+        calibration, with the scales at its weights if it has some; else softmax(choice_logits)."""
+        calibration = self.metadata.get(CALIBRATION) or {}
+        logits, weights = self.choice_logits, calibration.get("scale_weights")
+        if weights:
+            logits = self.weigh_scales([weights[name] for name in scale_names(self.metadata["scales"])])
+        return softmax(logits, calibration.get("temperature", 1.0), calibration.get("bias"))
+
+    def weigh_scales(self, weights: Sequence[float]) -> list[list[float]]:
+        """What `choice_logits` are with these weights (S,) of the scales; they sum to 1."""
+        probs = pool(experts_of_scales(self.scale_logits), weights, self.metadata.get("average") or "mean")
+        return log_rows(probs, [len(row[0]) for row in self.scale_logits])
+
+    @property
+    def best(self) -> list[int]:
+        """The likeliest choice of each row; ties go to the first."""
+        return [int(np.argmax(row)) for row in self.probs]
+
+    def calibrated_as(self, other: "Predictions") -> "Predictions":
+        """The same rows with the calibration of `other`, or with none: what is learnt on held-out rows must be learnt
+        on such probabilities as it will be used on."""
+        rest = {key: value for key, value in self.metadata.items() if key != CALIBRATION}
+        own = other.metadata.get(CALIBRATION)
+        weights = (own or {}).get("scale_weights")
+        if weights and (not self.scale_logits or weights.keys() != scale_names(self.metadata["scales"]).keys()):
+            raise InputError(
+                f"the rows that these held-out ones stand for were scored at the scales {', '.join(weights)}, with a "
+                "weight each; of the held-out rows it is not known what each of these says. Score them in the same way."
+            )
+        return replace(self, metadata=rest | ({CALIBRATION: own} if own else {}))
+
+
+def digests_of(examples: datasets.Dataset) -> list[str]:
+    """The digest of each row."""
+    return [row_digest(row) for row in examples.select_columns(["question", "choices", "images"])]
+
+
+def others_of(ids: Iterable[str], ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """Those of the ids under which two files hold different rows, as far as both know their digests."""
+    return [i for i in ids if i in ours and i in theirs and ours[i] != theirs[i]]
+
+
+def check_same_rows(
+    ids: Sequence[str], ours: Mapping[str, str], theirs: Mapping[str, str], names: Sequence[str | Path]
+) -> None:
+    """Raises InputError where two files, which have these names, hold other rows under the same ids."""
+    differ = others_of(ids, ours, theirs)
+    if differ:
+        raise InputError(
+            f"{names[0]} and {names[1]} have the same ids and other questions, choices or images in "
+            f"{name_rows(differ, len(ids))}. Ids that are numbers of rows do not tell one data set from another: give "
+            "files of the same rows."
+        )
+
+
+def answers_as(columns: Columns) -> dict[str, Any]:
+    """What stands under "answers" in the metadata: how the data with these columns name and write their answers.
+    The format is None where no row says it."""
+    return {
+        "id": columns.id or "id",
+        "column": columns.answer or "answer",
+        "format": columns.answer_format,
+        "is_upper": columns.answers_are_upper,
+        "question": columns.question,
+        "choices": columns.choices,
+        "fixed_question": columns.fixed_question,
+        "fixed_choices": columns.fixed_choices,
+    }
+
+
+def may_be_of_one_run(one: Predictions, other: Predictions) -> bool:
+    """False where the metadata of both say otherwise: other prompts, another base model, another run. A fold and the
+    folder of its folds are one run; of a folder that was moved the name stays."""
+    ours, theirs = one.metadata, other.metadata
+    if None not in (digests := [ours.get("prompts_digest"), theirs.get("prompts_digest")]) and digests[0] != digests[1]:
+        return False
+    if not ("run" in ours and "run" in theirs):
+        return True
+    if ours["run"] is None or theirs["run"] is None:  # a base model as it is, or nothing is known
+        bases = [PurePath(str(known["base_model"])).name for known in (ours, theirs) if known.get("base_model")]
+        return len(bases) < 2 or ours["run"] == theirs["run"] and bases[0] == bases[1]
+    (name, fold), (other_name, other_fold) = (_name_and_fold(PurePath(known["run"])) for known in (ours, theirs))
+    return name == other_name and (fold == other_fold or None in (fold, other_fold))
+
+
+def _name_and_fold(run: PurePath) -> tuple[str, str | None]:
+    is_fold = run.name.startswith("fold") and run.name[4:].isdecimal()
+    return (run.parent.name, run.name) if is_fold else (run.name, None)
+
+
+def write_predictions(path: str | Path, predictions: Predictions) -> None:
+    """Write `predictions` whole or not at all."""
+    num_rows = len(predictions.ids)
+    blanked = predictions.blanked or [False] * num_rows
+    agreement = predictions.agreement or [None] * num_rows
+    digests = predictions.digests or [None] * num_rows
+    columns = [predictions.ids, predictions.choice_logits, predictions.answers, blanked, agreement, digests]
+    table = pa.Table.from_arrays([pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA)
+    if predictions.scale_logits:
+        table = table.append_column(SCALE_LOGITS, pa.array(predictions.scale_logits, SCALE_LOGITS.type))
+    table = table.replace_schema_metadata({METADATA_KEY: json.dumps(predictions.metadata, ensure_ascii=False)})
+    with whole(path) as unfinished:
+        pq.write_table(table, unfinished)
+
+
+def read_predictions(path: str | Path) -> Predictions:
+    """Raises InputError when there is no such file, it is not a prediction file, or it is damaged."""
+    if not Path(path).is_file():
+        raise InputError(f"no such prediction file: {path}.")
+    try:
+        table = pq.read_table(path)
+        for name in LATER:
+            if name not in table.schema.names:
+                table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
+        columns = [table.select(SCHEMA.names).cast(SCHEMA)[name].to_pylist() for name in SCHEMA.names]
+        has_scales = SCALE_LOGITS.name in table.schema.names
+        scale_logits = table[SCALE_LOGITS.name].cast(SCALE_LOGITS.type).to_pylist() if has_scales else []
+        metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
+    # OSError: pages that are damaged; RecursionError: lists in lists without an end
+    except (pa.ArrowException, KeyError, ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).") from error
+    ids, choice_logits, answers, blanked, *later = columns
+    agreement, digests = ([] if all(value is None for value in column) else column for column in later)
+    predictions = Predictions(ids, choice_logits, answers, metadata, blanked, agreement, scale_logits, digests)
+    _check(path, predictions)
+    return predictions
+
+
+def _check(path: str | Path, predictions: Predictions) -> None:
+    """Raises InputError for what the code after it cannot bear."""
+    ids = predictions.ids
+    if None in ids:
+        raise InputError(f"{path} is damaged: {ids.count(None):,} of {len(ids):,} rows have no id.")
+    bad = [
+        row_id
+        for row_id, logits, answer in zip(ids, predictions.choice_logits, predictions.answers, strict=True)
+        if not logits or len(logits) > len(LETTERS) or None in logits or not np.isfinite(logits).all()
+        or not (answer is None or 0 <= answer < len(logits))
+    ]  # fmt: skip
+    if bad or not ids:
+        raise InputError(f"{path} is damaged: " + (name_rows(bad, len(ids)) if bad else "no rows") + ".")
+    twice = [row_id for row_id, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise InputError(f"{path} is damaged: ids stand in it more than once, of {name_rows(twice, len(ids))}.")
+    if not isinstance(predictions.metadata, dict):
+        raise InputError(f"{path} is damaged: its metadata are no mapping.")
+    scales, run = predictions.metadata.get("scales") or [], predictions.metadata.get("run")
+    are_scales = isinstance(scales, list) and all(_is_number(scale) and scale > 0 for scale in scales)
+    if not are_scales or len(scale_names(scales)) < len(scales):
+        raise InputError(f"{path} is damaged: `scales` in its metadata are no different numbers above 0.")
+    if not (run is None or isinstance(run, str)):
+        raise InputError(f"{path} is damaged: `run` in its metadata is no folder.")
+    pairs = zip(ids, predictions.choice_logits, predictions.scale_logits, strict=bool(predictions.scale_logits))
+    bad = [row_id for row_id, logits, of_scales in pairs if not _are_like(of_scales, len(scales), len(logits))]
+    if bad or predictions.scale_logits and len(scales) < 2:
+        raise InputError(f"{path} is damaged: scale_logits are not those of {len(scales)} scales.")
+    if not _says_how_to_write(predictions.metadata.get(ANSWERS)):
+        raise InputError(f"{path} is damaged: `answers` in its metadata do not say how answers are written.")
+    found = predictions.metadata.get(CALIBRATION)
+    if found is not None:
+        check_calibration(found, f"the calibration in {path}", scales)
+        if found.get("scale_weights") and not predictions.scale_logits:
+            raise InputError(f"{path} is damaged: it has weights of its scales, and no scale_logits.")
+
+
+def _says_how_to_write(known: object) -> bool:
+    """Whether it is what `answers_as` gives, or nothing."""
+    if known is None:
+        return True
+    names = [known.get("id"), known.get("column")] if isinstance(known, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
+        return False
+    return known.get("format") in (None, *FORMATS) and isinstance(known.get("is_upper"), bool)
+
+
+def _are_like(of_scales: list | None, num_scales: int, num_choices: int) -> bool:
+    """Whether they are `num_scales` lists of so many finite numbers."""
+    rows = [row or [] for row in of_scales or []]
+    return len(rows) == num_scales and all(
+        len(row) == num_choices and None not in row and np.isfinite(row).all() for row in rows
+    )
+
+
+def check_calibration(values: object, what: str, scales: Sequence[float] | None = None) -> None:
+    """Raises InputError where `values` are no {"temperature": 0.001 to 1000, "bias": null or numbers, "scale_weights":
+    null or numbers from 0, together 1}; the latter one for each of the `scales`, where these are known."""
+    known = values if isinstance(values, dict) else {}
+    bias, weights = known.get("bias"), known.get("scale_weights")
+    numbers = [known.get("temperature"), *(bias if isinstance(bias, list) else [])]
+    numbers += weights.values() if isinstance(weights, dict) else []
+    are_numbers = all(map(_is_number, numbers))
+    if not are_numbers or not 1e-3 <= numbers[0] <= 1e3 or not (bias is None or isinstance(bias, list)):
+        raise InputError(
+            f"{what} is damaged: a temperature from 0.001 to 1000 and a bias of numbers or null are expected."
+        )
+    if weights is not None and not (
+        isinstance(weights, dict)
+        and min(weights.values(), default=-1) >= 0
+        and abs(sum(weights.values()) - 1) < 1e-6
+        and len(weights) > 1
+        and (scales is None or weights.keys() == scale_names(scales).keys())
+    ):
+        raise InputError(
+            f"{what} is damaged: in scale_weights a weight of each scale is expected, of two at least, none below 0, 1 "
+            "together."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # false of NaN too
+
+
+def scale_names(scales: Sequence[float]) -> dict[str, float]:
+    """Under which names the weights of scales stand in a file, in the order of the scales."""
+    return {str(float(scale)): float(scale) for scale in scales}
+
+
+def with_answers(predictions: Predictions, answers: dict[str, int]) -> Predictions:
+    """`predictions` with the answers of a file, matched by id. Raises InputError for ids without one."""
+    missing = [row_id for row_id in predictions.ids if row_id not in answers]
+    if missing:
+        raise InputError(f"no answer for {name_rows(missing, len(predictions.ids))}.")
+    matched: Sequence[int] = [answers[row_id] for row_id in predictions.ids]
+    beyond = [
+        row_id
+        for row_id, answer, row in zip(predictions.ids, matched, predictions.choice_logits, strict=True)
+        if answer >= len(row)
+    ]
+    if beyond:
+        raise InputError(f"the answer is none of the row's choices in {name_rows(beyond, len(predictions.ids))}.")
+    return replace(predictions, answers=list(matched))

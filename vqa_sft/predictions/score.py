@@ -1,0 +1,41 @@
+"""`vqa-sft score`: a table of metrics of prediction files. No torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vqa_sft.errors import InputError
+from vqa_sft.predictions.file import CALIBRATION, Predictions, read_predictions, with_answers
+from vqa_sft.predictions.matched import read_answers
+from vqa_sft.predictions.metrics import as_table, describe, softmax, with_intervals
+
+
+def read_named(item: str) -> tuple[str, Predictions]:
+    """The name and the predictions of FILE.parquet or NAME=FILE.parquet."""
+    name, _, path = ("", "", item) if Path(item).exists() or "=" not in item else item.partition("=")
+    return name or path, read_predictions(path)
+
+
+def score_table(files: Sequence[str], answers_file: str | None = None, data: str | None = None, **options: Any) -> str:
+    """A table of rows, accuracy, NLL in nats, Brier score and both ECE, with 95% intervals: a line a prediction file,
+    two where a calibration changes something, without it and with it. `options` say how the answers are read."""
+    lines = []
+    for item in files:
+        name, predictions = read_named(item)
+        if answers_file is not None:
+            predictions = with_answers(predictions, read_answers(answers_file, predictions, name, data, **options))
+        if None in predictions.answers:
+            raise InputError(f"{name} holds rows without an answer. Give --answers FILE.csv.")
+        calibration = predictions.metadata.get(CALIBRATION) or {}
+        changes = calibration.get("temperature", 1) != 1 or calibration.get("bias") or calibration.get("scale_weights")
+        kinds = [("", softmax(predictions.choice_logits))]
+        if changes:
+            told = f", temperature {calibration['temperature']:.2f}"
+            told += ", bias" if calibration.get("bias") else ""
+            told += ", weights of scales" if calibration.get("scale_weights") else ""
+            kinds = [(", as scored", kinds[0][1]), (told, predictions.probs)]
+        for kind, probs in kinds:
+            values = with_intervals(probs, predictions.answers)
+            names = [key for key in values if not key.endswith("_95")]
+            lines.append([name + kind, f"{len(predictions.ids):,}", *describe(values, names)])
+    return as_table([["", "rows", *names], *lines])
