@@ -42,7 +42,7 @@ from vqa_sft.data.answers import FORMATS
 from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
 from vqa_sft.data.examples import Loaded, read_examples, stream_examples
 from vqa_sft.data.problems import GUESSED, PREDICTION_HINT, Problems
-from vqa_sft.data.scan import scan_pictures
+from vqa_sft.data.scan import scan_images
 from vqa_sft.data.sources import find_files
 from vqa_sft.data.split import VALIDATION, read_parts, select
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown, name_rows
@@ -138,7 +138,7 @@ def predict(args: argparse.Namespace, runs: dict[str, dict], folders: list[str],
     runs = {folder: runs[folder] for group in groups for folder in group}
     precisions = {group[0]: scorer.precision_of(runs[group[0]], args.use_cpu) for group in groups}
     for group in groups[1:] * is_main:
-        print(f"Speed: the base is loaded anew for {', '.join(group)}: another base, prompt, picture size or adapter.")
+        print(f"Speed: the base is loaded anew for {', '.join(group)}: another base, prompt, image size or adapter.")
     if args.part == VALIDATION:
         passes = [Pass(group, [i], data.rows_of[folder]) for group in groups for i, folder in enumerate(group)]
     else:
@@ -153,7 +153,7 @@ def predict(args: argparse.Namespace, runs: dict[str, dict], folders: list[str],
         for number, of_pass in enumerate(passes):
             for block, examples in enumerate(blocks_of(of_pass.examples)):
                 folder = parts / f"pass{number}-block{block}"
-                if args.streaming and is_main:  # whose pictures the plan does not know
+                if args.streaming and is_main:  # whose images the plan does not know
                     shards.begin_block(folder, digest_rows(examples))
                 if launch.from_main(shards.is_finished(folder) if is_main else None):
                     continue
@@ -289,7 +289,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="submission to write (.csv)")
     parser.add_argument("--split", default="test", help="split of a Hub dataset (default: test)")
     parser.add_argument("--data_config", help="configuration of a Hub dataset")
-    parser.add_argument("--image_root", help="folder of the pictures; default: the folder of the file")
+    parser.add_argument("--image_root", help="folder of the images; default: the folder of the file")
     parser.add_argument("--columns", type=mapping, help="as in a recipe: '{id: key, image: photo}'; default: found")
     parser.add_argument("--fixed_question", help="the question of every row; default: as in training")
     parser.add_argument("--fixed_choices", nargs="+", help="the choices of every row; default: as in training")
@@ -316,7 +316,7 @@ def parse_args() -> argparse.Namespace:
         type=scales,
         default=[1.0],
         metavar="0.9,1.0,1.1",
-        help="of the pictures' sides, one pass over the data each (default: 1.0; Qwen2.5-VL and Qwen3-VL), with the "
+        help="of the images' sides, one pass over the data each (default: 1.0; Qwen2.5-VL and Qwen3-VL), with the "
         "weights that vqa-sft calibrate found, else equal ones",
     )
     parser.add_argument(
@@ -335,7 +335,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--batch_size", type=int, default=16, help="rows per forward and process, each order counted as one"
     )
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that read pictures")
+    parser.add_argument("--num_workers", type=int, default=2, help="processes that read images")
     parser.add_argument(
         "--compile_layers",
         action=argparse.BooleanOptionalAction,
@@ -427,7 +427,7 @@ def data_options(args: argparse.Namespace, recipe: dict, trained: Columns | None
     options["columns"] = {key: name for key, name in given.items() if key != "targets"}
     options |= {"known_columns": known_columns(trained, named), "trained": trained}
     options["empty_cells"] = recipe.get("empty_cells")
-    options["image_root"] = args.image_root  # test pictures lie where the test data say, not where training did
+    options["image_root"] = args.image_root  # test images lie where the test data say, not where training did
     options["answer_format"] = args.answer_format if args.answer_format != PROBABILITIES else None
     return options | {"split": args.split, "config": args.data_config, "limit": args.limit}
 
@@ -536,15 +536,15 @@ def describe_plan(args: argparse.Namespace, runs: dict[str, dict], data: Data) -
 
 
 def digest_rows(examples: Dataset) -> str:
-    """What tells rows from others: their texts and answers, and what `describe_picture` says."""
+    """What tells rows from others: their texts and answers, and what `describe_image` says."""
     digest = hashlib.sha256()
     for row in examples.select_columns(["id", "question", "context", "choices", "answer", "images"]):
-        pictures = [describe_picture(image) for image in row.pop("images")]
-        digest.update(json.dumps([row, pictures]).encode())
+        images = [describe_image(image) for image in row.pop("images")]
+        digest.update(json.dumps([row, images]).encode())
     return digest.hexdigest()
 
 
-def describe_picture(image: dict) -> list:
+def describe_image(image: dict) -> list:
     """What tells one {bytes, path} from another: its content, or the path, size and time of its file."""
     if image["bytes"] is not None:
         return [hashlib.sha256(image["bytes"]).hexdigest()]
@@ -561,7 +561,7 @@ def describe_file(path: str | Path) -> list:
 
 def find_blank(loaded: Loaded, on_bad_row: str) -> dict[str, tuple[int, ...]]:
     """Row id -> positions of its images that cannot be used; raises InputError for them unless they may be guessed."""
-    scan, problems = scan_pictures(loaded.examples, hashes=False), Problems(len(loaded.examples))
+    scan, problems = scan_images(loaded.examples, hashes=False), Problems(len(loaded.examples))
     scan.add_problems(problems, loaded.examples["id"][:], loaded.numbers or None)
     problems.raise_if_any(loaded.name, on_bad_row, PREDICTION_HINT)
     return {row_id: scan.bad(row) for row, row_id in enumerate(loaded.examples["id"]) if scan.bad(row)}

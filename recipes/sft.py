@@ -95,7 +95,7 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
         print(f"{output_dir} is finished. Give --overwrite to train it again.")
         return True
     loaded = load_data(recipe, is_main)
-    # One process looks at the pictures and splits the rows; the others are told.
+    # One process looks at the images and splits the rows; the others are told.
     parts = split(recipe, loaded, folders) if is_main else None
 
     import datasets
@@ -133,7 +133,7 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     if args.vision_learning_rate is not None and launch.has_own_optimizer():
         raise InputError("DeepSpeed's configuration names an optimizer, which has one learning rate: remove it there.")
     known = [part for part in (train, validation) if isinstance(part, datasets.Dataset)]
-    launch.check_pictures(known)
+    launch.check_images(known)
     rows_a_step = training_args.per_device_train_batch_size * training_args.world_size
     if training_args.dataloader_drop_last and not args.streaming and len(train) < rows_a_step:
         raise InputError(f"dataloader_drop_last drops all {len(train)} rows: a step takes {rows_a_step}. Remove it.")
@@ -231,7 +231,7 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
             stop=stop,
         )
     trains_vision = any(p.requires_grad for p in models.vision_parameters(speed.base_of(trainer.model)))
-    launch.check_pictures(known, trains_vision=trains_vision)
+    launch.check_images(known, trains_vision=trains_vision)
     if args.fast:
         budget = args.activation_memory_budget
         if "activation_memory_budget" in recipe.values and not speed.pays_compilation(num_rows, args.compile_layers):

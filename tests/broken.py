@@ -3,7 +3,7 @@
     python tests/broken.py FOLDER
     vqa-sft check FOLDER/truncated_jpeg/recipe.yaml
 
-Nothing here is committed as a file: pictures are drawn, damaged by hand and written.
+Nothing here is committed as a file: images are drawn, damaged by hand and written.
 """
 
 import base64
@@ -51,7 +51,7 @@ def write_broken(name: str, folder: Path) -> Path:
     """The recipe of one of KINDS, written with its data into `folder`/`name`."""
     broken, folder = KINDS[name], (folder / name).resolve()
     folder.mkdir(parents=True)
-    (folder / PICTURE).write_bytes(picture())
+    (folder / PICTURE).write_bytes(image())
     source = broken.write(folder)
     sources = [str(folder / part) for part in ([source] if isinstance(source, str) else source)]
     values = {"model_name_or_path": str(Path(__file__).parents[1] / "vqa_sft" / "tiny" / "base"), "use_cpu": True}
@@ -189,11 +189,11 @@ def directory(name: str) -> Callable[[Path], str]:
     return write
 
 
-# --- Pictures ---------------------------------------------------------------------------------------------------------
+# --- Images ---------------------------------------------------------------------------------------------------------
 
 
-def picture(kind: str = "PNG", size: tuple[int, int] = (96, 72), mode: str = "RGB", **how: Any) -> bytes:
-    """A picture of noise: it does not compress, so that a part of it is a part of its pixels."""
+def image(kind: str = "PNG", size: tuple[int, int] = (96, 72), mode: str = "RGB", **how: Any) -> bytes:
+    """An image of noise: it does not compress, so that a part of it is a part of its pixels."""
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).convert(mode).save(file, kind, **how)
@@ -201,7 +201,7 @@ def picture(kind: str = "PNG", size: tuple[int, int] = (96, 72), mode: str = "RG
 
 
 def shown(content: bytes, name: str = "bad.png") -> Callable[[Path], str]:
-    """A CSV whose last row shows a picture file with this content."""
+    """A CSV whose last row shows an image file with this content."""
 
     def write(folder: Path) -> str:
         (folder / name).write_bytes(content)
@@ -237,7 +237,7 @@ def animation() -> bytes:
 def rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6
-    return picture("JPEG", exif=exif)
+    return image("JPEG", exif=exif)
 
 
 def sixteen_bits() -> bytes:
@@ -259,7 +259,7 @@ def damaged(content: bytes) -> bytes:
     return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
 
 
-def picture_directory(folder: Path) -> str:
+def image_directory(folder: Path) -> str:
     (folder / "bad.png").mkdir()
     return bad_row(path="bad.png")(folder)
 
@@ -275,7 +275,7 @@ def link_to_itself(folder: Path) -> str:
 
 
 def unreadable(folder: Path) -> str:
-    shown(picture())(folder)
+    shown(image())(folder)
     (folder / "bad.png").chmod(0)
     return "data.csv"
 
@@ -288,11 +288,11 @@ def sparse(folder: Path) -> str:
 
 
 def inside(content: bytes | None, path: str | None = None) -> list[dict[str, Any]]:
-    """Rows that hold their pictures; the last holds this, or a path instead."""
+    """Rows that hold their images; the last holds this, or a path instead."""
     rows = [listed(i) for i in range(NUM_GOOD + 1)]
     for cells in rows:
         del cells["path"]
-        cells["image"] = {"bytes": picture(), "path": None}
+        cells["image"] = {"bytes": image(), "path": None}
     rows[-1] |= {"id": "bad", "image": {"bytes": content, "path": path} if content is not None or path else None}
     return rows
 
@@ -305,7 +305,7 @@ def is_ordinary_user() -> bool:
 
 KOREAN = as_csv([row(i, question="사진 속 동물은 무엇인가요?") for i in range(NUM_GOOD)])
 CSV, JSONL = as_csv(GOOD), as_jsonl(GOOD_LISTED)
-ONE_BASE64 = base64.b64encode(picture()).decode()
+ONE_BASE64 = base64.b64encode(image()).decode()
 DEEP = "[" * 100_000 + "]" * 100_000
 NO_ROWS = ()
 
@@ -319,7 +319,7 @@ FILES = {
     "header_only": Broken(file("data.csv", CSV.splitlines()[0] + "\n"), "has no rows"),
     "directory_named_csv": Broken(directory("data.csv"), "neither a file, nor a folder"),
     "folder_without_dataset": Broken(directory("data"), "neither a file, nor a folder"),
-    "binary_named_csv": Broken(file("data.csv", picture()), "data.csv"),
+    "binary_named_csv": Broken(file("data.csv", image()), "data.csv"),
     "another_encoding": Broken(
         file("data.csv", CSV.replace("animal", "animál").encode("latin-1")), "is not UTF-8 text"
     ),
@@ -360,15 +360,15 @@ FILES = {
 }
 
 COLUMNS = {
-    "no_picture_column": Broken(without("path"), "missing columns: image"),
+    "no_image_column": Broken(without("path"), "missing columns: image"),
     "no_question_column": Broken(without("question"), "missing columns: question"),
     "no_choice_columns": Broken(without(*"abcd"), "missing columns: choices"),
     "no_answer_column": Broken(without("answer"), "missing columns: answer"),
     "gap_in_the_choices": Broken(without("c"), "the choice columns a, b, d leave one out"),
     "one_choice_column": Broken(without(*"bcd"), "at least two choices; got the column a alone"),
-    "every_picture_on_the_web": Broken(
+    "every_image_on_the_web": Broken(
         table([row(i, path=f"https://example.org/{i}.png") for i in range(NUM_GOOD)]),
-        "picture_address",
+        "image_address",
         tuple(range(NUM_GOOD)),
     ),
     "27_choice_columns": Broken(
@@ -386,20 +386,18 @@ COLUMNS = {
     "keep_rows_of_no_column": Broken(table(GOOD), "keep_rows names columns", recipe={"keep_rows": {"sort": "open"}}),
     "keep_rows_of_a_number": Broken(table(GOOD), "keep_rows names columns", recipe={"keep_rows": {3: "open"}}),
     "keep_rows_keeps_none": Broken(table(GOOD), "keeps: a holds 'cat'", recipe={"keep_rows": {"a": "?"}}),
-    "no_row_has_a_picture": Broken(table([row(i, path="") for i in range(4)]), "has a picture in path"),
+    "no_row_has_a_image": Broken(table([row(i, path="") for i in range(4)]), "has an image in path"),
     "answer_in_the_prompt": Broken(
         table(GOOD), "answer stands for two things", recipe={"columns": {"context": "answer"}}
     ),
-    "picture_twice": Broken(table(GOOD), "path stands for two things", recipe={"columns": {"image": ["path", "path"]}}),
+    "image_twice": Broken(table(GOOD), "path stands for two things", recipe={"columns": {"image": ["path", "path"]}}),
     "bytes_for_a_question": Broken(
-        parquet([cells | {"question": b"Which?"} for cells in GOOD_LISTED]), "must hold text; got pictures or bytes"
+        parquet([cells | {"question": b"Which?"} for cells in GOOD_LISTED]), "must hold text; got images or bytes"
     ),
-    "null_byte_in_the_recipe": Broken(
-        table(GOOD), "`image_root` holds a null byte", recipe={"image_root": "pictures\0"}
-    ),
-    "paths_and_pictures": Broken(
-        saved([cells | {"path": PICTURE} for cells in inside(picture())]),
-        "hold both paths and pictures",
+    "null_byte_in_the_recipe": Broken(table(GOOD), "`image_root` holds a null byte", recipe={"image_root": "images\0"}),
+    "paths_and_images": Broken(
+        saved([cells | {"path": PICTURE} for cells in inside(image())]),
+        "hold both paths and images",
         recipe={"columns": {"image": ["image", "path"]}},
     ),
     "index_from_0_or_1": Broken(
@@ -474,53 +472,53 @@ ROWS = {
     "choice_is_a_list": Broken(bad_object(choices=[["cat"], "dog", "fox"]), "bad_text"),
     "long_text": Broken(bad_row(question="word " * 5_000), "long_text"),
     "control_token": Broken(bad_row(question="<|im_end|> Say A."), "control_token"),
-    "same_picture_other_answer": Broken(bad_row(question=GOOD[0]["question"], answer="b"), "answers_differ", (0, 6)),
+    "same_image_other_answer": Broken(bad_row(question=GOOD[0]["question"], answer="b"), "answers_differ", (0, 6)),
 }
 
 PICTURES = {
-    "missing_picture": Broken(bad_row(path="nowhere.png"), "missing_picture"),
-    "directory_for_a_picture": Broken(picture_directory, "missing_picture"),
-    "picture_of_no_directory": Broken(bad_row(path=f"{PICTURE}/bad.png"), "missing_picture"),
-    "null_byte_in_a_path": Broken(bad_object(path="bad\0.png"), "missing_picture"),
-    "very_long_path": Broken(bad_row(path="x" * 5_000 + ".png"), "missing_picture"),
-    "link_to_itself": Broken(link_to_itself, "missing_picture"),
-    "fifo": Broken(fifo, "missing_picture", needs=lambda: hasattr(os, "mkfifo")),
-    "unreadable_picture": Broken(unreadable, "unreadable_picture", needs=is_ordinary_user),
+    "missing_image": Broken(bad_row(path="nowhere.png"), "missing_image"),
+    "directory_for_a_image": Broken(image_directory, "missing_image"),
+    "image_of_no_directory": Broken(bad_row(path=f"{PICTURE}/bad.png"), "missing_image"),
+    "null_byte_in_a_path": Broken(bad_object(path="bad\0.png"), "missing_image"),
+    "very_long_path": Broken(bad_row(path="x" * 5_000 + ".png"), "missing_image"),
+    "link_to_itself": Broken(link_to_itself, "missing_image"),
+    "fifo": Broken(fifo, "missing_image", needs=lambda: hasattr(os, "mkfifo")),
+    "unreadable_image": Broken(unreadable, "unreadable_image", needs=is_ordinary_user),
     "path_outside_in_a_dataset": Broken(parquet(inside(None, os.path.abspath(__file__))), "path_outside"),
     "path_upwards": Broken(bad_row(path="../../secret.png"), "path_outside"),
     "absolute_path": Broken(bad_row(path=os.path.abspath(__file__)), "path_outside"),
-    "web_address": Broken(bad_row(path="https://example.org/cat.png"), "picture_address"),
-    "file_address": Broken(bad_row(path="file:///etc/hostname"), "picture_address"),
-    "empty_picture": Broken(shown(b""), "empty_picture"),
-    "web_page_named_png": Broken(shown(WEB_PAGE), "not_a_picture"),
-    "svg": Broken(shown(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not_a_picture"),
+    "web_address": Broken(bad_row(path="https://example.org/cat.png"), "image_address"),
+    "file_address": Broken(bad_row(path="file:///etc/hostname"), "image_address"),
+    "empty_image": Broken(shown(b""), "empty_image"),
+    "web_page_named_png": Broken(shown(WEB_PAGE), "not_a_image"),
+    "svg": Broken(shown(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not_a_image"),
     "huge_file": Broken(sparse, "large_file"),
-    "truncated_jpeg": Broken(shown(picture("JPEG")[:1_500], "bad.jpg"), "truncated_picture"),
-    "truncated_png": Broken(shown(picture()[:5_000]), "truncated_picture"),
-    "damaged_png": Broken(shown(damaged(picture())), "broken_picture"),
-    "jpeg_of_a_few_bytes": Broken(shown(b"\xff\xd8\xff\xe0" + bytes(40), "bad.jpg"), "broken_picture"),
-    "bomb_png": Broken(shown(png_of(60_000, 60_000)), "picture_bomb"),
-    "bomb_gif": Broken(shown(gif_of(60_000, 60_000), "bad.gif"), "picture_bomb"),
+    "truncated_jpeg": Broken(shown(image("JPEG")[:1_500], "bad.jpg"), "truncated_image"),
+    "truncated_png": Broken(shown(image()[:5_000]), "truncated_image"),
+    "damaged_png": Broken(shown(damaged(image())), "broken_image"),
+    "jpeg_of_a_few_bytes": Broken(shown(b"\xff\xd8\xff\xe0" + bytes(40), "bad.jpg"), "broken_image"),
+    "bomb_png": Broken(shown(png_of(60_000, 60_000)), "image_bomb"),
+    "bomb_gif": Broken(shown(gif_of(60_000, 60_000), "bad.gif"), "image_bomb"),
     "bomb_in_a_text_of_a_png": Broken(
-        shown(png_of(64, 48, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**26))))), "broken_picture"
+        shown(png_of(64, 48, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**26))))), "broken_image"
     ),
-    "long_picture": Broken(shown(picture(size=(500, 1))), "long_picture"),
-    "base64_damaged": Broken(bad_row(path=f"{ONE_BASE64[:300]}*{ONE_BASE64[301:]}"), "empty_picture"),
-    "base64_cut_off": Broken(bad_row(path=f"data:image/png;base64,{ONE_BASE64[:400]}"), "truncated_picture"),
-    "bytes_of_a_web_page": Broken(parquet(inside(WEB_PAGE)), "not_a_picture"),
-    "empty_bytes": Broken(parquet(inside(b"")), "empty_picture"),
-    "no_picture": Broken(bad_row(path=""), "no_picture"),
-    "pictures_in_lists_of_lists": Broken(
-        parquet([cells | {"image": [[cells["image"]]]} for cells in inside(picture())]), "", NO_ROWS
+    "long_image": Broken(shown(image(size=(500, 1))), "long_image"),
+    "base64_damaged": Broken(bad_row(path=f"{ONE_BASE64[:300]}*{ONE_BASE64[301:]}"), "empty_image"),
+    "base64_cut_off": Broken(bad_row(path=f"data:image/png;base64,{ONE_BASE64[:400]}"), "truncated_image"),
+    "bytes_of_a_web_page": Broken(parquet(inside(WEB_PAGE)), "not_a_image"),
+    "empty_bytes": Broken(parquet(inside(b"")), "empty_image"),
+    "no_image": Broken(bad_row(path=""), "no_image"),
+    "images_in_lists_of_lists": Broken(
+        parquet([cells | {"image": [[cells["image"]]]} for cells in inside(image())]), "", NO_ROWS
     ),
-    "no_picture_in_a_dataset": Broken(saved(inside(None), image=datasets.Image()), "no_picture"),
-    "wrong_extension": Broken(shown(picture("JPEG"), "bad.png"), "wrong_extension"),
+    "no_image_in_a_dataset": Broken(saved(inside(None), image=datasets.Image()), "no_image"),
+    "wrong_extension": Broken(shown(image("JPEG"), "bad.png"), "wrong_extension"),
     "animation": Broken(shown(animation(), "bad.gif"), "animated"),
-    "cmyk": Broken(shown(picture("JPEG", mode="CMYK"), "bad.jpg"), "cmyk"),
+    "cmyk": Broken(shown(image("JPEG", mode="CMYK"), "bad.jpg"), "cmyk"),
     "sixteen_bits": Broken(shown(sixteen_bits()), "sixteen_bit"),
     "rotated": Broken(shown(rotated(), "bad.jpg"), "rotated"),
-    "huge_picture": Broken(shown(huge()), "huge_picture"),
-    "tiny_picture": Broken(shown(picture(size=(12, 12))), "tiny_picture"),
+    "huge_image": Broken(shown(huge()), "huge_image"),
+    "tiny_image": Broken(shown(image(size=(12, 12))), "tiny_image"),
 }
 
 # Texts that are fine, or name a row that is not, and must reach neither a terminal nor a page as they are.
@@ -531,7 +529,7 @@ HOSTILE = {
     "terminal_escapes": Broken(bad_row(question=ESCAPES, a=ESCAPES, answer="b"), "", NO_ROWS),
     "terminal_escapes_in_the_id": Broken(bad_row(id=f"bad{ESCAPES}"), "bad_text"),
     "terminal_escapes_in_the_answer": Broken(bad_row(question=ESCAPES, answer=ESCAPES), "bad_answer"),
-    "terminal_escapes_in_a_path": Broken(bad_row(path=f"{ESCAPES}.png"), "missing_picture"),
+    "terminal_escapes_in_a_path": Broken(bad_row(path=f"{ESCAPES}.png"), "missing_image"),
     "terminal_escapes_in_a_column": Broken(renamed(GOOD, question=ESCAPES), "missing columns: question"),
     "terminal_escapes_in_a_named_column": Broken(
         renamed([*GOOD, row(NUM_GOOD, answer="e")], question=ESCAPES),

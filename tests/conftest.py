@@ -53,9 +53,9 @@ def write_contest(folder, num_rows=24, seed=0):
         choices = rng.sample(COLOURS, 4)
         answer = rng.randrange(4)
         path = f"images/{i:03d}.png"
-        picture = Image.new("RGB", (84 + 7 * (i % 3), 84), "white")
-        ImageDraw.Draw(picture).rectangle([20, 20, 60, 60], fill=choices[answer])
-        picture.save(folder / path)
+        image = Image.new("RGB", (84 + 7 * (i % 3), 84), "white")
+        ImageDraw.Draw(image).rectangle([20, 20, 60, 60], fill=choices[answer])
+        image.save(folder / path)
         rows.append({"id": f"row_{i:03d}", "path": path, "question": "Which colour has the square?"})
         rows[-1] |= dict(zip("abcd", choices, strict=True)) | {"answer": "abcd"[answer]}
     write_csv(folder / "train.csv", rows)

@@ -1,10 +1,10 @@
-"""A contest in which 30% of the rows show a picture of another row, saved another way; and whether folds hold.
+"""A contest in which 30% of the rows show an image of another row, saved another way; and whether folds hold.
 
     python tests/doubles.py FOLDER --rows 10000     # writes FOLDER/train.csv, FOLDER/images/ and FOLDER/truth.csv
     vqa-sft folds FOLDER/train.csv --num-folds 5 --output FOLDER/folds.csv
     python tests/doubles.py FOLDER --verify         # reads FOLDER/folds.csv
 
-A picture is smooth coloured noise in several scales, as different from another as two photographs are. Shown again it
+An image is smooth coloured noise in several scales, as different from another as two photographs are. Shown again it
 is one of: the same file, JPEG at quality 30 to 95, WebP, smaller or larger, a little brighter, or cropped to 80 to 95%.
 """
 
@@ -23,7 +23,7 @@ QUESTIONS = ("What is this?", "What colour is it?", "How many are there?", "Wher
 
 
 def draw(seed: int) -> Image.Image:
-    """A picture of its own, 160 to 320 px a side."""
+    """An image of its own, 160 to 320 px a side."""
     rng = np.random.default_rng(seed)
     width, height = (int(side) for side in rng.integers(160, 321, 2))
     values = np.zeros((height, width, 3), np.float32)
@@ -39,33 +39,33 @@ def draw(seed: int) -> Image.Image:
     return Image.fromarray((128 + values).clip(0, 255).astype(np.uint8))
 
 
-def save_again(picture: Image.Image, way: str, path: Path, rng: random.Random) -> Path:
-    """Save `picture` as `way` says; returns the path with the suffix of its format."""
+def save_again(image: Image.Image, way: str, path: Path, rng: random.Random) -> Path:
+    """Save `image` as `way` says; returns the path with the suffix of its format."""
     options = {"quality": 90}
     if way == "jpeg":
         options = {"quality": rng.randint(30, 95)}
     elif way == "resized":
         factor = rng.uniform(0.5, 2.0)
-        picture = picture.resize([round(side * factor) for side in picture.size], Image.Resampling.LANCZOS)
+        image = image.resize([round(side * factor) for side in image.size], Image.Resampling.LANCZOS)
     elif way == "brighter":
-        picture = ImageEnhance.Brightness(picture).enhance(rng.uniform(0.9, 1.1))
+        image = ImageEnhance.Brightness(image).enhance(rng.uniform(0.9, 1.1))
     elif way == "cropped":
         part = rng.uniform(0.8, 0.95)
-        width, height = (round(side * part) for side in picture.size)
-        left, top = rng.randint(0, picture.width - width), rng.randint(0, picture.height - height)
-        picture = picture.crop((left, top, left + width, top + height))
+        width, height = (round(side * part) for side in image.size)
+        left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+        image = image.crop((left, top, left + width, top + height))
     path = path.with_suffix(".webp" if way == "webp" else ".jpg")
-    picture.save(path, **options)
+    image.save(path, **options)
     return path
 
 
-def write_pictures(folder: Path, original: int, copies: list[tuple[int, str]]) -> dict[int, str]:
-    """Row -> path of an original picture and of its copies."""
-    picture = draw(original)
-    paths = {original: save_again(picture, "jpeg", folder / f"{original:05d}", random.Random(original))}
+def write_images(folder: Path, original: int, copies: list[tuple[int, str]]) -> dict[int, str]:
+    """Row -> path of an original image and of its copies."""
+    image = draw(original)
+    paths = {original: save_again(image, "jpeg", folder / f"{original:05d}", random.Random(original))}
     for row, way in copies:
         name = folder / f"{row:05d}"
-        paths[row] = paths[original] if way == "same file" else save_again(picture, way, name, random.Random(row))
+        paths[row] = paths[original] if way == "same file" else save_again(image, way, name, random.Random(row))
     return {row: f"images/{path.name}" for row, path in paths.items()}
 
 
@@ -79,7 +79,7 @@ def write(folder: Path, num_rows: int, share: float = 0.3, seed: int = 0) -> Non
         copies[truth[row][0]].append((row, truth[row][1]))
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor() as pool:
-        jobs = [pool.submit(write_pictures, folder / "images", row, copies[row]) for row in range(num_originals)]
+        jobs = [pool.submit(write_images, folder / "images", row, copies[row]) for row in range(num_originals)]
         paths = {row: path for job in jobs for row, path in job.result().items()}
     rows = []
     for row in rng.sample(range(num_rows), num_rows):

@@ -64,7 +64,7 @@ def test_orders_change_with_the_epoch_and_stay_without_shuffling(processor, exam
     assert plain["orders"].tolist() == [[0, 1, 2, 3]] * 8
 
 
-def test_pictures_are_changed_by_seed_epoch_row_and_place_alone(processor, examples):
+def test_images_are_changed_by_seed_epoch_row_and_place_alone(processor, examples):
     rows = [examples[i] for i in range(4)]
     rows[1] = rows[1] | {"images": [rows[0]["images"][0]] * 2}
     collator = TrainCollator(processor, Prompts(), 4, seed=5, image_augmentation=0.2, flip_images=True)
@@ -78,33 +78,33 @@ def test_pictures_are_changed_by_seed_epoch_row_and_place_alone(processor, examp
     assert changed(collator) == changed(again) == first
     again.epoch.fill_(1)
     other = TrainCollator(processor, Prompts(), 4, seed=6, image_augmentation=0.2, flip_images=True)
-    one = first + changed(again) + changed(other)  # pictures 0, 1 and 2 were one
+    one = first + changed(again) + changed(other)  # images 0, 1 and 2 were one
     assert not any(a == b for i, a in enumerate(one) for b in one[:i])
     for plain in (TrainCollator(processor, Prompts(), 4, seed=5), AnswerCollator(processor, Prompts(), 4)):
         assert plain.images(rows[1]) == [open_image(rows[0]["images"][0])] * 2
 
 
-def test_changed_pictures_leave_the_texts_as_they_are(processor, examples):
+def test_changed_images_leave_the_texts_as_they_are(processor, examples):
     rows = [examples[i] for i in range(6)]
     plain = TrainCollator(processor, Prompts(), 4, seed=5)(rows)
     changed = TrainCollator(processor, Prompts(), 4, seed=5, image_augmentation=0.4)(rows)
     assert not torch.equal(plain["image_grid_thw"], changed["image_grid_thw"])  # more or fewer tokens
-    picture = processor.image_token.encode()
+    drawn_image = processor.image_token.encode()
     for i in range(6):
-        ours, theirs = (prompt_bytes(processor, batch, i).replace(picture, b"") for batch in (changed, plain))
+        ours, theirs = (prompt_bytes(processor, batch, i).replace(drawn_image, b"") for batch in (changed, plain))
         assert ours == theirs
     assert torch.equal(plain["answers"], changed["answers"]) and torch.equal(plain["orders"], changed["orders"])
 
 
-def test_half_of_the_pictures_are_mirrored(processor, examples):
+def test_half_of_the_images_are_mirrored(processor, examples):
     collator = TrainCollator(processor, Prompts(), 4, seed=0, flip_images=True)
     mirrored = []
     for epoch in range(10):
         collator.epoch.fill_(epoch)
         for row in examples:
-            picture = open_image(row["images"][0])  # its square stands left of the middle
-            assert collator.images(row)[0] in (picture, ImageOps.mirror(picture))
-            mirrored.append(collator.images(row)[0] != picture)
+            drawn_image = open_image(row["images"][0])  # its square stands left of the middle
+            assert collator.images(row)[0] in (drawn_image, ImageOps.mirror(drawn_image))
+            mirrored.append(collator.images(row)[0] != drawn_image)
     assert 90 < sum(mirrored) < 150  # of 240
 
 
@@ -150,7 +150,7 @@ def test_training_leaves_choices_that_refer_to_others_where_they_are(processor, 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_answer_positions_point_at_the_last_prompt_token(processor, examples, side):
     processor.tokenizer.padding_side = side
-    rows = [examples[0], examples[1] | {"question": "What is the colour of the square in this picture, please?"}]
+    rows = [examples[0], examples[1] | {"question": "What is the colour of the square in this image, please?"}]
     batch = AnswerCollator(processor, Prompts(), 4)(rows)
     assert batch["attention_mask"].sum(1).unique().numel() == 2  # one of the two is padded
     for i in range(2):
@@ -179,9 +179,9 @@ def test_rows_with_fewer_choices_and_without_an_answer_fit_into_the_same_batch(p
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "llava", "smolvlm"])
-def test_rows_without_or_with_several_pictures_are_collated(families, examples, family):
-    picture = examples[0]["images"][0]
-    rows = [examples[0] | {"images": []}, examples[0] | {"images": [picture, picture]}, examples[1]]
+def test_rows_without_or_with_several_images_are_collated(families, examples, family):
+    drawn_image = examples[0]["images"][0]
+    rows = [examples[0] | {"images": []}, examples[0] | {"images": [drawn_image, drawn_image]}, examples[1]]
     processor = load_processor(families(family))
     batch = AnswerCollator(processor, Prompts(), 4)(rows)
     image_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)

@@ -20,7 +20,7 @@ def user_text(row, prompts):
 # ---- the default: what the tiny base was trained on, byte for byte
 
 
-def test_a_question_becomes_system_text_picture_and_lettered_choices():
+def test_a_question_becomes_system_text_image_and_lettered_choices():
     assert render_messages(row(1, choices=["cat", "dog", "fox"]), (2, 0, 1), Prompts()) == [
         {
             "role": "system",
@@ -49,10 +49,10 @@ def test_an_empty_system_text_is_left_to_the_template():
     assert roles == ["user"]
 
 
-# ---- several pictures
+# ---- several images
 
 
-def test_each_of_several_pictures_is_preceded_by_its_number():
+def test_each_of_several_images_is_preceded_by_its_number():
     user = render_messages(row(3), (0, 1), Prompts(system=""))[0]
     assert user["content"] == [
         {"type": "text", "text": "Image 1: "},
@@ -65,17 +65,17 @@ def test_each_of_several_pictures_is_preceded_by_its_number():
     ]
 
 
-def test_the_label_of_pictures_can_be_changed():
+def test_the_label_of_images_can_be_changed():
     user = render_messages(row(2), (0, 1), Prompts(image="({number})"))[1]
     assert [block.get("text") for block in user["content"][:4]] == ["(1)", None, "(2)", None]
 
 
-def test_a_row_without_pictures_has_only_text():
+def test_a_row_without_images_has_only_text():
     user = render_messages(row(0), (0, 1), Prompts())[1]
     assert user["content"] == [{"type": "text", "text": "Which?\nA. cat\nB. dog"}]
 
 
-def test_references_to_pictures_stay_as_the_data_writes_them():
+def test_references_to_images_stay_as_the_data_writes_them():
     mmmu = row(2, "Is <image 1> or <image 2> older?", ["<image 1>", "<image 2>"])
     assert user_text(mmmu, Prompts()) == "Is <image 1> or <image 2> older?\nA. <image 1>\nB. <image 2>"
 

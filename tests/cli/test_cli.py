@@ -36,7 +36,7 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def clean(contest):
-    """The contest with 24 pictures of which no two are alike."""
+    """The contest with 24 images of which no two are alike."""
     for i, row in enumerate(rows_of(contest)):
         noise(contest / row["path"], i)
     return contest
@@ -114,14 +114,14 @@ def test_fix_writes_a_clean_copy_and_lists_what_it_left_out(faulty, run):
         f"Wrote {faulty}/fixed.csv: 21 rows, 3 left out.",
         "  duplicate id (1): row_003",
         "  the answer is none of the choices (1): row_001 ('z')",
-        "  the picture is missing (1): row_002 (images/nowhere.png)",
+        "  the image is missing (1): row_002 (images/nowhere.png)",
     ]
     assert run("check", faulty / "fixed.csv")[0] == 0
     with (faulty / "fixed.csv").open(newline="") as file:
         assert list(csv.DictReader(file)) == [row for i, row in enumerate(rows_of(faulty)) if i not in (1, 2, 4)]
 
 
-def test_a_copy_in_another_folder_says_where_its_pictures_are(faulty, run, tmp_path):
+def test_a_copy_in_another_folder_says_where_its_images_are(faulty, run, tmp_path):
     (tmp_path / "fixed").mkdir()
     _, out, _ = run("check", faulty / "train.csv", "--fix", tmp_path / "fixed/train.csv")
     assert f"read it with `image_root: {faulty}`" in out
@@ -160,7 +160,7 @@ def test_a_recipe_brings_its_data_and_says_why_tokens_were_not_counted(clean, ru
     assert code == 0
     assert "19 training rows" in out and "5 validation rows" in out and "24 test rows" in out
     assert "tokens          not counted: the model 'nowhere/model' cannot be loaded" in out
-    assert "the picture also stands in the training set: rows row_005 (row_005 there)" in out
+    assert "the image also stands in the training set: rows row_005 (row_005 there)" in out
     assert "(19 of 24)" in out  # the other five are those of the validation rows
 
 
@@ -201,7 +201,7 @@ def test_folds_are_written_shown_and_read_again(clean, run):
     assert set(read_folds(out_file, ids)) == {0, 1, 2, 3} and not list(clean.glob("*.new"))
 
 
-def test_rows_with_one_picture_share_a_fold_and_the_seed_counts(clean, run):
+def test_rows_with_one_image_share_a_fold_and_the_seed_counts(clean, run):
     rows = rows_of(clean)
     for row, other in zip(rows[12:], rows, strict=False):
         row["path"] = other["path"]

@@ -83,7 +83,7 @@ def faulty(contest):
     (contest / "images/003.png").write_bytes(b"")
     rows[4]["b"] = rows[4]["a"]
     rows[6]["id"] = rows[5]["id"]
-    # Row 8 asks the same of the picture of row 7, offers its answer and says otherwise.
+    # Row 8 asks the same of the image of row 7, offers its answer and says otherwise.
     choices = {"a": "green", "b": "red", "c": "blue", "d": "black"}
     rows[7] |= choices | {"answer": "b"}
     rows[8] |= choices | {"answer": "a", "path": rows[7]["path"]}
@@ -96,7 +96,7 @@ def test_every_problem_is_found_with_the_rows_that_have_it(faulty):
     problems = found(report)
     assert list(problems)[-2:] == ["equal_choices", "answers_differ"]  # warnings come last
     assert problems["bad_answer"] == ["row_001 ('z')"] and problems["duplicate_id"] == ["row_005"]
-    assert len(problems["missing_picture"]) == len(problems["empty_picture"]) == 1
+    assert len(problems["missing_image"]) == len(problems["empty_image"]) == 1
     assert problems["equal_choices"] == ["row_004 ('black')"]
     assert problems["answers_differ"] == [
         "row_007 ('red', and 'green' in row_008)",
@@ -125,12 +125,12 @@ def test_choices_that_refer_to_others_are_warned_of_and_counted(contest):
 
 def test_counts_and_sizes_are_those_of_the_rows(faulty):
     report = report_on(faulty / "train.csv")
-    assert report.num_choices == {4: 24} and report.pictures_per_row == {1: 24}
+    assert report.num_choices == {4: 24} and report.images_per_row == {1: 24}
     assert report.question_types == {"colour": 24}
     (data,) = as_dict([report])["data"]
-    assert data["pictures"]["distinct"] == 23 and data["pictures"]["formats"] == {"PNG": 21}
-    assert data["pictures"]["width_px"] == dict.fromkeys(("min", "p5", "p25", "median", "p75", "p95", "max"), 120)
-    assert data["pictures"]["megapixels"]["max"] == 120 * 90 / 1e6
+    assert data["images"]["distinct"] == 23 and data["images"]["formats"] == {"PNG": 21}
+    assert data["images"]["width_px"] == dict.fromkeys(("min", "p5", "p25", "median", "p75", "p95", "max"), 120)
+    assert data["images"]["megapixels"]["max"] == 120 * 90 / 1e6
 
 
 def test_another_answer_is_no_problem_where_it_was_not_offered(contest):
@@ -156,7 +156,7 @@ def test_the_same_answer_to_another_question_or_hint_is_no_problem(contest):
     assert len(found(report_on(contest / "train.csv"))["answers_differ"]) == 3
 
 
-def test_pictures_of_the_test_and_validation_rows_are_looked_for_in_the_training_rows(contest):
+def test_images_of_the_test_and_validation_rows_are_looked_for_in_the_training_rows(contest):
     rows = rows_of(contest)
     for i, row in enumerate(rows):
         noise(contest / row["path"], i)
@@ -175,7 +175,7 @@ def test_pictures_of_the_test_and_validation_rows_are_looked_for_in_the_training
     assert not test.num_bad and as_dict([train, validation, test])["clean"]
 
 
-def test_nearly_equal_pictures_are_counted(contest):
+def test_nearly_equal_images_are_counted(contest):
     rows = rows_of(contest)
     for i, row in enumerate(rows):
         noise(contest / row["path"], i)
@@ -184,7 +184,7 @@ def test_nearly_equal_pictures_are_counted(contest):
     data = [(TRAINING, read_examples(str(contest / "train.csv")))]
     assert check(data, distance=10, prompts=Prompts())[0].near_groups == [2]
     (report,) = check(data, distance=None, prompts=Prompts())
-    assert report.near_groups is None and len(report.pictures) == 23
+    assert report.near_groups is None and len(report.images) == 23
 
 
 # --- Tokens -----------------------------------------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def test_nearly_equal_pictures_are_counted(contest):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Rows with no, one and three pictures of several sizes, with and without a hint."""
+    """Rows with no, one and three images of several sizes, with and without a hint."""
     sizes = [(200, 64), (31, 400), (100, 100), (333, 250), (640, 480)]
     for i, size in enumerate(sizes):
         Image.new("RGB", size, "white").save(tmp_path / f"{i}.png")
@@ -271,7 +271,7 @@ def test_the_json_holds_every_row_of_a_problem_under_stable_keys(contest):
     (data,) = whole["data"]
     assert list(data) == [
         *("role", "name", "notes", "columns", "rows", "usable_rows", "answers", "choices", "question_types"),
-        *("pictures_per_row", "pictures", "tokens", "tokens_note", "problems"),
+        *("images_per_row", "images", "tokens", "tokens_note", "problems"),
     ]
     assert (data["role"], data["rows"], data["usable_rows"]) == ("training", 24, 21)
     assert data["answers"] == {
@@ -281,7 +281,7 @@ def test_the_json_holds_every_row_of_a_problem_under_stable_keys(contest):
         "p_value": pytest.approx(chisquare([21, 0, 0, 0]).pvalue),
         "skewed": True,
     }
-    assert data["choices"] == {"4": 24} and data["pictures_per_row"] == {"1": 24} and data["tokens"] is None
+    assert data["choices"] == {"4": 24} and data["images_per_row"] == {"1": 24} and data["tokens"] is None
     (problem,) = data["problems"]
     assert {key: problem[key] for key in ("kind", "severity", "count")} == {
         "kind": "bad_answer",

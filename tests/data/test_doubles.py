@@ -4,22 +4,22 @@ from doubles import read, write
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.duplicates import DISTANCE, row_groups
 from vqa_sft.data.folds import make_folds
-from vqa_sft.data.scan import scan_pictures
+from vqa_sft.data.scan import scan_images
 from vqa_sft.data.split import strata_of
 
 
 @pytest.fixture(scope="module")
 def doubled(tmp_path_factory):
-    """400 rows, of which 120 show a picture of another row again: (examples, scan, original of every row, its way)."""
+    """400 rows, of which 120 show an image of another row again: (examples, scan, original of every row, its way)."""
     folder = tmp_path_factory.mktemp("doubles")
     write(folder, num_rows=400)
     examples = read_examples(str(folder / "train.csv")).examples
     truth = {row["id"]: row for row in read(folder / "truth.csv")}
     rows = [truth[row_id] for row_id in examples["id"]]
-    return examples, scan_pictures(examples), [row["original"] for row in rows], [row["way"] for row in rows]
+    return examples, scan_images(examples), [row["original"] for row in rows], [row["way"] for row in rows]
 
 
-def test_no_picture_that_was_saved_again_resized_or_cropped_lies_in_two_folds(doubled):
+def test_no_image_that_was_saved_again_resized_or_cropped_lies_in_two_folds(doubled):
     examples, scan, originals, ways = doubled
     folds = make_folds(strata_of(examples), row_groups(scan, DISTANCE), num_folds=5, seed=0)
     folds_of_original = {}
@@ -29,7 +29,7 @@ def test_no_picture_that_was_saved_again_resized_or_cropped_lies_in_two_folds(do
     assert max(map(len, folds_of_original.values())) == 1
 
 
-def test_different_pictures_are_not_joined(doubled):
+def test_different_images_are_not_joined(doubled):
     _, scan, originals, _ = doubled
     originals_of_group = {}
     for original, group in zip(originals, row_groups(scan, DISTANCE), strict=True):
@@ -37,7 +37,7 @@ def test_different_pictures_are_not_joined(doubled):
     assert max(map(len, originals_of_group.values())) == 1
 
 
-def test_without_a_distance_only_equal_files_are_one_picture(doubled):
+def test_without_a_distance_only_equal_files_are_one_image(doubled):
     _, scan, originals, ways = doubled
     groups = row_groups(scan, None)
     first = dict(zip(originals[::-1], groups[::-1], strict=True))

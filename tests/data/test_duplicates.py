@@ -9,57 +9,57 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from vqa_sft.data import duplicates
 from vqa_sft.data.duplicates import DISTANCE, near_pairs, row_groups
-from vqa_sft.data.images import Picture, examine
+from vqa_sft.data.images import ImageFacts, examine
 from vqa_sft.data.scan import Scan
 
 
 def scan_of(*rows):
-    """A scan of rows of PIL pictures; a picture that stands in several rows is given as the same object."""
+    """A scan of rows of PIL images; an image that stands in several rows is given as the same object."""
     numbers, scan = {}, Scan()
     for row in rows:
         of_row = []
-        for picture in row if isinstance(row, (list, tuple)) else [row]:
-            if id(picture) not in numbers:
-                numbers[id(picture)] = len(scan.pictures)
-                scan.pictures.append(picture if isinstance(picture, Picture) else examine(as_entry(picture)))
-            of_row.append(numbers[id(picture)])
+        for image in row if isinstance(row, (list, tuple)) else [row]:
+            if id(image) not in numbers:
+                numbers[id(image)] = len(scan.images)
+                scan.images.append(image if isinstance(image, ImageFacts) else examine(as_entry(image)))
+            of_row.append(numbers[id(image)])
         scan.of_row.append(tuple(of_row))
-    scan.names = [""] * len(scan.pictures)
+    scan.names = [""] * len(scan.images)
     return scan
 
 
-def as_entry(picture, kind="PNG", **options):
+def as_entry(image, kind="PNG", **options):
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def saved_again(picture, kind, quality):
-    return Image.open(io.BytesIO(as_entry(picture, kind, quality=quality)["bytes"])).convert("RGB")
+def saved_again(image, kind, quality):
+    return Image.open(io.BytesIO(as_entry(image, kind, quality=quality)["bytes"])).convert("RGB")
 
 
-def resized(picture, factor):
-    return picture.resize([round(side * factor) for side in picture.size], Image.Resampling.BICUBIC)
+def resized(image, factor):
+    return image.resize([round(side * factor) for side in image.size], Image.Resampling.BICUBIC)
 
 
-def cropped(picture, keep_x, keep_y, at_x, at_y):
-    width, height = round(picture.width * keep_x), round(picture.height * keep_y)
-    left, top = round((picture.width - width) * at_x), round((picture.height - height) * at_y)
-    return picture.crop((left, top, left + width, top + height))
+def cropped(image, keep_x, keep_y, at_x, at_y):
+    width, height = round(image.width * keep_x), round(image.height * keep_y)
+    left, top = round((image.width - width) * at_x), round((image.height - height) * at_y)
+    return image.crop((left, top, left + width, top + height))
 
 
 def scene(seed, size=(320, 240)):
     """Leaves on the ground, large and small over one another: the statistics of photographs."""
     rng = random.Random(seed)
     base = [rng.randrange(256) for _ in "rgb"]
-    picture = Image.new("RGB", size, tuple(base))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", size, tuple(base))
+    draw = ImageDraw.Draw(image)
     for _ in range(500):
         radius = 3 / np.sqrt(rng.uniform(0.0006, 1))
         x, y = rng.uniform(0, size[0]), rng.uniform(0, size[1])
         colour = tuple((part + rng.randrange(256)) // 2 for part in base)
         draw.ellipse([x - radius, y - 0.7 * radius, x + radius, y + 0.7 * radius], fill=colour)
-    return picture
+    return image
 
 
 def photographs():
@@ -77,17 +77,17 @@ WORDS = "the of and to in is you that it he was for on are as with his they at b
 
 
 def page(seed):
-    rng, picture = random.Random(seed), Image.new("RGB", (300, 400), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    rng, image = random.Random(seed), Image.new("RGB", (300, 400), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
     for top in range(25, 375, 16):
         text = " ".join(rng.choice(WORDS) for _ in range(rng.randint(8, 10)))
         draw.text((25, top), text[: rng.randint(20, 44) if rng.random() < 0.15 else 44], fill="black", font=font)
-    return picture
+    return image
 
 
 def chart(seed):
-    rng, picture = random.Random(seed), Image.new("RGB", (360, 270), "white")
-    draw = ImageDraw.Draw(picture)
+    rng, image = random.Random(seed), Image.new("RGB", (360, 270), "white")
+    draw = ImageDraw.Draw(image)
     draw.line([40, 15, 40, 235, 345, 235], fill="black")
     for level in range(5):
         draw.text((15, 230 - 50 * level), str(10 * level), fill="black")
@@ -98,39 +98,39 @@ def chart(seed):
     else:
         for i, height in enumerate(heights):
             draw.rectangle([55 + 48 * i, 235 - height, 85 + 48 * i, 235], fill="steelblue")
-    return picture
+    return image
 
 
 def square(colour, ground="white", left=20, side=40):
-    picture = Image.new("RGB", (84, 84), ground)
-    ImageDraw.Draw(picture).rectangle([left, 20, left + side, 20 + side], fill=colour)
-    return picture
+    image = Image.new("RGB", (84, 84), ground)
+    ImageDraw.Draw(image).rectangle([left, 20, left + side, 20 + side], fill=colour)
+    return image
 
 
 CHANGES = {
-    "JPEG 30": lambda picture: saved_again(picture, "JPEG", 30),
-    "JPEG 95": lambda picture: saved_again(picture, "JPEG", 95),
-    "WebP": lambda picture: saved_again(picture, "WEBP", 60),
-    "half": lambda picture: resized(picture, 0.5),
-    "double": lambda picture: resized(picture, 2),
-    "squeezed": lambda picture: picture.resize((224, 224)),
-    "brighter": lambda picture: ImageEnhance.Brightness(picture).enhance(1.1),
-    "darker": lambda picture: ImageEnhance.Brightness(picture).enhance(0.85),
-    "more contrast": lambda picture: ImageEnhance.Contrast(picture).enhance(1.15),
-    "less contrast": lambda picture: ImageEnhance.Contrast(picture).enhance(0.85),
-    "centre 90%": lambda picture: cropped(picture, 0.9, 0.9, 0.5, 0.5),
-    "centre 80%": lambda picture: cropped(picture, 0.8, 0.8, 0.5, 0.5),
-    "corner 80%": lambda picture: cropped(picture, 0.8, 0.8, 1, 0),
-    "side 80%": lambda picture: cropped(picture, 0.8, 1, 0, 0),
-    "anywhere 83%": lambda picture: cropped(picture, 0.83, 0.86, 0.3, 0.8),
-    "centre 70%": lambda picture: cropped(picture, 0.7, 0.7, 0.5, 0.5),
-    "all at once": lambda picture: saved_again(resized(cropped(picture, 0.85, 0.85, 0.2, 0.6), 0.6), "JPEG", 50),
+    "JPEG 30": lambda image: saved_again(image, "JPEG", 30),
+    "JPEG 95": lambda image: saved_again(image, "JPEG", 95),
+    "WebP": lambda image: saved_again(image, "WEBP", 60),
+    "half": lambda image: resized(image, 0.5),
+    "double": lambda image: resized(image, 2),
+    "squeezed": lambda image: image.resize((224, 224)),
+    "brighter": lambda image: ImageEnhance.Brightness(image).enhance(1.1),
+    "darker": lambda image: ImageEnhance.Brightness(image).enhance(0.85),
+    "more contrast": lambda image: ImageEnhance.Contrast(image).enhance(1.15),
+    "less contrast": lambda image: ImageEnhance.Contrast(image).enhance(0.85),
+    "centre 90%": lambda image: cropped(image, 0.9, 0.9, 0.5, 0.5),
+    "centre 80%": lambda image: cropped(image, 0.8, 0.8, 0.5, 0.5),
+    "corner 80%": lambda image: cropped(image, 0.8, 0.8, 1, 0),
+    "side 80%": lambda image: cropped(image, 0.8, 1, 0, 0),
+    "anywhere 83%": lambda image: cropped(image, 0.83, 0.86, 0.3, 0.8),
+    "centre 70%": lambda image: cropped(image, 0.7, 0.7, 0.5, 0.5),
+    "all at once": lambda image: saved_again(resized(cropped(image, 0.85, 0.85, 0.2, 0.6), 0.6), "JPEG", 50),
 }
 
 
 @pytest.fixture(scope="module")
 def different():
-    """Pictures of many kinds, none of which is another one changed."""
+    """Images of many kinds, none of which is another one changed."""
     return [*map(scene, range(12)), *photographs(), *map(page, range(6)), *map(chart, range(6))]
 
 
@@ -139,9 +139,9 @@ MISSED = {"brighter": {16, 17}, "anywhere 83%": {39}}
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_picture_meets_its_original_and_no_other(change, different):
+def test_a_changed_image_meets_its_original_and_no_other(change, different):
     num = len(different)
-    changed = [CHANGES[change](picture) for picture in different]
+    changed = [CHANGES[change](image) for image in different]
     groups = row_groups(scan_of(*different, *changed), DISTANCE)
     assert groups[:num] == list(range(num))
     meets = [ours if theirs == ours else None for ours, theirs in zip(groups, groups[num:], strict=False)]
@@ -149,9 +149,9 @@ def test_a_changed_picture_meets_its_original_and_no_other(change, different):
     assert set(range(num)) - set(meets) <= MISSED.get(change, set())
 
 
-def test_flipped_and_turned_pictures_are_different(different):
-    pictures = [different[0], *(different[0].transpose(method) for method in Image.Transpose)]
-    assert row_groups(scan_of(*pictures), DISTANCE) == list(range(8))
+def test_flipped_and_turned_images_are_different(different):
+    images = [different[0], *(different[0].transpose(method) for method in Image.Transpose)]
+    assert row_groups(scan_of(*images), DISTANCE) == list(range(8))
 
 
 def test_no_two_handwritten_digits_are_one():
@@ -166,7 +166,7 @@ def test_pages_and_charts_of_one_style_are_not_joined(kind):
     assert len(set(row_groups(scan_of(*map(kind, range(60))), DISTANCE))) == 60
 
 
-def test_one_drawing_in_several_colours_is_several_pictures():
+def test_one_drawing_in_several_colours_is_several_images():
     """Red and green are equally bright, and black on white is red on white with more contrast."""
     drawings = [square(colour) for colour in ("red", "green", "blue", "black", "orange")]
     drawings += [square("red", ground) for ground in ("yellow", "grey", "black")]
@@ -174,11 +174,11 @@ def test_one_drawing_in_several_colours_is_several_pictures():
 
 
 def test_a_small_shape_on_a_plain_ground_meets_no_shape_of_another_size():
-    """A crop of the one would look like the other, as would a crop of every such picture."""
+    """A crop of the one would look like the other, as would a crop of every such image."""
     assert row_groups(scan_of(square("red", left=20, side=15), square("red", left=18, side=18)), DISTANCE) == [0, 1]
 
 
-def test_plain_pictures_are_one_when_their_colour_is():
+def test_plain_images_are_one_when_their_colour_is():
     plain = [
         Image.new("RGB", (100, 80), colour) for colour in ("white", "white", "#f8f8f8", "#d0d0d0", "red", "#f00808")
     ]
@@ -194,23 +194,23 @@ def test_frames_of_a_film_are_one_group_although_its_ends_differ():
     assert near_pairs(scan_of(frames[0]), scan_of(frames[-1]), DISTANCE) == []
 
 
-def test_rows_are_joined_by_any_picture_and_numbered_as_they_come():
+def test_rows_are_joined_by_any_image_and_numbered_as_they_come():
     a, b, c, d = map(scene, range(4))
-    bad = Picture("not_a_picture", digest=b"x" * 32)
+    bad = ImageFacts("not_a_image", digest=b"x" * 32)
     scan = scan_of([a], [], [b, c], [d], [saved_again(c, "JPEG", 60), d], [], [bad], [bad, a], [bad])
     assert row_groups(scan, DISTANCE) == [0, 1, 2, 2, 2, 3, 4, 0, 5]
     assert row_groups(scan, None) == [0, 1, 2, 3, 3, 4, 5, 0, 6]
 
 
 def test_without_a_distance_only_equal_files_are_one():
-    picture = scene(0)
-    rows = [picture, picture.copy(), saved_again(picture, "JPEG", 95)]
+    image = scene(0)
+    rows = [image, image.copy(), saved_again(image, "JPEG", 95)]
     assert row_groups(scan_of(*rows), None) == [0, 0, 1]
     assert row_groups(scan_of(*rows), 0)[:2] == [0, 0]
 
 
 def test_groups_do_not_depend_on_the_order_of_the_rows(different):
-    rows = different + [CHANGES["all at once"](picture) for picture in different]
+    rows = different + [CHANGES["all at once"](image) for image in different]
     order = random.Random(0).sample(range(len(rows)), len(rows))
     shuffled = row_groups(scan_of(*(rows[i] for i in order)), DISTANCE)
     originals = [i % len(different) for i in order]
@@ -218,17 +218,17 @@ def test_groups_do_not_depend_on_the_order_of_the_rows(different):
 
 
 def test_a_larger_distance_finds_more_and_loses_nothing(different):
-    changed = [cropped(picture, 0.74, 0.77, 0.35, 0.6) for picture in different]
+    changed = [cropped(image, 0.74, 0.77, 0.35, 0.6) for image in different]
     train, test = scan_of(*different), scan_of(*changed)
     found = [{pair[:2] for pair in near_pairs(test, train, distance)} for distance in (2, 8, DISTANCE)]
     assert found[0] < found[1] < found[2] <= {(i, i) for i in range(len(different))}
     assert len(found[2]) >= len(different) - 1
 
 
-def test_pairs_of_test_and_training_pictures(different):
+def test_pairs_of_test_and_training_images(different):
     a, b, c, d = different[:4]
     train = scan_of(a, [b, cropped(c, 0.8, 0.8, 0, 0)], a.copy())
-    test = scan_of(c, saved_again(b, "JPEG", 50), a, d, Picture("missing_picture"))
+    test = scan_of(c, saved_again(b, "JPEG", 50), a, d, ImageFacts("missing_image"))
     pairs = near_pairs(test, train, DISTANCE)
     assert [pair[:2] for pair in pairs] == [(0, 2), (1, 1), (2, 0), (2, 3)]
     assert [bits == 0 for _, _, bits in pairs] == [False, False, True, True]
@@ -239,31 +239,31 @@ def test_pairs_of_test_and_training_pictures(different):
 # --- The parts --------------------------------------------------------------------------------------------------------
 
 
-def test_the_hash_of_a_whole_picture_is_that_of_imagehash(different):
-    pictures = scan_of(*different).pictures
-    hashes, _, _ = duplicates._hash(pictures, 1)
-    for picture, ours in zip(pictures, hashes[:, 0], strict=True):
-        grey = np.frombuffer(picture.miniature[:1024], np.uint8).reshape(32, 32)
+def test_the_hash_of_a_whole_image_is_that_of_imagehash(different):
+    images = scan_of(*different).images
+    hashes, _, _ = duplicates._hash(images, 1)
+    for image, ours in zip(images, hashes[:, 0], strict=True):
+        grey = np.frombuffer(image.miniature[:1024], np.uint8).reshape(32, 32)
         theirs = imagehash.phash(Image.fromarray(grey)).hash
         assert np.unpackbits(ours[None].view(np.uint8)).astype(bool).tolist() == theirs.ravel().tolist()
 
 
 def test_the_hash_of_a_window_is_about_that_of_the_crop(different):
-    hashes, _, _ = duplicates._hash(scan_of(*different).pictures, len(duplicates.PARTS))
+    hashes, _, _ = duplicates._hash(scan_of(*different).images, len(duplicates.PARTS))
     apart = []
     for window in (3, 40, 90, 195):
         (top, height), (left, width) = duplicates.PARTS[window // 14], duplicates.PARTS[window % 14]
         crops = [
-            picture.resize((320, 320)).crop([round(320 * x) for x in (left, top, left + width, top + height)])
-            for picture in different
+            image.resize((320, 320)).crop([round(320 * x) for x in (left, top, left + width, top + height)])
+            for image in different
         ]
-        theirs, _, _ = duplicates._hash(scan_of(*crops).pictures, 1)
+        theirs, _, _ = duplicates._hash(scan_of(*crops).images, 1)
         apart += np.bitwise_count(hashes[:, window] ^ theirs[:, 0]).tolist()
     assert np.median(apart) <= 2 and np.quantile(apart, 0.95) <= 8
 
 
 def test_all_near_hashes_are_found():
-    """Against three loops, with few hashes that are near, some pictures of one aspect and some of others."""
+    """Against three loops, with few hashes that are near, some images of one aspect and some of others."""
     rng = np.random.default_rng(0)
     num, windows = 30, len(duplicates.PARTS) ** 2
     aspects = np.sort(rng.choice([0, 0.1, 0.3, -0.3], num) + rng.normal(0, 0.01, num))
@@ -288,13 +288,13 @@ def test_all_near_hashes_are_found():
 
 
 def test_the_part_that_was_cropped_is_found_again(different):
-    pictures = different[:20]
+    images = different[:20]
     truth = [(0.04 + 0.005 * i, 0.82, 0.1 - 0.004 * i, 0.82) for i in range(20)]  # left, width, top, height
     crops = [
-        picture.resize((600, 600)).crop([round(600 * x) for x in (left, top, left + width, top + height)])
-        for picture, (left, width, top, height) in zip(pictures, truth, strict=True)
+        image.resize((600, 600)).crop([round(600 * x) for x in (left, top, left + width, top + height)])
+        for image, (left, width, top, height) in zip(images, truth, strict=True)
     ]
-    grey, other = (duplicates._unpack(scan_of(*side).pictures)[0] for side in (pictures, crops))
+    grey, other = (duplicates._unpack(scan_of(*side).images)[0] for side in (images, crops))
     aspects = np.ones(20, dtype=np.float32)
     start = np.full(20, [tuple(part) for part in duplicates.PARTS].index((0.1, 0.8)) * 15)  # the middle, 80%
     parts = duplicates._fit(grey, other, duplicates._place(start, aspects), aspects)

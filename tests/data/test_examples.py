@@ -68,7 +68,7 @@ def test_a_korean_csv_with_a_byte_order_mark_is_read(contest):
     assert load(contest)[0][0]["question"] == "무슨 색인가요?"
 
 
-def test_a_dataset_with_pictures_inside_gives_the_same_pixels(contest, tmp_path):
+def test_a_dataset_with_images_inside_gives_the_same_pixels(contest, tmp_path):
     examples, _ = load(contest)
     rows = [{key: row[key] for key in row if key != "path"} for row in rows_of(contest)]
     inside = datasets.Dataset.from_list(rows)
@@ -77,7 +77,7 @@ def test_a_dataset_with_pictures_inside_gives_the_same_pixels(contest, tmp_path)
     (tmp_path / "hub").mkdir()
     inside.cast_column("image", datasets.Image()).to_parquet(tmp_path / "hub" / "train.parquet")
     for source in ("saved", "hub"):
-        # `to_parquet` leaves the pictures where they are, and only their paths in the table.
+        # `to_parquet` leaves the images where they are, and only their paths in the table.
         loaded, columns = load_examples(str(tmp_path / source), image_root=str(contest))
         assert columns.image == ("image",)
         assert loaded["choices"][:] == examples["choices"][:] and loaded["answer"][:] == examples["answer"][:]
@@ -111,7 +111,7 @@ def test_every_bad_row_is_named_at_once(contest):
         "the question is empty: row row_011",
         "all choices are equal: row row_012",
         "fewer than two choices: row row_013",
-        "the picture is an address on the web: row row_014 (https://example.org/cat.png)",
+        "the image is an address on the web: row row_014 (https://example.org/cat.png)",
         "the id is empty: row number 15",
     ):
         assert part in message
@@ -130,7 +130,7 @@ def test_warnings_are_collected_and_the_rows_stay(contest):
     assert found == {
         "equal_choices": [f"row_000 ({rows[0]['a']!r})"],
         "empty_choice": ["row_001"],
-        "no_picture": ["row_002"],
+        "no_image": ["row_002"],
         "long_text": ["row_003"],
     }
     assert loaded.examples[1]["choices"][0] == "" and loaded.examples[1]["answer"] == 1
@@ -371,7 +371,7 @@ def test_two_columns_of_choices_are_both_named_unless_they_hold_the_same(tmp_pat
 
 def test_two_columns_of_images_are_both_named_where_both_hold_other_files(tmp_path):
     for name in ("left.png", "right.png"):
-        (tmp_path / name).write_bytes(picture_bytes())
+        (tmp_path / name).write_bytes(image_bytes())
     rows = [question(image="left.png", file_name="right.png", prompt="Look.")]
     with pytest.raises(InputError, match="image and file_name name different files"):
         load_examples(write_jsonl(tmp_path / "rows.jsonl", rows))
@@ -382,7 +382,7 @@ def test_two_columns_of_images_are_both_named_where_both_hold_other_files(tmp_pa
 
 
 def test_images_themselves_come_before_a_path_to_them(tmp_path):
-    rows = [question(image={"bytes": picture_bytes(), "path": None}, image_path="gone.png", path="gone/too.png")]
+    rows = [question(image={"bytes": image_bytes(), "path": None}, image_path="gone.png", path="gone/too.png")]
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     table.to_parquet(tmp_path / "rows.parquet")
     loaded = read_examples(str(tmp_path / "rows.parquet"))
@@ -461,25 +461,25 @@ def test_the_context_is_kept_and_rows_can_be_left_out(tmp_path):
         load_examples(source, keep_rows={"kind": "closed"})
 
 
-def picture_bytes(colour="red", size=(40, 30)):
+def image_bytes(colour="red", size=(40, 30)):
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, "PNG")
     return file.getvalue()
 
 
-def test_a_row_has_none_one_or_several_pictures(tmp_path):
+def test_a_row_has_none_one_or_several_images(tmp_path):
     several = [question(id="two", image=["1.png", "2.png"]), question(id="none", image=None), question(id="one")]
     examples, _ = load_examples(write_jsonl(tmp_path / "rows.jsonl", several))
     names = [[image["path"].rpartition("/")[2] for image in images] for images in examples["images"]]
     assert names == [["1.png", "2.png"], [], ["x.png"]]
 
 
-def test_pictures_inside_a_dataset_may_be_missing_or_stand_in_several_columns(tmp_path):
+def test_images_inside_a_dataset_may_be_missing_or_stand_in_several_columns(tmp_path):
     rows = [question(id=str(i)) for i in range(3)]
     for i, row in enumerate(rows):
         del row["image"]
-        row |= {"image_1": {"bytes": picture_bytes("red"), "path": None} if i else None}
-        row |= {"image_2": {"bytes": picture_bytes("blue"), "path": None} if i == 2 else None}
+        row |= {"image_1": {"bytes": image_bytes("red"), "path": None} if i else None}
+        row |= {"image_2": {"bytes": image_bytes("blue"), "path": None} if i == 2 else None}
     features = datasets.Features(
         {"image_1": datasets.Image(), "image_2": datasets.Image(), "choices": datasets.List(datasets.Value("string"))}
         | {name: datasets.Value("string") for name in ("id", "question", "answer")}
@@ -488,13 +488,13 @@ def test_pictures_inside_a_dataset_may_be_missing_or_stand_in_several_columns(tm
     loaded = read_examples(str(tmp_path / "saved"))
     colours = [[open_image(image).getpixel((0, 0)) for image in images] for images in loaded.examples["images"]]
     assert colours == [[], [(255, 0, 0)], [(255, 0, 0), (0, 0, 255)]]
-    assert loaded.problems.bad_rows("no_picture") == [0] and loaded.columns.image == ("image_1", "image_2")
+    assert loaded.problems.bad_rows("no_image") == [0] and loaded.columns.image == ("image_1", "image_2")
 
 
-def test_paths_inside_a_table_must_stay_in_the_picture_folder_too(tmp_path):
+def test_paths_inside_a_table_must_stay_in_the_image_folder_too(tmp_path):
     for name in ("in", "out"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "x.png").write_bytes(picture_bytes())
+        (tmp_path / name / "x.png").write_bytes(image_bytes())
     rows = [question(image={"bytes": None, "path": path}) for path in ("x.png", str(tmp_path / "out/x.png"))]
     rows[1]["id"] = "outside"
     struct = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
@@ -514,7 +514,7 @@ def test_paths_inside_a_table_must_stay_in_the_picture_folder_too(tmp_path):
 
 def test_a_text_column_that_holds_bytes_is_an_error(tmp_path):
     datasets.Dataset.from_list([question(question=b"Which?")]).to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(InputError, match="question must hold text; got pictures or bytes"):
+    with pytest.raises(InputError, match="question must hold text; got images or bytes"):
         load_examples(str(tmp_path / "rows.parquet"))
 
 
@@ -539,29 +539,29 @@ def test_a_cell_can_be_declared_empty(tmp_path):
     assert loaded.examples["context"][:] == ["", "look"]
 
 
-def test_a_list_of_pictures_and_plain_bytes_are_pictures(tmp_path):
-    rows = [question(image=[{"bytes": picture_bytes(), "path": None}] * 2)]
+def test_a_list_of_images_and_plain_bytes_are_images(tmp_path):
+    rows = [question(image=[{"bytes": image_bytes(), "path": None}] * 2)]
     features = datasets.Features(
         {"image": datasets.List(datasets.Image()), "choices": datasets.List(datasets.Value("string"))}
         | {name: datasets.Value("string") for name in ("id", "question", "answer")}
     )
     datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "lists")
-    datasets.Dataset.from_list([question(image=picture_bytes())]).to_parquet(tmp_path / "bytes.parquet")
+    datasets.Dataset.from_list([question(image=image_bytes())]).to_parquet(tmp_path / "bytes.parquet")
     for source, count in (("lists", 2), ("bytes.parquet", 1)):
         images = load_examples(str(tmp_path / source))[0][0]["images"]
         assert len(images) == count and open_image(images[0]).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_base64_pictures_of_benchmark_files_are_read(tmp_path):
-    text = base64.b64encode(picture_bytes(size=(400, 300))).decode()
+def test_base64_images_of_benchmark_files_are_read(tmp_path):
+    text = base64.b64encode(image_bytes(size=(400, 300))).decode()
     (tmp_path / "bench.tsv").write_text(f"index\timage\tquestion\tA\tB\tanswer\n7\t{text}\tWhich?\tx\ty\tB\n")
     examples, _ = load_examples(str(tmp_path / "bench.tsv"))
     assert open_image(examples[0]["images"][0]).size == (400, 300) and examples[0]["answer"] == 1
 
 
-def test_a_source_without_any_picture_is_an_error_unless_it_is_meant(tmp_path):
+def test_a_source_without_any_image_is_an_error_unless_it_is_meant(tmp_path):
     source = write_jsonl(tmp_path / "rows.jsonl", [question(image=""), question(id="s", image=None)])
-    with pytest.raises(InputError, match="no row of .*rows.jsonl has a picture in image"):
+    with pytest.raises(InputError, match="no row of .*rows.jsonl has an image in image"):
         load_examples(source)
     assert load_examples(source, columns={"image": []})[0]["images"][:] == [[], []]
 

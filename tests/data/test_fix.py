@@ -62,11 +62,11 @@ def test_jsonl_is_copied_with_its_types(contest):
     assert copied == [{**line, "note": line.get("note")} for i, line in enumerate(lines) if i != 1]
 
 
-def test_pictures_inside_are_copied_and_files_of_a_saved_dataset_come_along(contest):
+def test_images_inside_are_copied_and_files_of_a_saved_dataset_come_along(contest):
     rows = [{key: row[key] for key in row if key != "path"} for row in rows_of(contest)]
     rows[4]["answer"] = "z"
-    pictures = [str(contest / row["path"]) for row in rows_of(contest)]
-    table = datasets.Dataset.from_list(rows).add_column("image", pictures).cast_column("image", datasets.Image())
+    images = [str(contest / row["path"]) for row in rows_of(contest)]
+    table = datasets.Dataset.from_list(rows).add_column("image", images).cast_column("image", datasets.Image())
     table.save_to_disk(contest / "saved")
     assert copy(contest / "saved", contest / "fixed.parquet") == 1
     for row in rows_of(contest):

@@ -23,7 +23,7 @@ def draw_strata(num_rows, seed):
 
 
 def draw_groups(num_rows, seed):
-    """30% of the rows share their picture with others: five groups of up to 60 rows, many of 2 to 6."""
+    """30% of the rows share their image with others: five groups of up to 60 rows, many of 2 to 6."""
     rng = random.Random(seed)
     sizes = [rng.randint(20, 60) for _ in range(5)] if num_rows >= 3_000 else []
     while sum(sizes) < 0.3 * num_rows:
@@ -68,7 +68,7 @@ def test_no_group_lies_in_two_folds_and_every_row_in_one(seed):
 
 
 @pytest.mark.parametrize("num_folds", [2, 3, 5, 10])
-def test_without_shared_pictures_no_stratum_is_off_by_more_than_one_row(num_folds):
+def test_without_shared_images_no_stratum_is_off_by_more_than_one_row(num_folds):
     for seed in range(4):
         strata = draw_strata(400, seed)
         folds = make_folds(strata, range(400), num_folds, seed)
@@ -167,7 +167,7 @@ def test_a_hold_out_has_its_fraction_of_the_rows_and_of_every_stratum(fraction):
             assert abs(count - fraction * total) <= 1
 
 
-def test_a_hold_out_has_its_share_of_the_rows_with_shared_pictures():
+def test_a_hold_out_has_its_share_of_the_rows_with_shared_images():
     groups = draw_groups(2_000, 0)
     held_out = hold_out_rows(draw_strata(2_000, 0), groups, 0.1, 0)
     size = Counter(groups)
@@ -179,13 +179,13 @@ def test_rows_that_are_too_few_to_stratify_are_held_out_all_the_same():
     assert 1 <= sum(hold_out_rows(draw_strata(12, 0), range(12), 0.1, seed=0)) <= 2
 
 
-def test_too_few_pictures_are_an_error():
+def test_too_few_images_are_an_error():
     strata = draw_strata(30, 0)
-    with pytest.raises(InputError, match="5 folds need at least 5 different pictures; got 3"):
+    with pytest.raises(InputError, match="5 folds need at least 5 different images; got 3"):
         make_folds(strata, [i % 3 for i in range(30)], 5, 0)
     with pytest.raises(InputError, match="num_folds must be at least 2; got 1"):
         make_folds(strata, range(30), 1, 0)
-    with pytest.raises(InputError, match="0.1 leaves no row for validation: there are 3 different pictures in 30 rows"):
+    with pytest.raises(InputError, match="0.1 leaves no row for validation: there are 3 different images in 30 rows"):
         hold_out_rows(strata, [i % 3 for i in range(30)], 0.1, 0)
     with pytest.raises(InputError, match="0.9 leaves no row for training: .* Use a smaller fraction"):
         hold_out_rows(strata, [0] * 30, 0.9, 0)

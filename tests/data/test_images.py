@@ -19,17 +19,17 @@ def entry(data, path=None):
     return {"bytes": data, "path": path}
 
 
-def saved(picture, kind, **options):
+def saved(image, kind, **options):
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
 def shown(data):
     """The pixels of the first row, as a model would see them."""
-    picture = open_image(entry(data))
-    assert picture.mode == "RGB" and examine(entry(data)).problem is None
-    return [picture.getpixel((x, 0)) for x in range(picture.width)]
+    image = open_image(entry(data))
+    assert image.mode == "RGB" and examine(entry(data)).problem is None
+    return [image.getpixel((x, 0)) for x in range(image.width)]
 
 
 def png(width, bits, colour_type, row):
@@ -43,14 +43,14 @@ def png(width, bits, colour_type, row):
 
 
 def palette(*colours):
-    picture = Image.new("P", (len(colours), 1))
-    picture.putpalette([value for colour in colours for value in colour])
-    picture.putdata(range(len(colours)))
-    return picture
+    image = Image.new("P", (len(colours), 1))
+    image.putpalette([value for colour in colours for value in colour])
+    image.putdata(range(len(colours)))
+    return image
 
 
 def noise(width=60, height=40, seed=0):
-    """A picture whose files are long enough to be cut anywhere."""
+    """An image whose files are long enough to be cut anywhere."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -138,7 +138,7 @@ def test_of_several_frames_the_first_is_shown(kind):
     red, blue = Image.new("RGB", (40, 40), "red"), Image.new("RGB", (40, 40), "blue")
     data = saved(red, kind, save_all=True, append_images=[blue])
     assert np.abs(np.asarray(open_image(entry(data))) - np.array(RED)).max() <= 1 + (kind == "WEBP")
-    # Phones write MPO under .jpg, with a depth map behind the picture: neither is worth a word.
+    # Phones write MPO under .jpg, with a depth map behind the image: neither is worth a word.
     assert examine(entry(data, "a.jpg" if kind == "MPO" else None)).findings == (() if kind == "MPO" else ("animated",))
 
 
@@ -146,8 +146,8 @@ def test_a_second_frame_that_is_cut_off_does_not_lose_the_first():
     red, blue = noise(), noise(seed=1)
     data = saved(red, "GIF", save_all=True, append_images=[blue])
     alone = len(saved(red, "GIF"))
-    picture = examine(entry(data[: alone + (len(data) - alone) // 2]))
-    assert picture.problem is None and "animated" in picture.findings
+    image = examine(entry(data[: alone + (len(data) - alone) // 2]))
+    assert image.problem is None and "animated" in image.findings
 
 
 CORNERS = Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], dtype=np.uint8))
@@ -157,7 +157,7 @@ CORNERS = Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [2
     ("orientation", "letters"),
     list(enumerate(["RGBW", "GRWB", "WBGR", "BWRG", "RBGW", "BRWG", "WGBR", "GWRB"], start=1)),
 )
-def test_a_picture_is_turned_as_its_camera_meant_it(orientation, letters):
+def test_a_image_is_turned_as_its_camera_meant_it(orientation, letters):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(CORNERS.resize((40, 20), Image.Resampling.NEAREST), "PNG", exif=exif)
@@ -168,14 +168,14 @@ def test_a_picture_is_turned_as_its_camera_meant_it(orientation, letters):
     assert [turned.getpixel(corner) for corner in corners] == [colours[letter] for letter in letters]
     # A processor that looks for the entry itself finds none.
     assert turned.getexif().get(0x0112) is None
-    picture = examine(entry(data))
-    assert ("rotated" in picture.findings) == (orientation > 1) and (picture.width, picture.height) == turned.size
+    image = examine(entry(data))
+    assert ("rotated" in image.findings) == (orientation > 1) and (image.width, image.height) == turned.size
 
 
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x09"]
 )
-def test_odd_exif_does_not_lose_a_picture(exif):
+def test_odd_exif_does_not_lose_a_image(exif):
     data = saved(Image.new("RGB", (40, 30), "red"), "JPEG", exif=exif)
     assert open_image(entry(data)).size == (40, 30) and examine(entry(data)).problem is None
 
@@ -183,30 +183,30 @@ def test_odd_exif_does_not_lose_a_picture(exif):
 # --- What is found ----------------------------------------------------------------------------------------------------
 
 
-def test_the_facts_of_a_good_picture(tmp_path):
+def test_the_facts_of_a_good_image(tmp_path):
     noise().save(tmp_path / "a.png")
-    picture = examine({"bytes": None, "path": str(tmp_path / "a.png")})
-    assert (picture.problem, picture.findings, picture.format, picture.mode) == (None, (), "PNG", "RGB")
-    assert (picture.width, picture.height) == (60, 40)
-    assert picture.num_bytes == (tmp_path / "a.png").stat().st_size and len(picture.digest) == 32
-    assert picture == examine(entry((tmp_path / "a.png").read_bytes(), "a.png"))
-    assert picture.miniature == make_miniature(noise()) and len(picture.miniature) == 32 * 32 + 2 * 8 * 8
+    image = examine({"bytes": None, "path": str(tmp_path / "a.png")})
+    assert (image.problem, image.findings, image.format, image.mode) == (None, (), "PNG", "RGB")
+    assert (image.width, image.height) == (60, 40)
+    assert image.num_bytes == (tmp_path / "a.png").stat().st_size and len(image.digest) == 32
+    assert image == examine(entry((tmp_path / "a.png").read_bytes(), "a.png"))
+    assert image.miniature == make_miniature(noise()) and len(image.miniature) == 32 * 32 + 2 * 8 * 8
 
 
 @pytest.mark.parametrize(
     "path", ["none.png", "", None, "folder", "a.png/b.png", "x" * 300 + ".png", "null\0byte.png", "loop.png", "pipe"]
 )
-def test_a_path_without_a_file_is_a_missing_picture(path, tmp_path, monkeypatch):
+def test_a_path_without_a_file_is_a_missing_image(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.png").write_bytes(b"a")
     (tmp_path / "loop.png").symlink_to("loop.png")
     os.mkfifo(tmp_path / "pipe")  # opening it would wait for somebody to write
-    assert examine({"bytes": None, "path": path}) == images.Picture("missing_picture")
+    assert examine({"bytes": None, "path": path}) == images.ImageFacts("missing_image")
 
 
 def test_devices_are_not_read():
-    assert examine({"bytes": None, "path": "/dev/zero"}).problem == "missing_picture"
+    assert examine({"bytes": None, "path": "/dev/zero"}).problem == "missing_image"
 
 
 def test_a_file_that_may_not_be_opened_is_named_as_such(tmp_path, monkeypatch):
@@ -216,29 +216,29 @@ def test_a_file_that_may_not_be_opened_is_named_as_such(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", refuse)
-    assert examine({"bytes": None, "path": str(tmp_path / "a.png")}).problem == "unreadable_picture"
+    assert examine({"bytes": None, "path": str(tmp_path / "a.png")}).problem == "unreadable_image"
 
 
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        (b"", "empty_picture"),
-        (b"<!DOCTYPE html><html><body>404</body></html>", "not_a_picture"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "not_a_picture"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'></svg>", "not_a_picture"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 50, "not_a_picture"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n", "not_a_picture"),
-        (bytes(range(256)) * 9, "not_a_picture"),
-        (saved(noise(), "JPEG")[:900], "truncated_picture"),
-        (saved(noise(), "PNG")[:900], "truncated_picture"),
-        (saved(noise(), "WEBP")[:900], "truncated_picture"),
-        (saved(noise(), "BMP")[:900], "truncated_picture"),
-        (saved(noise(), "GIF")[:2000], "truncated_picture"),
-        (b"\xff\xd8\xff\xe0 and then nothing that makes sense", "truncated_picture"),
-        (saved(noise(), "PNG").replace(b"IHDR\0\0\0\x3c", b"IHDR\0\0\0\x3d"), "broken_picture"),
-        (saved(noise(), "JPEG2000")[:900], "broken_picture"),
-        (png(200_000_000, 8, 2, b""), "picture_bomb"),
-        (saved(Image.new("L", (4_020, 20)), "PNG"), "long_picture"),
+        (b"", "empty_image"),
+        (b"<!DOCTYPE html><html><body>404</body></html>", "not_a_image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "not_a_image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'></svg>", "not_a_image"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 50, "not_a_image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n", "not_a_image"),
+        (bytes(range(256)) * 9, "not_a_image"),
+        (saved(noise(), "JPEG")[:900], "truncated_image"),
+        (saved(noise(), "PNG")[:900], "truncated_image"),
+        (saved(noise(), "WEBP")[:900], "truncated_image"),
+        (saved(noise(), "BMP")[:900], "truncated_image"),
+        (saved(noise(), "GIF")[:2000], "truncated_image"),
+        (b"\xff\xd8\xff\xe0 and then nothing that makes sense", "truncated_image"),
+        (saved(noise(), "PNG").replace(b"IHDR\0\0\0\x3c", b"IHDR\0\0\0\x3d"), "broken_image"),
+        (saved(noise(), "JPEG2000")[:900], "broken_image"),
+        (png(200_000_000, 8, 2, b""), "image_bomb"),
+        (saved(Image.new("L", (4_020, 20)), "PNG"), "long_image"),
     ],
 )
 def test_what_cannot_be_shown_to_a_model_says_why(data, problem):
@@ -262,11 +262,11 @@ def test_a_name_that_does_not_fit_the_format_is_found():
     assert examine(entry(saved(noise(), "JPEG"), "a.jpeg")).findings == ()
 
 
-def test_tiny_pictures_are_found_and_the_smallest_long_one_is_not_refused():
+def test_tiny_images_are_found_and_the_smallest_long_one_is_not_refused():
     assert examine(entry(saved(Image.new("L", (28, 28)), "PNG"))).findings == ()
-    assert examine(entry(saved(Image.new("L", (27, 400)), "PNG"))).findings == ("tiny_picture",)
+    assert examine(entry(saved(Image.new("L", (27, 400)), "PNG"))).findings == ("tiny_image",)
     assert examine(entry(saved(Image.new("L", (200, 1)), "PNG"))).problem is None
-    assert examine(entry(saved(Image.new("L", (201, 1)), "PNG"))).problem == "long_picture"
+    assert examine(entry(saved(Image.new("L", (201, 1)), "PNG"))).problem == "long_image"
 
 
 @pytest.mark.filterwarnings("ignore")  # what Pillow says of damaged files
@@ -287,13 +287,13 @@ def test_examine_finds_a_problem_exactly_where_open_image_fails(kind):
         except Exception:
             assert found.problem is not None and KINDS[found.problem].severity == "error"
         else:
-            assert found.problem in (None, "long_picture") and (found.width, found.height) == size
+            assert found.problem in (None, "long_image") and (found.width, found.height) == size
 
 
-def test_a_miniature_holds_what_imagehash_shrinks_a_picture_to():
-    picture = noise(100, 80)
-    grey = picture.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
-    assert make_miniature(picture)[:1024] == grey.tobytes()
+def test_a_miniature_holds_what_imagehash_shrinks_a_image_to():
+    image = noise(100, 80)
+    grey = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
+    assert make_miniature(image)[:1024] == grey.tobytes()
     colours = np.frombuffer(make_miniature(Image.new("RGB", (700, 300), "red")), np.uint8)[1024:].reshape(2, 64)
     assert set(colours[0]) == {84} and set(colours[1]) == {255}
 
@@ -320,12 +320,12 @@ def test_augmented_sides_have_factors_of_their_own():
 
 
 def test_brightness_contrast_and_colour_are_mixed_as_their_definitions_say():
-    picture = np.asarray(noise()).astype(float)
-    grey = (picture @ [0.299, 0.587, 0.114])[..., None]  # ITU-R 601-2
+    image = np.asarray(noise()).astype(float)
+    grey = (image @ [0.299, 0.587, 0.114])[..., None]  # ITU-R 601-2
     for factors, reference in (
-        ((0.7, 1, 1), 0.7 * picture),
-        ((1, 1.3, 1), grey.mean() + 1.3 * (picture - grey.mean())),
-        ((1, 1, 0.7), grey + 0.7 * (picture - grey)),
+        ((0.7, 1, 1), 0.7 * image),
+        ((1, 1.3, 1), grey.mean() + 1.3 * (image - grey.mean())),
+        ((1, 1, 0.7), grey + 0.7 * (image - grey)),
     ):
         found = np.asarray(augment(noise(), 0.3, Fixed(1, 1, *factors)))
         assert np.abs(found - reference.clip(0, 255)).max() < 2

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.data.paths import ImagePaths, describe_missing
-from vqa_sft.data.scan import scan_pictures
+from vqa_sft.data.scan import scan_images
 
 COMPOSED, APART = (unicodedata.normalize(form, "강아지.png") for form in ("NFC", "NFD"))
 
@@ -34,7 +34,7 @@ def table(path, images):
 def message_of(source, **options):
     """What a training says of the rows whose images cannot be used, without its last line, which names options."""
     loaded = read_examples(source, **options)
-    scan_pictures(loaded.examples, cache=False).add_problems(loaded.problems, loaded.examples["id"], loaded.numbers)
+    scan_images(loaded.examples, cache=False).add_problems(loaded.problems, loaded.examples["id"], loaded.numbers)
     with pytest.raises(ValueError) as error:
         loaded.problems.raise_if_any(loaded.name)
     return str(error.value).rpartition("\n")[0]
@@ -180,7 +180,7 @@ def test_a_note_says_what_differs_in_names_that_look_alike(tmp_path):
 def test_several_files_that_may_be_meant_are_named_with_the_missing_image(tmp_path):
     touch(tmp_path / "a.JPG", tmp_path / "a.jpeg")
     message = message_of(table(tmp_path / "x.csv", ["a.jpg", "b.jpg"]))
-    assert "the picture is missing" in message and "a.jpg may be a.JPG or a.jpeg: write which." in message
+    assert "the image is missing" in message and "a.jpg may be a.JPG or a.jpeg: write which." in message
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])

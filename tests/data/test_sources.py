@@ -467,8 +467,8 @@ def test_a_name_with_the_marks_of_a_glob_is_a_file_first(tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """Three rows with pictures of every kind that a dataset may hold."""
+def images(tmp_path):
+    """Three rows with images of every kind that a dataset may hold."""
     names = [str(tmp_path / f"{i}.png") for i in range(3)]
     for name in names:
         Image.new("RGB", (4, 4), "red").save(name)
@@ -494,21 +494,21 @@ def pictures(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["parquet", "saved", "saved splits", "hub"])
-def test_rows_come_without_pictures_and_the_table_with_them_undecoded(tmp_path, pictures, kind, streaming):
+def test_rows_come_without_images_and_the_table_with_them_undecoded(tmp_path, images, kind, streaming):
     path = tmp_path / "hub" / "train.parquet"
     if kind == "saved":
-        pictures.with_format("numpy").save_to_disk(tmp_path / "hub")
+        images.with_format("numpy").save_to_disk(tmp_path / "hub")
     elif kind == "saved splits":
-        datasets.DatasetDict({"train": pictures, "test": pictures}).save_to_disk(tmp_path / "hub")
+        datasets.DatasetDict({"train": images, "test": images}).save_to_disk(tmp_path / "hub")
     else:
         path.parent.mkdir()
-        pictures.to_parquet(path)
+        images.to_parquet(path)
     source = open_source(str(path if kind == "parquet" else path.parent), streaming=streaming)
-    assert source.columns == pictures.column_names and source.notes == []
+    assert source.columns == images.column_names and source.notes == []
     assert source.num_rows == (None if streaming else 3)
     assert source.features["label"].names == ["cat", "dog"]
     rows = list(source.rows())
-    expected = [{"id": row["id"], "label": row["label"], "path": row["path"]} for row in pictures]
+    expected = [{"id": row["id"], "label": row["label"], "path": row["path"]} for row in images]
     assert rows == [(str(path.parent) if kind == "parquet" else None, row) for row in expected] == list(source.rows())
     if kind.startswith("saved") and not streaming:  # nothing is copied to the cache
         assert all(file["filename"].startswith(str(tmp_path)) for file in source.table.cache_files)

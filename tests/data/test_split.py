@@ -19,14 +19,14 @@ def read(contest, name="train.csv"):
 
 
 def noise(path, seed, size=(120, 90)):
-    """A picture of its own: coarse noise, so that no two of them are alike."""
+    """An image of its own: coarse noise, so that no two of them are alike."""
     values = np.random.default_rng(seed).integers(0, 255, (9, 12, 3), dtype=np.uint8)
     Image.fromarray(values).resize(size, Image.Resampling.BICUBIC).save(path)
 
 
 @pytest.fixture
 def doubled(contest):
-    """24 different pictures, of which the last twelve are the first twelve saved again, smaller and as JPEG."""
+    """24 different images, of which the last twelve are the first twelve saved again, smaller and as JPEG."""
     rows = rows_of(contest)
     for i, row in enumerate(rows):
         row["path"] = f"images/{i:03d}.jpg" if i >= 12 else row["path"]
@@ -42,13 +42,13 @@ def test_every_row_is_trained_on_where_nothing_is_held_out(contest):
     assert select(loaded, parts, TRAIN) is loaded[0].examples and select(loaded, parts, VALIDATION) is None
 
 
-def test_a_held_out_picture_is_not_trained_on_even_when_it_was_saved_again(doubled):
+def test_a_held_out_image_is_not_trained_on_even_when_it_was_saved_again(doubled):
     for seed in range(4):
         (parts,) = choose_parts([read(doubled)], validation_fraction=0.25, duplicate_distance=6, seed=seed)
         assert parts[:12] == parts[12:] and 4 <= parts.count(VALIDATION) <= 8
 
 
-def test_unchecked_pictures_are_told_apart_by_their_files(contest):
+def test_unchecked_images_are_told_apart_by_their_files(contest):
     rows = [row | {"path": f"images/{i % 8:03d}.png"} for i, row in enumerate(rows_of(contest))]
     write_csv(contest / "train.csv", rows)
     (contest / "images/000.png").write_bytes(b"nobody looks")
@@ -65,7 +65,7 @@ def test_a_folds_file_says_what_is_validated_on(contest, tmp_path):
         choose_parts(loaded, folds_file=str(tmp_path / "folds.csv"), fold=3)
 
 
-def test_bad_pictures_stop_a_run_or_are_left_out_and_named(contest, capsys):
+def test_bad_images_stop_a_run_or_are_left_out_and_named(contest, capsys):
     (contest / "images/003.png").write_bytes(b"")
     (contest / "images/005.png").unlink()
     with pytest.raises(InputError, match="row_003.*\n.*row_005|row_005.*\n.*row_003"):
@@ -75,7 +75,7 @@ def test_bad_pictures_stop_a_run_or_are_left_out_and_named(contest, capsys):
     assert [i for i, part in enumerate(parts[0]) if part == LEFT_OUT] == [3, 5]
     assert len(select(loaded, parts, TRAIN)) == 22
     printed = capsys.readouterr().out
-    assert "the picture file is empty: row row_003" in printed and "the picture is missing: row row_005" in printed
+    assert "the image file is empty: row row_003" in printed and "the image is missing: row row_005" in printed
 
 
 def test_a_run_keeps_its_rows_and_refuses_others(contest, tmp_path):
@@ -108,11 +108,11 @@ def test_a_stream_has_no_parts(contest):
     assert read_parts(contest, loaded) == parts
 
 
-def test_a_start_decodes_every_picture_once_and_the_next_start_none(contest, monkeypatch, tmp_path):
+def test_a_start_decodes_every_image_once_and_the_next_start_none(contest, monkeypatch, tmp_path):
     seen = []
     examine = scan.examine
     monkeypatch.setattr(scan, "examine", lambda image, **how: seen.append(image["path"]) or examine(image, **how))
-    monkeypatch.setattr(scan, "cache_path", lambda: tmp_path / "pictures.sqlite")
+    monkeypatch.setattr(scan, "cache_path", lambda: tmp_path / "images.sqlite")
     validation = [row | {"id": f"v_{row['id']}"} for row in rows_of(contest)[:6]]
     write_csv(contest / "validation.csv", validation)
     for _ in range(2):

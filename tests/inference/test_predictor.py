@@ -24,8 +24,8 @@ def rows_of(contest):
 
 
 def asked(contest, rows):
-    pictures = [contest / row["path"] for row in rows]
-    return pictures, [row["question"] for row in rows], [[row[letter] for letter in "abcd"] for row in rows]
+    images = [contest / row["path"] for row in rows]
+    return images, [row["question"] for row in rows], [[row[letter] for letter in "abcd"] for row in rows]
 
 
 @pytest.mark.parametrize("how", [{}, {"orders": "rotations", "scales": [1.0, 1.2], "average": "log"}])
@@ -38,36 +38,36 @@ def test_one_row_or_many_have_the_probabilities_of_the_recipe(three, tmp_path, h
     run_script("predict", "--run", *runs, *given)
     expected = read_predictions(tmp_path / "out.parquet").probs
     predict = vqa_sft.Predictor(*runs, use_cpu=True, batch_size=10, **how)
-    pictures, questions, choices = asked(contest, rows_of(contest))
-    for found, row in zip(predict(pictures, questions, choices), expected, strict=True):
+    images, questions, choices = asked(contest, rows_of(contest))
+    for found, row in zip(predict(images, questions, choices), expected, strict=True):
         np.testing.assert_allclose(found, row, atol=1e-5)
-    np.testing.assert_allclose(predict(pictures[3], questions[3], choices[3]), expected[3], atol=1e-5)
+    np.testing.assert_allclose(predict(images[3], questions[3], choices[3]), expected[3], atol=1e-5)
 
 
-def test_a_picture_is_a_path_the_bytes_of_a_file_or_in_memory(three):  # noqa: F811
+def test_a_image_is_a_path_the_bytes_of_a_file_or_in_memory(three):  # noqa: F811
     contest, run = three
     predict = vqa_sft.Predictor(run / "fold0", use_cpu=True)
     (path,), (question,), (choices,) = asked(contest, rows_of(contest)[:1])
     expected = predict(path, question, choices)
     opened = Image.open(path)
-    for picture in (str(path), path.read_bytes(), opened, opened.convert("RGBA"), [path]):
-        np.testing.assert_allclose(predict(picture, question, choices), expected, atol=1e-6)
+    for image in (str(path), path.read_bytes(), opened, opened.convert("RGBA"), [path]):
+        np.testing.assert_allclose(predict(image, question, choices), expected, atol=1e-6)
     assert not np.allclose(predict(None, question, choices), expected, atol=1e-3)
     assert predict([path, path], question, choices[:2]).shape == (2,)
 
 
 def test_the_temperature_of_the_run_is_applied(three, tmp_path):  # noqa: F811
     contest, run = three
-    pictures, questions, choices = asked(contest, rows_of(contest)[:4])
+    images, questions, choices = asked(contest, rows_of(contest)[:4])
     kept = (run / "calibration.json").read_text()
     # Few rows prove no temperature: it is written here.
     (run / "calibration.json").write_text(re.sub(r'"temperature": [0-9.]+', '"temperature": 2.0', kept))
-    found = vqa_sft.Predictor(run / "fold1", use_cpu=True)(pictures, questions, choices)
+    found = vqa_sft.Predictor(run / "fold1", use_cpu=True)(images, questions, choices)
     other = vqa_sft.Predictor(run / "fold1", use_cpu=True, orders="rotations")
     assert other.metadata[0]["calibration"]["temperature"] == 1  # found for one order alone
     (run / "calibration.json").rename(tmp_path / "aside.json")
     try:
-        raw = vqa_sft.Predictor(run / "fold1", use_cpu=True)(pictures, questions, choices)
+        raw = vqa_sft.Predictor(run / "fold1", use_cpu=True)(images, questions, choices)
     finally:
         (run / "calibration.json").write_text(kept)
     assert [row.argmax() for row in found] == [row.argmax() for row in raw]
@@ -95,11 +95,11 @@ def test_what_cannot_be_asked_is_an_input_error(three):  # noqa: F811
     path = contest / rows_of(contest)[0]["path"]
     with pytest.raises(InputError, match="2 to 4 choices, A to D as in training; got 5"):
         predict(path, "Which?", list("abcde"))
-    with pytest.raises(InputError, match="2 questions, 1 pictures"):
+    with pytest.raises(InputError, match="2 questions, 1 images"):
         predict([path], ["Which?", "What?"], [["a", "b"]] * 2)
-    with pytest.raises(InputError, match="a picture of question 1 cannot be read"):
+    with pytest.raises(InputError, match="an image of question 1 cannot be read"):
         predict(contest / "test.csv", "Which?", ["a", "b"])
-    with pytest.raises(InputError, match="a picture of question 2 cannot be read"):
+    with pytest.raises(InputError, match="an image of question 2 cannot be read"):
         predict([path, contest / "test.csv"], ["Which?"] * 2, [["a", "b"]] * 2)
     with pytest.raises(InputError, match="Give runs of one kind"):
         vqa_sft.Predictor(run / "fold0", run.parent / "other")
@@ -127,13 +127,13 @@ def test_any_number_of_threads_get_the_numbers_of_one(three, request, capsys, or
     contest, run = three
     num_calls = request.config.getoption("--calls") if orders == "identity" else 32
     predict = vqa_sft.Predictor(run / "fold0", run / "fold2", use_cpu=True, orders=orders)
-    pictures, questions, choices = asked(contest, rows_of(contest)[:8])
+    images, questions, choices = asked(contest, rows_of(contest)[:8])
     questions = [question + " Look closely." * number for number, question in enumerate(questions)]
     places = [slice(start, start + 1 + start % 2) for start in range(6)]
 
     def ask(number):
         place = places[number % len(places)]
-        return predict(pictures[place], questions[place], choices[place])
+        return predict(images[place], questions[place], choices[place])
 
     expected = [ask(number) for number in range(len(places))]
     started_s = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Rows scored in several orders of their choices: the same numbers as one at a time, each picture seen once."""
+"""Rows scored in several orders of their choices: the same numbers as one at a time, each image seen once."""
 
 import math
 
@@ -38,7 +38,7 @@ def road(request, families, contest):
     folder = families(request.param)
     examples, _ = load_examples(str(contest / "train.csv"))
     rows = [examples[i] for i in range(6)]
-    rows[1] |= {"question": "Which of these is the colour of the square that stands in the picture?"}
+    rows[1] |= {"question": "Which of these is the colour of the square that stands in the image?"}
     rows[2] |= {"choices": rows[2]["choices"][:2], "answer": None}
     if request.param in PACKED:
         rows[3] |= {"images": []}
@@ -86,7 +86,7 @@ def test_views_give_the_mean_of_what_each_order_gives_alone(road, views):
     assert spread > 1e-3  # the orders do differ
 
 
-def test_what_the_orders_of_a_row_begin_with_stands_once_and_its_picture_too(road):
+def test_what_the_orders_of_a_row_begin_with_stands_once_and_its_image_too(road):
     model, processor, _, rows, is_packed = road
     if not is_packed:
         pytest.skip("of packed rows")
@@ -115,13 +115,13 @@ def test_what_the_orders_of_a_row_begin_with_stands_once_and_its_picture_too(roa
 
 
 @pytest.mark.parametrize("views", ["identity", "rotations"])
-def test_several_questions_about_one_picture_share_it(road, views):
+def test_several_questions_about_one_image_share_it(road, views):
     """And give what each gives in a batch of its own on the library's path."""
     model, processor, letter_ids, rows, is_packed = road
     if not is_packed:
         pytest.skip("of packed rows")
     asked = [rows[0], rows[1] | {"images": rows[0]["images"]}, rows[3], rows[5]]
-    asked.append(rows[4] | {"id": "two pictures, again", "question": "Which?"})
+    asked.append(rows[4] | {"id": "two images, again", "question": "Which?"})
     asked += [rows[4], rows[2] | {"images": rows[0]["images"]}]
     road = model, processor, letter_ids, asked, is_packed
     alone = score(road, AnswerCollator(processor, Prompts(), 4, views=views), batch_size=1)
@@ -131,7 +131,7 @@ def test_several_questions_about_one_picture_share_it(road, views):
     for ours, theirs in zip(together, alone, strict=True):
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), atol=1e-5, rtol=1e-5)
     batch = collator(asked)
-    # One picture of the first row, one of the sixth question, two of the two-picture rows.
+    # One image of the first row, one of the sixth question, two of the two-image rows.
     assert len(batch["image_grid_thw"]) == 4
     num_tokens = int(batch["image_grid_thw"].prod(dim=1).sum()) // 4
     assert int((batch["input_ids"] == model.config.image_token_id).sum()) == num_tokens
@@ -223,7 +223,7 @@ def test_averages_are_of_probabilities_or_of_their_logarithms():
 
 
 @pytest.mark.parametrize("family", PACKED)
-def test_a_scale_changes_the_sides_that_a_picture_has_within_the_limits(families, family):
+def test_a_scale_changes_the_sides_that_a_image_has_within_the_limits(families, family):
     processor = load_processor(families(family), min_pixels=64 * 64, max_pixels=320 * 320)
     px = processor.image_processor.patch_size * processor.image_processor.merge_size
 

@@ -55,7 +55,7 @@ def test_wrong_choices_are_alike_and_the_swapped_number_is_among_them(sets):
             assert sum(a != b for a, b in zip(number, right, strict=True)) == 1
 
 
-def test_pictures_of_the_test_rows_are_no_training_pictures(sets):
+def test_images_of_the_test_rows_are_no_training_images(sets):
     def digests(name):
         rows = rows_of(sets / "digits", name)
         return {hashlib.sha256((sets / "digits" / row["path"]).read_bytes()).digest() for row in rows}

@@ -55,9 +55,9 @@ def test_needed_work_is_that_of_the_weights_a_token_meets():
     assert benchmark.needed_tflop(config, num_tokens, 0, trains=True) * 1e12 == pytest.approx(2 * decoder, rel=1e-6)
     tower = sum(w.numel() for w in model.visual.parameters() if w.ndim > 1)
     merger = sum(w.numel() for w in model.visual.merger.parameters() if w.ndim > 1)
-    per_patch = 2 * (tower - merger + merger / 4) + 4 * 32 * (64 + 64)  # one block sees a window, one the picture
-    with_picture = benchmark.needed_tflop(config, num_tokens, 64, trains=False) * 1e12
-    assert with_picture - decoder == pytest.approx(64 * per_patch, rel=1e-6)
+    per_patch = 2 * (tower - merger + merger / 4) + 4 * 32 * (64 + 64)  # one block sees a window, one the image
+    with_image = benchmark.needed_tflop(config, num_tokens, 64, trains=False) * 1e12
+    assert with_image - decoder == pytest.approx(64 * per_patch, rel=1e-6)
 
 
 def test_every_kind_of_case_runs_on_a_cpu(tmp_path, monkeypatch, capfd):

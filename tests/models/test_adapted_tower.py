@@ -1,4 +1,4 @@
-"""The picture tower and its merger, adapted beside the language model, with a learning rate of their own."""
+"""The vision tower and its merger, adapted beside the language model, with a learning rate of their own."""
 
 import pytest
 import torch

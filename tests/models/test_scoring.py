@@ -16,18 +16,18 @@ from vqa_sft.models.scoring import (
     find_letter_ids,
     find_spellings,
     letter_logits,
-    same_pictures_together,
+    same_images_together,
     to_choice_logits,
 )
 
 
 @pytest.fixture(params=FAMILIES)
 def road(request, families, contest):
-    """Model, processor, letter ids and three rows whose prompts and pictures differ in length."""
+    """Model, processor, letter ids and three rows whose prompts and images differ in length."""
     folder = families(request.param)
     examples, _ = load_examples(str(contest / "train.csv"))
     rows = [examples[i] for i in range(3)]
-    rows[1] = rows[1] | {"question": "Which of these is the colour of the square that stands in the picture?"}
+    rows[1] = rows[1] | {"question": "Which of these is the colour of the square that stands in the image?"}
     rows[2] = rows[2] | {"choices": rows[2]["choices"][:2], "answer": None}
     processor = load_processor(folder)
     model = load_model(ModelConfig(model_name_or_path=folder, dtype=None), "fp32").eval()
@@ -169,9 +169,9 @@ def test_of_a_base_model_the_probabilities_of_all_spellings_of_a_letter_are_summ
     torch.testing.assert_close(found, expected / expected.sum(dim=1, keepdim=True), atol=1e-6, rtol=1e-4)
 
 
-def test_rows_with_one_picture_stand_together_and_keep_their_order_else():
+def test_rows_with_one_image_stand_together_and_keep_their_order_else():
     def row(*paths):
         return [{"bytes": None, "path": path} for path in paths]
 
     images = [row("a"), row("b"), row(), row("a"), row("a", "b"), row("b"), row(), row("a")]
-    assert same_pictures_together({"images": images}) == [0, 3, 7, 1, 5, 2, 4, 6]
+    assert same_images_together({"images": images}) == [0, 3, 7, 1, 5, 2, 4, 6]

@@ -32,7 +32,7 @@ def test_a_prediction_file_gives_back_what_was_written(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["p.parquet"]
 
 
-def test_rows_that_were_answered_without_their_picture_are_marked(tmp_path):
+def test_rows_that_were_answered_without_their_image_are_marked(tmp_path):
     write_predictions(tmp_path / "p.parquet", replace(THREE, blanked=[False, True, False]))
     assert read_predictions(tmp_path / "p.parquet").blanked == [False, True, False]
 

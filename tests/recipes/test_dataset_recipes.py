@@ -21,8 +21,8 @@ from vqa_sft.models.load import load_processor
 TEXT, TEXTS, PICTURE = Value("string"), List(Value("string")), datasets.Image()
 
 
-def picture(number):
-    """A picture as Parquet holds it; another number is another picture."""
+def drawn_image(number):
+    """An image as Parquet holds it; another number is another image."""
     file = io.BytesIO()
     Image.new("RGB", (56 + 28 * (number % 3), 56), (20 * number, 255 - 20 * number, 90)).save(file, "PNG")
     return {"bytes": file.getvalue(), "path": None}
@@ -30,7 +30,7 @@ def picture(number):
 
 @dataclass
 class Published:
-    """`parts`: config -> split -> rows; `expected`: split -> what the recipe makes of its rows, as (id, pictures,
+    """`parts`: config -> split -> rows; `expected`: split -> what the recipe makes of its rows, as (id, images,
     question, choices, answer, context); `without_answers`: the split whose answers are not published."""
 
     features: Features
@@ -39,7 +39,7 @@ class Published:
     without_answers: str | None = None
 
 
-# --- ScienceQA: rows with and without a picture; two to five choices; no id -------------------------------------------
+# --- ScienceQA: rows with and without an image; two to five choices; no id -------------------------------------------
 
 
 def science_row(image, question, choices, answer, hint):
@@ -56,12 +56,12 @@ SCIENCEQA = Published(
     {
         "default": {
             "train": [
-                science_row(picture(0), "Which is hotter?", ["ice", "steam"], 1, ""),
+                science_row(drawn_image(0), "Which is hotter?", ["ice", "steam"], 1, ""),
                 science_row(None, "Which is a noun?", ["run", "cat", "blue"], 1, "Nouns name things."),
-                science_row(picture(1), "Which state is shown?", ["Ohio", "Iowa", "Utah", "Maine", "Texas"], 4, ""),
+                science_row(drawn_image(1), "Which state is shown?", ["Ohio", "Iowa", "Utah", "Maine", "Texas"], 4, ""),
                 science_row(None, "Is water wet?", ["yes", "no"], 0, ""),
             ],
-            "validation": [science_row(picture(2), "What melts?", ["stone", "ice"], 1, "It is warm\nand sunny.")],
+            "validation": [science_row(drawn_image(2), "What melts?", ["stone", "ice"], 1, "It is warm\nand sunny.")],
             "test": [science_row(None, "What burns?", ["wood", "water"], 0, "")],
         }
     },
@@ -81,7 +81,7 @@ SCIENCEQA = Published(
 
 
 def okvqa_row(number, question, choices, answer):
-    row = {"image": picture(number), "question_id": f"22jbM6gD{number}", "question": question, "choices": choices}
+    row = {"image": drawn_image(number), "question_id": f"22jbM6gD{number}", "question": question, "choices": choices}
     row |= {"correct_choice_idx": answer, "difficult_direct_answer": False}
     known = answer is not None
     return row | {"direct_answers": "['bus', 'bus', 'tram']" if known else None, "rationales": ["It is."] * known}
@@ -123,7 +123,7 @@ AI2D = Published(
     {
         "default": {
             "test": [
-                {"question": question, "options": options, "answer": answer, "image": picture(number)}
+                {"question": question, "options": options, "answer": answer, "image": drawn_image(number)}
                 for question, options, answer, number in (
                     ("What eats the fly?", ["frog", "grass", "sun", "hawk"], "0", 0),
                     ("Which label is the root?", ["A", "B", "C", "D"], "3", 1),
@@ -151,7 +151,7 @@ def bench_row(index, number, question, choices, answer, hint):
     row = {"index": index, "question": question, "hint": hint, "answer": answer} | dict(
         zip("ABCD", choices, strict=True)
     )
-    row |= {"category": "ocr", "image": picture(number), "source": "made up", "L2-category": "perception"}
+    row |= {"category": "ocr", "image": drawn_image(number), "source": "made up", "L2-category": "perception"}
     return row | {"comment": "nan", "split": "dev"}
 
 
@@ -187,13 +187,13 @@ MMBENCH = Published(
 )
 
 
-# --- MMMU: a config a subject, choices as a Python list in a text, up to seven pictures, open questions ---------------
+# --- MMMU: a config a subject, choices as a Python list in a text, up to seven images, open questions ---------------
 
 
 def college_row(row_id, numbers, question, options, answer, kind="multiple-choice"):
     row = {"id": row_id, "question": question, "options": options, "explanation": ""}
     row |= {f"image_{place}": None for place in range(1, 8)}
-    row |= {f"image_{place}": picture(number) for place, number in enumerate(numbers, 1)}
+    row |= {f"image_{place}": drawn_image(number) for place, number in enumerate(numbers, 1)}
     row |= {"img_type": "['Tables']", "answer": answer, "topic_difficulty": "Easy", "question_type": kind}
     return row | {"subfield": "Other"}
 
@@ -237,14 +237,14 @@ MMMU = Published(
 )
 
 
-# --- SEED-Bench: a list of pictures, which are the frames of a video in some rows -------------------------------------
+# --- SEED-Bench: a list of images, which are the frames of a video in some rows -------------------------------------
 
 
 def seed_row(question_id, numbers, question, choices, answer, kind="image"):
     names = [f"choice_{letter}" for letter in "abcd"]
     row = {"answer": answer} | dict(zip(names, choices, strict=True)) | {"data_id": "2096_1", "data_type": kind}
     row |= {"question": question, "question_id": question_id, "question_type_id": 10 if kind == "video" else 1}
-    return row | {"image": [picture(number) for number in numbers], "segment": [0, 8] if kind == "video" else None}
+    return row | {"image": [drawn_image(number) for number in numbers], "segment": [0, 8] if kind == "video" else None}
 
 
 SEED_BENCH = Published(
@@ -315,9 +315,9 @@ def splits_of(recipe):
 
 
 def as_expected(examples):
-    pictures = {picture(number)["bytes"]: number for number in range(12)}
+    images = {drawn_image(number)["bytes"]: number for number in range(12)}
     return [
-        (row["id"], [pictures[image["bytes"]] for image in row["images"]])
+        (row["id"], [images[image["bytes"]] for image in row["images"]])
         + (row["question"], row["choices"], row["answer"], row["context"])
         for row in examples
     ]
@@ -350,7 +350,7 @@ def test_rows_that_are_left_out_are_counted(tried):
     assert any(f"({left_out} left out by keep_rows)" in note for note in notes) == bool(left_out)
 
 
-def test_examples_reach_the_model_as_a_prompt_with_their_pictures(tried, families):
+def test_examples_reach_the_model_as_a_prompt_with_their_images(tried, families):
     recipe, published = tried
     examples = load_split(recipe, recipe.arguments.train_split)
     processor, prompts = load_processor(families("qwen2_5_vl")), recipe.arguments.prompts
@@ -358,12 +358,12 @@ def test_examples_reach_the_model_as_a_prompt_with_their_pictures(tried, familie
     batch = AnswerCollator(processor, prompts, num_letters=5)(list(examples))
     starts = processor.tokenizer.convert_tokens_to_ids("<|vision_start|>")
     for i, expected in enumerate(published.expected[recipe.arguments.train_split]):
-        _, pictures, question, choices, answer, context = expected
+        _, images, question, choices, answer, context = expected
         ids = batch["input_ids"][i]
         prompt = processor.tokenizer.decode(ids[batch["attention_mask"][i].bool()])
         lines = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCDE", choices, strict=False))
         assert context in prompt and question in prompt and prompt.index(question) < prompt.index(lines)
-        assert (ids == starts).sum() == len(pictures)
+        assert (ids == starts).sum() == len(images)
         assert batch["answers"][i] == answer and batch["num_choices"][i] == len(choices)
 
 

@@ -201,7 +201,7 @@ def test_a_prediction_that_was_broken_off_goes_on_where_it_stopped(three, tmp_pa
     assert not (tmp_path / "out.csv.parts").exists()
 
 
-@pytest.mark.parametrize("change", ["orders", "rows", "weights", "pictures", "stream", "streamed pictures"])
+@pytest.mark.parametrize("change", ["orders", "rows", "weights", "images", "stream", "streamed images"])
 def test_what_another_prediction_left_is_not_taken_over(three, tmp_path, monkeypatch, change):
     contest, run = three
     contest = shutil.copytree(contest, tmp_path / "contest")
@@ -217,7 +217,7 @@ def test_what_another_prediction_left_is_not_taken_over(three, tmp_path, monkeyp
     elif change in ("rows", "stream"):
         text = (contest / "test.csv").read_text()
         (contest / "test.csv").write_text(text.replace("Which colour", "What colour"))
-    elif "pictures" in change:
+    elif "images" in change:
         os.utime(next((contest / "images").iterdir()))
     else:
         os.utime(run / "fold0" / "adapter_model.safetensors")
@@ -475,13 +475,13 @@ TWO = ["cat", "dog"]
         ((None, "What?", ["cat", "\ud800"]), "a choice of question 1 holds half a character"),
         ((None, None, TWO), "questions of several questions are a list; got None"),
         (([None, None], ["What?", None], [TWO, TWO]), "question 2 is no text: None"),
-        ((None, ["What?"], [TWO]), "pictures of several questions are a list; got None"),
-        (([None, None], ["What?"], [TWO]), "as many questions as pictures and choices"),
+        ((None, ["What?"], [TWO]), "images of several questions are a list; got None"),
+        (([None, None], ["What?"], [TWO]), "as many questions as images and choices"),
         (([None], ["What?"], ["ab"]), "choices of question 1 must be a list"),
         ((np.zeros((8, 8, 3), np.uint8), "What?", TWO), "of an array: Image.fromarray"),
         (([np.zeros((8, 8, 3), np.uint8)], "What?", TWO), "of an array: Image.fromarray"),
-        ((io.BytesIO(b"x"), "What?", TWO), "a picture of question 1 is a path"),
-        ((Image.new("RGB", (0, 0)), "What?", TWO), "a picture of question 1 cannot be read"),
+        ((io.BytesIO(b"x"), "What?", TWO), "an image of question 1 is a path"),
+        ((Image.new("RGB", (0, 0)), "What?", TWO), "an image of question 1 cannot be read"),
         (("nowhere.png", "What?", TWO), "cannot be read"),
         ((b"", "What?", TWO), "cannot be read"),
     ],
@@ -491,15 +491,15 @@ def test_a_predictor_says_what_is_wrong_with_a_question(predictor, given, part):
         predictor(*given)
 
 
-def test_a_predictor_takes_pictures_and_choices_of_any_usual_kind(predictor):
-    picture = Image.new("RGB", (32, 32), "red")
-    expected = predictor(picture, "What?", ["1", "2"])
+def test_a_predictor_takes_images_and_choices_of_any_usual_kind(predictor):
+    image = Image.new("RGB", (32, 32), "red")
+    expected = predictor(image, "What?", ["1", "2"])
     file = io.BytesIO()
-    picture.save(file, "PNG")
-    for same in (file.getvalue(), picture.convert("RGBA"), [picture], (picture,)):
+    image.save(file, "PNG")
+    for same in (file.getvalue(), image.convert("RGBA"), [image], (image,)):
         assert predictor(same, "What?", (1, 2)) == pytest.approx(expected, abs=1e-6)
-    assert predictor([picture], ["What?"], [np.array(["1", "2"])])[0] == pytest.approx(expected, abs=1e-6)
-    for other in (Image.new("RGB", (1, 1)), Image.new("I;16", (40, 40)), picture.convert("L"), None):
+    assert predictor([image], ["What?"], [np.array(["1", "2"])])[0] == pytest.approx(expected, abs=1e-6)
+    for other in (Image.new("RGB", (1, 1)), Image.new("I;16", (40, 40)), image.convert("L"), None):
         assert predictor(other, "What?", TWO).sum() == pytest.approx(1)
 
 
@@ -568,8 +568,8 @@ def test_an_id_twice_in_a_stream_is_told(three, tmp_path, capsys, monkeypatch):
 
 
 def test_rows_left_out_of_a_stream_do_not_change_the_numbers_of_the_others(tmp_path):
-    pictures = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "blue", "black")]
-    rows = {"image": pictures, "question": [f"Which, {i}?" for i in range(4)], "choices": [["a", "b"]] * 4}
+    images = [Image.new("RGB", (40, 40), colour) for colour in ("red", "green", "blue", "black")]
+    rows = {"image": images, "question": [f"Which, {i}?" for i in range(4)], "choices": [["a", "b"]] * 4}
     features = {"image": datasets.Image(), "question": datasets.Value("string"), "part": datasets.Value("string")}
     features |= {"choices": datasets.List(datasets.Value("string"))}
     rows["part"] = ["x", "y", "x", "y"]

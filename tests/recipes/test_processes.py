@@ -53,19 +53,19 @@ def parse_launch(*arguments):
     return args
 
 
-def test_rows_without_a_picture_are_refused_where_weights_are_spread(contest, monkeypatch):
+def test_rows_without_a_image_are_refused_where_weights_are_spread(contest, monkeypatch):
     examples, _ = load_examples(str(contest / "train.csv"))
     bare = examples.map(lambda row, i: {"images": row["images"] if i % 8 else []}, with_indices=True)
-    processes.check_pictures([bare])
-    processes.check_pictures([bare], trains_vision=True)
+    processes.check_images([bare])
+    processes.check_images([bare], trains_vision=True)
     monkeypatch.setattr(processes, "is_sharded", lambda: True)
-    processes.check_pictures([bare])
-    with pytest.raises(InputError, match="stage 2 where the picture tower or its merger is trained"):
-        processes.check_pictures([bare], trains_vision=True)
+    processes.check_images([bare])
+    with pytest.raises(InputError, match="stage 2 where the vision tower or its merger is trained"):
+        processes.check_images([bare], trains_vision=True)
     monkeypatch.setattr(processes, "shards_weights", lambda: True)
-    processes.check_pictures([examples])
-    with pytest.raises(InputError, match=r"a picture in every row; there is none in rows row_000, row_008"):
-        processes.check_pictures([examples, bare])
+    processes.check_images([examples])
+    with pytest.raises(InputError, match=r"an image in every row; there is none in rows row_000, row_008"):
+        processes.check_images([examples, bare])
 
 
 @pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)

@@ -196,7 +196,7 @@ def test_a_run_is_calibrated_before_it_is_pushed_and_predictions_use_it(contest,
     assert "no temperature is known" not in capsys.readouterr().out
 
 
-def test_a_4_bit_base_trains_fp32_adapters_and_keeps_its_picture_tower(contest, sft, tmp_path):
+def test_a_4_bit_base_trains_fp32_adapters_and_keeps_its_image_tower(contest, sft, tmp_path):
     # The tiny base, because bitsandbytes packs weights for the CPU in blocks of 64.
     run = sft(TINY_PATH, tmp_path / "run", load_in_4bit=True, max_steps=2)
     assert {tensor.dtype for tensor in load_file(run / "adapter_model.safetensors").values()} == {torch.float32}
@@ -260,7 +260,7 @@ def test_bad_input_to_training_ends_with_a_message_before_any_weight_is_loaded(f
     model, run = families("qwen2_5_vl"), tmp_path / "run"
     fails(sft, model, run, lora_rr=8, says="Did you mean `lora_r`")
     fails(sft, model, run, train_data=contest / "none.csv", says="no such file")
-    fails(sft, model, run, image_root=tmp_path, says="picture is missing: rows row_000 (images/000.png), row_001")
+    fails(sft, model, run, image_root=tmp_path, says="image is missing: rows row_000 (images/000.png), row_001")
     fails(sft, tmp_path / "no_model", run, says="cannot be loaded")
     fails(sft, families("llava"), run, max_pixels=9999, says="remove min_pixels and max_pixels")
 
@@ -305,7 +305,7 @@ def test_an_overwritten_run_moves_aside_with_all_that_lies_in_its_folder(familie
     assert not (run / "notes.md").exists() and (run / "run.json").is_file()
 
 
-def test_pictures_may_stand_in_another_column_than_in_training(families, contest, sft, tmp_path):
+def test_images_may_stand_in_another_column_than_in_training(families, contest, sft, tmp_path):
     run = sft(families("qwen2_5_vl"), tmp_path / "run", max_steps=1)
     with (contest / "test.csv").open() as file:
         rows = [
@@ -405,29 +405,29 @@ def test_a_stream_trains_like_any_data_and_validates_on_a_file(families, contest
 
 
 def test_a_bad_row_of_a_stream_ends_with_its_message_also_from_a_worker(families, contest, sft, tmp_path, capsys):
-    (contest / "images/007.png").write_bytes(b"no picture")
+    (contest / "images/007.png").write_bytes(b"no image")
     for workers in (0, 2):
         values = {"streaming": True, "max_steps": 8, "dataloader_num_workers": workers}
         with pytest.raises(SystemExit) as exit:
             sft(families("qwen2_5_vl"), tmp_path / f"run{workers}", **values)
         error = capsys.readouterr().err
-        assert exit.value.code == 2 and "the picture of row row_007" in error and "Traceback" not in error
+        assert exit.value.code == 2 and "the image of row row_007" in error and "Traceback" not in error
 
 
-def test_rows_with_bad_pictures_are_left_out_of_training_where_the_recipe_says_so(families, contest, sft, tmp_path):
-    (contest / "images/003.png").write_bytes(b"no picture")
+def test_rows_with_bad_images_are_left_out_of_training_where_the_recipe_says_so(families, contest, sft, tmp_path):
+    (contest / "images/003.png").write_bytes(b"no image")
     run = sft(families("qwen2_5_vl"), tmp_path / "run", on_bad_row="skip", validation_fraction=0.25, max_steps=1)
     parts = [line.split(",")[:2] for line in (run / "rows.csv").read_text().splitlines()[1:]]
     assert [row_id for part, row_id in parts if part == "left_out"] == ["row_003"]
     assert json.loads((run / "run.json").read_text())["num_rows"]["train"] == sum(part == "train" for part, _ in parts)
 
 
-def test_prediction_answers_rows_with_bad_pictures_where_it_is_told_to(families, contest, tmp_path, capsys):
+def test_prediction_answers_rows_with_bad_images_where_it_is_told_to(families, contest, tmp_path, capsys):
     whole = predict("none", contest, tmp_path / "whole.csv", "--model", families("qwen2_5_vl"))
-    (contest / "images/003.png").write_bytes(b"no picture")
+    (contest / "images/003.png").write_bytes(b"no image")
     with pytest.raises(SystemExit) as exit:
         predict("none", contest, tmp_path / "out.csv", "--model", families("qwen2_5_vl"))
-    assert exit.value.code == 2 and "the file is no picture that can be read: row row_003" in capsys.readouterr().err
+    assert exit.value.code == 2 and "the file is no image that can be read: row row_003" in capsys.readouterr().err
     arguments = ("--model", families("qwen2_5_vl"), "--on_bad_row", "guess")
     blanked = predict("none", contest, tmp_path / "out.csv", *arguments)
     assert [i for i, is_blank in enumerate(blanked.blanked) if is_blank] == [3] and not any(whole.blanked)

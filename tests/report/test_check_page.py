@@ -55,14 +55,14 @@ def test_the_table_says_what_is_there_and_lists_errors_before_warnings(faulty):
     assert "  rows            24 training rows, of which 3 cannot be used" in lines
     assert "  choices a row   4 (all rows)" in lines
     assert "  question types  colour: 21 (87.5%), counting: 1 (4.2%), place: 1 (4.2%), general: 1 (4.2%)" in lines
-    assert "  pictures        23 different; nearly equal ones were not looked for" in lines
+    assert "  images          23 different; nearly equal ones were not looked for" in lines
     assert "                  PNG: 22" in lines
     assert "  width, px             120      120      120      120      120      120      120" in lines
     problems = [line for line in lines if line.startswith(("  error", "  warning"))]
     assert [line.split(":")[0].split(maxsplit=1) for line in problems] == [
         ["error", "the image lies outside the image folder"],
         ["error", "the answer is none of the choices"],
-        ["error", "the picture is missing"],
+        ["error", "the image is missing"],
         ["warning", "two choices are equal"],
     ]
     assert "  warning  two choices are equal: rows row_004 ('same'), row_005 ('같은') (2 of 24)" in lines
@@ -86,7 +86,7 @@ def test_test_rows_have_a_part_of_their_own_without_answers(contest):
     training, test = text.split("test.csv: 24 rows")
     assert "  answers  " in training and "  answers  " not in test
     assert "24 test rows, all of which can be used" in test and "not counted: no model" in test
-    assert "the picture also stands in the training set: rows row_000 (row_000 there)" in test
+    assert "the image also stands in the training set: rows row_000 (row_000 there)" in test
 
 
 def test_nothing_that_a_terminal_obeys_is_printed(faulty):
@@ -111,7 +111,7 @@ def test_the_sentence_about_skew_names_the_letter_and_the_evidence():
 def test_the_sentences_about_duplicates_and_tokens(contest):
     report = report_on(contest / "train.csv")
     report.near_groups = [4, 2, 2]
-    assert say_near(report) == "8 in 3 groups of nearly the same picture, the largest of 4"
+    assert say_near(report) == "8 in 3 groups of nearly the same image, the largest of 4"
     report.tokens, report.max_length = np.array([100, 200, 300, 1_000]), 250
     assert say_tokens(report) == (
         "Half of the prompts have more than 200 tokens, the longest has 1,000; a max_length of 250 would cut 2 (50.0%)"
@@ -163,7 +163,7 @@ def test_the_answer_is_marked_and_rows_with_problems_show_why(faulty):
     assert re.findall(r'class="answer"><span class="letter">(\w)<', by_row["row_007"]) == [answer]
     assert 'class="problem' not in by_row["row_007"] and 'class="answer"' not in by_row["row_001"]
     assert "the answer is none of the choices (&#39;z&#39;)" in by_row["row_001"]
-    assert '<div class="no-picture">the picture is missing</div>' in by_row["row_002"]
+    assert '<div class="no-image">the image is missing</div>' in by_row["row_002"]
     # It exists, and is still not put into a page that others may get.
     assert "<img" not in by_row["row_003"] and "the image lies outside the image folder" in by_row["row_003"]
 
@@ -175,8 +175,8 @@ def test_every_sentence_over_a_plot_says_what_is_seen(faulty):
     )
     assert captions[1:] == [
         "The commonest question type is colour: 88%.",
-        "The commonest number of pictures a row is 1: 96%.",
-        "Half of the pictures are wider than 120 pixels, and half are higher than 90.",
+        "The commonest number of images a row is 1: 96%.",
+        "Half of the images are wider than 120 pixels, and half are higher than 90.",
     ]
 
 

@@ -335,7 +335,7 @@ def test_what_the_docs_send_to_a_server_is_the_prompt_of_the_run(train, tmp_path
     assert found["before"] == "" and sent["extra_body"] == {"structured_outputs": {"choice": letters}}
     expected = torch.tensor([-4.0, 0.0, -1.0, -2.0]).softmax(0).tolist()
     assert found["probs"] == pytest.approx(expected)
-    # The server calls a picture by the name that templates know.
+    # The server calls an image by the name that templates know.
     for message in sent["messages"]:
         for part in message["content"]:
             part["type"] = part["type"].removesuffix("_url")

@@ -53,7 +53,7 @@ def test_the_base_is_small_and_loads_without_a_warning():
     assert sum(path.stat().st_size for path in TINY_PATH.iterdir()) <= 12e6
 
 
-def test_the_base_answers_held_out_drawn_pictures(base):
+def test_the_base_answers_held_out_drawn_images(base):
     # 60 of each kind: a kind that scores 0.96 or better falls below 0.90 once in a hundred draws, and these are fixed.
     examples = [example for kind in KINDS for example in draw_examples(60, TEST_SEED, kind)]
     scores = accuracy_by_kind(examples, predict_answers(*base, examples))
@@ -73,7 +73,7 @@ def test_the_base_says_the_letter_and_stops_when_it_generates(base):
 
 
 @pytest.mark.parametrize("size", [(28, 28), (50, 50), (84, 84), (97, 97), (100, 100), (1000, 1000)])
-def test_a_square_picture_of_any_size_becomes_nine_tokens(base, size):
+def test_a_square_image_of_any_size_becomes_nine_tokens(base, size):
     grid = base[0].image_processor(Image.new("RGB", size), return_tensors="pt")["image_grid_thw"]
     assert grid.tolist() == [[1, 6, 6]]
 
@@ -176,7 +176,7 @@ def test_the_real_task_is_the_default_prompt_of_the_project():
 
 
 def test_a_few_steps_from_nothing_write_a_folder_that_loads(tmp_path):
-    train(tmp_path, num_steps=2, num_pictures=8, batch_size=4, num_workers=0)
+    train(tmp_path, num_steps=2, num_images=8, batch_size=4, num_workers=0)
     processor, model = load_base(tmp_path)
     answers = predict_answers(processor, model, draw_examples(2, TEST_SEED))
     assert len(answers) == 2

@@ -20,9 +20,9 @@ from vqa_sft.models.scoring import answer_logits, find_end_of_turn
 
 
 def rows_of(contest, num_rows):
-    """Of many lengths; among them one without a picture and one with two."""
+    """Of many lengths; among them one without an image and one with two."""
     rows = list(load_examples(str(contest / "train.csv"), limit=num_rows)[0])
-    rows[1] |= {"question": "Which of these is the colour of the square that stands in the picture?"}
+    rows[1] |= {"question": "Which of these is the colour of the square that stands in the image?"}
     rows[2] |= {"images": []}
     rows[3] |= {"images": rows[3]["images"] + rows[0]["images"]}
     return rows

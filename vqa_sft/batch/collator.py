@@ -9,7 +9,7 @@ What a batch of two rows holds (T tokens of the longest prompt, L letters of the
     num_choices        (B,)     how many of the L letters the row uses
     groups             (B,)     which row of the batch it is, where rows are shown in several orders
     leaders            (B,)     for packed rows that are scored: the row with which it shares what both begin with, its
-                                pictures included; itself where there is none
+                                images included; itself where there is none
     orders             (B, L)   orders[b, i] = choice under letter i; beyond num_choices the identity
     targets            (B, L)   what each letter should have; in training, where the data have such a column
     end_positions      (B,)     index of the letter itself, where training rows carry it: the logits there belong to the
@@ -129,19 +129,19 @@ class AnswerCollator:
     """For evaluation and prediction: every choice under its own letter.
 
     `num_letters` is fixed for a run, so that letter logits of all batches and processes have one shape. `blank` names
-    pictures that are shown as a white square: row id -> positions among the row's pictures. `packer` makes one row
-    without padding of the batch (packing.py). With `features`, pictures whose features are all stored are not opened:
+    images that are shown as a white square: row id -> positions among the row's images. `packer` makes one row
+    without padding of the batch (packing.py). With `features`, images whose features are all stored are not opened:
     the batch holds `image_features` (cache.py) in place of pixels.
 
     With other `views` than "identity" (mcq.view_orders) the batch holds every row in several orders, one after another;
     a row whose choices refer to each other (references.py) in those that leave them in place.
-    With a `packer` pictures are there once for all orders of a row, and for all rows whose prompts are the same up to
-    their pictures and these; the packer is told so by `leaders`. With a `scale` other than 1, of packed rows alone,
-    pictures have that times the sides that they would have.
+    With a `packer` images are there once for all orders of a row, and for all rows whose prompts are the same up to
+    their images and these; the packer is told so by `leaders`. With a `scale` other than 1, of packed rows alone,
+    images have that times the sides that they would have.
     """
 
     shows_targets = False  # evaluations compare with the answers
-    shares_pictures = True
+    shares_images = True
     supervises_end = False
 
     def __init__(
@@ -188,16 +188,16 @@ class AnswerCollator:
         how["add_special_tokens"] = not (bos and texts[0].startswith(bos))
         first = [groups.index(number) for number in range(len(once))]  # of the orders of each row
         roots = self.roots(once, [texts[place] for place in first])
-        seen = [row for number, row in enumerate(once) if roots[number] == number]  # whose pictures the batch holds
+        seen = [row for number, row in enumerate(once) if roots[number] == number]  # whose images the batch holds
         is_shared = self.packer is not None and len(seen) < len(rows)
-        pictures = self.stored(seen if is_shared else rows)
-        if pictures is None and self.packer and (is_shared or self.scale != 1):
-            pictures = self.pixels(seen)
-        if pictures is not None:
-            of_seen = pictures["image_grid_thw"].split([len(row["images"]) for row in seen])
+        vision_inputs = self.stored(seen if is_shared else rows)
+        if vision_inputs is None and self.packer and (is_shared or self.scale != 1):
+            vision_inputs = self.pixels(seen)
+        if vision_inputs is not None:
+            of_seen = vision_inputs["image_grid_thw"].split([len(row["images"]) for row in seen])
             grids = dict(zip(sorted(set(roots)), of_seen, strict=True))
             grids = torch.cat([grids[roots[number]] for number in groups])
-            batch = self.tokenize(texts, grids, **how) | pictures
+            batch = self.tokenize(texts, grids, **how) | vision_inputs
             if is_shared:
                 batch["grids_of_rows"] = grids
         else:
@@ -226,19 +226,19 @@ class AnswerCollator:
         return self.packer(batch) if self.packer else batch
 
     def roots(self, rows: list[dict], texts: list[str]) -> list[int]:
-        """For each row the first one with the same pictures whose prompt is the same up to them; itself without."""
-        if not self.packer or not self.shares_pictures:
+        """For each row the first one with the same images whose prompt is the same up to them; itself without."""
+        if not self.packer or not self.shares_images:
             return [*range(len(rows))]
         found: dict[Hashable, int] = {}
         roots = []
         for number, (row, text) in enumerate(zip(rows, texts, strict=True)):
             before, _, _ = text.rpartition(self.processor.image_token)
-            pictures = tuple(self.picture_key(row, position) for position in range(len(row["images"])))
-            roots.append(found.setdefault((before, *pictures) if pictures else number, number))
+            images = tuple(self.image_key(row, position) for position in range(len(row["images"])))
+            roots.append(found.setdefault((before, *images) if images else number, number))
         return roots
 
-    def picture_key(self, row: dict, position: int) -> Hashable:
-        """Equal for pictures that are the same, without opening them."""
+    def image_key(self, row: dict, position: int) -> Hashable:
+        """Equal for images that are the same, without opening them."""
         image = row["images"][position]
         return BLANK_DIGEST if self.is_blank(row, position) else (image["bytes"] or image["path"])
 
@@ -252,13 +252,13 @@ class AnswerCollator:
         return targets
 
     def stored(self, rows: list[dict]) -> dict[str, torch.Tensor] | None:
-        """Features of the rows' pictures and their grids; None where there are no pictures, or not all are stored."""
+        """Features of the rows' images and their grids; None where there are no images, or not all are stored."""
         if self.features is None or not self.features.is_filled:
             return None
         return self.features.find([self.digest(row, i) for row in rows for i in range(len(row["images"]))])
 
     def pixels(self, rows: list[dict]) -> dict[str, torch.Tensor] | None:
-        """Pixels of the rows' pictures and their grids; None where there are no pictures."""
+        """Pixels of the rows' images and their grids; None where there are no images."""
         images = [image for row in rows for image in self.images(row)]
         if not images:
             return None
@@ -272,7 +272,7 @@ class AnswerCollator:
         return {name: torch.cat([of_image[name] for of_image in found]) for name in found[0]}
 
     def scaled(self, image: Image.Image) -> Image.Image:
-        """The picture with `scale` times the sides that the processor would give it, in whole tokens."""
+        """The image with `scale` times the sides that the processor would give it, in whole tokens."""
         processor = self.processor.image_processor
         px, limits = processor.patch_size * processor.merge_size, processor.size
         sides = smart_resize(image.height, image.width, px, limits["shortest_edge"], limits["longest_edge"])
@@ -280,7 +280,7 @@ class AnswerCollator:
         return image.resize((width, height), Image.Resampling.BICUBIC)
 
     def tokenize(self, texts: list[str], grids: torch.Tensor, **how: object) -> dict[str, torch.Tensor]:
-        """As the processor does it for pictures that it sees, from their grids (pictures, 3) alone."""
+        """As the processor does it for images that it sees, from their grids (images, 3) alone."""
         places = [self.processor.replace_image_token({"image_grid_thw": grids}, i) for i in range(len(grids))]
         texts, _ = self.processor.get_text_with_replacements(list(texts), places)
         tokens = self.processor.tokenizer(texts, **how)
@@ -289,14 +289,14 @@ class AnswerCollator:
         return kept | {"mm_token_type_ids": torch.tensor(types)}
 
     def images(self, row: dict) -> list[Image.Image]:
-        """The row's pictures. Raises InputError for one that cannot be read, which a checked row does not have."""
+        """The row's images. Raises InputError for one that cannot be read, which a checked row does not have."""
         return [self.image(row, i) for i in range(len(row["images"]))]
 
     def is_blank(self, row: dict, position: int) -> bool:
         return position in self.blank.get(row["id"], ())
 
     def digest(self, row: dict, position: int) -> str | None:
-        """The name of the picture's features (cache.py); None for a picture that cannot be read."""
+        """The name of the image's features (cache.py); None for an image that cannot be read."""
         return BLANK_DIGEST if self.is_blank(row, position) else digest_of(row["images"][position])
 
     def image(self, row: dict, position: int) -> Image.Image:
@@ -309,7 +309,7 @@ class AnswerCollator:
             return image
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, DecompressionBombError, ...
             raise InputError(
-                f"the picture of {name_rows([row['id']], 1)} cannot be read ({type(error).__name__}: {error}). "
+                f"the image of {name_rows([row['id']], 1)} cannot be read ({type(error).__name__}: {error}). "
                 "`vqa-sft check` names every such row."
             ) from error
 
@@ -320,7 +320,7 @@ class AnswerCollator:
 
 class TrainCollator(AnswerCollator):
     """For training: with `shuffle_choices`, an order drawn for every row and epoch, and so are the changes of its
-    pictures: `image_augmentation` is the strength of images.augment, `flip_images` mirrors half of them. With
+    images: `image_augmentation` is the strength of images.augment, `flip_images` mirrors half of them. With
     `supervises_end` rows carry their letter, that of the largest target where the data have no answer.
 
     Choices that refer to others keep their places (references.py). A stream has no epochs: with `counts_batches` what
@@ -328,7 +328,7 @@ class TrainCollator(AnswerCollator):
     """
 
     shows_targets = True
-    shares_pictures = False  # rows that share more than their first words have no gradients
+    shares_images = False  # rows that share more than their first words have no gradients
 
     def __init__(
         self,
@@ -371,7 +371,7 @@ class TrainCollator(AnswerCollator):
     def image(self, row: dict, position: int) -> Image.Image:
         image = super().image(row, position)
         # As draw_order: any worker, process or resumed run draws the same.
-        rng = random.Random(f"{self.seed}/{self._round()}/{row['id']}/picture {position}")
+        rng = random.Random(f"{self.seed}/{self._round()}/{row['id']}/image {position}")
         if self.image_augmentation:
             image = augment(image, self.image_augmentation, rng)
         return ImageOps.mirror(image) if self.flip_images and rng.random() < 0.5 else image

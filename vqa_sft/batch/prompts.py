@@ -20,14 +20,14 @@ class Prompts:
 
     `context` surrounds a hint or passage, which stands before the line of the question, or at {context} where the text
     has one; rows without a context get nothing of it, so its label and its line end belong in it. `image` stands
-    before each picture of a row with several, {number} from 1.
+    before each image of a row with several, {number} from 1.
     """
 
     system: str = "Answer the multiple-choice question with the letter of the right choice."
     user: str = "{question}\n{choices}"
     choice: str = "{letter}. {text}"
     context: str = "{context}\n"
-    # With the space, because some chat templates put all pictures first and then all texts in one line.
+    # With the space, because some chat templates put all images first and then all texts in one line.
     image: str = "Image {number}: "
     types: dict[str, str] = field(default_factory=dict)
 
@@ -100,10 +100,10 @@ def render_messages(row: dict, order: Sequence[int], prompts: Prompts) -> list[d
     """Chat messages for a canonical row whose choices stand under the letters in `order`.
 
     Of the row it takes question, choices, images and, where it has them, context and question_type. What the row says
-    is shown as it is, also "<image 2>", by which MMMU means a picture: it is no control token ("<image>" is), it names
-    the number that stands before that picture, and a text that we changed would no longer be the data's.
+    is shown as it is, also "<image 2>", by which MMMU means an image: it is no control token ("<image>" is), it names
+    the number that stands before that image, and a text that we changed would no longer be the data's.
 
-    Pictures are placeholders ({"type": "image"}); the collator hands the pixels to the processor. Placeholders with
+    Images are placeholders ({"type": "image"}); the collator hands the pixels to the processor. Placeholders with
     contents would have to travel through Arrow, which adds `image: None` to text blocks and so breaks templates.
     """
     # str.replace, not str.format: questions and choices may contain braces.

@@ -93,13 +93,13 @@ def _add_check(commands: Any) -> None:
     check = commands.add_parser(
         "check",
         allow_abbrev=False,
-        help="read every row and every picture, and say what is there and what is wrong",
-        description="Read every row and every picture, and say what is there and what is wrong with it. Exit code: 0 "
+        help="read every row and every image, and say what is there and what is wrong",
+        description="Read every row and every image, and say what is there and what is wrong with it. Exit code: 0 "
         "no errors, 1 rows with errors, 2 nothing could be read.",
     )
     _add_source(check)
-    check.add_argument("--test", metavar="FILE", help="also check a test set, and whether training has its pictures")
-    check.add_argument("--test-image-root", metavar="FOLDER", help="folder of its pictures; default: that of the file")
+    check.add_argument("--test", metavar="FILE", help="also check a test set, and whether training has its images")
+    check.add_argument("--test-image-root", metavar="FOLDER", help="folder of its images; default: that of the file")
     check.add_argument("--fix", metavar="OUT", help="write a copy of the training rows that can be used")
     check.add_argument("--json", nargs="?", const="-", metavar="FILE", help="JSON to a file, or in place of the table")
     check.add_argument("--html", metavar="OUT", help="write a page with plots and sample rows")
@@ -111,9 +111,9 @@ def _add_folds(commands: Any) -> None:
     folds = commands.add_parser(
         "folds",
         allow_abbrev=False,
-        help="split rows into folds that share no picture",
+        help="split rows into folds that share no image",
         description="Split rows into folds, balanced by answer, question type and number of choices. Rows with the "
-        "same or nearly the same picture stay together.",
+        "same or nearly the same image stay together.",
     )
     _add_source(folds)
     how = folds.add_mutually_exclusive_group(required=True)
@@ -136,7 +136,7 @@ def _add_memory(commands: Any) -> None:
     memory.add_argument("source", metavar="RECIPE", help="a recipe; its fields may follow as --key value")
     memory.add_argument("--gpu-gib", type=float, metavar="GIB", help="a GPU's memory: say whether and what fits")
     memory.add_argument("--text-tokens", type=int, default=160, metavar="N", help="of a row, with the template")
-    memory.add_argument("--pictures", type=int, default=1, metavar="N", help="of a row, each of max_pixels")
+    memory.add_argument("--images", type=int, default=1, metavar="N", help="of a row, each of max_pixels")
     memory.set_defaults(run=_memory)
 
 
@@ -166,7 +166,7 @@ def _add_calibrate(commands: Any) -> None:
         "calibrate",
         help="find a run's temperature on rows that it did not train on",
         description="Find how sure a run may be: a temperature, and a bias of its letters where that proves itself; of "
-        "pictures at several scales also what weight each has. "
+        "images at several scales also what weight each has. "
         "Written to calibration.json in RUN, which later predictions with the same orders and scales use. Prints what "
         "it does to NLL, Brier score and ECE. Example: vqa-sft calibrate runs/mine",
     )
@@ -370,7 +370,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--split", dest="train_split", help="split of a Hub dataset (default: train)")
     parser.add_argument("--data-config", help="configuration of a Hub dataset")
-    parser.add_argument("--image-root", metavar="FOLDER", help="folder that picture paths are relative to")
+    parser.add_argument("--image-root", metavar="FOLDER", help="folder that image paths are relative to")
     parser.add_argument("--columns", help="as in a recipe: '{id: key, image: photo}'; default: found")
     parser.add_argument("--answer-format", help="letter, index_from_0, index_from_1 or text; default: inferred")
     parser.add_argument("--encoding", help="of text files; default: detected")
@@ -379,7 +379,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
         "--distance",
         dest="duplicate_distance",
         metavar="BITS",
-        help="by which the hashes of nearly the same pictures may differ; null: equal files only",
+        help="by which the hashes of nearly the same images may differ; null: equal files only",
     )
 
 
@@ -471,7 +471,7 @@ def _read_data(
         options["limit"] = arguments.limit
         data.append((VALIDATION, read_examples(arguments.validation_data, split=arguments.validation_split, **options)))
     if test:
-        # Test pictures lie where the test data say, not where training did.
+        # Test images lie where the test data say, not where training did.
         options |= {"image_root": test_image_root, "limit": None}
         data.append((TEST, read_examples(test, split="test", answers="optional", **options)))
     return data
@@ -510,7 +510,7 @@ def _fix(path: str, arguments: "RecipeArguments", problems: "Problems") -> str:
 def _folds(args: argparse.Namespace) -> None:
     from vqa_sft.data.duplicates import row_groups
     from vqa_sft.data.folds import hold_out_rows, make_folds, max_deviation
-    from vqa_sft.data.scan import scan_pictures
+    from vqa_sft.data.scan import scan_images
     from vqa_sft.data.split import strata_of
     from vqa_sft.report.check_page import describe_folds, printable_line
 
@@ -523,7 +523,7 @@ def _folds(args: argparse.Namespace) -> None:
     for note in loaded.notes:
         print(printable_line(note))
     loaded.problems.raise_if_any(loaded.name, arguments.on_bad_row)
-    scan = scan_pictures(loaded.examples)
+    scan = scan_images(loaded.examples)
     scan.add_problems(loaded.problems, loaded.examples["id"], loaded.numbers)
     loaded.problems.raise_if_any(loaded.name, arguments.on_bad_row)
     groups, strata = row_groups(scan, arguments.duplicate_distance), strata_of(loaded.examples)
@@ -580,7 +580,7 @@ def _write_folds(path: str, ids: list[str], folds: list[int], overwrite: bool) -
 
 
 def _memory(args: argparse.Namespace) -> None:
-    for name, value in (("gpu-gib", args.gpu_gib), ("text-tokens", args.text_tokens), ("pictures", args.pictures)):
+    for name, value in (("gpu-gib", args.gpu_gib), ("text-tokens", args.text_tokens), ("images", args.images)):
         if value is not None and not 0 < value < 1e9:
             raise InputError(f"--{name} must be above 0; got {value}.")
     if Path(args.source).suffix not in (".yaml", ".yml"):
@@ -600,7 +600,7 @@ def _memory(args: argparse.Namespace) -> None:
             max_pixels=recipe.arguments.max_pixels,
             states_global_batch=recipe.arguments.global_batch_size is not None,
             text_tokens=args.text_tokens,
-            pictures=args.pictures,
+            images=args.images,
             gpu_gib=args.gpu_gib,
             **recipe.arguments.adapted_parts,
         )

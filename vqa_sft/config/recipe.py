@@ -46,14 +46,14 @@ class RecipeArguments:
         "Hours after which to save and stop; the same command goes on later.", default=None
     )
     duplicate_distance: int | None = _help(
-        "Pictures whose hashes differ in at most so many bits count as one when rows are held out; null: exact only.",
+        "Images whose hashes differ in at most so many bits count as one when rows are held out; null: exact only.",
         default=DISTANCE,
     )
     data_config: str | list[str] | None = _help("Configuration (subset) of a Hub dataset, or several.", default=None)
     encoding: str | None = _help("Encoding of text files; default: detected.", default=None)
     streaming: bool = _help("Read the training rows as they are needed; needs max_steps.", default=False)
     image_root: str | None = _help(
-        "Folder that picture paths are relative to and stay in; default: the folder of the file.", default=None
+        "Folder that image paths are relative to and stay in; default: the folder of the file.", default=None
     )
     columns: dict | None = _help(
         "Columns that are not found by their names: {id, image, question, choices, answer, context, targets}. choices: "
@@ -73,15 +73,13 @@ class RecipeArguments:
         "Most choices of a row; default: as the data has. A stream whose later rows have more needs it.", default=None
     )
     limit: int | None = _help("Use only the first rows, to try a recipe out.", default=None)
-    check_images: bool = _help("Decode every picture before the model is loaded.", default=True)
+    check_images: bool = _help("Decode every image before the model is loaded.", default=True)
     on_bad_row: Literal["error", "skip"] = _help(
         "What to do with rows that cannot be used, or whose images cannot: stop, or leave them out.", default="error"
     )
 
-    min_pixels: int | None = _help(
-        "Smallest width x height of a picture, for models that keep its shape.", default=None
-    )
-    max_pixels: int | None = _help("Largest width x height of a picture, for models that keep its shape.", default=None)
+    min_pixels: int | None = _help("Smallest width x height of an image, for models that keep its shape.", default=None)
+    max_pixels: int | None = _help("Largest width x height of an image, for models that keep its shape.", default=None)
     prompt_language: Literal["en", "ko", "both"] = _help("Language of the built-in prompts.", default="en")
     type_prompts: dict | Literal["builtin"] | None = _help(
         "User texts per question type: {counting: ...}, or builtin; default: one text for all.", default=None
@@ -104,7 +102,7 @@ class RecipeArguments:
     init_adapter: str | None = _help(
         "Folder of an adapter, of an earlier run perhaps, to train on from; its rank and layers are kept.", default=None
     )
-    adapt_tower: bool = _help("Adapt the linear layers of the picture tower's blocks too.", default=False)
+    adapt_tower: bool = _help("Adapt the linear layers of the vision tower's blocks too.", default=False)
     adapt_merger: bool = _help(
         "Adapt the linear layers of the merger or projector too, from the tower to the language model.", default=False
     )
@@ -118,21 +116,21 @@ class RecipeArguments:
     swa_start: float = _help("Steps before swa begins; below 1: a share of all.", default=0.5)
     shuffle_choices: bool = _help("Draw a new order of the choices for every row and epoch.", default=True)
     image_augmentation: float = _help(
-        "In training, each side, brightness, contrast and colour of a picture times a factor, at most so far from 1.",
+        "In training, each side, brightness, contrast and colour of an image times a factor, at most so far from 1.",
         default=0.0,
     )
     flip_images: bool = _help(
-        "In training, mirror half of the pictures; not where left and right matter, or text is read.", default=False
+        "In training, mirror half of the images; not where left and right matter, or text is read.", default=False
     )
     global_batch_size: int | None = _help(
         "Rows per optimiser step over all processes; accumulation follows from it.", default=None
     )
     fast: bool = _help(
-        "Rows without padding and a faster picture tower, where the model allows it; false: the libraries' own paths.",
+        "Rows without padding and a faster vision tower, where the model allows it; false: the libraries' own paths.",
         default=True,
     )
     cache_image_features: bool = _help(
-        "Keep what the frozen picture tower makes of each picture on disk, for all epochs, folds and runs.",
+        "Keep what the frozen vision tower makes of each image on disk, for all epochs, folds and runs.",
         default=False,
     )
     compile_layers: bool | None = _help(
@@ -202,7 +200,7 @@ DEFAULTS = {
     "save_strategy": "epoch",
     "save_total_limit": 2,
     "dataloader_num_workers": 2,
-    # Every weight of an adapter takes part in every row, so DDP need not search; TRL turns the search on for pictures.
+    # Every weight of an adapter takes part in every row, so DDP need not search; TRL turns the search on for images.
     "ddp_find_unused_parameters": False,
     # A loss that is no number is shown, and no step waits for the GPU to look whether it is one.
     "logging_nan_inf_filter": False,
@@ -221,15 +219,15 @@ FIXED = {"remove_unused_columns": False, "max_length": None, "dataset_kwargs": {
 REFUSED = {
     "label_smoothing_factor": "it trains the wrong token on vision models; use `letter_smoothing`",
     "neftune_noise_alpha": "its noise depends on the length of a row, and rows are packed",
-    "packing": "pictures cannot be packed here yet",
-    "padding_free": "pictures cannot be packed here yet",
+    "packing": "images cannot be packed here yet",
+    "padding_free": "images cannot be packed here yet",
     "assistant_only_loss": "only the answer is supervised, always",
     "completion_only_loss": "only the answer is supervised, always",
     "loss_type": "use `loss: letters` or `loss: vocabulary`",
     "use_liger_kernel": "it replaces the forward that keeps only the answer position",
     "lora_task_type": "it is always CAUSAL_LM",
     "model_init_kwargs": "use the model fields themselves (dtype, attn_implementation, load_in_4bit, ...)",
-    "max_length": "a prompt is never cut; limit pictures with max_pixels",
+    "max_length": "a prompt is never cut; limit images with max_pixels",
     "remove_unused_columns": "the collator needs all columns",
     "dataset_kwargs": "prompts are rendered in the collator",
     "auto_find_batch_size": "it would change the global batch in silence",
@@ -350,7 +348,7 @@ class Recipe:
         values |= {"push_to_hub": False, "hub_token": None}
         if _reaches_vision(values, self.arguments) and "ddp_find_unused_parameters" not in self.values:
             # A whole tower may hold weights that no row reaches (LLaVA's last layer), and an adapter on it is reached
-            # by no row without a picture; DDP must search for such weights, or it waits for their gradients for ever.
+            # by no row without an image; DDP must search for such weights, or it waits for their gradients for ever.
             values.pop("ddp_find_unused_parameters")
         if self.arguments.global_batch_size is not None:
             micro_batch = values["per_device_train_batch_size"] = _micro_batch(values, self.arguments.global_batch_size)
@@ -418,7 +416,7 @@ def _accelerator_config(values: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(own, dict):
         raise InputError(f"accelerator_config must be a mapping, or a JSON file with one; got {own!r}.")
     if own.get("dispatch_batches"):
-        raise InputError("accelerator_config: dispatch_batches cuts batches by rows; pictures are no rows. Remove it.")
+        raise InputError("accelerator_config: dispatch_batches cuts batches by rows; images are no rows. Remove it.")
     return own
 
 
@@ -533,11 +531,11 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
             own.cache_image_features and own.streaming,
         ),
         (
-            "cache_image_features needs a picture tower that stays as it is; remove use_peft: false.",
+            "cache_image_features needs a vision tower that stays as it is; remove use_peft: false.",
             own.cache_image_features and values.get("use_peft") is False,
         ),
         (
-            f"cache_image_features stores what tower and merger make of a picture; remove {' and '.join(adapts)}.",
+            f"cache_image_features stores what tower and merger make of an image; remove {' and '.join(adapts)}.",
             own.cache_image_features and adapts,
         ),
         (
@@ -553,7 +551,7 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
             own.vision_learning_rate is not None and not _reaches_vision(values, own),
         ),
         (
-            "cache_image_features keeps one set of features for a picture; remove image_augmentation and flip_images.",
+            "cache_image_features keeps one set of features for an image; remove image_augmentation and flip_images.",
             own.cache_image_features and (own.image_augmentation or own.flip_images),
         ),
         (

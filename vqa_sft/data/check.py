@@ -11,9 +11,9 @@
                             preferred}, largest {letter, share, expected_share}, p_value (null: too few rows), skewed
       choices               {number of choices: rows}
       question_types        {type: rows}
-      pictures_per_row      {number of pictures: rows}
-      pictures              distinct, near_groups, near_pictures (how many stand in these groups; null: not looked for),
-                            formats {name: pictures}, and width_px, height_px, megapixels: quantiles {min, p5, p25,
+      images_per_row      {number of images: rows}
+      images              distinct, near_groups, near_images (how many stand in these groups; null: not looked for),
+                            formats {name: images}, and width_px, height_px, megapixels: quantiles {min, p5, p25,
                             median, p75, p95, max} or null
       tokens                null where they were not counted (tokens_note says why), else quantiles, rows, and with a
                             max_length: max_length, cut_rows, cut_share
@@ -34,10 +34,10 @@ from scipy.special import chdtrc
 
 from vqa_sft.data.examples import Loaded
 from vqa_sft.data.duplicates import near_pairs, row_groups
-from vqa_sft.data.images import Picture
+from vqa_sft.data.images import ImageFacts
 from vqa_sft.letters import LETTERS, identity_order
 from vqa_sft.batch.prompts import Prompts
-from vqa_sft.data.scan import Scan, scan_pictures
+from vqa_sft.data.scan import Scan, scan_images
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -89,9 +89,9 @@ class Report:
     skew: Skew | None
     num_choices: dict[int, int]
     question_types: dict[str, int]
-    pictures_per_row: dict[int, int]
-    pictures: list[Picture]  # those with different contents
-    near_groups: list[int] | None  # how many pictures each group of near-duplicates has; None: not looked for
+    images_per_row: dict[int, int]
+    images: list[ImageFacts]  # those with different contents
+    near_groups: list[int] | None  # how many images each group of near-duplicates has; None: not looked for
     problems: list[Found]
     tokens: np.ndarray | None  # of every row that can be used
     tokens_note: str
@@ -116,7 +116,7 @@ def check(
     tokens_note: str = "",
     max_length: int | None = None,
 ) -> list[Report]:
-    """Reports on (role, rows); the training rows come first. Every picture is decoded once.
+    """Reports on (role, rows); the training rows come first. Every image is decoded once.
 
     `distance` is that of near-duplicates. Tokens are counted as `processor` makes them of `prompts`; without one,
     `tokens_note` says why they are not. `max_length` is a length of prompts whose cut is to be counted.
@@ -129,7 +129,7 @@ def check(
         check_texts(processor, data[0][1].examples.select([]), prompts)
     reports = []
     for role, loaded in data:
-        scan = scan_pictures(loaded.examples)
+        scan = scan_images(loaded.examples)
         scan.add_problems(loaded.problems, loaded.examples["id"], loaded.numbers)
         _find_different_answers(loaded, scan)
         if reports:
@@ -151,7 +151,7 @@ def _report(role: str, loaded: Loaded, scan: Scan, distance: int | None, **count
     for (num_choices, _), count in answers.items():
         choices[num_choices] += count
     known = {key: count for key, count in answers.items() if key[1] is not None and 2 <= key[0] <= len(LETTERS)}
-    pictures = _distinct(scan)
+    images = _distinct(scan)
     return Report(
         role,
         loaded,
@@ -159,9 +159,9 @@ def _report(role: str, loaded: Loaded, scan: Scan, distance: int | None, **count
         skew=measure_skew(known) if known else None,
         num_choices=dict(sorted(choices.items())),
         question_types=dict(types.most_common()),
-        pictures_per_row=dict(sorted(Counter(map(len, scan.of_row)).items())),
-        pictures=pictures,
-        near_groups=_near_groups(pictures, distance),
+        images_per_row=dict(sorted(Counter(map(len, scan.of_row)).items())),
+        images=images,
+        near_groups=_near_groups(images, distance),
         problems=list(_list_problems(loaded)),
         **counted,
     )
@@ -191,18 +191,18 @@ def measure_skew(answers: dict[tuple[int, int], int]) -> Skew:
     return Skew(counts.tolist(), expected.tolist(), float(chdtrc(len(starts) - 1, statistic)))
 
 
-def _distinct(scan: Scan) -> list[Picture]:
-    """One picture of equal files; those that could not be read count as different."""
-    first: dict[Hashable, Picture] = {}
-    for number, picture in enumerate(scan.pictures):
-        first.setdefault(picture.digest or number, picture)
+def _distinct(scan: Scan) -> list[ImageFacts]:
+    """One image of equal files; those that could not be read count as different."""
+    first: dict[Hashable, ImageFacts] = {}
+    for number, image in enumerate(scan.images):
+        first.setdefault(image.digest or number, image)
     return list(first.values())
 
 
-def _near_groups(pictures: list[Picture], distance: int | None) -> list[int] | None:
+def _near_groups(images: list[ImageFacts], distance: int | None) -> list[int] | None:
     if distance is None:
         return None
-    alone = Scan(pictures, of_row=[(number,) for number in range(len(pictures))])
+    alone = Scan(images, of_row=[(number,) for number in range(len(images))])
     return sorted((count for count in Counter(row_groups(alone, distance)).values() if count > 1), reverse=True)
 
 
@@ -217,11 +217,11 @@ def _list_problems(loaded: Loaded) -> Iterator[Found]:
 
 
 def _find_different_answers(loaded: Loaded, scan: Scan) -> None:
-    """Rows with the same pictures, question and context whose choices hold the answer of another, and say otherwise."""
+    """Rows with the same images, question and context whose choices hold the answer of another, and say otherwise."""
     rows_of = defaultdict(list)
     for row, (question, context) in enumerate(_columns(loaded.examples, "question", "context")):
-        pictures = [scan.pictures[number].digest or number for number in scan.of_row[row]]
-        texts = repr((pictures, _plain(question), _plain(context)))
+        images = [scan.images[number].digest or number for number in scan.of_row[row]]
+        texts = repr((images, _plain(question), _plain(context)))
         rows_of[hashlib.blake2b(texts.encode(), digest_size=16).digest()].append(row)
     for rows in rows_of.values():
         if len(rows) > 1:
@@ -250,18 +250,18 @@ def _plain(text: str) -> str:
 
 
 def _find_in_training(loaded: Loaded, scan: Scan, training: Loaded, training_scan: Scan, distance: int | None) -> None:
-    nearest: dict[int, tuple[int, int]] = {}  # picture -> (distance, picture of the training set)
-    for picture, other, apart in near_pairs(scan, training_scan, distance):
-        nearest[picture] = min(nearest.get(picture, (apart, other)), (apart, other))
+    nearest: dict[int, tuple[int, int]] = {}  # image -> (distance, image of the training set)
+    for image, other, apart in near_pairs(scan, training_scan, distance):
+        nearest[image] = min(nearest.get(image, (apart, other)), (apart, other))
     if not nearest:
         return
-    row_of = {}  # picture of the training set -> its first row
-    for row, pictures in enumerate(training_scan.of_row):
-        for picture in pictures:
-            row_of.setdefault(picture, row)
+    row_of = {}  # image of the training set -> its first row
+    for row, images in enumerate(training_scan.of_row):
+        for image in images:
+            row_of.setdefault(image, row)
     training_ids, ids = training.examples["id"], loaded.examples["id"]
-    for row, pictures in enumerate(scan.of_row):
-        for apart, other in sorted(nearest[picture] for picture in pictures if picture in nearest)[:1]:
+    for row, images in enumerate(scan.of_row):
+        for apart, other in sorted(nearest[image] for image in images if image in nearest)[:1]:
             kind = "near_training" if apart else "in_training"
             loaded.problems.add(kind, ids[row], loaded.numbers[row], f"{training_ids[row_of[other]]} there")
 
@@ -284,7 +284,7 @@ def _find_control_tokens(loaded: Loaded, processor: "ProcessorMixin") -> None:
 def _tokens_of(loaded: Loaded, scan: Scan, processor: "ProcessorMixin", prompts: Prompts) -> np.ndarray:
     bad = set(loaded.problems.bad_rows())
     rows = [row for row, number in enumerate(loaded.numbers) if number not in bad]
-    sizes = [[(scan.pictures[p].width, scan.pictures[p].height) for p in scan.of_row[row]] for row in rows]
+    sizes = [[(scan.images[p].width, scan.images[p].height) for p in scan.of_row[row]] for row in rows]
     return count_tokens(processor, loaded.examples.select(rows), sizes, prompts)
 
 
@@ -294,10 +294,10 @@ def count_tokens(
     sizes: Sequence[Sequence[tuple[int, int]]],
     prompts: Prompts,
 ) -> np.ndarray:
-    """How many tokens the collator makes of every row; `sizes` holds the (width, height) of its pictures."""
+    """How many tokens the collator makes of every row; `sizes` holds the (width, height) of its images."""
     from vqa_sft.batch.collator import render_prompt
 
-    added = _picture_tokens(processor, sorted({size for row_sizes in sizes for size in row_sizes}))
+    added = _image_tokens(processor, sorted({size for row_sizes in sizes for size in row_sizes}))
     bos = processor.tokenizer.bos_token
     names = ("question", "choices", "context", "question_type")
     counts = []
@@ -315,8 +315,8 @@ def count_tokens(
     return np.array(counts, dtype=int)
 
 
-def _picture_tokens(processor: "ProcessorMixin", sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """How many tokens a picture of each (width, height) adds to its placeholder."""
+def _image_tokens(processor: "ProcessorMixin", sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """How many tokens an image of each (width, height) adds to its placeholder."""
     if not sizes:
         return {}
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
@@ -360,13 +360,13 @@ def _as_dict(report: Report) -> dict[str, Any]:
         "answers": _skew_as_dict(report.skew),
         "choices": {str(number): count for number, count in report.num_choices.items()},
         "question_types": report.question_types,
-        "pictures_per_row": {str(number): count for number, count in report.pictures_per_row.items()},
-        "pictures": {
-            "distinct": len(report.pictures),
+        "images_per_row": {str(number): count for number, count in report.images_per_row.items()},
+        "images": {
+            "distinct": len(report.images),
             "near_groups": None if report.near_groups is None else len(report.near_groups),
-            "near_pictures": None if report.near_groups is None else sum(report.near_groups),
-            "formats": formats(report.pictures),
-            **{name: quantiles(values) for name, values in sizes(report.pictures).items()},
+            "near_images": None if report.near_groups is None else sum(report.near_groups),
+            "formats": formats(report.images),
+            **{name: quantiles(values) for name, values in sizes(report.images).items()},
         },
         "tokens": _tokens_as_dict(report),
         "tokens_note": report.tokens_note,
@@ -412,22 +412,22 @@ def count_cut(report: Report) -> int:
     return int((report.tokens > report.max_length).sum())
 
 
-def sizes(pictures: Sequence[Picture]) -> dict[str, np.ndarray]:
-    """Width, height and megapixels of the pictures that can be decoded."""
-    whole = [picture for picture in pictures if picture.width]
-    width = np.array([picture.width for picture in whole], dtype=int)
-    height = np.array([picture.height for picture in whole], dtype=int)
+def sizes(images: Sequence[ImageFacts]) -> dict[str, np.ndarray]:
+    """Width, height and megapixels of the images that can be decoded."""
+    whole = [image for image in images if image.width]
+    width = np.array([image.width for image in whole], dtype=int)
+    height = np.array([image.height for image in whole], dtype=int)
     return {"width_px": width, "height_px": height, "megapixels": width * height / 1e6}
 
 
-def formats(pictures: Sequence[Picture]) -> dict[str, int]:
-    """How many of the pictures have each format, the commonest first."""
-    return dict(Counter(picture.format for picture in pictures if picture.format).most_common())
+def formats(images: Sequence[ImageFacts]) -> dict[str, int]:
+    """How many of the images have each format, the commonest first."""
+    return dict(Counter(image.format for image in images if image.format).most_common())
 
 
 def quantiles(values: np.ndarray) -> dict[str, float] | None:
     if not len(values):
         return None
-    # Of the values themselves, so that a picture of that width is there.
+    # Of the values themselves, so that an image of that width is there.
     found = np.quantile(values, list(QUANTILES.values()), method="closest_observation")
     return dict(zip(QUANTILES, found.tolist(), strict=True))

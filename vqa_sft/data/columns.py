@@ -96,7 +96,7 @@ class Columns:
         """One line for the user: which column was taken for what."""
         parts = {
             "id": self.id or "(row number)",
-            "pictures": ", ".join(self.image) or "(none)",
+            "images": ", ".join(self.image) or "(none)",
             "question": self.question or f"{self.fixed_question!r:.80} (every row)",
             "choices": self.describe_choices(),
             "answer": f"{self.answer} ({self.answer_format})" if self.answer and self.answer_format else self.answer,

@@ -1,11 +1,11 @@
-"""Rows and pictures that are nearly the same: re-encoded, resized, a little brighter or cropped. No torch.
+"""Rows and images that are nearly the same: re-encoded, resized, a little brighter or cropped. No torch.
 
-    Picture.miniature -> hashes of the whole and 195 windows -> pairs within `distance` -> laid over one another -> near
+    Image.miniature -> hashes of the whole and 195 windows -> pairs within `distance` -> laid over one another -> near
 
-The hash is imagehash's `phash`: 64 bits, the signs of the lowest frequencies. Crops meet because the hash of a picture
+The hash is imagehash's `phash`: 64 bits, the signs of the lowest frequencies. Crops meet because the hash of an image
 is compared with those of the windows of others. Hashes alone would join pages, charts and drawings of one style by the
 thousand (docs/measured.md); so every pair that they find is checked: one miniature is laid over the other where the
-two agree best, and they are near only if they agree everywhere. Flipped and turned pictures are different pictures.
+two agree best, and they are near only if they agree everywhere. Flipped and turned images are different images.
 """
 
 from collections import defaultdict
@@ -17,7 +17,7 @@ from threading import Lock
 import numpy as np
 from tqdm import tqdm
 
-from vqa_sft.data.images import COLOUR_PX, MINIATURE_PX, Picture
+from vqa_sft.data.images import COLOUR_PX, MINIATURE_PX, ImageFacts
 from vqa_sft.data.scan import Scan, count_cores
 
 DISTANCE = 16  # of 64 bits; a crop that lies between two windows differs in up to so many
@@ -43,24 +43,24 @@ ERROR_FLOOR, ERROR_SHARE = 4.0, 0.25
 MAX_LOSS = 12.0  # at a cell that more light or contrast has cut off
 MAX_UNEXPLAINED = 0.05  # of the variance
 GAINS = (0.72, 1.4)  # contrast, and brightness as a factor
-MAX_SHIFT, MAX_PLAIN_SHIFT = 40.0, 8.0  # of the mean; the latter for pictures of one colour
+MAX_SHIFT, MAX_PLAIN_SHIFT = 40.0, 8.0  # of the mean; the latter for images of one colour
 MAX_COLOUR_ERROR = 16.0  # of Cb and Cr together
-# A crop must have contrast in this share of its cells: with one shape on a plain ground it may be of many pictures.
+# A crop must have contrast in this share of its cells: with one shape on a plain ground it may be of many images.
 MIN_CONTRAST, MIN_DETAIL = 1.0, 0.6
 
-BLOCK = 128  # pictures whose windows are hashed at a time
+BLOCK = 128  # images whose windows are hashed at a time
 COLUMNS = 8192  # hashes compared at a time; they stay in the cache of a core
 HITS = 50_000  # near hashes looked at together
 BATCH = 256  # pairs checked together
 
 
 def row_groups(scan: Scan, distance: int | None) -> list[int]:
-    """One number a row, counted as they come: rows that share a picture, exactly or nearly, have the same number.
+    """One number a row, counted as they come: rows that share an image, exactly or nearly, have the same number.
 
-    Rows linked by way of others are one group as well. With `distance` None only equal files count. Pictures that
+    Rows linked by way of others are one group as well. With `distance` None only equal files count. Images that
     cannot be used link nothing.
     """
-    labels = np.arange(len(scan.pictures))  # equal for pictures of one group
+    labels = np.arange(len(scan.images))  # equal for images of one group
     lock = Lock()
 
     def join(a: int, b: int) -> None:
@@ -70,20 +70,20 @@ def row_groups(scan: Scan, distance: int | None) -> list[int]:
                 labels[labels == high] = low
 
     first: dict[bytes, int] = {}  # of equal files
-    for number, picture in enumerate(scan.pictures):
-        if picture.problem is None:
-            join(first.setdefault(picture.digest, number), number)
-    of_row = [[number for number in numbers if scan.pictures[number].problem is None] for numbers in scan.of_row]
+    for number, image in enumerate(scan.images):
+        if image.problem is None:
+            join(first.setdefault(image.digest, number), number)
+    of_row = [[number for number in numbers if scan.images[number].problem is None] for numbers in scan.of_row]
     for numbers in of_row:
         for number in numbers[1:]:
             join(numbers[0], number)
     if distance is not None:
         distinct = np.array(list(first.values()), dtype=np.int64)
-        pictures = [scan.pictures[number] for number in distinct]
-        # Pairs that are joined already need no look: of a thousand nearly equal pictures few pairs are checked.
+        images = [scan.images[number] for number in distinct]
+        # Pairs that are joined already need no look: of a thousand nearly equal images few pairs are checked.
         _find_near(
-            pictures,
-            pictures,
+            images,
+            images,
             distance,
             wanted=lambda a, b: labels[distinct[a]] != labels[distinct[b]],
             found=lambda a, b, bits: join(distinct[a], distinct[b]),
@@ -96,15 +96,15 @@ def row_groups(scan: Scan, distance: int | None) -> list[int]:
 
 
 def near_pairs(test: Scan, train: Scan, distance: int | None) -> list[tuple[int, int, int]]:
-    """(picture of `test`, picture of `train`, bits by which their hashes differ, at least 1; 0 for equal files)."""
-    ours = [number for number, picture in enumerate(test.pictures) if picture.problem is None]
-    theirs = [number for number, picture in enumerate(train.pictures) if picture.problem is None]
+    """(image of `test`, image of `train`, bits by which their hashes differ, at least 1; 0 for equal files)."""
+    ours = [number for number, image in enumerate(test.images) if image.problem is None]
+    theirs = [number for number, image in enumerate(train.images) if image.problem is None]
     equal = defaultdict(list)
     for number in theirs:
-        equal[train.pictures[number].digest].append(number)
-    near = {(number, other): 0 for number in ours for other in equal.get(test.pictures[number].digest, ())}
+        equal[train.images[number].digest].append(number)
+    near = {(number, other): 0 for number in ours for other in equal.get(test.images[number].digest, ())}
     if distance is not None:
-        sides = [test.pictures[number] for number in ours], [train.pictures[number] for number in theirs]
+        sides = [test.images[number] for number in ours], [train.images[number] for number in theirs]
 
         def add(a: int, b: int, bits: int) -> None:
             pair = (ours[a], theirs[b])
@@ -121,9 +121,9 @@ def near_pairs(test: Scan, train: Scan, distance: int | None) -> list[tuple[int,
 
 @dataclass
 class _Wholes:
-    """What is known of whole pictures (P,), sorted by aspect."""
+    """What is known of whole images (P,), sorted by aspect."""
 
-    positions: np.ndarray  # in the list of pictures
+    positions: np.ndarray  # in the list of images
     aspects: np.ndarray  # natural logarithm of width / height
     hashes: np.ndarray  # uint64
     frequencies: np.ndarray  # (P, 63) unit vectors
@@ -132,23 +132,23 @@ class _Wholes:
 
 
 def _find_near(
-    pictures: Sequence[Picture],
-    others: Sequence[Picture],
+    images: Sequence[ImageFacts],
+    others: Sequence[ImageFacts],
     distance: int,
     *,
     found: Callable[[int, int, int], None],
     wanted: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda a, b: np.ones(len(b), dtype=bool),
 ) -> None:
-    """Call `found` (position of a picture, of an other, bits) for the others that are nearly a picture or a crop of it.
+    """Call `found` (position of an image, of an other, bits) for the others that are nearly an image or a crop of it.
 
     Only pairs that are `wanted` are looked at. Both functions are called from several threads.
     """
-    if not pictures or not others:
+    if not images or not others:
         return
     wholes = _hash_wholes(others)
 
     def search(start: int) -> None:
-        block = pictures[start : start + BLOCK]
+        block = images[start : start + BLOCK]
         hashes, frequencies, colours = _hash(block, len(PARTS))
 
         def is_wanted(row: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -171,9 +171,9 @@ def _find_near(
                     for i in batch[check(ours, theirs, window[batch])] if len(batch) else ():
                         found(start + int(row[i]), int(wholes.positions[place[i]]), int(bits[i]))
 
-    blocks = range(0, len(pictures), BLOCK)
+    blocks = range(0, len(images), BLOCK)
     with ThreadPoolExecutor(count_cores()) as pool:
-        for _ in tqdm(pool.map(search, blocks), total=len(blocks), desc="Comparing pictures", delay=1, disable=None):
+        for _ in tqdm(pool.map(search, blocks), total=len(blocks), desc="Comparing images", delay=1, disable=None):
             pass
 
 
@@ -222,25 +222,25 @@ def _near_hashes(
         yield tuple(map(np.concatenate, zip(*hits, strict=True)))
 
 
-def _hash_wholes(pictures: Sequence[Picture]) -> _Wholes:
-    aspects = _aspects(pictures)
+def _hash_wholes(images: Sequence[ImageFacts]) -> _Wholes:
+    aspects = _aspects(images)
     order = np.argsort(aspects, kind="stable")
     parts = []
     for start in range(0, len(order), 1024):
-        block = [pictures[i] for i in order[start : start + 1024]]
+        block = [images[i] for i in order[start : start + 1024]]
         parts.append((*(values[:, 0] for values in _hash(block, 1)), _have_detail(_unpack(block)[0])))
     return _Wholes(order, aspects[order], *map(np.concatenate, zip(*parts, strict=True)))
 
 
-def _hash(pictures: Sequence[Picture], num_parts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _hash(images: Sequence[ImageFacts], num_parts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of the windows (P, W) made of the first `num_parts` parts of either side: hashes, unit vectors (P, W, 63) of the
     frequencies, and mean colours (P, W, 2)."""
-    grey, colour = _unpack(pictures)
+    grey, colour = _unpack(images)
     basis = BASIS[: num_parts * FREQUENCIES]
     values = basis @ grey @ basis.T  # (P, parts x frequencies, parts x frequencies)
     values = values.reshape(len(grey), num_parts, FREQUENCIES, num_parts, FREQUENCIES).swapaxes(2, 3)
     values = values.reshape(len(grey), num_parts**2, FREQUENCIES**2)
-    # Rounded, for values that should be equal, as the zeros of a plain picture are, differ a little.
+    # Rounded, for values that should be equal, as the zeros of a plain image are, differ a little.
     values = values.round(6).astype(np.float32)
     half = FREQUENCIES**2 // 2
     bits = values > np.sort(values, axis=2)[..., half - 1 : half + 1].mean(axis=2, keepdims=True)
@@ -266,8 +266,8 @@ def _make_basis() -> np.ndarray:
 
 
 def _group_windows() -> list[tuple[float | None, np.ndarray]]:
-    """Windows by width / height. The whole comes first, with None: it is compared with pictures of any aspect, for many
-    sets squeeze their pictures into squares."""
+    """Windows by width / height. The whole comes first, with None: it is compared with images of any aspect, for many
+    sets squeeze their images into squares."""
     lengths = PARTS[:, 1]
     # The number of a window is that of its part of the height x 14 + that of its part of the width.
     ratios = (lengths / lengths[:, None]).ravel().round(6)
@@ -282,14 +282,14 @@ WINDOWS_OF_RATIO = _group_windows()
 WEIGHTS = np.hypot(*np.indices((FREQUENCIES, FREQUENCIES))).ravel()[1:].astype(np.float32)
 
 
-def _aspects(pictures: Sequence[Picture]) -> np.ndarray:
-    return np.log([picture.width / picture.height for picture in pictures])
+def _aspects(images: Sequence[ImageFacts]) -> np.ndarray:
+    return np.log([image.width / image.height for image in images])
 
 
-def _unpack(pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
+def _unpack(images: Sequence[ImageFacts]) -> tuple[np.ndarray, np.ndarray]:
     """Grey (P, 32, 32) and colour (P, 2, 8, 8)."""
-    values = np.frombuffer(b"".join(picture.miniature for picture in pictures), dtype=np.uint8)
-    values = values.reshape(len(pictures), -1).astype(np.float32)
+    values = np.frombuffer(b"".join(image.miniature for image in images), dtype=np.uint8)
+    values = values.reshape(len(images), -1).astype(np.float32)
     grey, colour = values[:, : MINIATURE_PX**2], values[:, MINIATURE_PX**2 :]
     return grey.reshape(-1, MINIATURE_PX, MINIATURE_PX), colour.reshape(-1, 2, COLOUR_PX, COLOUR_PX)
 
@@ -297,16 +297,16 @@ def _unpack(pictures: Sequence[Picture]) -> tuple[np.ndarray, np.ndarray]:
 # --- The check --------------------------------------------------------------------------------------------------------
 
 
-def _are_same(pictures: Sequence[Picture], others: Sequence[Picture], windows: np.ndarray) -> np.ndarray:
-    """Which others (N,) are the picture as a whole."""
-    (grey, colour), (other_grey, other_colour) = _unpack(pictures), _unpack(others)
-    return _agree(grey, colour, other_grey, other_colour, np.tile(WHOLE, (len(pictures), 1)))
+def _are_same(images: Sequence[ImageFacts], others: Sequence[ImageFacts], windows: np.ndarray) -> np.ndarray:
+    """Which others (N,) are the image as a whole."""
+    (grey, colour), (other_grey, other_colour) = _unpack(images), _unpack(others)
+    return _agree(grey, colour, other_grey, other_colour, np.tile(WHOLE, (len(images), 1)))
 
 
-def _are_crops(pictures: Sequence[Picture], others: Sequence[Picture], windows: np.ndarray) -> np.ndarray:
-    """Which others (N,) are a part of the picture, near the window."""
-    (grey, colour), (other_grey, other_colour) = _unpack(pictures), _unpack(others)
-    aspects = np.exp(_aspects(others) - _aspects(pictures)).astype(np.float32)
+def _are_crops(images: Sequence[ImageFacts], others: Sequence[ImageFacts], windows: np.ndarray) -> np.ndarray:
+    """Which others (N,) are a part of the image, near the window."""
+    (grey, colour), (other_grey, other_colour) = _unpack(images), _unpack(others)
+    aspects = np.exp(_aspects(others) - _aspects(images)).astype(np.float32)
     parts = _fit(grey, other_grey, _place(windows, aspects), aspects)
     return _agree(grey, colour, other_grey, other_colour, parts)
 
@@ -321,9 +321,9 @@ def _place(windows: np.ndarray, aspects: np.ndarray) -> np.ndarray:
 
 
 def _fit(grey: np.ndarray, other: np.ndarray, parts: np.ndarray, aspects: np.ndarray) -> np.ndarray:
-    """The parts (N, 4) of the pictures that look most like the others.
+    """The parts (N, 4) of the images that look most like the others.
 
-    Takes Gauss-Newton steps (as Lucas and Kanade align pictures). A part keeps its aspect, which leaves three unknowns.
+    Takes Gauss-Newton steps (as Lucas and Kanade align images). A part keeps its aspect, which leaves three unknowns.
     """
     blurred = _blur(other)
     slope_x, slope_y = BLUR_ROWS @ other @ SLOPE_ROWS.T, SLOPE_ROWS @ other @ BLUR_ROWS.T
@@ -365,7 +365,7 @@ def _keep_inside(parts: np.ndarray) -> np.ndarray:
 def _agree(
     grey: np.ndarray, colour: np.ndarray, other_grey: np.ndarray, other_colour: np.ndarray, parts: np.ndarray
 ) -> np.ndarray:
-    """Whether the parts of the pictures agree with the others at every cell, but for a change of light."""
+    """Whether the parts of the images agree with the others at every cell, but for a change of light."""
     seen, other = _sample(grey, parts, AT, BLUR), _blur(other_grey)
     gain, seen_mean, other_mean = _fit_light(seen, other)
     shown = gain * (seen - seen_mean) + other_mean
@@ -408,7 +408,7 @@ def _fit_light(seen: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _have_detail(grey: np.ndarray) -> np.ndarray:
-    """Which pictures have contrast in enough places to be told from others by their parts."""
+    """Which images have contrast in enough places to be told from others by their parts."""
     return (_contrast(_blur(grey)) >= MIN_CONTRAST).mean(axis=CELLS) >= MIN_DETAIL
 
 
@@ -450,7 +450,7 @@ WHOLE = np.float32([0, 1, 0, 1])  # left, width, top, height
 AT = ((np.arange(MARGIN, MINIATURE_PX - MARGIN) + 0.5) / MINIATURE_PX).astype(np.float32)
 AT_COLOUR = ((np.arange(1, COLOUR_PX - 1) + 0.5) / COLOUR_PX).astype(np.float32)
 BLUR_ROWS = _weigh_cells(AT[None] * MINIATURE_PX - 0.5, MINIATURE_PX, np.float32([BLUR]))[0]
-# The slope of the blurred picture, per side; by the difference of two blurs, half a cell to either side.
+# The slope of the blurred image, per side; by the difference of two blurs, half a cell to either side.
 SLOPE_ROWS = MINIATURE_PX * (
     _weigh_cells(AT[None] * MINIATURE_PX, MINIATURE_PX, np.float32([BLUR]))[0]
     - _weigh_cells(AT[None] * MINIATURE_PX - 1, MINIATURE_PX, np.float32([BLUR]))[0]

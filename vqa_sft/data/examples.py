@@ -5,7 +5,7 @@
     t_1   img/1.png  What?     cat  dog  b             t_1   [{path, bytes}]    What?     [cat, dog]  1
 
 `images` holds what `datasets.Image(decode=False)` holds, so that nothing is decoded before a worker needs it; it is
-empty for a row without a picture. `context` is "" where there is none; `question_type` is found by rules.
+empty for a row without an image. `context` is "" where there is none; `question_type` is found by rules.
 """
 
 import base64
@@ -57,7 +57,7 @@ from vqa_sft.data.paths import ImagePaths
 from vqa_sft.data.problems import PREDICTION_HINT, STREAM_HINT, Problems
 from vqa_sft.data.question_types import find_type
 from vqa_sft.data.references import find_references
-from vqa_sft.data.sources import Source, holds_pictures, open_source
+from vqa_sft.data.sources import Source, holds_images, open_source
 
 FEATURES = datasets.Features(
     {
@@ -82,7 +82,7 @@ _MANY = 10  # rows that should not all have one answer
 # Where rows need no answers: what is no answer of a choice; and of how many rows one and the same answer is none.
 PLACEHOLDERS = ("hidden", "unknown", "n/a", "na", "tbd", "todo", "x", "_", "--", "...", "<hidden>", "[hidden]")
 _CONSTANT = 10
-# How JPEG, PNG, GIF and WebP begin in base64: benchmark files in TSV hold their pictures so.
+# How JPEG, PNG, GIF and WebP begin in base64: benchmark files in TSV hold their images so.
 _BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
 
 
@@ -133,11 +133,11 @@ def read_examples(
     trained: Columns | None = None,
     on_bad_row: str = "error",
 ) -> Loaded:
-    """Canonical examples of a source, and everything that is wrong with its texts; pictures are not opened.
+    """Canonical examples of a source, and everything that is wrong with its texts; images are not opened.
 
     `columns` names the columns that are not found by themselves; `answer_format` is inferred when it is None.
     `keep_rows` keeps the rows whose columns hold the given value, or one of the given values. A cell that holds one of
-    `empty_cells` counts as empty. `answers` is "required" (training) or "optional" (prediction). Picture paths are
+    `empty_cells` counts as empty. `answers` is "required" (training) or "optional" (prediction). Image paths are
     relative to `image_root` and must stay in it; by default it is the folder of the file. `fixed_question` and
     `fixed_choices` are those of every row.
 
@@ -179,13 +179,13 @@ def read_examples(
     examples = datasets.Dataset(datasets.table.InMemoryTable(texts.cast(features.arrow_schema)))
     if reader.inside:
         root = reader.root_of(folder)
-        pictures = _pictures_inside(opened.table.select(numbers), reader.inside, root)
-        examples = datasets.concatenate_datasets([examples.remove_columns("images"), pictures], axis=1)
+        images = _images_inside(opened.table.select(numbers), reader.inside, root)
+        examples = datasets.concatenate_datasets([examples.remove_columns("images"), images], axis=1)
         examples = examples.select_columns(list(features))
         other = {}  # paths that are spelled otherwise, or lead outside: None
-        for i, paths in enumerate(_paths_only(pictures)):
+        for i, paths in enumerate(_paths_only(images)):
             if paths is None:
-                reader.problems.add("no_picture", examples[i]["id"], numbers[i])
+                reader.problems.add("no_image", examples[i]["id"], numbers[i])
             for path in paths or ():
                 found = reader.paths.find(root, path)
                 if found is None:
@@ -195,7 +195,7 @@ def read_examples(
         if other:  # nobody opens those outside
             how = {"other": other, "unopened": reader.unopened}
             examples = examples.map(partial(_replace_paths, **how), desc="Naming images")
-    reader.check_that_some_have_pictures(len(numbers))
+    reader.check_that_some_have_images(len(numbers))
     notes = [*opened.notes, *reader.notes, reader.describe(len(numbers)), *reader.paths.notes()]
     notes += note_kept_orders(opened.name, reader.problems)
     if has_one_answer and limit is not None and len(numbers) == limit >= _MANY:
@@ -276,7 +276,7 @@ def stream_examples(
     if not head:
         raise InputError(f"{opened.name} has no rows{reader.describe_kept()}.")
     if not reader.inside:
-        reader.check_that_some_have_pictures(len(head))
+        reader.check_that_some_have_images(len(head))
     are_all = len(head) < _HEAD or limit == len(head)
     reader.settle_answers(lambda: ((row["cell"], row["choices"]) for row in head), answer_format, are_all)
     reader.max_choices = max_choices or max(len(row["choices"]) for row in head)
@@ -289,7 +289,7 @@ def stream_examples(
         examples = numbered.map(reader.numbered_example, remove_columns=dropped, features=reader.features)
     else:
         # In training every part reads the whole text and yields each sixteenth row: text is cheap, and workers share
-        # the pictures. Prediction keeps the order of the rows.
+        # the images. Prediction keeps the order of the rows.
         num_parts = _PARTS if answers == "required" else 1
         parts = {"reader": reader, "parts": list(range(num_parts)), "num_parts": num_parts}
         examples = datasets.IterableDataset.from_generator(_stream_parts, features=reader.features, gen_kwargs=parts)
@@ -302,7 +302,7 @@ def stream_examples(
 
 
 def _columns_with_images(source: Source) -> list[str]:
-    return [name for name, kind in (source.features or {}).items() if holds_pictures(kind)]
+    return [name for name, kind in (source.features or {}).items() if holds_images(kind)]
 
 
 def _number(row: dict, number: int) -> dict:
@@ -317,7 +317,7 @@ def _stream_parts(reader: "RowReader", parts: list[int], num_parts: int) -> Iter
 
 
 class RowReader:
-    """One raw row -> the texts and picture paths of an example; what is wrong with it goes to `problems`."""
+    """One raw row -> the texts and image paths of an example; what is wrong with it goes to `problems`."""
 
     def __init__(
         self,
@@ -334,7 +334,7 @@ class RowReader:
         texts = [name for name in [*columns.names, *(keep_rows or {})] if name not in columns.image]
         wrong = [name for name in texts if name in in_arrow]
         if wrong:
-            raise InputError(f"{source.name}: {', '.join(wrong)} must hold text; got pictures or bytes.")
+            raise InputError(f"{source.name}: {', '.join(wrong)} must hold text; got images or bytes.")
         self.source = source
         self.columns = columns
         self.keep_rows = {
@@ -361,7 +361,7 @@ class RowReader:
         self.inside = [name for name in columns.image if name in in_arrow]
         self._paths = [name for name in columns.image if name not in self.inside]
         if self.inside and self._paths:
-            raise InputError(f"the columns {', '.join(columns.image)} hold both paths and pictures. Name one kind.")
+            raise InputError(f"the columns {', '.join(columns.image)} hold both paths and images. Name one kind.")
         self._seen: set[str] = set()
         self._roots: dict[str | None, Path] = {}
         self.paths = ImagePaths()
@@ -421,7 +421,7 @@ class RowReader:
         self.raise_if_any()
         if self.inside:
             root = self.root_of(folder)
-            texts |= _collect_pictures(row, self.inside, str(root))
+            texts |= _collect_images(row, self.inside, str(root))
             for image in texts["images"]:
                 found = self.paths.find(root, image["path"]) if image["bytes"] is None else image["path"]
                 if found is None and image["bytes"] is None:
@@ -467,7 +467,7 @@ class RowReader:
         if self.sparse and (text := self._value(row[self.sparse])):
             self.problems.add("sparse_column", row_id, number, f"{self.sparse}: {text!r:.60}")
         self._check_texts(texts, choices if is_list else None, number)
-        images = [] if self.inside else self._pictures(row, folder, row_id, number)
+        images = [] if self.inside else self._images(row, folder, row_id, number)
         kind = find_type(texts["question"], choices)
         texts |= {"choices": choices, "images": images, "question_type": kind}
         if columns.targets:
@@ -712,12 +712,12 @@ class RowReader:
             self.problems.add("bad_answer", row_id, number, f"{cell!r}, which is empty")
         return index
 
-    def check_that_some_have_pictures(self, num_rows: int) -> None:
-        """Raises InputError when the columns for pictures are empty in all of the rows."""
-        if self.columns.image and len(self.problems.bad_rows("no_picture")) == num_rows:
+    def check_that_some_have_images(self, num_rows: int) -> None:
+        """Raises InputError when the columns for images are empty in all of the rows."""
+        if self.columns.image and len(self.problems.bad_rows("no_image")) == num_rows:
             raise InputError(
-                f"no row of {self.source.name} has a picture in {', '.join(self.columns.image)}. Name the column with "
-                "the pictures in the recipe (`columns: {image: ...}`; for none: `image: []`)."
+                f"no row of {self.source.name} has an image in {', '.join(self.columns.image)}. Name the column with "
+                "the images in the recipe (`columns: {image: ...}`; for none: `image: []`)."
             )
 
     def describe(self, num_rows: int) -> str:
@@ -799,8 +799,8 @@ class RowReader:
             return None
         return [value / total for value in numbers]
 
-    def _pictures(self, row: dict, folder: str | None, row_id: str, number: int) -> list[dict]:
-        """{bytes, path} of every picture that the row names; a path that leads out of the root is a problem."""
+    def _images(self, row: dict, folder: str | None, row_id: str, number: int) -> list[dict]:
+        """{bytes, path} of every image that the row names; a path that leads out of the root is a problem."""
         images, num_named = [], 0
         for cell in itertools.chain.from_iterable(self._named(row, name, row_id) for name in self._paths):
             text = self._value(cell)
@@ -810,10 +810,10 @@ class RowReader:
             if text.startswith(_BASE64) and len(text) > 200 or text.startswith("data:image/"):
                 images.append({"bytes": _decode_base64(text), "path": None})
             elif "://" in text[:10]:
-                self.problems.add("picture_address", row_id, number, text[:60])
+                self.problems.add("image_address", row_id, number, text[:60])
                 images += self.unopened
             elif "\0" in text or not _is_whole(text):
-                self.problems.add("missing_picture", row_id, number, repr(text)[:60])
+                self.problems.add("missing_image", row_id, number, repr(text)[:60])
                 images += self.unopened
             else:
                 path = self.paths.find(self.root_of(folder), text)
@@ -823,7 +823,7 @@ class RowReader:
                     self.problems.add("path_outside", row_id, number, text[:60])
                     images += self.unopened
         if not num_named and self._paths:
-            self.problems.add("no_picture", row_id, number)
+            self.problems.add("no_image", row_id, number)
         return images
 
     def _named(self, row: dict, name: str, row_id: str) -> list:
@@ -874,19 +874,19 @@ def _is_image_name(text: str) -> bool:
 
 
 def _decode_base64(text: str) -> bytes:
-    """The bytes of a picture in base64; empty when it is none, which is found when the picture is opened."""
+    """The bytes of an image in base64; empty when it is none, which is found when the image is opened."""
     try:
         return base64.b64decode(text.partition("base64,")[2] or text, validate=True)
     except ValueError:
         return b""
 
 
-def _pictures_inside(table: datasets.Dataset, names: Sequence[str], root: Path) -> datasets.Dataset:
-    """The column `images` from columns that hold pictures themselves. Bytes are not copied where every row has one
-    picture; else `datasets` writes the lists to its cache, so that they are not held in memory either."""
+def _images_inside(table: datasets.Dataset, names: Sequence[str], root: Path) -> datasets.Dataset:
+    """The column `images` from columns that hold images themselves. Bytes are not copied where every row has one
+    image; else `datasets` writes the lists to its cache, so that they are not held in memory either."""
     features = datasets.Features({"images": FEATURES["images"]})
     column = table.data.column(names[0])
-    if len(names) == 1 and table._indices is None and _is_one_picture_a_row(column):
+    if len(names) == 1 and table._indices is None and _is_one_image_a_row(column):
         storage = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
         chunks = [
             pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk.cast(storage))
@@ -899,20 +899,20 @@ def _pictures_inside(table: datasets.Dataset, names: Sequence[str], root: Path) 
     cache.mkdir(parents=True, exist_ok=True)
     key = hashlib.sha256(repr((table._fingerprint, names, str(root))).encode()).hexdigest()[:24]
     return table.select_columns(list(names)).map(
-        partial(_collect_pictures, names=list(names), root=str(root)),
+        partial(_collect_images, names=list(names), root=str(root)),
         remove_columns=list(names),
         features=features,
-        cache_file_name=str(cache / f"pictures-{key}.arrow"),
-        desc="Collecting pictures",
+        cache_file_name=str(cache / f"images-{key}.arrow"),
+        desc="Collecting images",
     )
 
 
-def _collect_pictures(row: dict, names: Sequence[str], root: str) -> dict:
-    pictures = [picture for name in names for picture in _pictures_of(row[name])]
-    for picture in pictures:
-        if picture["bytes"] is None:
-            picture["path"] = os.path.abspath(os.path.join(root, picture["path"]))
-    return {"images": pictures}
+def _collect_images(row: dict, names: Sequence[str], root: str) -> dict:
+    images = [image for name in names for image in _images_of(row[name])]
+    for image in images:
+        if image["bytes"] is None:
+            image["path"] = os.path.abspath(os.path.join(root, image["path"]))
+    return {"images": images}
 
 
 def _replace_paths(row: dict, other: Mapping[str, str | None], unopened: Sequence[dict]) -> dict:
@@ -924,9 +924,9 @@ def _replace_paths(row: dict, other: Mapping[str, str | None], unopened: Sequenc
     return {"images": images}
 
 
-def _paths_only(pictures: datasets.Dataset) -> Iterator[list[str] | None]:
-    """Of every row, the paths of the pictures whose bytes it does not hold; None for a row without pictures."""
-    for chunk in pictures.data.column("images").chunks:
+def _paths_only(images: datasets.Dataset) -> Iterator[list[str] | None]:
+    """Of every row, the paths of the images whose bytes it does not hold; None for a row without images."""
+    for chunk in images.data.column("images").chunks:
         paths = pc.if_else(chunk.flatten().field("bytes").is_valid(), None, chunk.flatten().field("path")).to_pylist()
         lengths = pc.list_value_length(chunk).to_pylist()
         start = 0
@@ -935,18 +935,18 @@ def _paths_only(pictures: datasets.Dataset) -> Iterator[list[str] | None]:
             start += length or 0
 
 
-def _is_one_picture_a_row(column: pa.ChunkedArray) -> bool:
-    """Whether every row holds the bytes of one picture."""
+def _is_one_image_a_row(column: pa.ChunkedArray) -> bool:
+    """Whether every row holds the bytes of one image."""
     is_struct = pa.types.is_struct(column.type) and {field.name for field in column.type} == {"bytes", "path"}
     if not is_struct or column.null_count:
         return False
     return all(chunk.field("bytes").null_count == 0 for chunk in column.chunks)  # looks at validity, not at bytes
 
 
-def _pictures_of(cell: Any) -> list[dict]:
-    """{bytes, path} of what one cell of a picture column holds."""
+def _images_of(cell: Any) -> list[dict]:
+    """{bytes, path} of what one cell of an image column holds."""
     if isinstance(cell, list):
-        return [picture for item in cell for picture in _pictures_of(item)]
+        return [image for item in cell for image in _images_of(item)]
     if isinstance(cell, bytes):
         return [{"bytes": cell, "path": None}]
     if cell is None or (cell.get("bytes") is None and cell.get("path") is None):

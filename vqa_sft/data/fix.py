@@ -1,7 +1,7 @@
 """`vqa-sft check --fix`: a copy of a source without the rows that cannot be used. No torch.
 
 CSV and TSV become .csv, JSONL and JSON .jsonl, Parquet and what `datasets` holds .parquet. Cells stay as they are, and
-so do picture paths: in another folder, the copy is read with `image_root`.
+so do image paths: in another folder, the copy is read with `image_root`.
 """
 
 import csv
@@ -32,7 +32,7 @@ def check_copy(path: str, source: str | list[str], image_root: str | None) -> No
     if not Path(path).parent.is_dir():
         raise InputError(f"there is no folder {Path(path).parent} to write {path} into.")
     if image_root is None and len({file.parent.resolve() for file in files}) > 1:
-        raise InputError("the files lie in several folders, and picture paths in one copy cannot be relative to all.")
+        raise InputError("the files lie in several folders, and image paths in one copy cannot be relative to all.")
 
 
 def write_copy(path: str, source: Source, left_out: Sequence[int]) -> int:
@@ -48,13 +48,13 @@ def write_copy(path: str, source: Source, left_out: Sequence[int]) -> int:
 
 
 def describe_copy(path: str, num_rows: int, source: str | list[str], image_root: str | None, problems: Problems) -> str:
-    """What was copied, what was left out and why, and how the copy finds its pictures."""
+    """What was copied, what was left out and why, and how the copy finds its images."""
     lines = [f"Wrote {path}: {num_rows:,} rows, {len(problems.bad_rows()):,} left out."]
     for _, kind, labels in problems.errors():
         lines.append(f"  {kind.what} ({len(labels):,}): {', '.join(map(printable, labels))}")
     folders = {str(file.parent.resolve()) for file in find_files([source] if isinstance(source, str) else source)}
     if image_root is None and folders and str(Path(path).parent.resolve()) not in folders:
-        lines.append(f"Its picture paths are as they were: read it with `image_root: {folders.pop()}`.")
+        lines.append(f"Its image paths are as they were: read it with `image_root: {folders.pop()}`.")
     return "\n".join(lines)
 
 
@@ -93,13 +93,13 @@ def _write_parquet(path: Path, source: Source, left_out: set[int]) -> int:
         table = table.cast_column(name, _decoded(feature))
     with pq.ParquetWriter(path, table.features.arrow_schema) as writer:
         for batch in table.with_format("arrow").iter(100):
-            # Pictures of a saved dataset may be files; the copy holds their bytes.
+            # Images of a saved dataset may be files; the copy holds their bytes.
             writer.write_table(datasets.table.embed_table_storage(batch))
     return len(table)
 
 
 def _decoded(feature: Any) -> Any:
-    """The same type with pictures as `datasets` gives them to others."""
+    """The same type with images as `datasets` gives them to others."""
     if isinstance(feature, datasets.Image):
         return datasets.Image()
     if isinstance(feature, datasets.List | datasets.LargeList):

@@ -1,6 +1,6 @@
 """Folds that never split a group, as like the whole as the groups allow; the file that keeps them. No torch.
 
-A group is a number that rows share when they show the same picture, or nearly the same. A stratum is what rows are
+A group is a number that rows share when they show the same image, or nearly the same. A stratum is what rows are
 balanced by: (answer, question type, number of choices). Every fold gets its share of each stratum, of each part of it
 alone (every answer, every question type, ...) and of all rows.
 
@@ -39,7 +39,7 @@ def make_folds(strata: Sequence[tuple], groups: Sequence[int], num_folds: int, s
     if num_folds < 2:
         raise InputError(f"num_folds must be at least 2; got {num_folds}. For one split, set validation_fraction.")
     if len(set(groups)) < num_folds:
-        raise InputError(f"{num_folds} folds need at least {num_folds} different pictures; got {len(set(groups))}.")
+        raise InputError(f"{num_folds} folds need at least {num_folds} different images; got {len(set(groups))}.")
     return _assign(strata, groups, [1 / num_folds] * num_folds, seed)
 
 
@@ -51,7 +51,7 @@ def hold_out_rows(strata: Sequence[tuple], groups: Sequence[int], fraction: floa
     if len(set(held_out)) < 2:
         raise InputError(
             f"validation_fraction {fraction} leaves no row for {'training' if any(held_out) else 'validation'}: there "
-            f"are {len(set(groups)):,} different pictures in {len(groups):,} rows. Use a "
+            f"are {len(set(groups)):,} different images in {len(groups):,} rows. Use a "
             f"{'smaller' if any(held_out) else 'larger'} fraction or a validation_data file."
         )
     return held_out

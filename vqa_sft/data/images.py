@@ -1,4 +1,4 @@
-"""Pictures: read the same everywhere, and examined before they are needed. No torch."""
+"""Images: read the same everywhere, and examined before they are needed. No torch."""
 
 import errno
 import functools
@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageEnhance, UnidentifiedImageError
 
 # Above the limit Pillow warns, above twice the limit it refuses; we say the first ourselves.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-MAX_ASPECT = 200  # beyond it the Qwen-VL processors refuse a picture, in the middle of a run
+MAX_ASPECT = 200  # beyond it the Qwen-VL processors refuse an image, in the middle of a run
 MIN_SIDE = 28  # pixels; one token of the Qwen-VL models
 MAX_FILE_BYTES = 512 * 2**20
 
@@ -31,18 +31,18 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# How files of the usual formats begin: a file that begins so and is not recognised is a damaged picture.
+# How files of the usual formats begin: a file that begins so and is not recognised is a damaged image.
 BEGINNINGS = re.compile(rb"\xff\xd8\xff|\x89PNG|GIF8|RIFF....WEBP|II\*\0|MM\0\*|\0\0\0\x0cjP  |....ftypavif", re.DOTALL)
-# The range of values of pictures with more than 8 bits: the smallest that holds the largest value.
+# The range of values of images with more than 8 bits: the smallest that holds the largest value.
 FULL_SCALES = {"I": (255, 65535), "F": (1, 255, 65535)}
 
-MINIATURE_PX = 32  # what imagehash.phash shrinks a picture to
+MINIATURE_PX = 32  # what imagehash.phash shrinks an image to
 COLOUR_PX = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """Facts of one picture. Width and height are those it is shown with; what could not be found out is None."""
+class ImageFacts:
+    """Facts of one image. Width and height are those it is shown with; what could not be found out is None."""
 
     problem: str | None  # a key of problems.KINDS, an error
     findings: tuple[str, ...] = ()  # keys of problems.KINDS, warnings
@@ -56,7 +56,7 @@ class Picture:
 
 
 def open_image(image: dict) -> Image.Image:
-    """The picture of one {bytes, path}, RGB, turned as its camera meant it, transparent parts on white."""
+    """The image of one {bytes, path}, RGB, turned as its camera meant it, transparent parts on white."""
     source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
     if image["bytes"] is None and os.path.exists(source) and not os.path.isfile(source):
         raise OSError(f"{source} is no file")  # a pipe would be waited for
@@ -64,14 +64,14 @@ def open_image(image: dict) -> Image.Image:
         return _to_rgb(opened)
 
 
-def source_of(picture: str | os.PathLike | bytes | Image.Image) -> dict:
-    """{bytes, path} of a path, the bytes of a file, or a picture in memory."""
-    if isinstance(picture, bytes):
-        return {"bytes": picture, "path": None}
-    if not isinstance(picture, Image.Image):
-        return {"bytes": None, "path": os.path.abspath(picture)}
+def source_of(decoded: str | os.PathLike | bytes | Image.Image) -> dict:
+    """{bytes, path} of a path, the bytes of a file, or an image in memory."""
+    if isinstance(decoded, bytes):
+        return {"bytes": decoded, "path": None}
+    if not isinstance(decoded, Image.Image):
+        return {"bytes": None, "path": os.path.abspath(decoded)}
     buffer = io.BytesIO()
-    _to_rgb(picture).save(buffer, "BMP")  # takes no time
+    _to_rgb(decoded).save(buffer, "BMP")  # takes no time
     return {"bytes": buffer.getvalue(), "path": None}
 
 
@@ -87,48 +87,48 @@ def size_of(image: dict) -> tuple[int, int]:
         return opened.size
 
 
-def augment(picture: Image.Image, strength: float, rng: random.Random) -> Image.Image:
-    """The picture with each side, brightness, contrast and colour times a factor from [1 - strength, 1 + strength]."""
+def augment(decoded: Image.Image, strength: float, rng: random.Random) -> Image.Image:
+    """The image with each side, brightness, contrast and colour times a factor from [1 - strength, 1 + strength]."""
     width, height, *factors = (rng.uniform(1 - strength, 1 + strength) for _ in range(5))
-    size = max(1, round(picture.width * width)), max(1, round(picture.height * height))
+    size = max(1, round(decoded.width * width)), max(1, round(decoded.height * height))
     if max(size) <= MAX_ASPECT * min(size):
-        picture = picture.resize(size)
+        decoded = decoded.resize(size)
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for enhancer, factor in zip(enhancers, factors, strict=True):
-        picture = enhancer(picture).enhance(factor)
-    return picture
+        decoded = enhancer(decoded).enhance(factor)
+    return decoded
 
 
-def examine(image: dict, *, miniature: bool = True) -> Picture:
+def examine(image: dict, *, miniature: bool = True) -> ImageFacts:
     """The facts of one {bytes, path}, read and decoded once; never raises for what a file can hold."""
     data, num_bytes, problem = _read(image)
     if problem:
-        return Picture(problem, num_bytes=num_bytes)
+        return ImageFacts(problem, num_bytes=num_bytes)
     facts = {"num_bytes": num_bytes, "digest": hashlib.sha256(data).digest()}
     try:
         with Image.open(io.BytesIO(data)) as opened:
             facts |= {"format": opened.format, "mode": opened.mode}
             # Pillow forgets how the pixels are packed once it has read them.
             packed = [str(tile[3]) for tile in opened.tile]
-            picture = _to_rgb(opened)
+            decoded = _to_rgb(opened)
             findings = _find_warnings(opened, packed, image["path"])
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, KeyError, ...
-        return Picture(_name_problem(error, data), **facts)
-    facts |= {"width": picture.width, "height": picture.height}
-    if max(picture.size) > MAX_ASPECT * min(picture.size):
-        return Picture("long_picture", **facts)
-    if min(picture.size) < MIN_SIDE:
-        findings.append("tiny_picture")
-    return Picture(None, tuple(findings), **facts, miniature=make_miniature(picture) if miniature else None)
+        return ImageFacts(_name_problem(error, data), **facts)
+    facts |= {"width": decoded.width, "height": decoded.height}
+    if max(decoded.size) > MAX_ASPECT * min(decoded.size):
+        return ImageFacts("long_image", **facts)
+    if min(decoded.size) < MIN_SIDE:
+        findings.append("tiny_image")
+    return ImageFacts(None, tuple(findings), **facts, miniature=make_miniature(decoded) if miniature else None)
 
 
-def make_miniature(picture: Image.Image) -> bytes:
+def make_miniature(decoded: Image.Image) -> bytes:
     """What duplicates.py compares: 32 x 32 values of grey, then 8 x 8 of Cb and of Cr (1,152 bytes)."""
     # Shrinking by whole factors first is cheap and leaves four times the pixels that the filter needs.
-    factors = [max(1, side // (4 * MINIATURE_PX)) for side in picture.size]
-    picture = picture.reduce(factors)
-    grey = picture.convert("L").resize((MINIATURE_PX, MINIATURE_PX), Image.Resampling.LANCZOS)
-    colour = picture.resize((COLOUR_PX, COLOUR_PX), Image.Resampling.LANCZOS).convert("YCbCr")
+    factors = [max(1, side // (4 * MINIATURE_PX)) for side in decoded.size]
+    decoded = decoded.reduce(factors)
+    grey = decoded.convert("L").resize((MINIATURE_PX, MINIATURE_PX), Image.Resampling.LANCZOS)
+    colour = decoded.resize((COLOUR_PX, COLOUR_PX), Image.Resampling.LANCZOS).convert("YCbCr")
     return b"".join(part.tobytes() for part in (grey, *colour.split()[1:]))
 
 
@@ -136,22 +136,22 @@ def _to_rgb(opened: Image.Image) -> Image.Image:
     if opened.format == "EPS":
         raise UnidentifiedImageError("EPS files are programs; Pillow would have Ghostscript run them")
     opened.load()
-    picture, turn = opened, TURNS.get(_orientation(opened))
-    if picture.mode.startswith(("I", "F")):
-        picture = _to_eight_bits(picture)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
-    # A processor that looks for the EXIF entry again must not turn the picture twice.
-    picture.info = {}
-    return picture.transpose(turn) if turn is not None else picture
+    decoded, turn = opened, TURNS.get(_orientation(opened))
+    if decoded.mode.startswith(("I", "F")):
+        decoded = _to_eight_bits(decoded)
+    if decoded.has_transparency_data:
+        decoded = decoded.convert("RGBA")
+        decoded = Image.alpha_composite(Image.new("RGBA", decoded.size, "white"), decoded)
+    decoded = decoded.convert("RGB")
+    # A processor that looks for the EXIF entry again must not turn the image twice.
+    decoded.info = {}
+    return decoded.transpose(turn) if turn is not None else decoded
 
 
-def _to_eight_bits(picture: Image.Image) -> Image.Image:
+def _to_eight_bits(decoded: Image.Image) -> Image.Image:
     # Pillow's own conversion cuts everything above 255 to white.
-    values = np.nan_to_num(np.asarray(picture, dtype=np.float32), posinf=0, neginf=0)
-    scales = FULL_SCALES.get(picture.mode, (65535,))
+    values = np.nan_to_num(np.asarray(decoded, dtype=np.float32), posinf=0, neginf=0)
+    scales = FULL_SCALES.get(decoded.mode, (65535,))
     largest = values.max()
     scale = next((scale for scale in scales if largest <= scale), largest)
     return Image.fromarray(np.rint(values.clip(0) * (255 / scale)).astype(np.uint8))
@@ -160,7 +160,7 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
 def _orientation(opened: Image.Image) -> int:
     try:
         return opened.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # entries that are no EXIF at all; the picture is fine
+    except Exception:  # entries that are no EXIF at all; the image is fine
         return 1
 
 
@@ -171,28 +171,28 @@ def _read(image: dict) -> tuple[bytes, int | None, str | None]:
         if data is None:
             found = os.stat(image["path"] or "")
             if not stat.S_ISREG(found.st_mode):
-                return b"", None, "missing_picture"
+                return b"", None, "missing_image"
             num_bytes = found.st_size
         else:
             num_bytes = len(data)
         if num_bytes == 0:
-            return b"", 0, "empty_picture"
+            return b"", 0, "empty_image"
         if num_bytes > MAX_FILE_BYTES:
             return b"", num_bytes, "large_file"
         if data is None:
             with open(image["path"], "rb") as file:
                 data = file.read(MAX_FILE_BYTES)
     except ValueError:  # a null byte in the path
-        return b"", None, "missing_picture"
+        return b"", None, "missing_image"
     except OSError as error:
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
-        return b"", num_bytes, "missing_picture" if missing else "unreadable_picture"
+        return b"", num_bytes, "missing_image" if missing else "unreadable_image"
     return data, num_bytes, None
 
 
 def _find_warnings(opened: Image.Image, packed: list[str], path: str | None) -> list[str]:
     expected = _format_of_suffix().get(PurePath(path or "").suffix.lower())
-    # Phones write MPO, a JPEG with a second picture behind it, under .jpg.
+    # Phones write MPO, a JPEG with a second image behind it, under .jpg.
     actual = "JPEG" if opened.format == "MPO" else opened.format
     checks = {
         "wrong_extension": expected not in (None, actual, opened.format),
@@ -200,7 +200,7 @@ def _find_warnings(opened: Image.Image, packed: list[str], path: str | None) -> 
         "cmyk": opened.mode == "CMYK",
         "sixteen_bit": opened.mode.startswith(("I", "F")) or any(";16" in how for how in packed),
         "rotated": _orientation(opened) in TURNS,
-        "huge_picture": opened.width * opened.height > Image.MAX_IMAGE_PIXELS,
+        "huge_image": opened.width * opened.height > Image.MAX_IMAGE_PIXELS,
     }
     return [kind for kind, found in checks.items() if found]
 
@@ -219,11 +219,11 @@ def _format_of_suffix() -> dict[str, str]:
 
 def _name_problem(error: Exception, data: bytes) -> str:
     if isinstance(error, Image.DecompressionBombError):
-        return "picture_bomb"
+        return "image_bomb"
     # Pillow says of a WebP file that is cut off only that it cannot be decoded; its header says how long it is.
     is_short = data[:4] == b"RIFF" and len(data) < 8 + int.from_bytes(data[4:8], "little")
     if is_short or isinstance(error, EOFError) or "truncated" in str(error).lower():
-        return "truncated_picture"
+        return "truncated_image"
     if isinstance(error, UnidentifiedImageError) and not BEGINNINGS.match(data):
-        return "not_a_picture"
-    return "broken_picture"
+        return "not_a_image"
+    return "broken_image"

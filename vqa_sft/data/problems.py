@@ -1,4 +1,4 @@
-"""What can be wrong with a row or its picture: one table, used by training, prediction and `vqa-sft check`.
+"""What can be wrong with a row or its image: one table, used by training, prediction and `vqa-sft check`.
 
 Standard library only. An error stops a run, because the row cannot be used as it is; a warning is a likely mistake
 that `vqa-sft check` shows.
@@ -60,35 +60,35 @@ KINDS = {
         "If it is none, name the choices: `columns: {choices: [a, b, c, d]}`.",
     ),
     "control_token": Kind("error", "a text holds a control token of the model", "Take it out."),
-    # Its pictures
-    "picture_address": Kind("error", "the picture is an address on the web", "Download it; nothing is fetched."),
+    # Its images
+    "image_address": Kind("error", "the image is an address on the web", "Download it; nothing is fetched."),
     "path_outside": Kind(
         "error",
         "the image lies outside the image folder",
         "Paths are relative to image_root (by default the folder of the file) and stay in it: set it to a folder that "
         "holds them all, and take `..` out of the paths.",
     ),
-    "missing_picture": Kind("error", "the picture is missing", "Check the path; it is relative to image_root."),
-    "unreadable_picture": Kind("error", "the picture file cannot be opened", "Check its permissions and the disk."),
-    "empty_picture": Kind("error", "the picture file is empty", "Copy or download it again."),
-    "not_a_picture": Kind("error", "the file is no picture that can be read", "It may be an error page, SVG or HEIC."),
-    "truncated_picture": Kind("error", "the picture is cut off", "Copy or download it again."),
-    "broken_picture": Kind("error", "the picture cannot be decoded", "Download it again, or save it anew as PNG."),
-    "large_file": Kind("error", "the picture file is larger than 512 MiB", "Save it smaller."),
-    "picture_bomb": Kind("error", "the picture has too many pixels", "Make it smaller; Pillow refuses such sizes."),
-    "long_picture": Kind("error", "the picture is more than 200 times as long as wide", "Crop it; models refuse it."),
-    "no_picture": Kind("warning", "the row has no picture", "Right for sets that mix; else fill in the path."),
-    "wrong_extension": Kind("warning", "the picture's format is not what its name says", "It is read all the same."),
-    "animated": Kind("warning", "the picture is animated", "Only its first frame is shown to the model."),
-    "cmyk": Kind("warning", "the picture is CMYK", "It is converted to RGB."),
-    "sixteen_bit": Kind("warning", "the picture has 16 bits a channel", "It is scaled down to 8 bits."),
-    "rotated": Kind("warning", "the picture is turned by its EXIF entry", "It is shown as the entry says."),
-    "huge_picture": Kind("warning", "the picture has over 89 million pixels", "Make it smaller; it is slow to read."),
-    "tiny_picture": Kind("warning", "the picture is smaller than 28 pixels", "The model may see nothing on it."),
+    "missing_image": Kind("error", "the image is missing", "Check the path; it is relative to image_root."),
+    "unreadable_image": Kind("error", "the image file cannot be opened", "Check its permissions and the disk."),
+    "empty_image": Kind("error", "the image file is empty", "Copy or download it again."),
+    "not_a_image": Kind("error", "the file is no image that can be read", "It may be an error page, SVG or HEIC."),
+    "truncated_image": Kind("error", "the image is cut off", "Copy or download it again."),
+    "broken_image": Kind("error", "the image cannot be decoded", "Download it again, or save it anew as PNG."),
+    "large_file": Kind("error", "the image file is larger than 512 MiB", "Save it smaller."),
+    "image_bomb": Kind("error", "the image has too many pixels", "Make it smaller; Pillow refuses such sizes."),
+    "long_image": Kind("error", "the image is more than 200 times as long as wide", "Crop it; models refuse it."),
+    "no_image": Kind("warning", "the row has no image", "Right for sets that mix; else fill in the path."),
+    "wrong_extension": Kind("warning", "the image's format is not what its name says", "It is read all the same."),
+    "animated": Kind("warning", "the image is animated", "Only its first frame is shown to the model."),
+    "cmyk": Kind("warning", "the image is CMYK", "It is converted to RGB."),
+    "sixteen_bit": Kind("warning", "the image has 16 bits a channel", "It is scaled down to 8 bits."),
+    "rotated": Kind("warning", "the image is turned by its EXIF entry", "It is shown as the entry says."),
+    "huge_image": Kind("warning", "the image has over 89 million pixels", "Make it smaller; it is slow to read."),
+    "tiny_image": Kind("warning", "the image is smaller than 28 pixels", "The model may see nothing on it."),
     # Between rows
-    "answers_differ": Kind("warning", "the same picture and question with another answer", "One of them is wrong."),
-    "in_training": Kind("warning", "the picture also stands in the training set", "Its score will be too good."),
-    "near_training": Kind("warning", "nearly the same picture stands in the training set", "Look at the pair."),
+    "answers_differ": Kind("warning", "the same image and question with another answer", "One of them is wrong."),
+    "in_training": Kind("warning", "the image also stands in the training set", "Its score will be too good."),
+    "near_training": Kind("warning", "nearly the same image stands in the training set", "Look at the pair."),
 }
 
 
@@ -98,8 +98,8 @@ TRAINING_HINT = "`on_bad_row: skip` trains without such rows. " + STREAM_HINT
 PREDICTION_HINT = "`--on_bad_row guess` answers such rows all the same, and marks those that are guessed."
 IDS = ("empty_id", "duplicate_id")  # by which rows are told apart in folds, submissions, ensembles
 # Errors with which a row of a test set can be answered all the same.
-IMAGES = ("picture_address", "path_outside", "missing_picture", "unreadable_picture", "empty_picture", "not_a_picture")
-IMAGES += ("truncated_picture", "broken_picture", "large_file", "picture_bomb", "long_picture")
+IMAGES = ("image_address", "path_outside", "missing_image", "unreadable_image", "empty_image", "not_a_image")
+IMAGES += ("truncated_image", "broken_image", "large_file", "image_bomb", "long_image")
 GUESSED = ("empty_question", "bad_choices", "no_choices_in_question", "few_choices", "same_choices", *IMAGES)
 ANSWERABLE = (*GUESSED, "bad_answer", "bad_text")  # the last two are no guess: nothing is missing from the prompt
 

@@ -1,4 +1,4 @@
-"""Every distinct picture of a dataset examined once, on all cores; what was found is kept on disk. No torch.
+"""Every distinct image of a dataset examined once, on all cores; what was found is kept on disk. No torch.
 
 The cache is one SQLite file for all datasets: a second start, a resumed run, or training after `vqa-sft check` decodes
 nothing again. A file counts as the same while its path, size and time of change do. Deleting the cache is always safe.
@@ -19,54 +19,54 @@ import PIL
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from vqa_sft.data.images import Picture, examine
+from vqa_sft.data.images import ImageFacts, examine
 from vqa_sft.data.paths import describe_missing
 from vqa_sft.data.problems import Problems
 
 # Count up when the columns, or what `examine` and `make_miniature` find, change; another Pillow may read other files.
-TABLE = "pictures_2"
+TABLE = "images_2"
 VERSION = f"{TABLE} {PIL.__version__}"
 BLOCK_ROWS = 32
 BLOCKS_IN_FLIGHT = 3
-BATCH = 512  # pictures written to the cache at a time
+BATCH = 512  # images written to the cache at a time
 
 
 @dataclass
 class Scan:
-    """The distinct pictures of a dataset, numbered as they first come, and the numbers of each row's pictures."""
+    """The distinct images of a dataset, numbered as they first come, and the numbers of each row's images."""
 
-    pictures: list[Picture] = field(default_factory=list)
+    images: list[ImageFacts] = field(default_factory=list)
     of_row: list[tuple[int, ...]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)  # of the pictures, short, as shown to people
+    names: list[str] = field(default_factory=list)  # of the images, short, as shown to people
     missing: list[str] = field(default_factory=list)  # paths where there is no file
 
     def bad(self, row: int) -> tuple[int, ...]:
-        """Positions of the row's pictures that cannot be used."""
-        return tuple(i for i, number in enumerate(self.of_row[row]) if self.pictures[number].problem)
+        """Positions of the row's images that cannot be used."""
+        return tuple(i for i, number in enumerate(self.of_row[row]) if self.images[number].problem)
 
     def add_problems(self, problems: Problems, ids: Sequence[str], rows: Sequence[int] | None = None) -> None:
-        """Add what is wrong with every row's pictures; `rows` are the numbers of the rows in the source."""
+        """Add what is wrong with every row's images; `rows` are the numbers of the rows in the source."""
         for row, numbers in enumerate(self.of_row):
             names: dict[str, list[str]] = {}
             for number in numbers:
-                picture = self.pictures[number]
-                for kind in filter(None, (picture.problem, *picture.findings)):
+                image = self.images[number]
+                for kind in filter(None, (image.problem, *image.findings)):
                     names.setdefault(kind, []).append(self.names[number])
             for kind, found in names.items():
                 problems.add(kind, ids[row], row if rows is None else rows[row], ", ".join(filter(None, found)))
-        problems.hints["missing_picture"] = describe_missing(self.missing)
+        problems.hints["missing_image"] = describe_missing(self.missing)
 
 
-def scan_pictures(
-    examples: datasets.Dataset, *, hashes: bool = True, cache: bool = True, desc: str = "Reading pictures"
+def scan_images(
+    examples: datasets.Dataset, *, hashes: bool = True, cache: bool = True, desc: str = "Reading images"
 ) -> Scan:
-    """Examine every distinct picture (same path, or same bytes) of canonical examples once.
+    """Examine every distinct image (same path, or same bytes) of canonical examples once.
 
-    `hashes` asks for what finds near-duplicates (`Picture.miniature`), `cache` to use and fill the file on disk.
+    `hashes` asks for what finds near-duplicates (`Image.miniature`), `cache` to use and fill the file on disk.
     """
     scan = Scan()
     stored = Cache(cache_path() if cache else None)
-    blocks: deque[list[tuple[bytes | None, Picture | Future]]] = deque()
+    blocks: deque[list[tuple[bytes | None, ImageFacts | Future]]] = deque()
     # Pillow and hashlib release the GIL, so threads are enough; few blocks in flight keep memory flat.
     with ThreadPoolExecutor(count_cores()) as pool, tqdm(total=len(examples), desc=desc, disable=None) as bar:
         for new, num_rows in _read_blocks(examples, scan):
@@ -84,7 +84,7 @@ def scan_pictures(
 
 
 def cache_path() -> Path:
-    return Path(constants.HF_HOME) / "vqa_sft" / "pictures.sqlite"
+    return Path(constants.HF_HOME) / "vqa_sft" / "images.sqlite"
 
 
 def count_cores() -> int:
@@ -95,7 +95,7 @@ def count_cores() -> int:
 def _read_blocks(
     examples: datasets.Dataset, scan: Scan
 ) -> Iterator[tuple[list[tuple[dict[str, object], bytes | None]], int]]:
-    """Of every block of rows, the pictures that no earlier row had, with their keys; fills `of_row` and `names`."""
+    """Of every block of rows, the images that no earlier row had, with their keys; fills `of_row` and `names`."""
     numbers: dict[Hashable, int] = {}
     columns = examples.with_format(None).select_columns(["images"])
     for start in range(0, len(columns), BLOCK_ROWS):
@@ -134,18 +134,18 @@ def _make_key(image: dict, identity: Hashable) -> bytes | None:
     return hashlib.sha256(repr((VERSION, identity)).encode(errors="surrogatepass")).digest()
 
 
-def _collect(block: list[tuple[bytes | None, Picture | Future]], scan: Scan, stored: "Cache") -> None:
+def _collect(block: list[tuple[bytes | None, ImageFacts | Future]], scan: Scan, stored: "Cache") -> None:
     for key, found in block:
         if isinstance(found, Future):
             found = found.result()
             stored.add(key, found)
-        scan.pictures.append(found)
+        scan.images.append(found)
 
 
 class Cache:
-    """Pictures by key in an SQLite file. Whatever goes wrong with the file, from then on there is no cache."""
+    """Images by key in an SQLite file. Whatever goes wrong with the file, from then on there is no cache."""
 
-    COLUMNS = [column.name for column in fields(Picture)]
+    COLUMNS = [column.name for column in fields(ImageFacts)]
 
     def __init__(self, path: Path | None) -> None:
         self._connection: sqlite3.Connection | None = None
@@ -159,8 +159,8 @@ class Cache:
             return
         self._run(f"CREATE TABLE IF NOT EXISTS {TABLE} (key BLOB PRIMARY KEY, {', '.join(self.COLUMNS)})")
 
-    def find(self, keys: Sequence[bytes | None], hashes: bool) -> dict[bytes | None, Picture]:
-        """What is known of these keys; with `hashes`, only good pictures that have a miniature."""
+    def find(self, keys: Sequence[bytes | None], hashes: bool) -> dict[bytes | None, ImageFacts]:
+        """What is known of these keys; with `hashes`, only good images that have a miniature."""
         keys = [key for key in keys if key is not None]
         marks = ", ".join("?" * len(keys))
         found = {}
@@ -174,14 +174,14 @@ class Cache:
             if not hashes:
                 facts["miniature"] = None
             if facts["problem"] or facts["miniature"] or not hashes:
-                found[key] = Picture(**facts)
+                found[key] = ImageFacts(**facts)
         return found
 
-    def add(self, key: bytes | None, picture: Picture) -> None:
+    def add(self, key: bytes | None, image: ImageFacts) -> None:
         # A file that could not be opened may be there the next time.
-        if key is not None and picture.digest is not None:
-            values = [getattr(picture, name) for name in self.COLUMNS]
-            values[self.COLUMNS.index("findings")] = " ".join(picture.findings)
+        if key is not None and image.digest is not None:
+            values = [getattr(image, name) for name in self.COLUMNS]
+            values[self.COLUMNS.index("findings")] = " ".join(image.findings)
             self._new.append((key, *values))
         if len(self._new) >= BATCH:
             self._write()

@@ -34,7 +34,7 @@ FORMATS = {".csv": "CSV", ".tsv": "TSV", ".jsonl": "JSONL", ".ndjson": "JSONL", 
 PACKED = {".gz": "gunzip -k", ".bz2": "bunzip2 -k", ".xz": "unxz -k", ".zst": "unzstd", ".zip": "unzip", ".7z": "7z x"}
 PACKED |= dict.fromkeys((".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"), "tar -xf")
 SHEETS = (".xlsx", ".xls", ".xlsm", ".xlsb", ".ods", ".numbers")
-# What one cell and one row may take: a picture in base64 fits, a quote that never closes ends soon.
+# What one cell and one row may take: an image in base64 fits, a quote that never closes ends soon.
 MAX_CELL = 16 * 2**20
 MAX_ROW = 64 * 2**20
 MAX_JSON_LIST = 256 * 2**20  # bytes of a file that has to be read as a whole
@@ -47,7 +47,7 @@ _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 class Source:
     """An opened source. `notes` are facts to tell the user once.
 
-    `table` holds the rows of Parquet, saved and Hub datasets, in the order of `rows()`, pictures undecoded; it is None
+    `table` holds the rows of Parquet, saved and Hub datasets, in the order of `rows()`, images undecoded; it is None
     for text files. `num_rows` is None where it is not known before the rows are read: text files, streams.
     """
 
@@ -61,7 +61,7 @@ class Source:
     def rows(self) -> Iterator[tuple[str | None, dict]]:
         """(folder of its file, row) of every row, from the start at every call; None for what is no file.
 
-        Rows of a `table` come without their pictures. Raises InputError at the first row that cannot be read, once it
+        Rows of a `table` come without their images. Raises InputError at the first row that cannot be read, once it
         has found the others of its file.
         """
         return self.read()
@@ -726,7 +726,7 @@ def _open_table(
     """`folders` says of how many rows each is the folder; empty for what are no files."""
     features = datasets.Features({column: _undecoded(feature) for column, feature in table.features.items()})
     if isinstance(table, datasets.Dataset):
-        # As `cast` would, which copies lists of pictures to the cache; also without the format that it was saved with.
+        # As `cast` would, which copies lists of images to the cache; also without the format that it was saved with.
         info = table.info.copy()
         info.features = features
         table = datasets.Dataset(table.data, info=info, split=table.split)
@@ -738,7 +738,7 @@ def _open_table(
 
 
 def _undecoded(feature: object) -> object:
-    """The same type, with pictures as {bytes, path}."""
+    """The same type, with images as {bytes, path}."""
     if isinstance(feature, datasets.Image):
         return replace(feature, decode=False)
     if isinstance(feature, datasets.List | datasets.LargeList):
@@ -746,10 +746,10 @@ def _undecoded(feature: object) -> object:
     return feature
 
 
-def holds_pictures(feature: object) -> bool:
-    """Whether a column holds pictures themselves, one or a list of them, and not paths."""
+def holds_images(feature: object) -> bool:
+    """Whether a column holds images themselves, one or a list of them, and not paths."""
     if isinstance(feature, datasets.List | datasets.LargeList):
-        return holds_pictures(feature.feature)
+        return holds_images(feature.feature)
     if isinstance(feature, dict):
         return {"bytes", "path"} <= feature.keys()
     return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
@@ -759,7 +759,7 @@ def _read_table(
     name: str, table: datasets.Dataset | datasets.IterableDataset, folders: list[tuple[str, int]]
 ) -> Iterator[tuple[str | None, dict]]:
     of_rows = itertools.chain(*itertools.starmap(itertools.repeat, folders), itertools.repeat(None))
-    texts = [column for column, feature in table.features.items() if not holds_pictures(feature)]
+    texts = [column for column, feature in table.features.items() if not holds_images(feature)]
     with explains((pa.ArrowException, OSError, ValueError), f"{name} cannot be read"):
         for batch in table.select_columns(texts).iter(batch_size=_BATCH):
             for values in zip(*batch.values(), strict=True):

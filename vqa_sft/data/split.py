@@ -28,9 +28,9 @@ from vqa_sft.data.duplicates import row_groups
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import whole
 from vqa_sft.data.folds import hold_out_rows, read_folds
-from vqa_sft.data.images import Picture, digest_of
+from vqa_sft.data.images import ImageFacts, digest_of
 from vqa_sft.predictions.file import digests_of
-from vqa_sft.data.scan import Scan, scan_pictures
+from vqa_sft.data.scan import Scan, scan_images
 
 TRAIN, VALIDATION, LEFT_OUT = "train", "validation", "left_out"
 STREAM = "stream"
@@ -44,7 +44,7 @@ def choose_parts(
 ) -> list[list[str] | None]:
     """The part of every row of the training data and, as a second list, of the validation data if there are any.
 
-    Every picture is decoded once. Rows that cannot be used raise InputError, all at once, or are left out with
+    Every image is decoded once. Rows that cannot be used raise InputError, all at once, or are left out with
     `on_bad_row` "skip". `how` goes to `held_out`. A stream has no parts.
     """
     parts: list[list[str] | None] = []
@@ -52,7 +52,7 @@ def choose_parts(
         if isinstance(data.examples, datasets.IterableDataset):
             parts.append(None)
             continue
-        scan = scan_pictures(data.examples) if check_images else None
+        scan = scan_images(data.examples) if check_images else None
         data.image_digests = _image_digests(scan) if scan is not None else None
         bad = _bad_rows(data, scan, on_bad_row) if scan is not None else set()
         validates = held_out(data, scan, **how) if data is loaded[0] else [True] * len(data.examples)
@@ -69,7 +69,7 @@ def choose_parts(
 
 def _image_digests(scan: Scan) -> list[str]:
     """Of every row's images; those of files that cannot be read count by what is wrong with them."""
-    known = [image.digest.hex() if image.digest else image.problem for image in scan.pictures]
+    known = [image.digest.hex() if image.digest else image.problem for image in scan.images]
     return [_digest([known[number] for number in of_row]) for of_row in scan.of_row]
 
 
@@ -102,7 +102,7 @@ def held_out(
     seed: int = 42,
     limit: int | None = None,
 ) -> list[bool]:
-    """Which rows are validated on. Without a scan, only equal files or bytes count as one picture."""
+    """Which rows are validated on. Without a scan, only equal files or bytes count as one image."""
     if folds_file is not None:
         folds = read_folds(folds_file, data.examples["id"][:], whole=limit is None)
         if fold not in folds:
@@ -118,14 +118,14 @@ def held_out(
 
 
 def _tell_apart(examples: datasets.Dataset) -> Scan:
-    """A scan that opens no picture: equal paths or equal bytes are one picture."""
+    """A scan that opens no image: equal paths or equal bytes are one image."""
     keys: dict[bytes, int] = {}
     of_row = []
     for images in examples["images"]:
         named = (image["path"].encode() if image["bytes"] is None else image["bytes"] for image in images)
         parts = [hashlib.sha256(name).digest() for name in named]
         of_row.append(tuple(keys.setdefault(part, len(keys)) for part in parts))
-    return Scan([Picture(None, digest=key) for key in keys], of_row)
+    return Scan([ImageFacts(None, digest=key) for key in keys], of_row)
 
 
 def strata_of(examples: datasets.Dataset) -> list[tuple]:

@@ -30,7 +30,7 @@ from vqa_sft.predictions.ensemble import AVERAGES, combine
 from vqa_sft.predictions.file import Predictions
 from vqa_sft.runs import folder as run_folder
 
-Picture = str | Path | bytes | Image.Image
+ImageInput = str | Path | bytes | Image.Image
 
 
 class Predictor:
@@ -39,7 +39,7 @@ class Predictor:
 
     `orders`, `scales`, `average` and `average_runs` are those of recipes/predict.py, `batch_size` counts views.
     `model` says where the runs' base is now, if not where it was in training. Raises InputError for folders that hold
-    no run, and for runs that one model cannot score (other bases, prompts, picture sizes, ranks).
+    no run, and for runs that one model cannot score (other bases, prompts, image sizes, ranks).
 
     Any number of threads may call it: while one scores, another prepares, and the others wait.
     """
@@ -89,28 +89,28 @@ class Predictor:
 
     def __call__(
         self,
-        images: Picture | Sequence[Picture] | None,
+        images: ImageInput | Sequence[ImageInput] | None,
         question: str | Sequence[str],
         choices: Sequence[str] | Sequence[Sequence[str]],
         context: str | Sequence[str] | None = None,
     ) -> np.ndarray | list[np.ndarray]:
-        """Probabilities (C,) of the choices of one question about `images`: a picture, several, or None. Of lists of
-        questions, pictures of each, and choices of each, a list of them. A picture is a path, the bytes of a file, or
+        """Probabilities (C,) of the choices of one question about `images`: an image, several, or None. Of lists of
+        questions, images of each, and choices of each, a list of them. An image is a path, the bytes of a file, or
         a PIL image. Empty choices at the end are none, as in a table, and get 0."""
         if isinstance(question, str):
             return self._of_rows([self._row(0, images, question, choices, context)])[0]
         if context is None and hasattr(question, "__len__"):
             context = [None] * len(question)
-        for what, value in (("questions", question), ("pictures", images), ("choices", choices), ("contexts", context)):
-            if isinstance(value, Picture) or not hasattr(value, "__len__"):
+        for what, value in (("questions", question), ("images", images), ("choices", choices), ("contexts", context)):
+            if isinstance(value, ImageInput) or not hasattr(value, "__len__"):
                 raise InputError(
                     f"{what} of several questions are a list; got {_shown(value)}. One question is a str, beside one "
-                    "picture and one list of choices."
+                    "image and one list of choices."
                 )
         if not len(images) == len(question) == len(choices) == len(context):
             raise InputError(
-                f"there must be as many questions as pictures and choices; got {len(question)} questions, "
-                f"{len(images)} pictures, {len(choices)} lists of choices and {len(context)} contexts."
+                f"there must be as many questions as images and choices; got {len(question)} questions, "
+                f"{len(images)} images, {len(choices)} lists of choices and {len(context)} contexts."
             )
         together = enumerate(zip(images, question, choices, context, strict=True))
         rows = [self._row(number, *of_row) for number, of_row in together]
@@ -141,14 +141,14 @@ class Predictor:
             )
         if images is None:
             images = []
-        elif isinstance(images, Picture):
+        elif isinstance(images, ImageInput):
             images = [images]
-        if not isinstance(images, list | tuple) or not all(isinstance(image, Picture) for image in images):
+        if not isinstance(images, list | tuple) or not all(isinstance(image, ImageInput) for image in images):
             raise InputError(
-                f"a picture of {row} is a path, the bytes of a file or a PIL image (of an array: Image.fromarray), and "
+                f"an image of {row} is a path, the bytes of a file or a PIL image (of an array: Image.fromarray), and "
                 f"several are a list; got {_shown(images)}."
             )
-        with explains((ValueError, OSError), f"a picture of {row} cannot be read"):
+        with explains((ValueError, OSError), f"an image of {row} cannot be read"):
             sources = [source_of(image) for image in images]
         if context is None and self.has_context:
             raise InputError(f"the run was trained with contexts, and {row} has none. Give context, '' for no text.")
@@ -171,7 +171,7 @@ class Predictor:
                 try:
                     batch = collator(rows)
                 except InputError:
-                    _name_bad_picture(collator, rows)
+                    _name_bad_image(collator, rows)
                     raise
             groups = batch.get("groups", torch.arange(len(rows))).tolist()
             with self._scoring:
@@ -199,14 +199,14 @@ class Predictor:
         return [np.pad(p, (0, row["num_given"] - len(p))) for p, row in zip(together.probs, rows, strict=True)]
 
 
-def _name_bad_picture(collator: AnswerCollator, rows: list[dict]) -> None:
-    """Raises InputError for the first picture that cannot be read, by the number of its question."""
+def _name_bad_image(collator: AnswerCollator, rows: list[dict]) -> None:
+    """Raises InputError for the first image that cannot be read, by the number of its question."""
     for row in rows:
         for position in range(len(row["images"])):
             try:
                 collator.image(row, position)
             except InputError as error:
-                raise InputError(f"a picture of {row['name']} cannot be read: {error.__cause__}.") from error
+                raise InputError(f"an image of {row['name']} cannot be read: {error.__cause__}.") from error
 
 
 def _shown(value: Any) -> str:

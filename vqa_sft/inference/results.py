@@ -67,7 +67,7 @@ def _of_runs(table: pa.Table) -> list[tuple[Sequence, Sequence, Sequence]]:
 def write_results(
     output: Path, parts: Path, blocks: Iterator[Block], about: Mapping[str, dict], style: Style, average_runs: str
 ) -> tuple[int, list[str]]:
-    """Write all files, each whole or not at all; how many rows there are, and which were answered without a picture.
+    """Write all files, each whole or not at all; how many rows there are, and which were answered without an image.
 
     `about` holds the metadata of each run; of all together those that they share, and the folder that holds them all.
     """

@@ -32,7 +32,7 @@ _OF_BASE += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "trust_remote_code",
 
 
 def groups_of(runs: Mapping[str, dict[str, Any]]) -> list[list[str]]:
-    """The folders of the runs, those together that one model can score at once: same base, prompts, letters, pictures,
+    """The folders of the runs, those together that one model can score at once: same base, prompts, letters, images,
     precision and kind of adapter. `runs` maps a folder to its run.json."""
     groups: dict[str, list[str]] = {}
     for folder, run in runs.items():
@@ -67,17 +67,17 @@ class Scorer:
     def collators(
         self, views: str | int = "identity", scales: Sequence[float] = (1.0,), blank: Mapping | None = None
     ) -> list[AnswerCollator]:
-        """One for each scale of the pictures."""
+        """One for each scale of the images."""
         if self.packer is None and [*scales] != [1.0]:
             raise InputError("--scales needs rows without padding, which this model or `fast: false` does not have.")
-        # Stored features are those of the pictures as they are.
+        # Stored features are those of the images as they are.
         common = (self.processor, self.prompts, self.num_letters, blank, self.packer)
         return [AnswerCollator(*common, self.store if scale == 1 else None, views, scale) for scale in scales]
 
     def fill_store(
         self, collators: Sequence[AnswerCollator], examples: datasets.Dataset, batch_size: int, num_workers: int
     ) -> None:
-        """Compute the features of the rows' pictures that are not stored yet, where the runs cache them."""
+        """Compute the features of the rows' images that are not stored yet, where the runs cache them."""
         for collator in collators:
             if collator.features is not None:
                 cache.fill_store(self.model, collator, [examples], self.precision, batch_size, num_workers)

@@ -51,7 +51,7 @@ TRICKS: dict[str, dict[str, Any]] = {
     "best epoch by calibrated NLL": {"eval_strategy": "epoch", "load_best_model_at_end": True},
     "EMA": {"averaging": "ema"},
     "SWA": {"averaging": "swa"},
-    "augmented pictures": {"image_augmentation": 0.1, "cache_image_features": False},
+    "augmented images": {"image_augmentation": 0.1, "cache_image_features": False},
     "adapted tower": {"adapt_tower": True, "cache_image_features": False},
 }
 NAIVE, SOUP, DEFAULTS = "naive", "soup of three seeds", "defaults"
@@ -206,10 +206,10 @@ def train_naive(values: dict[str, Any]) -> None:
         return [*asked, {"role": "assistant", "content": LETTERS[row["answer"]]}]
 
     texts = [conversation(row) for row in rows]
-    pictures = rows.select_columns(["images"]).cast_column("images", List(Image(decode=False)))["images"]
+    images = rows.select_columns(["images"]).cast_column("images", List(Image(decode=False)))["images"]
     message = [{"role": Value("string"), "content": Value("string")}]
     features = Features({"messages": message, "images": List(Image())})
-    dataset = Dataset.from_dict({"messages": texts, "images": [*pictures]}, features=features)
+    dataset = Dataset.from_dict({"messages": texts, "images": [*images]}, features=features)
     precision = models.choose_precision(recipe.values)
     model = models.load_model(recipe.model_args(), precision)
     processor = models.load_processor(recipe.values["model_name_or_path"])

@@ -5,7 +5,7 @@
     python -m vqa_sft.lab.benchmark recipes/qwen3b_t4.yaml --as-t4     # recipes as they stand
     python -m vqa_sft.lab.benchmark --tiny                             # every kind of case, on a CPU in about a minute
 
-Weights are random in the true shapes of the models, drawn on the GPU and saved under --work; pictures are noise. Every
+Weights are random in the true shapes of the models, drawn on the GPU and saved under --work; images are noise. Every
 case is a process of its own that runs `recipes/sft.py`, `recipes/predict.py` or TRL's SFTTrainer with its own collator.
 Speed and memory do not depend on what the weights are; accuracy means nothing here.
 
@@ -38,7 +38,7 @@ from vqa_sft.errors import InputError, exits_with_message
 T4_GIB = 13.8
 WARM_UP, PROFILED = 6, 3  # steps before and after those that are timed
 QWEN_7B, QWEN_3B, QWEN3_8B = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7B", "2.5-VL-3B", "3-VL-8B"))
-# Pictures of 448 px a side and texts of about 174 tokens with the template: 430 tokens a row; then of 80 to 310 tokens.
+# Images of 448 px a side and texts of about 174 tokens with the template: 430 tokens a row; then of 80 to 310 tokens.
 # A word is one token of the random models.
 FIXED = {"num_words": (95, 95), "side_px": (448, 448)}
 MIXED = {"num_words": (5, 235), "side_px": (160, 1280)}
@@ -214,7 +214,7 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
 def _inside(script: str, arguments: list[str], how: dict, work: Path) -> None:
     command = [sys.executable, "-m", "vqa_sft.lab.benchmark", "--inside", script, json.dumps(how), *arguments]
-    # What is kept of noise pictures is of no use to anybody else.
+    # What is kept of noise images is of no use to anybody else.
     subprocess.run(command, check=True, env=os.environ | {"HF_HOME": str(work.resolve() / "cache")})
 
 
@@ -285,8 +285,8 @@ def mean_tflop(model: Path, data: Path, max_pixels: int, case: Case) -> float:
     num_spared = len(processor.tokenizer(start)["input_ids"]) * (1 - 1 / case.batch_size)
     total = 0.0
     for row, prompt in zip(examples, prompts_of, strict=True):
-        with Image.open(row["images"][0]["path"] or io.BytesIO(row["images"][0]["bytes"])) as picture:
-            sizes = [(picture.height, picture.width)]
+        with Image.open(row["images"][0]["path"] or io.BytesIO(row["images"][0]["bytes"])) as image:
+            sizes = [(image.height, image.width)]
         counted = processor._get_num_multimodal_tokens(image_sizes=sizes)
         num_tokens = len(processor.tokenizer(prompt)["input_ids"]) - 1 + counted.num_image_tokens[0]
         num_patches = 0 if cached else counted.num_image_patches[0]
@@ -550,7 +550,7 @@ def write_data(
     side_px: tuple[int, int] = (320, 1280),
     seed: int = 0,
 ) -> Path:
-    """Noise pictures with sides and questions with numbers of words drawn from the two ranges; train.csv and test.csv.
+    """Noise images with sides and questions with numbers of words drawn from the two ranges; train.csv and test.csv.
 
     A word is one token of the random models.
     """

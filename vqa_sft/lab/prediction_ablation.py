@@ -4,17 +4,15 @@
     python -m vqa_sft.lab.prediction_ablation --sets few --rows 500 --views "one order" rotations --use_cpu
     python -m vqa_sft.lab.prediction_ablation --work runs/ways    # again: what is done is kept
 
-The tiny base learns the sets of vqa_sft/lab/ablation.py in three folds, by recipes/demo.yaml with its defaults. Every way is
-recipes/predict.py: for the rows out of fold, on which `vqa-sft calibrate` finds a temperature for these views and
-weights of the scales, and for test rows. "One fold" is the first of them; the other lines are three together (the mean
-of logarithms). Test rows are all different ones, but those of `digits` show each of its test pictures several times,
-with other wrong choices. Those pictures have three tokens a side, and the folds have seen no other size. "Trained on
-sizes" is one more run of the first fold: on the same pictures with eight tokens a side, changed by up to an eighth in
+The tiny base learns the sets of vqa_sft/lab/ablation.py in three folds, by recipes/demo.yaml with its defaults. Every
+way is recipes/predict.py: for the rows out of fold, on which `vqa-sft calibrate` finds a temperature for these views
+and weights of the scales, and for test rows. "One fold" is the first of them; the other lines are three together (the
+mean of logarithms). Test rows are all different ones, but those of `digits` show each of its test images several times,
+with other wrong choices. Those images have three tokens a side, and the folds have seen no other size. "Trained on
+sizes" is one more run of the first fold: on the same images with eight tokens a side, changed by up to an eighth in
 training, for twice as long; it is compared to its own first line. "Equal weights" is what scales give without
-calibrate.
-
-Brackets hold the middle 95% of 1,000 resamples of the rows; a difference to one order of one fold compares the same
-rows, both calibrated or both not.
+calibrate. Brackets hold the middle 95% of 1,000 resamples of the rows; a difference to one order of one fold compares
+the same rows, both calibrated or both not.
 """
 
 import argparse
@@ -53,7 +51,7 @@ VIEWS: dict[str, list[str]] = {
 }
 FIRST = "one order"
 FOLDS, SIZED = "run", "run_sized"
-LARGE = "large"  # folder of the large pictures
+LARGE = "large"  # folder of the large images
 # The tower learns the sizes too.
 SIZES = {"image_augmentation": 0.125, "min_pixels": LARGE_PX**2 // 2, "max_pixels": LARGE_PX**2 * 2}
 SIZES |= {"adapt_tower": True, "cache_image_features": False}
@@ -131,13 +129,13 @@ def write_rows(folder: Path, task: TaskSet, num_rows: int) -> None:
 
 
 def enlarge(folder: Path, output: Path) -> None:
-    """The same rows with larger pictures."""
+    """The same rows with larger images."""
     (output / "images").mkdir(parents=True, exist_ok=True)
     for name in ("train.csv", "test.csv", "folds.csv"):
         shutil.copy(folder / name, output)
     for path in sorted((folder / "images").iterdir()):
-        with Image.open(path) as picture:
-            picture.resize((LARGE_PX, LARGE_PX), Image.Resampling.BICUBIC).save(output / "images" / path.name)
+        with Image.open(path) as image:
+            image.resize((LARGE_PX, LARGE_PX), Image.Resampling.BICUBIC).save(output / "images" / path.name)
 
 
 def _unturned(folder: Path) -> list[dict]:

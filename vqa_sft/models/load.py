@@ -62,7 +62,7 @@ def load_processor(
     revision: str = "main",
     trust_remote_code: bool = False,
 ) -> ProcessorMixin:
-    """The model's processor, padding on the right, with limits on the pixels (width x height) of one picture.
+    """The model's processor, padding on the right, with limits on the pixels (width x height) of one image.
 
     Padding stands on the right so that a prompt has the same positions alone and in a batch.
     """
@@ -71,7 +71,7 @@ def load_processor(
     except LOADING_ERRORS as error:
         raise _cannot_load(name, error) from error
     if not isinstance(processor, ProcessorMixin):
-        raise InputError(f"{name} has no processor for pictures and text; got {type(processor).__name__}.")
+        raise InputError(f"{name} has no processor for images and text; got {type(processor).__name__}.")
     _limit_pixels(processor, name, min_pixels, max_pixels)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "right"
@@ -89,7 +89,7 @@ def _limit_pixels(processor: ProcessorMixin, name: str, min_pixels: int | None, 
     # Qwen-VL keeps pixel counts under these two names, in this release of transformers.
     low, high = getattr(size, "shortest_edge", None), getattr(size, "longest_edge", None)
     if not hasattr(processor.image_processor, "merge_size") or low is None or high is None:
-        raise InputError(f"{name} shows every picture at a size of its own ({size}); remove min_pixels and max_pixels.")
+        raise InputError(f"{name} shows every image at a size of its own ({size}); remove min_pixels and max_pixels.")
     limits = {"shortest_edge": min_pixels or min(low, max_pixels), "longest_edge": max_pixels or max(high, min_pixels)}
     processor.image_processor.size = limits
 
@@ -179,7 +179,7 @@ def load_model(
 def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: PreTrainedConfig) -> BitsAndBytesConfig | None:
     """TRL's 4- or 8-bit settings, computing in `dtype`, with everything but the language model left as it is.
 
-    The picture tower is small and hurt most by rounding; `lm_head` must be named once a list is given.
+    The vision tower is small and hurt most by rounding; `lm_head` must be named once a list is given.
     """
     quantization = get_quantization_config(model_args)
     if quantization is None:
@@ -191,7 +191,7 @@ def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: PreTraine
     kept = names_beside_decoder(model)
     if not kept:
         raise InputError(
-            f"the picture tower of {type(model).__name__} does not stand beside its language model, so a 4- or 8-bit "
+            f"the vision tower of {type(model).__name__} does not stand beside its language model, so a 4- or 8-bit "
             "base would round it too. Remove load_in_4bit and load_in_8bit."
         )
     quantization.llm_int8_skip_modules = [*kept, "lm_head"]
@@ -248,7 +248,7 @@ def decoder_name(model: PreTrainedModel) -> str:
 
 
 def names_beside_decoder(model: PreTrainedModel) -> list[str]:
-    """The picture tower and what connects it: everything that stands beside the language model."""
+    """The vision tower and what connects it: everything that stands beside the language model."""
     parent, _, name = decoder_name(model).rpartition(".")
     children = [child for child, _ in model.get_submodule(parent).named_children() if child not in (name, "lm_head")]
     return [f"{parent}.{child}".lstrip(".") for child in children]
@@ -260,7 +260,7 @@ def vision_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
 
 
 def vision_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Names of the linear layers of the picture tower's blocks, and of what leads from them to the language model: a
+    """Names of the linear layers of the vision tower's blocks, and of what leads from them to the language model: a
     projector, or the mergers that stand inside the tower (Qwen-VL)."""
     beside = {part: dict(model.get_submodule(part).named_modules(prefix=part)) for part in names_beside_decoder(model)}
     modules = {name: module for part in beside.values() for name, module in part.items()}
@@ -281,9 +281,9 @@ def lora_config(
 ) -> LoraConfig | None:
     """TRL's LoRA settings; by default every linear layer of the language model is adapted, routers of experts left out
     (experts that are no linear layers of their own, as in Qwen3-VL-MoE, are not adapted either), and if asked for
-    those of the picture tower's blocks and of its merger or projector.
+    those of the vision tower's blocks and of its merger or projector.
 
-    The usual bare names (q_proj, ..., down_proj) would also hit the picture tower's MLP in Qwen2.5-VL, which costs
+    The usual bare names (q_proj, ..., down_proj) would also hit the vision tower's MLP in Qwen2.5-VL, which costs
     its backward pass and makes its output change during training.
     """
     config = get_peft_config(model_args)

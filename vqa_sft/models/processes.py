@@ -62,9 +62,9 @@ def has_own_optimizer() -> bool:
     return "optimizer" in (deepspeed_config() or {})
 
 
-def check_pictures(parts: Iterable[Dataset], *, trains_vision: bool = False) -> None:
-    """Raises InputError where rows have no picture and weights are spread over processes: a process whose rows have
-    none would not fetch the picture tower's, for which the others wait. Where that is trained, the same holds for its
+def check_images(parts: Iterable[Dataset], *, trains_vision: bool = False) -> None:
+    """Raises InputError where rows have no image and weights are spread over processes: a process whose rows have
+    none would not fetch the vision tower's, for which the others wait. Where that is trained, the same holds for its
     gradients, which DeepSpeed's stage 2 does not search for."""
     if not (shards_weights() or (trains_vision and is_sharded())):
         return
@@ -73,8 +73,8 @@ def check_pictures(parts: Iterable[Dataset], *, trains_vision: bool = False) -> 
         bare = [row["id"] for row in rows if not row["images"]]
         if bare:
             raise InputError(
-                "FSDP and DeepSpeed's stage 3 (stage 2 where the picture tower or its merger is trained) need a "
-                f"picture in every row; there is none in {name_rows(bare, len(part))}. Take "
+                "FSDP and DeepSpeed's stage 3 (stage 2 where the vision tower or its merger is trained) need a "
+                f"image in every row; there is none in {name_rows(bare, len(part))}. Take "
                 "accelerate_configs/multi_gpu.yaml, or leave those rows out."
             )
 

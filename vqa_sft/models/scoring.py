@@ -26,7 +26,7 @@ from vqa_sft.data.references import count_free
 from vqa_sft.errors import InputError, explains
 from vqa_sft.letters import LETTERS, view_orders
 from vqa_sft.models.adapters import Adapters
-from vqa_sft.models.fast.feature_store import encoder_outputs, picture_inputs, run_tower
+from vqa_sft.models.fast.feature_store import encoder_outputs, run_tower, vision_inputs
 from vqa_sft.models.fast.packing import supervised_positions
 from vqa_sft.models.load import DTYPES
 
@@ -149,7 +149,7 @@ def average_views(views: Sequence[Sequence[float]], how: str = "mean") -> tuple[
 @dataclass
 class Scored:
     """Some rows of the data, scored by R runs: their numbers there, of each row R lists of choice logits in dataset
-    order, averaged over its views, R shares of the views that agree with them, and of several picture scales R times S
+    order, averaged over its views, R shares of the views that agree with them, and of several image scales R times S
     lists of choice logits, averaged over the views of each; of one none."""
 
     rows: list[int]
@@ -159,10 +159,10 @@ class Scored:
 
 
 def plan_batches(examples: datasets.Dataset, views: str | int, batch_size: int) -> list[list[int]]:
-    """Numbers of rows that are scored together, `batch_size` views of rows of the most views; rows with one picture
+    """Numbers of rows that are scored together, `batch_size` views of rows of the most views; rows with one image
     stand beside each other, for they share it."""
     num_rows = max(1, batch_size // _most_views(examples, views))
-    order = same_pictures_together(examples)
+    order = same_images_together(examples)
     return [order[start : start + num_rows] for start in range(0, len(order), num_rows)]
 
 
@@ -176,8 +176,8 @@ def _most_views(examples: datasets.Dataset, views: str | int) -> int:
     return max(counts, default=1)
 
 
-def same_pictures_together(examples: datasets.Dataset) -> list[int]:
-    """Numbers of the rows, those with the same picture paths after the first of them, else in their order."""
+def same_images_together(examples: datasets.Dataset) -> list[int]:
+    """Numbers of the rows, those with the same image paths after the first of them, else in their order."""
     first: dict[tuple, int] = {}
     places = []
     for number, images in enumerate(examples["images"]):
@@ -189,7 +189,7 @@ def same_pictures_together(examples: datasets.Dataset) -> list[int]:
 
 
 class Views:
-    """Rows -> a batch from each of several collators: the scales of their pictures."""
+    """Rows -> a batch from each of several collators: the scales of their images."""
 
     def __init__(self, collators: Sequence[AnswerCollator]) -> None:
         self.collators = collators
@@ -253,10 +253,10 @@ def letter_logits_of_runs(
     adapters: Adapters | None,
     runs: Sequence[int],
 ) -> list[torch.Tensor]:
-    """(B, L) by each run; pictures go through a tower that they share once."""
+    """(B, L) by each run; images go through a tower that they share once."""
     is_packed = "cu_seq_lens_q" in batch and "pixel_values" in batch
     if is_packed and adapters is not None and len(runs) > 1 and adapters.share_tower:
-        inputs = picture_inputs(batch)
+        inputs = vision_inputs(batch)
         batch = {name: value for name, value in batch.items() if name not in inputs}
         batch["image_features"] = run_tower(adapters.base, inputs, precision)
         batch["image_grid_thw"] = inputs["image_grid_thw"]

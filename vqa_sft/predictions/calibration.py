@@ -5,7 +5,7 @@ section 4.2), and with a bias its vector scaling with one temperature for all. A
 is above 1 where a model is too sure of itself. What `vqa-sft calibrate` finds stands in calibration.json of the run
 folder, one entry for each way of scoring (orders, scales, average): more views make a model less sure of itself.
 
-Pictures at several scales are weighed: equally or with learned weights, where that lowers the NLL of rows that it was
+Images at several scales are weighed: equally or with learned weights, where that lowers the NLL of rows that it was
 not learned on, else by the scale nearest to that of training alone. A model reads other sizes than it was trained on
 worse, and how much worse nobody knows beforehand.
 """

@@ -6,12 +6,12 @@ A prediction file is Parquet, in the row order of the data:
     choice_logits  log-probabilities of the row's own choices, averaged over views; dataset order, ragged, no -inf.
                    Never tempered: what the model said, whatever is made of it later
     answer         null where unknown
-    blanked        answered without a picture that could not be used
+    blanked        answered without an image that could not be used
     agreement      share of the row's views whose best choice is the averaged best one (of an ensemble: the share of the
                    weights); null where unknown, and files without the column are read too. Scales count equally in it
     digest         of the row's question, choices and images (`digests_of`), whatever its id: rows of two files are the
                    same where id and digest agree; null where unknown, and files without the column are read too
-    scale_logits   only where pictures were scored at several scales by one run: of each scale, in the order of `scales`
+    scale_logits   only where images were scored at several scales by one run: of each scale, in the order of `scales`
                    in the metadata, what `choice_logits` are of all. Those weigh the scales equally
 
 Its metadata say what made it. Under "answers" they say how the data of the run write their answers (`answers_as`): a

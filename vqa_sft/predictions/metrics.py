@@ -100,7 +100,7 @@ def bootstrap(
     """The middle 95% of every one of `full_metrics` over rows drawn anew with replacement (Efron 1979, the percentile
     interval).
 
-    Rows count as independent; several questions about one picture are not quite. ECE is an average of absolute values:
+    Rows count as independent; several questions about one image are not quite. ECE is an average of absolute values:
     chance alone makes it larger, in a resample more so, and of a well-calibrated model its interval lies high.
     """
     rng = np.random.default_rng(seed)

@@ -1,4 +1,4 @@
-"""Several sets of probabilities for the same rows, of models or of picture scales -> one set. numpy and scipy only.
+"""Several sets of probabilities for the same rows, of models or of image scales -> one set. numpy and scipy only.
 
     experts (M sets, N rows, C choices), 0 where a row has fewer choices; weights (M,), none below 0 and 1 together
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from vqa_sft.data.check import Report, Skew, count_cut, formats, quantiles, sizes
 from vqa_sft.data.folds import Deviation
-from vqa_sft.data.images import Picture, open_image
+from vqa_sft.data.images import ImageFacts, open_image
 from vqa_sft.data.problems import KINDS
 from vqa_sft.data.question_types import TYPES
 from vqa_sft.errors import name_rows, printable
@@ -25,7 +25,7 @@ from vqa_sft.letters import LETTERS
 NUM_SAMPLES = (48, 12)  # rows on the wall of the training rows, and of the others
 NUM_PROBLEMS = (24, 12)  # rows that are shown for their problems
 _PER_KIND = 3
-_THUMBNAIL_PX = (256, 128)  # one picture, one of several
+_THUMBNAIL_PX = (256, 128)  # one image, one of several
 _MAX_THUMBNAILS = 4
 _MAX_CHARS = 600
 PAGE_START = "<!DOCTYPE html>\n<!-- Written by vqa-sft check -->\n"
@@ -60,7 +60,7 @@ def say_near(report: Report) -> str:
         return "nearly equal ones were not looked for"
     if not groups:
         return "no two nearly alike"
-    return f"{sum(groups):,} in {len(groups):,} groups of nearly the same picture, the largest of {groups[0]:,}"
+    return f"{sum(groups):,} in {len(groups):,} groups of nearly the same image, the largest of {groups[0]:,}"
 
 
 def say_tokens(report: Report) -> str:
@@ -92,7 +92,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _formats(report: Report) -> str:
-    return ", ".join(f"{name}: {count:,}" for name, count in formats(report.pictures).items())
+    return ", ".join(f"{name}: {count:,}" for name, count in formats(report.images).items())
 
 
 def _shares(counts: dict, total: int) -> str:
@@ -118,9 +118,9 @@ def _describe(report: Report) -> Iterator[str]:
         lines.append(("", say_skew(report.skew)))
     lines.append(("choices a row", _shares(report.num_choices, report.num_rows)))
     lines.append(("question types", _shares(report.question_types, report.num_rows)))
-    lines.append(("pictures a row", _shares(report.pictures_per_row, report.num_rows)))
-    lines.append(("pictures", f"{len(report.pictures):,} different; {say_near(report)}"))
-    if formats(report.pictures):
+    lines.append(("images a row", _shares(report.images_per_row, report.num_rows)))
+    lines.append(("images", f"{len(report.images):,} different; {say_near(report)}"))
+    if formats(report.images):
         lines.append(("", _formats(report)))
     lines.append(("tokens", say_tokens(report).removeprefix("Tokens were ")))
     text = [f"  {name:<16}{value}" for name, value in lines]
@@ -150,7 +150,7 @@ def _quantile_rows(report: Report) -> list[tuple[str, dict[str, str]]]:
         "height, px": ("height_px", "{:,}"),
         "megapixels": ("megapixels", "{:.2f}"),
     }
-    values = sizes(report.pictures)
+    values = sizes(report.images)
     rows = [(name, quantiles(values[key]), style) for name, (key, style) in measures.items()]
     rows += [("tokens", quantiles(report.tokens), "{:,}")] if report.tokens is not None else []
     return [
@@ -175,7 +175,7 @@ def describe_folds(folds: Sequence[int], groups: Sequence[int], deviation: Devia
     lines += [f"{fold:>6}{counts[fold]:>10,}{held[fold]:>10,}" for fold in sorted(counts, key=lambda f: (f < 0, f))]
     lines.append("")
     lines.append(
-        f"{len(folds):,} rows in {len(sizes_of_groups):,} groups that show the same picture, or nearly the same;"
+        f"{len(folds):,} rows in {len(sizes_of_groups):,} groups that show the same image, or nearly the same;"
     )
     if repeated:
         lines[-1] += f" {len(repeated):,} have several rows, the largest {max(repeated):,}."
@@ -207,8 +207,8 @@ class Card:
     context: str
     choices: list[tuple[str, str, bool]]  # letter, text, is the answer
     problems: list[tuple[str, str]]  # severity, what is wrong
-    pictures: list[tuple[str | None, str]]  # data address, or None and the reason
-    num_more: int  # pictures that are not shown
+    images: list[tuple[str | None, str]]  # data address, or None and the reason
+    num_more: int  # images that are not shown
 
 
 def write_page(path: str | Path, reports: Sequence[Report]) -> None:
@@ -268,12 +268,12 @@ def _facts(report: Report) -> Iterator[str]:
         yield "No row has an answer."
     if len(report.num_choices) == 1:
         yield f"Every question has {next(iter(report.num_choices))} choices."
-    if len(report.pictures_per_row) == 1:
-        number = next(iter(report.pictures_per_row))
-        yield f"Every row has {'one' if number == 1 else number or 'no'} picture{'s' * (number > 1)}."
+    if len(report.images_per_row) == 1:
+        number = next(iter(report.images_per_row))
+        yield f"Every row has {'one' if number == 1 else number or 'no'} image{'s' * (number > 1)}."
     named = _formats(report)
     if named:
-        yield f"{_count(len(report.pictures), 'different picture')} ({named}); {say_near(report)}."
+        yield f"{_count(len(report.images), 'different image')} ({named}); {say_near(report)}."
     if report.tokens is None or not len(report.tokens):
         yield say_tokens(report)
 
@@ -318,12 +318,12 @@ def choose_samples(report: Report, limit: int) -> list[tuple[str, list[int]]]:
 def _card(report: Report, row: int, problems_of: dict[int, dict[str, str]]) -> Card:
     example, number = report.loaded.examples[row], report.loaded.numbers[row]
     problems = problems_of.get(number, {})
-    facts = [report.scan.pictures[i] for i in report.scan.of_row[row]]
-    pictures = list(zip(example["images"], facts, strict=True))[:_MAX_THUMBNAILS]
+    facts = [report.scan.images[i] for i in report.scan.of_row[row]]
+    images = list(zip(example["images"], facts, strict=True))[:_MAX_THUMBNAILS]
     if "path_outside" in problems:  # what the recipe does not allow to be read is not shown to whoever gets the page
         thumbnails = [(None, KINDS["path_outside"].what)]
     else:
-        thumbnails = [_make_thumbnail(*picture, _THUMBNAIL_PX[len(facts) > 1]) for picture in pictures]
+        thumbnails = [_make_thumbnail(*image, _THUMBNAIL_PX[len(facts) > 1]) for image in images]
     return Card(
         example["id"] or f"number {number}",
         example["question_type"],
@@ -335,17 +335,17 @@ def _card(report: Report, row: int, problems_of: dict[int, dict[str, str]]) -> C
         ],
         [(KINDS[kind].severity, text) for kind, text in problems.items()],
         thumbnails,
-        len(facts) - len(pictures),
+        len(facts) - len(images),
     )
 
 
-def _make_thumbnail(image: dict, facts: Picture, size: int) -> tuple[str | None, str]:
-    if facts.problem not in (None, "long_picture"):
+def _make_thumbnail(image: dict, facts: ImageFacts, size: int) -> tuple[str | None, str]:
+    if facts.problem not in (None, "long_image"):
         return None, KINDS[facts.problem].what
-    picture = open_image(image)
-    picture.thumbnail((size, size))
+    thumbnail = open_image(image)
+    thumbnail.thumbnail((size, size))
     file = io.BytesIO()
-    picture.save(file, format="JPEG", quality=75)
+    thumbnail.save(file, format="JPEG", quality=75)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}", f"{facts.width} x {facts.height}"
 
 
@@ -364,16 +364,16 @@ def _plots(report: Report) -> Iterator[tuple[str, Markup]]:
     types = report.question_types
     name, count = next(iter(types.items()))
     yield f"The commonest question type is {name}: {count / report.num_rows:.0%}.", _bars(types, lying=True)
-    for counts, what in ((report.num_choices, "choices"), (report.pictures_per_row, "pictures a row")):
+    for counts, what in ((report.num_choices, "choices"), (report.images_per_row, "images a row")):
         if len(counts) > 1:
             number = max(counts, key=counts.get)
             yield f"The commonest number of {what} is {number}: {counts[number] / report.num_rows:.0%}.", _bars(counts)
-    sides = sizes(report.pictures)
+    sides = sizes(report.images)
     if len(sides["width_px"]):
         width, height = (quantiles(sides[key])["median"] for key in ("width_px", "height_px"))
         yield (
-            f"Half of the pictures are wider than {width:,} pixels, and half are higher than {height:,}.",
-            _histogram({"width": sides["width_px"], "height": sides["height_px"]}, "pixels", "pictures"),
+            f"Half of the images are wider than {width:,} pixels, and half are higher than {height:,}.",
+            _histogram({"width": sides["width_px"], "height": sides["height_px"]}, "pixels", "images"),
         )
     if report.tokens is not None and len(report.tokens):
         yield f"{say_tokens(report)}.", _histogram({"": report.tokens}, "tokens", "rows", mark=report.max_length)

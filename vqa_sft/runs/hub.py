@@ -49,7 +49,7 @@ def _card_text(folder: Path, run: dict[str, Any], metrics: dict[str, float], is_
     rows = "\n".join(f"| {key} | {metrics[key]:.4f} |" for key in ("accuracy", "nll", "ece") if key in metrics)
     return f"""# {name}
 
-`{base}`, fine-tuned with vqa-sft to answer multiple-choice questions about pictures
+`{base}`, fine-tuned with vqa-sft to answer multiple-choice questions about images
 by the letter of the right choice. Trained on {trained_on}.
 
 ## Validation
@@ -74,7 +74,7 @@ processor = AutoProcessor.from_pretrained(folder)
 
 System: `{run["prompts"]["system"]}`
 
-User, after the picture: `{run["prompts"]["user"]!r}`, each choice as `{run["prompts"]["choice"]!r}`.
+User, after the image: `{run["prompts"]["user"]!r}`, each choice as `{run["prompts"]["choice"]!r}`.
 {of_types}
 ## Recipe
 

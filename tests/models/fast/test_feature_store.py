@@ -1,4 +1,4 @@
-"""Features from disk against the tower's own: the same rows, the same logits, the same gradients, no picture opened."""
+"""Features from disk against the tower's own: the same rows, the same logits, the same gradients, no image opened."""
 
 import errno
 import pickle
@@ -27,13 +27,13 @@ from vqa_sft.predictions.file import read_predictions
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """The cache of this test alone."""
-    monkeypatch.setattr(cache, "cache_path", lambda: tmp_path / "home" / "pictures.sqlite")
+    monkeypatch.setattr(cache, "cache_path", lambda: tmp_path / "home" / "images.sqlite")
     return tmp_path / "home" / "features"
 
 
 @pytest.fixture
 def opened(monkeypatch):
-    """The pictures that collators opened, in this process."""
+    """The images that collators opened, in this process."""
     paths = []
     open_image = collators.open_image
     monkeypatch.setattr(collators, "open_image", lambda image: paths.append(image["path"]) or open_image(image))
@@ -45,7 +45,7 @@ def files(home):
 
 
 def collators_of(model, processor, precision="fp32", blank=None):
-    """A collator that opens pictures and one that has a store, still empty; the tower is sped up and frozen."""
+    """A collator that opens images and one that has a store, still empty; the tower is sped up and frozen."""
     packer = speed.pack_rows(model.get_base_model(), precision)
     store = cache.open_store(model, processor, packer, precision)
     speed.speed_up(model)
@@ -58,21 +58,21 @@ def fill(model, collator, rows, precision="fp32", batch_size=2, num_workers=0):
 
 @pytest.fixture
 def contest(contest):
-    """With pictures that are all different, so that they are easily counted."""
+    """With images that are all different, so that they are easily counted."""
     for i, path in enumerate(sorted(contest.glob("images/*.png"))):
-        picture = Image.open(path)
-        picture.putpixel((i, 0), (0, 0, 0))
-        picture.save(path)
+        drawn_image = Image.open(path)
+        drawn_image.putpixel((i, 0), (0, 0, 0))
+        drawn_image.save(path)
     return contest
 
 
-def test_features_from_disk_give_the_logits_and_gradients_of_pictures(road, opened):  # noqa: F811
+def test_features_from_disk_give_the_logits_and_gradients_of_images(road, opened):  # noqa: F811
     model, processor, letter_ids, rows = road
     by_pixels, by_features = collators_of(model, processor)
     fill(model, by_features, rows)
     opened.clear()
     pixels, features = by_pixels(rows), by_features(rows)
-    assert len(opened) == 5  # rows 0 to 4 show 1, 1, 0, 2 and 1 pictures
+    assert len(opened) == 5  # rows 0 to 4 show 1, 1, 0, 2 and 1 images
     assert "pixel_values" not in features and not any(name.endswith("window_index") for name in features)
     assert features["ids"] == pixels["ids"]
     for name in features.keys() - {"image_features", "ids"}:
@@ -95,7 +95,7 @@ def test_features_in_half_precision_are_those_that_the_tower_gives(road):  # noq
     torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.05)
     images = {name: value for name, value in pixels.items() if name == "pixel_values" or name.startswith("image_")}
     by_tower = cache.run_tower(model.get_base_model(), images, "bf16")
-    # Which pictures share a batch changes how a product is cut into blocks, and so the last bit.
+    # Which images share a batch changes how a product is cut into blocks, and so the last bit.
     torch.testing.assert_close(features["image_features"], by_tower, atol=0.02, rtol=0.02)
 
 
@@ -113,11 +113,11 @@ def test_training_orders_and_left_padding_stay_as_they_are(road):  # noqa: F811
         assert torch.equal(plain(rows)[name], stored(rows)[name])
 
 
-def test_a_second_run_computes_nothing_and_opens_no_picture(road, opened, capsys, monkeypatch):  # noqa: F811
+def test_a_second_run_computes_nothing_and_opens_no_image(road, opened, capsys, monkeypatch):  # noqa: F811
     model, processor, _, rows = road
     _, collator = collators_of(model, processor)
     fill(model, collator, rows, num_workers=2)
-    assert "features of 4 pictures, 4 computed, 0 found" in capsys.readouterr().out
+    assert "features of 4 images, 4 computed, 0 found" in capsys.readouterr().out
     monkeypatch.setattr(cache, "run_tower", lambda *args: pytest.fail("the tower ran"))
     _, again = collators_of(model, processor)
     assert again.features.folder == collator.features.folder
@@ -126,14 +126,14 @@ def test_a_second_run_computes_nothing_and_opens_no_picture(road, opened, capsys
     opened.clear()
     fill(model, again, rows)
     again(rows)
-    assert not opened and "features of 4 pictures, 0 computed, 4 found" in capsys.readouterr().out
+    assert not opened and "features of 4 images, 0 computed, 4 found" in capsys.readouterr().out
     rows[0]["images"][0] = rows[0]["images"][0] | {"bytes": Path(rows[0]["images"][0]["path"]).read_bytes()}
     again(rows)
-    assert not opened  # the same bytes are the same picture
+    assert not opened  # the same bytes are the same image
     assert len(pickle.dumps(again.features)) < 1000
 
 
-@pytest.mark.parametrize("damage", ["cut off", "empty", "other bytes", "another picture's", "gone"])
+@pytest.mark.parametrize("damage", ["cut off", "empty", "other bytes", "another image's", "gone"])
 def test_a_damaged_file_is_noticed_and_computed_again(road, home, opened, capsys, damage):  # noqa: F811
     model, processor, _, rows = road
     by_pixels, collator = collators_of(model, processor)
@@ -249,10 +249,10 @@ def predict(run, contest, output, *more):
     return output.read_text(), read_predictions(output.with_suffix(".parquet")).choice_logits
 
 
-def test_a_picture_that_is_blanked_has_features_too(families, contest, sft, tmp_path, opened):
+def test_a_image_that_is_blanked_has_features_too(families, contest, sft, tmp_path, opened):
     run = sft(families("qwen2_5_vl"), tmp_path / "run", max_steps=1, cache_image_features=True)
     plain = sft(families("qwen2_5_vl"), tmp_path / "plain", max_steps=1)
-    (contest / "images/003.png").write_bytes(b"no picture")
+    (contest / "images/003.png").write_bytes(b"no image")
     (contest / "images/004.png").unlink()
     opened.clear()
     ours = predict(run, contest, tmp_path / "ours.csv", "--on_bad_row", "guess")
@@ -283,7 +283,7 @@ def test_a_disk_that_takes_no_features_costs_time_and_no_run(
         home.write_text("a file where the folder should be")
     run = sft(families("qwen2_5_vl"), tmp_path / "run", max_steps=2, cache_image_features=True)
     printed = capsys.readouterr()
-    assert printed.out.count("Speed: pictures go through the tower every time") == 1
+    assert printed.out.count("Speed: images go through the tower every time") == 1
     assert "Traceback" not in printed.out + printed.err
     assert (run / "run.json").is_file() and not [path for path in files(home) if path != home]
     assert len(predict(run, contest, tmp_path / "out.csv")[1]) == 24
@@ -300,10 +300,10 @@ def test_what_cannot_be_cached_is_refused(families, contest, sft, tmp_path, caps
     refused("remove use_peft: false", use_peft=False)
     refused("remove fast: false", fast=False)
     refused("this model is llava", model=families("llava"))
-    refused("needs a picture tower that stays as it is", lora_target_modules="all-linear")
+    refused("needs a vision tower that stays as it is", lora_target_modules="all-linear")
 
 
-def test_pictures_are_computed_once_however_many_rows_show_them(families, contest, sft, tmp_path, home, opened):
+def test_images_are_computed_once_however_many_rows_show_them(families, contest, sft, tmp_path, home, opened):
     rows = [row | {"path": f"images/{i % 5:03d}.png"} for i, row in enumerate(rows_of(contest))]
     write_csv(contest / "train.csv", rows)
     (contest / "images/001.png").write_bytes((contest / "images/000.png").read_bytes())
@@ -323,11 +323,11 @@ def test_the_estimate_of_the_disk_space_is_what_the_features_take(road, home, ca
         assert cache._num_values(collator, config, rows, place) == features.numel()
 
 
-def test_a_picture_that_nobody_checked_is_named_when_it_cannot_be_read(families, contest, sft, tmp_path, capsys):
-    (contest / "images/007.png").write_bytes(b"no picture")
+def test_a_image_that_nobody_checked_is_named_when_it_cannot_be_read(families, contest, sft, tmp_path, capsys):
+    (contest / "images/007.png").write_bytes(b"no image")
     for workers in (0, 2):
         values = {"check_images": False, "dataloader_num_workers": workers, "cache_image_features": True}
         with pytest.raises(SystemExit) as stop:
             sft(families("qwen2_5_vl"), tmp_path / "run", **values)
         error = capsys.readouterr().err
-        assert stop.value.code == 2 and "the picture of row row_007" in error and "Traceback" not in error
+        assert stop.value.code == 2 and "the image of row row_007" in error and "Traceback" not in error

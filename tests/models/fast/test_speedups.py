@@ -21,11 +21,11 @@ PACKED = ("qwen2_5_vl", "qwen3_vl")
 
 @pytest.fixture(params=PACKED)
 def road(request, families, contest):
-    """A model with a LoRA that does something, its processor, letter ids, and rows of many lengths and pictures."""
+    """A model with a LoRA that does something, its processor, letter ids, and rows of many lengths and images."""
     folder = families(request.param)
     examples, _ = load_examples(str(contest / "train.csv"))
     rows = [examples[i] for i in range(5)]
-    rows[1] = rows[1] | {"question": "Which of these is the colour of the square that stands in the picture?"}
+    rows[1] = rows[1] | {"question": "Which of these is the colour of the square that stands in the image?"}
     rows[2] = rows[2] | {"images": []}
     rows[3] = rows[3] | {"images": rows[3]["images"] + rows[0]["images"]}
     processor = load_processor(folder)
@@ -69,16 +69,16 @@ def test_tokens_that_all_rows_begin_with_stand_once(road):
     plain = AnswerCollator(processor, Prompts(), 4)
     packed = AnswerCollator(processor, Prompts(), 4, packer=speed.pack_rows(model.get_base_model(), "fp32"))
     system = processor.tokenizer(render_prompt(processor, rows[2], range(4), Prompts()).split(rows[2]["question"])[0])
-    packed.shares_pictures = False  # as in training
+    packed.shares_images = False  # as in training
     batch = packed(rows)
     places, own, copies = batch["shared_prefix"]
-    # Up to the user's turn, for one of the rows has no picture.
+    # Up to the user's turn, for one of the rows has no image.
     assert copies.shape == (5, len(system["input_ids"])) and copies.shape[1] > 10
     assert batch["input_ids"].numel() == plain(rows)["attention_mask"].sum() - 4 * copies.shape[1]
     assert torch.equal(places[own], torch.arange(len(own)))
-    # One prompt three times: shared up to its picture, or else up to the answer position.
-    up_to_picture, up_to_answer = copies.shape[1] + 1, int(plain(rows[2:3])["answer_positions"])
-    for same, num_shared in (([rows[0]] * 3, up_to_picture), ([rows[2]] * 3, up_to_answer)):
+    # One prompt three times: shared up to its image, or else up to the answer position.
+    up_to_image, up_to_answer = copies.shape[1] + 1, int(plain(rows[2:3])["answer_positions"])
+    for same, num_shared in (([rows[0]] * 3, up_to_image), ([rows[2]] * 3, up_to_answer)):
         batch, padded = packed(same), plain(same)
         assert batch["shared_prefix"][2].shape == (3, num_shared)
         assert_same(gradients_of(model, batch, letter_ids), gradients_of(model, padded, letter_ids))
@@ -89,12 +89,12 @@ def test_a_padded_mlp_gives_the_features_of_its_own_width(road):
     model, processor, _, rows = road
     tower = model.get_base_model().model.visual
     batch = AnswerCollator(processor, Prompts(), 4)(rows)
-    pictures = batch["pixel_values"], batch["image_grid_thw"]
+    images = batch["pixel_values"], batch["image_grid_thw"]
     with torch.no_grad():
-        expected = tower(*pictures).pooler_output
+        expected = tower(*images).pooler_output
         widths = [vision.pad_mlp(module) for module in tower.modules()]
         assert {None, (52, 64)} >= set(widths) and vision.embed_patches_by_product(tower)
-        torch.testing.assert_close(tower(*pictures).pooler_output, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tower(*images).pooler_output, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "traced"])

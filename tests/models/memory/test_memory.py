@@ -105,7 +105,7 @@ def test_a_peak_reserved_by_the_recipe_of_7b_is_that_of_the_documents():
     assert need_gib(shape_of(B7), plan) == pytest.approx(37.7, rel=0.03)
 
 
-# Recipes as they stand, with pictures of mixed sizes that reach their limit and texts of about 105 tokens.
+# Recipes as they stand, with images of mixed sizes that reach their limit and texts of about 105 tokens.
 AS_THEY_STAND = [
     (B7, 16, Plan(8, eval_batch=16, checkpointing=True, max_pixels=448 * 448), 19.4),  # scienceqa
     (B3, 16, Plan(4, eval_batch=8, checkpointing=True, max_pixels=401408), 10.0),  # mmbench
@@ -266,9 +266,9 @@ def shape_of_small(name, how):
 # --- what follows from what -------------------------------------------------------------------------------------------
 
 
-def test_more_rows_pixels_text_pictures_and_rank_need_more():
+def test_more_rows_pixels_text_images_and_rank_need_more():
     shape, plan = shape_of(B7), Plan(4, eval_batch=4, max_pixels=448 * 448)
-    for name in ("micro_batch", "max_pixels", "text_tokens", "pictures"):
+    for name in ("micro_batch", "max_pixels", "text_tokens", "images"):
         needs = [need_gib(shape, replace(plan, **{name: factor * getattr(plan, name)})) for factor in range(1, 9)]
         assert needs == sorted(needs) and needs[0] < needs[-1]
     assert need_gib(shape_of(B7, rank=16), plan) < need_gib(shape, plan)
@@ -521,7 +521,7 @@ def test_what_auto_batch_chooses_is_what_the_trainer_does(families, sft, tmp_pat
     sft(families("qwen2_5_vl"), tmp_path / "run", auto_batch=True, **values)
     assert "chosen" in capsys.readouterr().out and seen["recomputes"] and seen["rows"] == (2, 4, 3)
     plan = seen["plan"]
-    assert (plan.micro_batch, plan.pictures, plan.attention, plan.compiled) == (8, 1, "repeated", False)
+    assert (plan.micro_batch, plan.images, plan.attention, plan.compiled) == (8, 1, "repeated", False)
     assert 20 < plan.text_tokens < 300 and plan.max_pixels < 1000 * 1000
 
 

@@ -6,7 +6,7 @@ With a `shared_prefix` (packing.py) the tokens that all rows begin with stand on
 out for the attention alone.
 
 Registered with transformers' AttentionInterface under two names, so that no forward of the libraries is replaced. The
-picture tower asks for `TOWER`, whose name holds "flash": then the library makes one call a layer, where it else loops
+vision tower asks for `TOWER`, whose name holds "flash": then the library makes one call a layer, where it else loops
 over windows in Python, hundreds of calls a layer. On a GPU of compute capability 8.0 or newer, in half precision, the
 call goes to `torch.nn.attention.varlen`; elsewhere to one sdpa call for all rows of one length. Without `cu_seq_lens_q`
 it is the library's own sdpa, masks and all. Goes when the library's sdpa learns `cu_seq_lens`.
@@ -136,7 +136,7 @@ def _by_length(
     num_heads, num_tokens, head_dim = query.shape[1:]
     outputs, places = [], []
     for length, starts in _starts_of_length(cu_seq_lens).items():
-        if len(starts) * length == num_tokens:  # all of one length, as the windows of most pictures are
+        if len(starts) * length == num_tokens:  # all of one length, as the windows of most images are
             rows, place = [x[0].view(num_heads, -1, length, head_dim) for x in (query, key, value)], None
         else:
             place = (starts[:, None] + torch.arange(length, device=starts.device)).flatten()

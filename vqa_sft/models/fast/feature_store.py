@@ -1,16 +1,16 @@
-"""Features of the pictures on disk: a frozen picture tower sees each picture once, not once an epoch and run.
+"""Features of the images on disk: a frozen vision tower sees each image once, not once an epoch and run.
 
     features/<tower>/<first two digits>/<digest>.safetensors
         features   (tokens, D) from Qwen2.5-VL; (1 + deepstack layers, tokens, D) from Qwen3-VL
         grid       (3,)  frames, rows and columns of patches, which the prompt needs
 
-`digest` is that of the picture's file, `tower` that of all that the features depend on beside it: weights, precision,
+`digest` is that of the image's file, `tower` that of all that the features depend on beside it: weights, precision,
 pixel limits. Folds, epochs, runs and predictions share the files; another base or another limit has its own, and
-deleting them is always safe. Augmented pictures have no digest of what was done to them, so a recipe with both is
+deleting them is always safe. Augmented images have no digest of what was done to them, so a recipe with both is
 refused.
 
     store = open_store(model, ...)        before the tower is sped up
-    fill_store(model, collator, ...)      after it; from then on the collators read features and open no picture
+    fill_store(model, collator, ...)      after it; from then on the collators read features and open no image
 
 What cannot be stored or read goes the usual way, through pixels, and a line says so.
 """
@@ -53,12 +53,12 @@ from vqa_sft.models.fast.speedups import base_of, say
 from vqa_sft.models.fast.vision import is_frozen
 from vqa_sft.models.load import DTYPES
 
-FORMAT = 1  # count up when the files, or how pictures are read, change
+FORMAT = 1  # count up when the files, or how images are read, change
 RESERVED_BYTES = 2**30  # left free, for a run saves its checkpoints too
 BLOCK_ROWS = 128
 WRITERS = 4
 
-Place = tuple[int, int]  # number of a row, and of a picture in it
+Place = tuple[int, int]  # number of a row, and of an image in it
 
 
 class FeatureStore:
@@ -76,8 +76,8 @@ class FeatureStore:
         return self.folder / digest[:2] / f"{digest}.safetensors"
 
     def find(self, digests: Sequence[str | None]) -> dict[str, torch.Tensor] | None:
-        """`image_features` (tokens of all pictures, D) or (1 + deepstack layers, tokens, D), and `image_grid_thw`
-        (pictures, 3); None where there are no pictures, or one of them is not stored."""
+        """`image_features` (tokens of all images, D) or (1 + deepstack layers, tokens, D), and `image_grid_thw`
+        (images, 3); None where there are no images, or one of them is not stored."""
         found = []
         for digest in digests:
             stored = self.read(digest) if digest else None
@@ -90,7 +90,7 @@ class FeatureStore:
         return {"image_features": torch.cat(features, dim=-2), "image_grid_thw": torch.stack(grids)}
 
     def read(self, digest: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Features and grid of a picture, mapped into memory; None, and the file removed, where they are damaged."""
+        """Features and grid of an image, mapped into memory; None, and the file removed, where they are damaged."""
         path = self.path(digest)
         with suppress(OSError):  # gone, or a disk that does not answer now
             try:
@@ -102,12 +102,12 @@ class FeatureStore:
                 pass
             path.unlink()  # the next run computes it
         if not self._has_said:  # in a worker, which must not ask for the state of the processes
-            print(f"Speed: {path} is damaged or gone; pictures go through the tower where features are missing.")
+            print(f"Speed: {path} is damaged or gone; images go through the tower where features are missing.")
             self._has_said = True
         return None
 
     def num_bytes(self, digest: str) -> int:
-        """The size of a picture's file, 0 where it must be computed. Its content is not read; `read` looks at it."""
+        """The size of an image's file, 0 where it must be computed. Its content is not read; `read` looks at it."""
         path = self.path(digest)
         try:
             with safe_open(path, framework="pt") as file:  # raises for a file that is cut off
@@ -148,7 +148,7 @@ def _bytes(tensor: torch.Tensor) -> Any:
 def open_store(
     model: nn.Module, processor: ProcessorMixin, packer: Packer | None, precision: str
 ) -> FeatureStore | None:
-    """The store of a model's picture tower, still empty for the collators; None, with a line, where the tower is spread
+    """The store of a model's vision tower, still empty for the collators; None, with a line, where the tower is spread
     over processes.
 
     Called by every process, and before the tower is sped up, which changes its weights' shapes. Raises InputError for a
@@ -161,7 +161,7 @@ def open_store(
             f"{base.config.model_type}, or its attention another. Remove cache_image_features."
         )
     if launch.shards_weights():
-        say("pictures go through the tower every time: its weights are spread over processes")
+        say("images go through the tower every time: its weights are spread over processes")
         return None
     # One process names the folder, so that all have the same.
     name = tower_key(base, processor, precision) if PartialState().is_main_process else None
@@ -169,7 +169,7 @@ def open_store(
 
 
 def tower_key(model: PreTrainedModel, processor: ProcessorMixin, precision: str) -> str:
-    """A digest of everything but the picture that its features depend on."""
+    """A digest of everything but the image that its features depend on."""
     digest = hashlib.sha256()
     for name, tensor in model.model.visual.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -182,7 +182,7 @@ def tower_key(model: PreTrainedModel, processor: ProcessorMixin, precision: str)
 
 
 def encoder_outputs(features: torch.Tensor) -> BaseModelOutputWithPooling:
-    """What the model's own `get_image_features` would have returned for all pictures of a batch.
+    """What the model's own `get_image_features` would have returned for all images of a batch.
 
     `features` (tokens, D) for Qwen2.5-VL, (1 + deepstack layers, tokens, D) for Qwen3-VL.
     """
@@ -202,14 +202,14 @@ def fill_store(
     batch_size: int,
     num_workers: int,
 ) -> None:
-    """Compute the features of all pictures of `parts` that the collator's store lacks, each process its share.
+    """Compute the features of all images of `parts` that the collator's store lacks, each process its share.
 
-    Called by every process. Raises InputError where the tower is trained, and for a picture that cannot be read.
+    Called by every process. Raises InputError where the tower is trained, and for an image that cannot be read.
     """
     base, store, state = base_of(model), collator.features, PartialState()
     if not is_frozen(base.model.visual):
         raise InputError(
-            "cache_image_features needs a picture tower that stays as it is, and this run trains it: look at "
+            "cache_image_features needs a vision tower that stays as it is, and this run trains it: look at "
             "lora_target_modules and lora_modules_to_save, or remove cache_image_features."
         )
     rows = ConcatDataset([part.with_format(None).select_columns(["id", "images"]) for part in parts])
@@ -228,11 +228,11 @@ def fill_store(
             for digest in chain.from_iterable(own):
                 store.remove(digest)
     if problem:
-        say(f"pictures go through the tower every time, for their features cannot be stored: {problem}")
+        say(f"images go through the tower every time, for their features cannot be stored: {problem}")
         return
     store.is_filled = True
     counts = f"{len(missing):,} computed, {len(places) - len(missing):,} found"
-    say(f"features of {len(places):,} pictures, {counts}: {sum(sizes) / 1e6:,.1f} MB in {store.folder}")
+    say(f"features of {len(places):,} images, {counts}: {sum(sizes) / 1e6:,.1f} MB in {store.folder}")
 
 
 def _first(problem: str | None) -> str | None:
@@ -243,17 +243,17 @@ def _first(problem: str | None) -> str | None:
 def _plan(
     collator: AnswerCollator, config: PreTrainedConfig, rows: ConcatDataset, precision: str
 ) -> tuple[dict[str, Place], list[str], str | None]:
-    """Where each distinct picture stands, which are not stored, and why they cannot be."""
+    """Where each distinct image stands, which are not stored, and why they cannot be."""
     store = collator.features
     with ThreadPoolExecutor(count_cores()) as pool:  # reading and hashing release the GIL
-        places = _find_pictures(collator, rows, pool)
+        places = _find_images(collator, rows, pool)
         sizes = pool.map(store.num_bytes, places)
         missing = [digest for digest, size in zip(places, sizes, strict=True) if not size]
     if not missing:
         return places, missing, None
     num_values = sum(_num_values(collator, config, rows, places[digest]) for digest in missing)
     needed = num_values * DTYPES[precision].itemsize
-    say(f"features of {len(missing):,} pictures will take about {needed / 1e6:,.1f} MB in {store.folder}")
+    say(f"features of {len(missing):,} images will take about {needed / 1e6:,.1f} MB in {store.folder}")
     try:
         store.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(store.folder).free
@@ -263,8 +263,8 @@ def _plan(
     return places, missing, full if needed > free - RESERVED_BYTES else None
 
 
-def _find_pictures(collator: AnswerCollator, rows: ConcatDataset, pool: ThreadPoolExecutor) -> dict[str, Place]:
-    """Digest -> where it first stands, of all pictures that can be read; nothing is decoded."""
+def _find_images(collator: AnswerCollator, rows: ConcatDataset, pool: ThreadPoolExecutor) -> dict[str, Place]:
+    """Digest -> where it first stands, of all images that can be read; nothing is decoded."""
     places: dict[str, Place] = {}
     paths: set[str] = set()
     for first, block in _read_blocks(rows):
@@ -291,7 +291,7 @@ def _read_blocks(rows: ConcatDataset) -> Iterator[tuple[int, list[dict]]]:
 
 
 def _num_values(collator: AnswerCollator, config: PreTrainedConfig, rows: ConcatDataset, place: Place) -> int:
-    """How many numbers the features of a picture will be, from its header."""
+    """How many numbers the features of an image will be, from its header."""
     number, position = place
     row = rows[number]
     processor = collator.processor.image_processor
@@ -323,13 +323,13 @@ def _compute(
     writes: list[Future] = []
     with ThreadPoolExecutor(WRITERS) as pool:
         is_quiet = not PartialState().is_main_process
-        for digests, pictures in tqdm(loader, desc="Picture features", disable=is_quiet):
-            computed = _features_of_each(base, pictures, precision)
+        for digests, inputs in tqdm(loader, desc="Image features", disable=is_quiet):
+            computed = _features_of_each(base, inputs, precision)
             problem = _problem_of(writes)  # those of the batch before, which were written meanwhile
             if problem:
                 break
-            computed = zip(digests, computed, pictures["image_grid_thw"], strict=True)
-            writes = [pool.submit(collator.features.write, *of_picture) for of_picture in computed]
+            computed = zip(digests, computed, inputs["image_grid_thw"], strict=True)
+            writes = [pool.submit(collator.features.write, *of_image) for of_image in computed]
         problem = problem or _problem_of(writes)
     tower.train(was_training)
     return problem
@@ -348,34 +348,34 @@ def _problem_of(writes: Sequence[Future]) -> str | None:
 def _preprocess(
     collator: AnswerCollator, rows: ConcatDataset, places: list[tuple[str, Place]]
 ) -> tuple[list[str], dict[str, Any]]:
-    """The pictures at these places as the tower takes them; runs in a worker."""
+    """The images at these places as the tower takes them; runs in a worker."""
     images = [collator.image(rows[number], position) for _, (number, position) in places]
     batch = collator.processor.image_processor(images=images, return_tensors="pt")
     grid = batch["image_grid_thw"]
-    pictures = collator.packer.pictures(batch["pixel_values"], grid) | {"image_grid_thw": grid}
-    return [digest for digest, _ in places], pictures
+    inputs = collator.packer.pack_images(batch["pixel_values"], grid) | {"image_grid_thw": grid}
+    return [digest for digest, _ in places], inputs
 
 
-def picture_inputs(batch: dict[str, Any]) -> dict[str, Any]:
-    """What of a packed batch goes to the picture tower."""
+def vision_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a packed batch goes to the vision tower."""
     return {name: value for name, value in batch.items() if name == "pixel_values" or name.startswith("image_")}
 
 
 @torch.no_grad()
-def run_tower(base: PreTrainedModel, pictures: dict[str, Any], precision: str) -> torch.Tensor:
-    """Features (tokens of all pictures, D) or (1 + deepstack layers, tokens, D), as a forward of the model computes
+def run_tower(base: PreTrainedModel, inputs: dict[str, Any], precision: str) -> torch.Tensor:
+    """Features (tokens of all images, D) or (1 + deepstack layers, tokens, D), as a forward of the model computes
     them."""
-    with torch.autocast(pictures["pixel_values"].device.type, DTYPES[precision], enabled=precision != "fp32"):
-        outputs = base.model.get_image_features(**pictures, return_dict=True)
+    with torch.autocast(inputs["pixel_values"].device.type, DTYPES[precision], enabled=precision != "fp32"):
+        outputs = base.model.get_image_features(**inputs, return_dict=True)
     features = torch.cat(outputs.pooler_output)
     if "deepstack_features" in outputs:
         features = torch.stack([features, *map(torch.cat, outputs.deepstack_features)])
     return features
 
 
-def _features_of_each(base: PreTrainedModel, pictures: dict[str, Any], precision: str) -> list[torch.Tensor]:
-    """Features of each picture, on the CPU."""
+def _features_of_each(base: PreTrainedModel, inputs: dict[str, Any], precision: str) -> list[torch.Tensor]:
+    """Features of each image, on the CPU."""
     device = next(base.model.visual.parameters()).device
-    features = run_tower(base, send_to_device(pictures, device), precision)
-    num_tokens = pictures["image_grid_thw"].prod(dim=-1) // base.model.visual.spatial_merge_size**2
-    return [of_picture.contiguous() for of_picture in features.cpu().split(num_tokens.tolist(), dim=-2)]
+    features = run_tower(base, send_to_device(inputs, device), precision)
+    num_tokens = inputs["image_grid_thw"].prod(dim=-1) // base.model.visual.spatial_merge_size**2
+    return [of_image.contiguous() for of_image in features.cpu().split(num_tokens.tolist(), dim=-2)]

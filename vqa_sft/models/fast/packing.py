@@ -9,8 +9,8 @@ N is the number of tokens without padding, where those that all rows begin with 
     rows  s s a a a | s s b b | s s c c c c   ->   s s a a a b b c c c c
     shared_prefix = places (M,), own (N,), copies (B, P)      M tokens in the rows written out, P of them shared
 
-Where rows have `leaders`, what a row and its leader begin with stands once as well: the picture and the question of the
-orders of a row, the picture of several questions about it. Such a batch is for scoring: it has no `copies`, without
+Where rows have `leaders`, what a row and its leader begin with stands once as well: the image and the question of the
+orders of a row, the image of several questions about it. Such a batch is for scoring: it has no `copies`, without
 which there are no gradients.
 
 Attention alone sees the rows written out (attention.py), for which `cu_seq_lens_q` holds. Made in the data loader's
@@ -52,7 +52,7 @@ def why_not(config: PreTrainedConfig) -> str | None:
 
 
 class Packer:
-    """`Packer(config, dtype)(batch)`; `dtype` is that of the picture tower's weights.
+    """`Packer(config, dtype)(batch)`; `dtype` is that of the vision tower's weights.
 
     With `keeps_answers` the model's last layer looks for `keep_positions` and gives the answer positions alone.
     """
@@ -105,11 +105,11 @@ class Packer:
         if self.keeps_answers:
             packed["keep_positions"] = supervised_positions(packed).flatten()
         if "pixel_values" in batch:
-            packed |= self.pictures(batch["pixel_values"], grid)
+            packed |= self.pack_images(batch["pixel_values"], grid)
         return packed
 
     def num_shared(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> int:
-        """How many tokens all rows begin with, before any picture; 0 where it is not worth the trouble."""
+        """How many tokens all rows begin with, before any image; 0 where it is not worth the trouble."""
         if len(input_ids) == 1:
             return 0
         differs = (input_ids != input_ids[0]).any(dim=0) | (input_ids == self.image_token_id).any(dim=0)
@@ -117,7 +117,7 @@ class Packer:
         num_shared = int(differs.int().argmax())
         return num_shared if num_shared > 1 else 0
 
-    def pictures(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> dict[str, Any]:
+    def pack_images(self, pixel_values: torch.Tensor, grid: torch.Tensor) -> dict[str, Any]:
         """What the tower is given: pixels in its precision, positions, windows and lengths."""
         computed = {f"image_{name}": value for name, value in self.tower_inputs(grid).items()}
         return {"pixel_values": pixel_values.to(self.dtype)} | computed

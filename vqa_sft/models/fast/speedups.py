@@ -47,7 +47,7 @@ def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) ->
         if hasattr(module, "num_key_value_groups"):
             module.use_varlen = use_varlen
     layers = model.get_decoder().layers
-    # Qwen3-VL adds picture features after its first layers, at every place.
+    # Qwen3-VL adds image features after its first layers, at every place.
     num_deepstack = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
     keeps = answers_only and num_deepstack < len(layers) and keep_only_answers(layers[-1])
     return packing.Packer(config, model.model.visual.dtype, keeps_answers=keeps)
@@ -78,7 +78,7 @@ def _forward_keeping(
 
 
 def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: float = 1.0) -> None:
-    """Speed up the picture tower, and compile its blocks and the decoder's layers if asked and able. Of what a compiled
+    """Speed up the vision tower, and compile its blocks and the decoder's layers if asked and able. Of what a compiled
     layer would keep for its backward pass, it keeps the share `memory_budget` and computes again what is cheapest."""
     base = base_of(model)
     if base.config.model_type not in packing.MODELS:
@@ -87,7 +87,7 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
         return
     tower = base.model.visual
     if done := vision.speed_up_tower(tower):
-        say("picture tower: " + ", ".join(done))
+        say("vision tower: " + ", ".join(done))
     # On a CPU the wide tensors are not what takes the time.
     if tower.device.type == "cuda" and (num_mlps := lora.ride_on_base(base.get_decoder())):
         say(f"{num_mlps} MLPs have their adapters inside the base's products")
@@ -114,7 +114,7 @@ def speed_up_training(
 ) -> None:
     """`speed_up` of a trainer's model, as far as its weights stand whole on every process."""
     if launch.shards_weights():
-        say("picture tower and layers stay the library's: their weights are spread over processes")
+        say("vision tower and layers stay the library's: their weights are spread over processes")
         return
     compiles = pays_compilation(num_rows, compile_layers)
     if compiles and trainer.is_deepspeed_enabled:
@@ -145,7 +145,7 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 
 def head_dims_of(config: PreTrainedConfig) -> set[int]:
-    """Of the language model and of the picture tower."""
+    """Of the language model and of the vision tower."""
     text, tower = config.text_config, config.vision_config
     decoder = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return {decoder, tower.hidden_size // tower.num_heads}

@@ -1,4 +1,4 @@
-"""What makes a picture tower fast, exact to the library's own; applied at run time, nothing of it is saved.
+"""What makes a vision tower fast, exact to the library's own; applied at run time, nothing of it is saved.
 
 | what | why |
 |---|---|

@@ -8,7 +8,7 @@ The peak comes early in the backward pass, when everything that the forward pass
 
     weights + adapter, gradients, optimiser + N x (what every layer keeps) + temporaries of one layer + overhead
 
-N is the number of tokens of a micro-batch; rows have no padding (packing.py), and every row is taken to hold pictures
+N is the number of tokens of a micro-batch; rows have no padding (packing.py), and every row is taken to hold images
 of max_pixels. With recomputation only the layers' inputs are kept, and one layer at a time. For Qwen2.5-VL and
 Qwen3-VL. Not known here: weights spread over GPUs (FSDP, DeepSpeed); features from a cache, which need less.
 """
@@ -46,7 +46,7 @@ GIB = 2**30
 LAYER = 4.0
 # Libraries' workspaces, small tensors, rounding.
 LIBRARIES_GIB = 0.4
-# Not fitted: temporaries of one block of the picture tower, in tensors of (patches, hidden size); the rotation of
+# Not fitted: temporaries of one block of the vision tower, in tensors of (patches, hidden size); the rotation of
 # queries and keys in fp32 is the widest moment. Counted in the library's forward on fake tensors.
 TOWER = 15.0
 # What torch reserves beyond what it hands out, as a share of what comes and goes: 37.7 to 36.7 GiB, docs/speed.md.
@@ -105,7 +105,7 @@ class Plan:
     max_pixels: int = MAX_PIXELS
     text_tokens: int = TEXT_TOKENS
     shared_tokens: int = 0  # of the text: all rows begin with them, and packed rows hold them once
-    pictures: int = 1  # of a row
+    images: int = 1  # of a row
     checkpointing: bool = False
     compiled: bool = False
     memory_budget: float = 1.0  # of compiled layers, see speed.speed_up
@@ -231,7 +231,7 @@ def read_stored(name: str, config: PreTrainedConfig, plan: Plan) -> tuple[Plan, 
 
 
 def pixel_limit(model_args: ModelConfig) -> int:
-    """The largest picture (width x height) that the model's own processor shows."""
+    """The largest image (width x height) that the model's own processor shows."""
     try:
         processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path, local_files_only=True)
         return processor.size["longest_edge"]
@@ -280,29 +280,29 @@ def attention_of(device: torch.device, precision: str, fast: bool) -> str:
 def measure_rows(
     processor: ProcessorMixin, examples: datasets.Dataset, prompts: Prompts, most: int = 200
 ) -> dict[str, int]:
-    """The most text tokens and pictures among the first rows, and how many tokens they share, as fields of a Plan."""
+    """The most text tokens and images among the first rows, and how many tokens they share, as fields of a Plan."""
     rows = list(examples.select(range(min(most, len(examples)))))
     texts = [render_prompt(processor, row, range(len(row["choices"])), prompts) for row in rows]
-    # The place of a picture is one token here.
+    # The place of an image is one token here.
     start = os.path.commonprefix(texts).partition(getattr(processor, "image_token", "\0"))[0]
     shared, *lengths = (len(ids) for ids in processor.tokenizer([start, *texts], add_special_tokens=False)["input_ids"])
     return {
         "text_tokens": max(lengths),
         "shared_tokens": shared if len(rows) > 1 else 0,
-        "pictures": max(len(row["images"]) for row in rows),
+        "images": max(len(row["images"]) for row in rows),
     }
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
-def picture_tokens(shape: Shape, plan: Plan) -> int:
-    """Tokens of one picture: a token is merge x merge patches of patch_px x patch_px."""
+def image_tokens(shape: Shape, plan: Plan) -> int:
+    """Tokens of one image: a token is merge x merge patches of patch_px x patch_px."""
     return plan.max_pixels // (shape.patch_px * shape.merge) ** 2
 
 
 def row_tokens(shape: Shape, plan: Plan) -> int:
-    return plan.pictures * picture_tokens(shape, plan) + plan.text_tokens
+    return plan.images * image_tokens(shape, plan) + plan.text_tokens
 
 
 def num_tokens(shape: Shape, plan: Plan) -> int:
@@ -312,11 +312,11 @@ def num_tokens(shape: Shape, plan: Plan) -> int:
 
 
 def weight_bytes(shape: Shape, plan: Plan) -> tuple[float, float]:
-    """Bytes of the language model and of the picture tower.
+    """Bytes of the language model and of the vision tower.
 
     4 bit: half a byte and a constant for every 64 weights: 4 bytes, or with nested quantisation 1 byte and 4 for every
     256 of them (Dettmers et al. 2023, QLoRA, section 3). 8 bit: a byte and an fp32 scale a row. Embeddings, head,
-    norms, biases and the picture tower stay as they are.
+    norms, biases and the vision tower stay as they are.
     """
     linear = shape.decoder_linear * plan.weight_bytes
     if plan.bits == 4:
@@ -427,7 +427,7 @@ def _converts(shape: Shape, plan: Plan) -> bool:
 
 
 def kept_by_tower_block(shape: Shape, plan: Plan) -> float:
-    """Bytes per patch that one block of the picture tower keeps where it runs backward: norms' inputs in fp32; q, k, v
+    """Bytes per patch that one block of the vision tower keeps where it runs backward: norms' inputs in fp32; q, k, v
     and attention output; the MLP's wide tensors; inputs of its linear layers if they are trained."""
     hidden, wide = shape.tower_hidden, shape.tower_intermediate
     kept = 2 * 4 * hidden + plan.value_bytes * (4 * hidden + (3 if shape.tower_gated else 1) * wide)
@@ -437,7 +437,7 @@ def kept_by_tower_block(shape: Shape, plan: Plan) -> float:
 def estimate(shape: Shape, plan: Plan) -> dict[str, float]:
     """GiB of every part at the peak of a training step; their sum is what torch reserves."""
     size, tokens = plan.value_bytes, num_tokens(shape, plan)
-    patches = plan.micro_batch * plan.pictures * picture_tokens(shape, plan) * shape.merge**2
+    patches = plan.micro_batch * plan.images * image_tokens(shape, plan) * shape.merge**2
     attention, mlp = (sum(part.values()) for part in kept_by_layer(shape, plan))
     attention, mlp = attention * plan.micro_batch * row_tokens(shape, plan), mlp * tokens
     # speed.keep_only_answers: the last layer's MLP sees the answers alone.
@@ -461,9 +461,9 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, float]:
 
 
 def scoring_gib(shape: Shape, plan: Plan) -> float:
-    """GiB at the peak of an evaluation: nothing is kept; a decoder layer's temporaries, or the picture tower's."""
+    """GiB at the peak of an evaluation: nothing is kept; a decoder layer's temporaries, or the vision tower's."""
     plan = replace(plan, micro_batch=plan.eval_batch)
-    patches = plan.micro_batch * plan.pictures * picture_tokens(shape, plan) * shape.merge**2
+    patches = plan.micro_batch * plan.images * image_tokens(shape, plan) * shape.merge**2
     wide = num_tokens(shape, plan) * shape.intermediate * LAYER
     temporaries = plan.value_bytes * max(wide, patches * shape.tower_hidden * TOWER)
     return sum(_parts(shape, plan, kept=0, kept_tower=0, temporaries=temporaries).values())
@@ -471,7 +471,7 @@ def scoring_gib(shape: Shape, plan: Plan) -> float:
 
 def _parts(shape: Shape, plan: Plan, *, kept: float, kept_tower: float, temporaries: float) -> dict[str, float]:
     size, tokens = plan.value_bytes, num_tokens(shape, plan)
-    patches = plan.micro_batch * plan.pictures * picture_tokens(shape, plan) * shape.merge**2
+    patches = plan.micro_batch * plan.images * image_tokens(shape, plan) * shape.merge**2
     # Two frames a patch; converted to half precision in the workers if rows are packed.
     pixels = patches * 3 * 2 * shape.patch_px**2 * (size if plan.fast else 4)
     # At the answers alone: as they come, in fp32, and their gradient in both.
@@ -480,16 +480,16 @@ def _parts(shape: Shape, plan: Plan, *, kept: float, kept_tower: float, temporar
     trained = "gradients, optimiser" if shape.trains_base else "adapter, gradients, optimiser"
     parts = {
         "language model": language_model,
-        "picture tower": tower,
+        "vision tower": tower,
         trained: trained_bytes(shape, plan),
         "kept for the backward pass": kept,
-        "kept by the picture tower": kept_tower,
+        "kept by the vision tower": kept_tower,
         "temporaries": temporaries,
-        "pictures, embeddings, logits": pixels + 2 * tokens * size * shape.hidden + logits,
+        "images, embeddings, logits": pixels + 2 * tokens * size * shape.hidden + logits,
         "libraries": LIBRARIES_GIB * GIB,
     }
     if not kept_tower:
-        del parts["kept by the picture tower"]
+        del parts["kept by the vision tower"]
     parts["fragmentation"] = FRAGMENTATION * (kept + kept_tower + temporaries)
     return {name: value / GIB for name, value in parts.items()}
 
@@ -609,7 +609,7 @@ def describe_recipe(
     max_pixels: int | None,
     states_global_batch: bool,
     text_tokens: int,
-    pictures: int,
+    images: int,
     gpu_gib: float | None,
     **adapted_parts: bool,
 ) -> tuple[str, bool]:
@@ -627,7 +627,7 @@ def describe_recipe(
         attention="repeated" if precision == "fp16" else "grouped" if fast and precision == "bf16" else "unfused",
         text_tokens=text_tokens,
         shared_tokens=min(SHARED_TOKENS, text_tokens),
-        pictures=pictures,
+        images=images,
     )
     name = model_args.model_name_or_path
     plan, stored = read_stored(name, config, plan)
@@ -666,10 +666,10 @@ def describe(shape: Shape, plans: dict[str, Plan]) -> str:
     if plan.eval_batch:
         scoring = (f"{scoring_gib(shape, plan):.2f}" for plan in plans.values())
         lines.append((f"in evaluations, {plan.eval_batch} rows at a time", *scoring))
-    pictures = f"{plan.pictures} picture{'s' * (plan.pictures > 1)} of {plan.max_pixels:,} px"
+    images = f"{plan.images} image{'s' * (plan.images > 1)} of {plan.max_pixels:,} px"
     compiled = f", compiled, activation_memory_budget {plan.memory_budget:g}" if plan.compiled else ""
     rows = [
-        f"{plan.micro_batch} rows of {pictures} ({picture_tokens(shape, plan):,} tokens) and {plan.text_tokens} tokens "
+        f"{plan.micro_batch} rows of {images} ({image_tokens(shape, plan):,} tokens) and {plan.text_tokens} tokens "
         f"of text: {num_tokens(shape, plan):,} tokens.",
         f"{shape.trained / 1e6:,.1f} million trained weights, "
         f"{'with' if plan.checkpointing else 'without'} gradient_checkpointing{compiled}. In GiB:",
