@@ -1,0 +1,5 @@
+"""Any source becomes checked examples: rows, columns, answers, images; near-duplicates, folds and splits. No torch.
+
+Import from here: `examples.read_examples`, `sources`, `columns.Columns`, `problems.Problems`, `folds`, `split`.
+May import: the shared files (errors, letters, files, console).
+"""
