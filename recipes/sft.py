@@ -24,7 +24,8 @@ from vqa_sft.environment import quiet
 
 quiet()
 
-from vqa_sft.config.recipe import Recipe, describe_fields, read_recipe
+from vqa_sft.config.fields import describe_fields
+from vqa_sft.config.recipe import Recipe, RecipeArguments, read_recipe
 from vqa_sft.data.examples import Loaded, note_kept_orders, read_examples, stream_examples
 from vqa_sft.data.split import TRAIN, VALIDATION, choose_parts, most_choices, read_parts, select, write_parts
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown
@@ -39,7 +40,8 @@ STARTED_S = time.monotonic()
 @exits_with_message
 def main() -> None:
     if "--help" in sys.argv or "-h" in sys.argv:
-        print(f"{__doc__}\nOur fields, beside those of trl.SFTConfig and trl.ModelConfig:\n{describe_fields()}")
+        fields = describe_fields(RecipeArguments)
+        print(f"{__doc__}\nOur fields, beside those of trl.SFTConfig and trl.ModelConfig:\n{fields}")
         return
     is_main = os.environ.get("RANK", "0") == "0"
     recipe = read_recipe(sys.argv[1:])
