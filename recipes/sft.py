@@ -20,9 +20,9 @@ import time
 from collections import Counter
 from typing import Any
 
-from vqa_sft.environment import quiet
+from vqa_sft.environment import set_library_defaults
 
-quiet()
+set_library_defaults()
 
 from vqa_sft.config.recipe import Recipe, describe_fields, read_recipe
 from vqa_sft.data.examples import Loaded, note_kept_orders, read_examples, stream_examples

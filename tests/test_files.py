@@ -141,9 +141,9 @@ def test_a_folder_that_cannot_be_written_is_told_as_such(tmp_path):
 # Starts pairs of commands at once, one pair after another, and prints their exit codes. Imports once for all of them.
 PAIRS = """
 import json, os, runpy, sys, traceback
-from vqa_sft.environment import quiet
+from vqa_sft.environment import set_library_defaults
 
-quiet()
+set_library_defaults()
 import vqa_sft.models.memory.estimate, vqa_sft.inference.scorer, vqa_sft.training.trainer
 
 def begin(command, log):
