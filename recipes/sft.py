@@ -20,9 +20,9 @@ import time
 from collections import Counter
 from typing import Any
 
-from vqa_sft.environment import quiet
+from vqa_sft.environment import set_library_defaults
 
-quiet()
+set_library_defaults()
 
 from vqa_sft.config.fields import describe_fields
 from vqa_sft.config.recipe import Recipe, RecipeArguments, read_recipe
