@@ -229,7 +229,7 @@ def test_learning_that_proves_nothing_is_said_and_not_used(files, tmp_path):
     true = ragged(200)
     paths = files(other_model(true, 101), other_model(true, 201))
     said = write_ensemble(paths, tmp_path / "out.parquet", weights="learned", learn_on=paths)
-    assert "do not prove themselves on 200 rows" in said and said.count("0.5000  ") == 2
+    assert "are no better than equal ones on 200 rows" in said and said.count("0.5000  ") == 2
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_weights_are_learned_on_probabilities_calibrated_as_those_that_they_are_
     calibrated = replace(sure, metadata={"calibration": {"temperature": 5.0, "bias": None}})
     paths = files(true, calibrated, true, sure)
     said = write_ensemble(paths[:2], tmp_path / "out.parquet", weights="learned", learn_on=paths[2:])
-    assert "do not prove themselves" in said  # as good as each other, once both are calibrated
+    assert "are no better than equal ones" in said  # as good as each other, once both are calibrated
 
 
 @pytest.mark.parametrize(
