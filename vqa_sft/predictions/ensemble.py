@@ -196,6 +196,10 @@ def _learned_weights(
     files: Sequence[Predictions], learn_on: Sequence[str], average: str, names: Sequence[str]
 ) -> tuple[list[float], list[str]]:
     """The weights, and notes on how good they are and whether the held-out files are the right ones."""
+    if len(learn_on) != len(files):
+        raise InputError(
+            f"--learn-on needs one file for each of the {len(files)}, in their order; got {len(learn_on)}."
+        )
     held_out = [read_predictions(name) for name in learn_on]
     learned = _learn_on(held_out, files, learn_on, average, names)
     compared = f"NLL {learned.nll:.4f}, cross-fitted; of equal weights {learned.nll_of_mean:.4f}"
@@ -222,10 +226,6 @@ def _learn_on(
     average: str,
     names: Sequence[str],
 ) -> Learned:
-    if len(learn_on) != len(files):
-        raise InputError(
-            f"--learn-on needs one file for each of the {len(files)}, in their order; got {len(learn_on)}."
-        )
     held_out = align(held_out, learn_on)
     if unknown := held_out[0].unanswered:
         raise InputError(f"--learn-on: there is no answer in {name_rows(unknown, len(held_out[0].ids))}.")
