@@ -376,9 +376,9 @@ class Watch:
 
 def run_inside(argv: list[str]) -> None:
     """`--inside SCRIPT HOW ARGUMENTS...`: run a script of recipes/, or TRL, in this process under a `Watch`."""
-    from vqa_sft.environment import quiet
+    from vqa_sft.environment import set_library_defaults
 
-    quiet()  # as the recipes do, before torch is imported
+    set_library_defaults()  # as the recipes do, before torch is imported
     import torch
     import transformers
 
