@@ -21,8 +21,10 @@ from trl import ModelConfig, SFTConfig
 
 from vqa_sft.errors import InputError
 from vqa_sft.models import shapes
-from vqa_sft.models.fast import fused_lora as lora
-from vqa_sft.models.load import load_model, lora_config
+from vqa_sft.models.families import FAMILIES
+from vqa_sft.models.fast import fused_lora
+from vqa_sft.models.load import load_model
+from vqa_sft.models.lora import lora_config
 from vqa_sft.models.memory import estimate as estimates, fit, out_of_memory
 from vqa_sft.models.memory.estimate import estimate, kept_by_layer, need_gib, num_tokens, scoring_gib, trained_bytes
 from vqa_sft.models.memory.fit import MARGIN, largest_max_pixels, largest_micro_batch, remedies
@@ -134,7 +136,7 @@ def test_parameters_are_those_of_the_published_models():
     assert shape_of(B7).trained == layers and 2 * shape_of(B7, rank=16).trained == layers
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_those_of_a_loaded_model(families, family):
     for values in ({}, {"lora_target_modules": ["q_proj", "down_proj"]}, {"use_peft": False}):
         args = ModelConfig(model_name_or_path=families(family), use_peft=True, lora_r=4, dtype=None)
@@ -197,7 +199,7 @@ def attend_like_flash(module, query, key, value, *args, **kwargs):
 AttentionInterface.register("keeps_like_flash", attend_like_flash)
 
 
-@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(params=FAMILIES)
 def small(request, monkeypatch):
     """The name of a shape whose widths are all different, small enough for a CPU."""
     text = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -219,7 +221,7 @@ def saved_bytes(name, how, num_tokens=40, *, fused=False):
     if adapter is not None:
         get_peft_model(model, adapter)
     if fused:
-        assert lora.ride_on_base(model.get_decoder())
+        assert fused_lora.fuse(model.get_decoder())
     layer, text = model.get_decoder().layers[1], model.config.text_config
     text._attn_implementation = "keeps_like_flash"
     hidden = torch.randn(1, num_tokens, text.hidden_size, dtype=torch.bfloat16, requires_grad=True)
