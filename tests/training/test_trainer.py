@@ -12,7 +12,8 @@ from vqa_sft.data.images import open_image
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.letters import draw_order
 from vqa_sft.models.fast import speedups as speed
-from vqa_sft.models.load import load_model, load_processor, lora_config
+from vqa_sft.models.load import load_model, load_processor
+from vqa_sft.models.lora import lora_config
 from vqa_sft.models.scoring import answer_logits, find_letter_ids
 from vqa_sft.training.trainer import AnswerTrainer, letter_metrics, predict_examples
 
