@@ -17,7 +17,7 @@ from vqa_sft.predictions.ensemble import align
 from vqa_sft.predictions.file import ANSWERS, Predictions, check_same_rows, read_predictions
 from vqa_sft.predictions.matched import Rows, as_indices, read_rows
 from vqa_sft.predictions.metrics import as_table
-from vqa_sft.predictions.submission import describe_columns, order_columns, read_table
+from vqa_sft.predictions.submission_file import describe_columns, order_columns, read_table
 
 SHOWN = 20  # ids, and lines of the table
 

@@ -10,9 +10,10 @@ import numpy as np
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.letters import LETTERS
 from vqa_sft.predictions.calibration import views_key
-from vqa_sft.predictions.file import CALIBRATION, Predictions, may_be_of_one_run, others_of, read_predictions, whole
+from vqa_sft.predictions.file import CALIBRATION, Predictions, may_be_of_one_run, others_of, read_predictions
 from vqa_sft.predictions.metrics import as_table
-from vqa_sft.predictions.submission import check_output, write_table
+from vqa_sft.predictions.submission import check_output
+from vqa_sft.predictions.submission_file import write_table
 
 HEADER = ("id", "best", "probability", "margin", "entropy", "agreement", "set")
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
@@ -225,5 +226,4 @@ def _cells(doubts: Doubts, i: int) -> list[str]:
 
 
 def _write(path: str | Path, doubts: Doubts) -> None:
-    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        write_table(file, HEADER, (_cells(doubts, i) for i in range(len(doubts.ids))))
+    write_table(path, HEADER, (_cells(doubts, i) for i in range(len(doubts.ids))))
