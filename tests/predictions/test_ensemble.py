@@ -287,7 +287,7 @@ def test_weights_are_learned_on_probabilities_calibrated_as_those_that_they_are_
         ({"weights": "learned"}, "belong together"),
         ({"learn_on": ["a.parquet"]}, "belong together"),
         ({"weights": "learned", "learn_on": ["a.parquet"]}, "one file for each of the 2"),
-        ({"save_weights": "w.txt"}, "writes a .json file"),
+        ({"save_weights": "w.txt"}, "must end in .json"),
     ],
 )
 def test_options_that_mean_nothing_are_errors(files, tmp_path, options, part):

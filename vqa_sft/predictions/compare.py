@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
+from vqa_sft.console import table
 from vqa_sft.data.answers import read_answer
 from vqa_sft.data.columns import USUAL_NAMES
 from vqa_sft.errors import InputError, name_rows, printable
@@ -16,7 +17,6 @@ from vqa_sft.letters import LETTERS
 from vqa_sft.predictions.ensemble import align
 from vqa_sft.predictions.file import ANSWERS, Predictions, check_same_rows, read_predictions
 from vqa_sft.predictions.matched import Rows, as_indices, read_rows
-from vqa_sft.predictions.metrics import as_table
 from vqa_sft.predictions.submission_file import describe_columns, order_columns, read_table
 
 SHOWN = 20  # ids, and lines of the table
@@ -168,7 +168,7 @@ def _transitions(pairs: Sequence[tuple[str, str]]) -> str:
     counts = Counter(pairs).most_common()
     lines = [[printable(one, 40), printable(other, 40), f"{count:,}"] for (one, other), count in counts[:SHOWN]]
     more = f"\n... and {len(counts) - SHOWN:,} other changes" if len(counts) > SHOWN else ""
-    return as_table([["from", "to", "rows"], *lines]) + more
+    return table([["from", "to", "rows"], *lines]) + more
 
 
 def _name_changed(changed: dict[str, tuple[str, str]], known: dict, show_all: bool) -> str:

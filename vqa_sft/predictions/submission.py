@@ -1,6 +1,5 @@
 """`vqa-sft submit`: the submission of a prediction file. No torch."""
 
-import csv
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from vqa_sft.data.answers import write_answer
-from vqa_sft.errors import InputError, name_rows, printable
+from vqa_sft.errors import InputError, name_rows
 from vqa_sft.letters import LETTERS
 from vqa_sft.predictions.file import ANSWERS, Predictions, read_predictions
 from vqa_sft.predictions.matched import read_rows_of
 from vqa_sft.predictions.style import PROBABILITIES, Style
-from vqa_sft.predictions.submission_file import write_table
+from vqa_sft.predictions.submission_file import check_table, write_table
 
 DIGITS = 6  # of a probability
 
@@ -77,30 +76,9 @@ def _rounded(probs: np.ndarray, places: Sequence[int], num_columns: int) -> list
 def write(
     path: str | Path, predictions: Predictions, style: Style, choices: Sequence[Sequence[str]] | None = None
 ) -> None:
-    """Write the submission whole or not at all, over whatever is there: see `check_output`."""
+    """Write the submission whole or not at all, over whatever is there: see `check_table`."""
     rows = render(predictions, style, choices)
     write_table(path, style.header, ([row[name] for name in style.header] for row in rows))
-
-
-def check_output(
-    path: str | Path, header: Sequence[str], inputs: Sequence[str | Path | None], overwrite: bool = False
-) -> None:
-    """Raises InputError where a CSV with this header would replace one of the `inputs`, or a file with another header
-    unless that may be overwritten."""
-    path = Path(path)
-    if path.suffix.lower() != ".csv":
-        raise InputError(f"--output must end in .csv; got {path}.")
-    if any(path.resolve() == Path(name).resolve() for name in inputs if name is not None):
-        raise InputError(f"--output is one of the files that are read: {path}. Name another.")
-    if not path.exists() or overwrite:
-        return
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        found = next(csv.reader([file.readline(10_000)]), [])
-    if found != list(header):
-        raise InputError(
-            f"{path} exists and has other columns ({printable(', '.join(found))}) than what would be written "
-            f"({', '.join(header)}). Name another --output, or give --overwrite."
-        )
 
 
 def submit(
@@ -125,7 +103,7 @@ def submit(
         style = Style.plain(answer_format, max(num_choices), own)
     else:
         style = Style.from_template(template, predictions.ids, num_choices, answer_format, choices, own)
-    check_output(output, style.header, [file, template, data], overwrite)
+    check_table(output, style.header, [file, template, data], overwrite)
     write(output, predictions, style, choices)
     like = f", as {template} has them" if template else ""
     said = f"Wrote {len(predictions.ids):,} rows to {output}: {', '.join(style.header)} ({style.answer_format}){like}."

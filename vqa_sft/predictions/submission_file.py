@@ -1,5 +1,6 @@
 """The CSV of a submission: reading one, which column holds which choice's probability, writing one. No torch."""
 
+import csv
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from vqa_sft.data.sources import open_source
 from vqa_sft.errors import InputError, printable
-from vqa_sft.files import whole
+from vqa_sft.files import check_output, whole
 from vqa_sft.letters import LETTERS
 
 
@@ -82,6 +83,22 @@ def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence
     with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         for row in itertools.chain([header], rows):
             file.write(",".join(map(_quoted, row)) + "\n")
+
+
+def check_table(
+    path: str | Path, header: Sequence[str], reads: Sequence[str | Path | None], overwrite: bool = False
+) -> None:
+    """`files.check_output` for a CSV with this header: without `overwrite`, only one with the same may be replaced."""
+    check_output(path, suffix=".csv", reads=reads)
+    if overwrite or not Path(path).exists():
+        return
+    with Path(path).open(newline="", encoding="utf-8", errors="replace") as file:
+        found = next(csv.reader([file.readline(10_000)]), [])
+    if found != list(header):
+        raise InputError(
+            f"{path} exists and has other columns ({printable(', '.join(found))}) than what would be written "
+            f"({', '.join(header)}). Name another --output, or give --overwrite."
+        )
 
 
 def _quoted(cell: str) -> str:
