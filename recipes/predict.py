@@ -53,7 +53,7 @@ from vqa_sft.letters import LETTERS, MOST_ORDERS, view_orders
 from vqa_sft.predictions.calibration import read_calibration, views_key, worth_of_scales
 from vqa_sft.predictions.ensemble import AVERAGES
 from vqa_sft.predictions.file import ANSWERS, answers_as, digests_of
-from vqa_sft.predictions.submission import PROBABILITIES, STYLES, Style
+from vqa_sft.predictions.style import PROBABILITIES, STYLES, Style
 from vqa_sft.runs import folder as run_folder
 from vqa_sft.runs.folder import Run
 
