@@ -5,16 +5,16 @@ import sys
 import datasets
 import pytest
 from broken import HOSTILE, KINDS, NUM_GOOD, row, table, write_broken
-from conftest import run_script
+from scripts import run_script
 
-from vqa_sft.data import problems
-from vqa_sft.cli.main import main
 from vqa_sft.batch.collator import AnswerCollator
-from vqa_sft.config.recipe import read_recipe
-from vqa_sft.data.examples import read_examples, stream_examples
-from vqa_sft.errors import InputError
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.cli.main import main
+from vqa_sft.config.recipe import read_recipe
+from vqa_sft.data import problems
+from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.data.split import TRAIN, choose_parts
+from vqa_sft.errors import InputError
 
 # Only a stream has these, or a test set.
 ELSEWHERE = {"more_choices", "in_training", "near_training"}

@@ -4,20 +4,13 @@ import json
 
 import datasets
 import pytest
-from conftest import write_csv
+from contest import rows_of, write_csv
 from PIL import Image
 
 from vqa_sft.data.columns import Columns
 from vqa_sft.data.examples import FEATURES, load_examples, read_examples, row_digest, stream_examples
-from vqa_sft.errors import InputError
 from vqa_sft.data.images import open_image
-
-
-def rows_of(contest):
-    import csv
-
-    with (contest / "train.csv").open() as file:
-        return list(csv.DictReader(file))
+from vqa_sft.errors import InputError
 
 
 def load(contest, **options):

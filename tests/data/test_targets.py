@@ -4,16 +4,16 @@ import json
 
 import pytest
 import torch
-from conftest import write_csv
-from test_trainer import build_trainer
+from contest import write_csv
+from trainers import build_trainer
 
 from vqa_sft.batch.collator import AnswerCollator, TrainCollator
+from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.columns import Columns, known_columns
 from vqa_sft.data.examples import read_examples, stream_examples
-from vqa_sft.training.loss import letter_targets
 from vqa_sft.letters import draw_order
 from vqa_sft.models.load import load_processor
-from vqa_sft.batch.prompts import Prompts
+from vqa_sft.training.loss import letter_targets
 
 
 @pytest.fixture
