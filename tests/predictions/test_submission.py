@@ -4,8 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pandas
 import pytest
-from conftest import write_csv
-from test_file import THREE
+from contest import write_csv
+from prediction_rows import THREE
 
 from vqa_sft.data.columns import Columns
 from vqa_sft.data.examples import read_examples

@@ -10,27 +10,21 @@ from types import ModuleType, SimpleNamespace as Of
 
 import pytest
 import torch
-from conftest import run_script, write_hard_contest
+from contest import write_hard_contest
 from peft import LoraConfig, get_peft_model
 from quantised import save_quantised
 from safetensors.torch import load_file, save_file
+from scripts import run_script
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig
 
-<<<<<<< HEAD
-from vqa_sft.batch.collator import AnswerCollator, answer_prefix, render_prompt
-from vqa_sft.batch.prompts import Prompts, render_messages
-from vqa_sft.data.examples import load_examples
-from vqa_sft.data.images import open_image
-=======
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts, render_messages
 from vqa_sft.batch.template import answer_prefix, render_prompt
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.images import open_image
 from vqa_sft.data.options import ReadOptions
->>>>>>> main
 from vqa_sft.errors import InputError
 from vqa_sft.models.load import load_processor, load_trained
 from vqa_sft.models.scoring import find_letter_ids, letter_logits
