@@ -22,6 +22,7 @@ from scripts import RECIPES, run_script
 
 from vqa_sft import Predictor
 from vqa_sft.data import examples as data
+from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
@@ -29,7 +30,7 @@ from vqa_sft.inference import shards
 from vqa_sft.models import scoring
 from vqa_sft.predictions.calibration import calibrate_run, read_calibration
 from vqa_sft.predictions.ensemble import write_ensemble
-from vqa_sft.predictions.file import digests_of, read_predictions, write_predictions
+from vqa_sft.predictions.file import read_predictions, write_predictions
 from vqa_sft.predictions.metrics import softmax
 from vqa_sft.predictions.submission import submit
 from vqa_sft.runs import folder as run_folder
