@@ -341,17 +341,13 @@ def free_memory() -> None:
 
 def load_data(recipe: Recipe, is_main: bool) -> list[Loaded]:
     """The training rows and, where the recipe names data for it, the validation rows; texts only."""
-    args, options = recipe.arguments, recipe.arguments.data_options
-    if args.streaming:
-        options |= {"max_choices": args.max_choices, "limit": args.limit}
-        loaded = [stream_examples(args.train_data, split=args.train_split, **options)]
-        del options["max_choices"]
-    else:
-        loaded = [read_examples(args.train_data, split=args.train_split, limit=args.limit, **options)]
+    args = recipe.arguments
+    read = stream_examples if args.streaming else read_examples
+    loaded = [read(args.train_data, args.data_options)]
     if args.validation_data is not None:
         # Few rows may not tell how their answers are written; the training rows have told.
-        options = args.options_for_other_data(loaded[0].columns) | {"limit": args.limit}
-        loaded.append(read_examples(args.validation_data, split=args.validation_split, **options))
+        options = args.options_for_other_data(loaded[0].columns)
+        loaded.append(read_examples(args.validation_data, options))
     for data in loaded:
         needless = [] if args.shuffle_choices else note_kept_orders(data.name, data.problems)
         for note in data.notes * is_main:

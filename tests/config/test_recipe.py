@@ -37,7 +37,7 @@ def test_lists_and_mappings_can_be_given_on_the_command_line(tmp_path):
     assert recipe.model_args().lora_target_modules == ["q_proj", "v_proj"]
     assert recipe.arguments.train_data == ["1.csv", "2.csv"]
     recipe = read(tmp_path, "", "--columns", "{choices: [o1, o2], id: null}")
-    assert recipe.arguments.data_options["columns"] == {"choices": ["o1", "o2"], "id": None}
+    assert recipe.arguments.data_options.columns == {"choices": ["o1", "o2"], "id": None}
 
 
 def test_a_prompt_on_the_command_line_need_not_be_yaml(tmp_path):

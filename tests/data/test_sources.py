@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from vqa_sft.data import sources
-from vqa_sft.errors import InputError
 from vqa_sft.data.images import open_image
 from vqa_sft.data.sources import find_encoding, find_files, open_source
+from vqa_sft.errors import InputError
 
 HEADER = "id,question,a,b\n"
 KOREAN = "번호,질문\n1,사진 속 고양이는 무슨 색인가요?\n"

@@ -8,6 +8,7 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.config.recipe import read_recipe
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.images import open_image
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.letters import draw_order
 from vqa_sft.models.fast import speedups as speed
 from vqa_sft.models.load import load_model, load_processor, lora_config
@@ -23,7 +24,7 @@ def build_trainer(folder, contest, output_dir, num_rows, shuffle_choices=True, o
     usual |= {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0, "gradient_checkpointing": False}
     values = usual | values
     recipe = read_recipe([token for key, value in values.items() for token in (f"--{key}", str(value))])
-    examples, _ = load_examples(str(contest / "train.csv"), limit=num_rows)
+    examples, _ = load_examples(str(contest / "train.csv"), ReadOptions(limit=num_rows))
     processor = load_processor(folder)
     model = load_model(recipe.model_args(), "fp32")
     trainer = AnswerTrainer(

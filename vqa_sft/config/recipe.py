@@ -16,6 +16,7 @@ from vqa_sft.config.fields import bounds_of, build, check_bounds, check_required
 from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
 from vqa_sft.data.duplicates import DISTANCE, MAX_DISTANCE
 from vqa_sft.data.folds import fold_numbers
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 
 
@@ -183,17 +184,19 @@ class RecipeArguments:
         return build(cls, values)
 
     @property
-    def data_options(self) -> dict[str, Any]:
-        """What `data.read_examples` and `stream_examples` take beside the source and its split."""
-        names = ("encoding", "image_root", "columns", "answer_format", "keep_rows", "empty_cells")
+    def data_options(self) -> ReadOptions:
+        """How the training rows are read."""
+        names = ("encoding", "image_root", "columns", "answer_format", "keep_rows", "empty_cells", "limit")
         names += ("fixed_question", "fixed_choices")
-        return {name: getattr(self, name) for name in names} | {"config": self.data_config}
+        values = {name: getattr(self, name) for name in names}
+        values["max_choices"] = self.max_choices if self.streaming else None
+        return ReadOptions(split=self.train_split, config=self.data_config, **values)
 
-    def options_for_other_data(self, trained: Columns) -> dict[str, Any]:
+    def options_for_other_data(self, trained: Columns) -> ReadOptions:
         """The same for validation or test rows, which may be written in another way than the training rows."""
-        options = self.data_options
-        options |= {"known_columns": known_columns(trained, options["columns"]), "trained": trained}
-        return options | {"columns": None, "answer_format": None}
+        values = {"known_columns": known_columns(trained, self.columns), "trained": trained}
+        values |= {"columns": None, "answer_format": None, "max_choices": None}
+        return replace(self.data_options, split=self.validation_split, **values)
 
     @property
     def adapted_parts(self) -> dict[str, bool]:

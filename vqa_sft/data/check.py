@@ -32,12 +32,12 @@ import numpy as np
 from PIL import Image
 from scipy.special import chdtrc
 
-from vqa_sft.data.examples import Loaded
-from vqa_sft.data.duplicates import near_pairs, row_groups
-from vqa_sft.data.images import ImageFacts
-from vqa_sft.letters import LETTERS, identity_order
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.data.duplicates import near_pairs, row_groups
+from vqa_sft.data.examples import Loaded
+from vqa_sft.data.images import ImageFacts
 from vqa_sft.data.scan import Scan, scan_images
+from vqa_sft.letters import LETTERS, identity_order
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
