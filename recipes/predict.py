@@ -31,9 +31,9 @@ import pyarrow as pa
 import yaml
 from datasets import Dataset, IterableDataset
 
-from vqa_sft.environment import quiet
+from vqa_sft.environment import set_library_defaults
 
-quiet()
+set_library_defaults()
 
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.config.fields import load_yaml, settle_words

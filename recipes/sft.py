@@ -20,9 +20,9 @@ import time
 from collections import Counter
 from typing import Any
 
-from vqa_sft.environment import quiet
+from vqa_sft.environment import set_library_defaults
 
-quiet()
+set_library_defaults()
 
 from vqa_sft.config.fields import describe_fields
 from vqa_sft.config.recipe import Recipe, read_recipe
@@ -106,7 +106,8 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     from accelerate import PartialState
     from transformers import EarlyStoppingCallback
 
-    from vqa_sft.batch.collator import AnswerCollator, TrainCollator, check_texts
+    from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
+    from vqa_sft.batch.template import check_texts
     from vqa_sft.models import load as models, processes as launch
     from vqa_sft.models.fast import feature_store as cache, speedups as speed
     from vqa_sft.models.memory import estimate as memory
@@ -215,11 +216,10 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
                 args.prompts,
                 num_letters,
                 seed=training_args.seed,
-                shuffle_choices=args.shuffle_choices,
-                image_augmentation=args.image_augmentation,
-                flip_images=args.flip_images,
+                augmentation=Augmentation(
+                    args.shuffle_choices, args.image_augmentation, args.flip_images, counts_batches=args.streaming
+                ),
                 supervises_end=args.supervise_end_of_turn,
-                counts_batches=args.streaming,
                 packer=packer,
                 features=features,
             ),

@@ -8,8 +8,9 @@ from test_collator import prompt_bytes
 from test_speedups import assert_same
 from test_trainer import SPELLING, build_trainer
 
-from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, TrainCollator, answer_prefix, render_prompt
+from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, TrainCollator
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.batch.template import answer_prefix, render_prompt
 from vqa_sft.data.examples import FEATURES, load_examples
 from vqa_sft.data.images import open_image
 from vqa_sft.data.options import ReadOptions

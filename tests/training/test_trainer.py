@@ -3,8 +3,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from vqa_sft.batch.collator import AnswerCollator, TrainCollator, render_prompt
+from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.batch.template import render_prompt
 from vqa_sft.config.recipe import read_recipe
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.images import open_image
@@ -34,7 +35,7 @@ def build_trainer(folder, contest, output_dir, num_rows, shuffle_choices=True, o
         train_dataset=examples,
         eval_dataset=examples,
         processing_class=processor,
-        data_collator=TrainCollator(processor, Prompts(), 4, seed=42, shuffle_choices=shuffle_choices),
+        data_collator=TrainCollator(processor, Prompts(), 4, seed=42, augmentation=Augmentation(shuffle_choices)),
         eval_collator=AnswerCollator(processor, Prompts(), 4),
         letter_ids=find_letter_ids(processor, 4),
         **({"vocabulary_weight": 1.0} if own is None else own),

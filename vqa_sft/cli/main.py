@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqa_sft.environment import quiet
+from vqa_sft.environment import set_library_defaults
 from vqa_sft.errors import InputError, exits_with_message, printable
 from vqa_sft.files import whole, write_whole
 
@@ -44,7 +44,7 @@ JSON_START = '{\n "clean"'  # how a report begins
 
 @exits_with_message
 def main() -> None:
-    quiet()
+    set_library_defaults()
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of the data
     parser = argparse.ArgumentParser(
         prog="vqa-sft",

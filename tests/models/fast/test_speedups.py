@@ -9,8 +9,9 @@ from peft import get_peft_model
 from torch import nn
 from trl import ModelConfig
 
-from vqa_sft.batch.collator import AnswerCollator, render_prompt
+from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.batch.template import render_prompt
 from vqa_sft.data.examples import load_examples
 from vqa_sft.models.fast import fused_lora as lora, speedups as speed, vision
 from vqa_sft.models.load import load_model, load_processor, lora_config
