@@ -110,7 +110,9 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     from vqa_sft.batch.template import check_texts
     from vqa_sft.models import load as models, processes as launch
     from vqa_sft.models.fast import feature_store as cache, speedups as speed
-    from vqa_sft.models.memory import estimate as memory
+    from vqa_sft.models.memory.fit import choose_batch
+    from vqa_sft.models.memory.out_of_memory import explains_out_of_memory, halve_batch
+    from vqa_sft.models.memory.plan import read_needs
     from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
     from vqa_sft.predictions.file import ANSWERS, answers_as, write_predictions
     from vqa_sft.runs import hub
@@ -163,20 +165,17 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     for part in [validation] * (validation is not None) + [train] * (not args.streaming):
         check_texts(processor, part, args.prompts)
     needs = functools.partial(
-        memory.read_needs,
+        read_needs,
         training_args,
         model_args,
+        args,
         processor,
         None if args.streaming else train,
-        args.prompts,
         precision=precision,
-        fast=args.fast,
         compiles=speed.pays_compilation(num_rows, args.compile_layers),
-        memory_budget=args.activation_memory_budget,
-        **args.adapted_parts,
     )
     if args.auto_batch:
-        chosen = memory.choose_batch(training_args, needs)
+        chosen = choose_batch(training_args, needs)
         if is_main:
             print(chosen)
     if is_main:
@@ -254,10 +253,14 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
             checkpoints.stopped_early(checkpoint, args.early_stopping_patience) or training_args.max_steps
         )
     of_batch = {"states_global_batch": args.global_batch_size is not None, "auto_batch": args.auto_batch}
-    smaller, ran_out = memory.halve_batch(training_args, **of_batch), False
+    smaller, ran_out = halve_batch(training_args, **of_batch), False
     with (
-        memory.explains_out_of_memory(
-            training_args, needs, is_evaluating=lambda: not trainer.model.training, **of_batch
+        explains_out_of_memory(
+            training_args,
+            needs,
+            is_evaluating=lambda: not trainer.model.training,
+            resumes=functools.partial(checkpoints.goes_on, output_dir),
+            **of_batch,
         ),
         stop.listening(),
     ):
