@@ -311,12 +311,7 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
             write_predictions(f"{output_dir}/{run_folder.VALIDATION}", predictions)
         run_folder.write_metrics(output_dir, metrics)
         run_folder.describe(
-            output_dir,
-            values=recipe.values,
-            precision=precision,
-            num_letters=num_letters,
-            prompts=args.prompts,
-            columns=loaded[0].columns,
+            run_folder.Run(output_dir, recipe.values, args.prompts, num_letters, loaded[0].columns, precision),
             num_rows={"train": None if args.streaming else len(train), "validation": len(validation or [])},
             num_processes=training_args.world_size,
             micro_batch=training_args.per_device_train_batch_size,

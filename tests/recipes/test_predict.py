@@ -67,7 +67,7 @@ def test_runs_that_take_turns_on_one_base_answer_as_each_alone(three, tmp_path, 
     contest, run = three
     test = ("--data", contest / "test.csv", "--orders", "rotations")
     together = predict(run, tmp_path / "out.csv", *test)
-    assert "loaded anew" not in capsys.readouterr().out
+    assert "loaded again" not in capsys.readouterr().out
     alone = [predict(run / f"fold{fold}", tmp_path / f"alone{fold}.csv", *test) for fold in range(3)]
     for fold, expected in enumerate(alone):
         found = read_predictions(tmp_path / f"out.fold{fold}.parquet")
@@ -88,7 +88,7 @@ def test_a_run_of_another_kind_has_the_base_loaded_anew(three, tmp_path, capsys)
     contest, run = three
     runs = [run / "fold0", run.parent / "other", run / "fold1"]
     predict(runs, tmp_path / "out.csv", "--data", contest / "test.csv")
-    assert f"loaded anew for {run.parent / 'other'}" in capsys.readouterr().out
+    assert f"loaded again for {run.parent / 'other'}" in capsys.readouterr().out
     for folder in runs:
         expected = predict(folder, tmp_path / "alone.csv", "--data", contest / "test.csv")
         found = read_predictions(tmp_path / f"out.{folder.name}.parquet")

@@ -18,12 +18,19 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig
 
+<<<<<<< HEAD
+from vqa_sft.batch.collator import AnswerCollator, answer_prefix, render_prompt
+from vqa_sft.batch.prompts import Prompts, render_messages
+from vqa_sft.data.examples import load_examples
+from vqa_sft.data.images import open_image
+=======
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts, render_messages
 from vqa_sft.batch.template import answer_prefix, render_prompt
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.images import open_image
 from vqa_sft.data.options import ReadOptions
+>>>>>>> main
 from vqa_sft.errors import InputError
 from vqa_sft.models.load import load_processor, load_trained
 from vqa_sft.models.scoring import find_letter_ids, letter_logits
@@ -62,7 +69,7 @@ def train(families, tmp_path_factory):
 
 
 def base_of(run):
-    return run_folder.read_run(run)["recipe"]["model_name_or_path"]
+    return run_folder.read_run(run).base_model
 
 
 def rows_of(contest):
@@ -179,7 +186,7 @@ def test_an_adapter_of_a_4_bit_base_is_merged_into_the_whole_one_and_a_line_says
     assert "in 4 bit and is merged into its whole weights: probabilities may differ" in capsys.readouterr().out
     # `ours` loads the base unquantised: that is what the adapter was merged into.
     assert_close(plain(tmp_path / "out", train.contest), ours(run, train.contest), atol=1e-4, rtol=0)
-    assert "load_in_4bit" not in run_folder.read_run(tmp_path / "out")["recipe"]
+    assert "load_in_4bit" not in run_folder.read_run(tmp_path / "out").recipe
     assert len(predict(tmp_path / "out", train.contest, tmp_path / "out.csv")) == 12
 
 
