@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from scripts import RECIPES
 
 from vqa_sft.cli.main import _read_data
-from vqa_sft.config.recipe import RecipeArguments, read_recipe
+from vqa_sft.config.recipe import read_recipe
+from vqa_sft.config.training import RecipeArguments
 from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.errors import InputError
 
