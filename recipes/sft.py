@@ -25,7 +25,8 @@ from vqa_sft.environment import set_library_defaults
 set_library_defaults()
 
 from vqa_sft.config.fields import describe_fields
-from vqa_sft.config.recipe import Recipe, RecipeArguments, read_recipe
+from vqa_sft.config.recipe import Recipe, read_recipe
+from vqa_sft.config.training import RecipeArguments
 from vqa_sft.data.examples import Loaded, note_kept_orders, read_examples, stream_examples
 from vqa_sft.data.split import TRAIN, VALIDATION, choose_parts, most_choices, read_parts, select, write_parts
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown
@@ -65,7 +66,7 @@ def train_runs(recipe: Recipe, runs: list[Recipe], folders: list[str], is_main: 
         with explains_breakdown(f"for {folders[number]}", goes_on):
             while isinstance(ended := train(runs[number], is_main, stop, folders), dict):
                 # The folds to come have the same GPU.
-                runs[number:] = [run.going_on(ended) for run in runs[number:]]
+                runs[number:] = [run.retried(ended) for run in runs[number:]]
                 free_memory()
         if not ended:
             why = "SIGTERM" if stop.got_sigterm else "Time is up"
@@ -314,12 +315,7 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
             write_predictions(f"{output_dir}/{run_folder.VALIDATION}", predictions)
         run_folder.write_metrics(output_dir, metrics)
         run_folder.describe(
-            output_dir,
-            values=recipe.values,
-            precision=precision,
-            num_letters=num_letters,
-            prompts=args.prompts,
-            columns=loaded[0].columns,
+            run_folder.Run(output_dir, recipe.values, args.prompts, num_letters, loaded[0].columns, precision),
             num_rows={"train": None if args.streaming else len(train), "validation": len(validation or [])},
             num_processes=training_args.world_size,
             micro_batch=training_args.per_device_train_batch_size,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_speedups import assert_same
-from test_trainer import build_trainer
+from gradients import assert_same
+from trainers import build_trainer
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vqa_sft.batch.collator import TrainCollator

@@ -2,10 +2,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_script
 from peft import LoraConfig, get_peft_model
 from quantised import edit_config, edit_weights
 from safetensors.torch import load_file
+from scripts import run_script
 from transformers import AutoModelForImageTextToText as Auto, Llama4Config, LlavaConfig
 from transformers.integrations import sdpa_attention
 from trl import ModelConfig

@@ -236,13 +236,9 @@ def train_naive(values: dict[str, Any]) -> None:
     run_folder.start(values["output_dir"], recipe.values, overwrite=True)
     trainer.train()
     trainer.save_model()
+    own_letters, columns = loaded[0].num_choices, loaded[0].columns
     run_folder.describe(
-        values["output_dir"],
-        values=recipe.values,
-        precision=precision,
-        num_letters=loaded[0].num_choices,
-        prompts=own.prompts,
-        columns=loaded[0].columns,
+        run_folder.Run(values["output_dir"], recipe.values, own.prompts, own_letters, columns, precision),
         num_rows={"train": len(rows)},
         num_processes=1,
         micro_batch=own.global_batch_size,

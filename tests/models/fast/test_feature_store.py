@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script, write_csv
+from contest import rows_of, write_csv
 from datasets import Dataset
 from families import save_family
+from gradients import assert_same, gradients_of
 from PIL import Image
 from safetensors.torch import load_file
-from test_examples import rows_of
-from test_speedups import assert_same, gradients_of, road  # noqa: F401  a fixture
+from scripts import run_script
 
 from vqa_sft.batch import collator as collators
 from vqa_sft.batch.collator import AnswerCollator, TrainCollator
@@ -67,7 +67,7 @@ def contest(contest):
     return contest
 
 
-def test_features_from_disk_give_the_logits_and_gradients_of_images(road, opened):  # noqa: F811
+def test_features_from_disk_give_the_logits_and_gradients_of_images(road, opened):
     model, processor, letter_ids, rows = road
     by_pixels, by_features = collators_of(model, processor)
     fill(model, by_features, rows)
@@ -85,7 +85,7 @@ def test_features_from_disk_give_the_logits_and_gradients_of_images(road, opened
     assert torch.equal(by_features(text_only)["input_ids"], by_pixels(text_only)["input_ids"])
 
 
-def test_features_in_half_precision_are_those_that_the_tower_gives(road):  # noqa: F811
+def test_features_in_half_precision_are_those_that_the_tower_gives(road):
     model, processor, _, rows = road
     by_pixels, by_features = collators_of(model.bfloat16(), processor, "bf16")
     fill(model, by_features, rows, "bf16", batch_size=8)
@@ -100,7 +100,7 @@ def test_features_in_half_precision_are_those_that_the_tower_gives(road):  # noq
     torch.testing.assert_close(features["image_features"], by_tower, atol=0.02, rtol=0.02)
 
 
-def test_training_orders_and_left_padding_stay_as_they_are(road):  # noqa: F811
+def test_training_orders_and_left_padding_stay_as_they_are(road):
     model, processor, _, rows = road
     processor.tokenizer.padding_side = "left"
     by_pixels, by_features = collators_of(model, processor)
@@ -114,7 +114,7 @@ def test_training_orders_and_left_padding_stay_as_they_are(road):  # noqa: F811
         assert torch.equal(plain(rows)[name], stored(rows)[name])
 
 
-def test_a_second_run_computes_nothing_and_opens_no_image(road, opened, capsys, monkeypatch):  # noqa: F811
+def test_a_second_run_computes_nothing_and_opens_no_image(road, opened, capsys, monkeypatch):
     model, processor, _, rows = road
     _, collator = collators_of(model, processor)
     fill(model, collator, rows, num_workers=2)
@@ -135,7 +135,7 @@ def test_a_second_run_computes_nothing_and_opens_no_image(road, opened, capsys, 
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "other bytes", "another image's", "gone"])
-def test_a_damaged_file_is_noticed_and_computed_again(road, home, opened, capsys, damage):  # noqa: F811
+def test_a_damaged_file_is_noticed_and_computed_again(road, home, opened, capsys, damage):
     model, processor, _, rows = road
     by_pixels, collator = collators_of(model, processor)
     fill(model, collator, rows, batch_size=1)  # so that the same bits come again
@@ -158,7 +158,7 @@ def test_a_damaged_file_is_noticed_and_computed_again(road, home, opened, capsys
     assert torch.equal(collator(rows)["image_features"], expected["image_features"])
 
 
-def test_a_disk_that_does_not_answer_now_loses_nothing(road, home, monkeypatch):  # noqa: F811
+def test_a_disk_that_does_not_answer_now_loses_nothing(road, home, monkeypatch):
     model, processor, _, rows = road
     _, collator = collators_of(model, processor)
     fill(model, collator, rows)
@@ -172,7 +172,7 @@ def test_a_disk_that_does_not_answer_now_loses_nothing(road, home, monkeypatch):
     assert files(home) == stored
 
 
-def test_a_start_finds_files_that_are_cut_off_or_stand_in_the_wrong_place(road, home, capsys):  # noqa: F811
+def test_a_start_finds_files_that_are_cut_off_or_stand_in_the_wrong_place(road, home, capsys):
     model, processor, _, rows = road
     _, collator = collators_of(model, processor)
     fill(model, collator, rows, batch_size=1)
@@ -312,7 +312,7 @@ def test_images_are_computed_once_however_many_rows_show_them(families, contest,
     assert len(opened) == len(files(home)) == 4
 
 
-def test_the_estimate_of_the_disk_space_is_what_the_features_take(road, home, capsys):  # noqa: F811
+def test_the_estimate_of_the_disk_space_is_what_the_features_take(road, home, capsys):
     model, processor, _, rows = road
     _, collator = collators_of(model, processor)
     data = Dataset.from_list(rows, FEATURES).select_columns(["id", "images"])

@@ -12,10 +12,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import RECIPES
 from peft import get_peft_model
 from quantised import FP8, KINDS, OTHERS
-from test_cli import run  # noqa: F401  a fixture
+from scripts import RECIPES
 from transformers import AttentionInterface, AutoModelForImageTextToText
 from trl import ModelConfig, SFTConfig
 
@@ -350,7 +349,7 @@ def test_every_remedy_is_enough(name, compiled):
 # --- vqa-sft memory ---------------------------------------------------------------------------------------------------
 
 
-def test_every_recipe_has_a_table_within_seconds(run):  # noqa: F811
+def test_every_recipe_has_a_table_within_seconds(run):
     for path in sorted(RECIPES.glob("*.yaml")):
         start = time.monotonic()
         code, out, err = run("memory", path)
@@ -361,7 +360,7 @@ def test_every_recipe_has_a_table_within_seconds(run):  # noqa: F811
         assert math.isclose(sum(map(float, parts)), float(peak), abs_tol=0.05)
 
 
-def test_fields_of_the_recipe_may_be_given_again(run):  # noqa: F811
+def test_fields_of_the_recipe_may_be_given_again(run):
     peaks = []
     for more in ((), ("--max_pixels", 50176), ("--text-tokens", 20), ("--gradient_checkpointing", "true")):
         _, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--compile_layers", "false", *more)
@@ -369,7 +368,7 @@ def test_fields_of_the_recipe_may_be_given_again(run):  # noqa: F811
     assert max(peaks[1:]) < peaks[0]
 
 
-def test_a_gpu_that_is_large_enough_and_one_that_is_not(run):  # noqa: F811
+def test_a_gpu_that_is_large_enough_and_one_that_is_not(run):
     code, out, _ = run("memory", RECIPES / "qwen3b_t4.yaml", "--gpu-gib", 14)
     assert code == 0 and "It fits:" in out and "Largest micro-batch" in out and "Largest max_pixels" in out
     code, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--gpu-gib", 24)
@@ -384,13 +383,13 @@ def test_a_gpu_that_is_large_enough_and_one_that_is_not(run):  # noqa: F811
     assert code == 1 and "Nothing known makes it fit" in out
 
 
-def test_a_recipe_that_states_accumulation_is_told_it_too(run):  # noqa: F811
+def test_a_recipe_that_states_accumulation_is_told_it_too(run):
     options = ("--global_batch_size", "null", "--gradient_accumulation_steps", 1, "--per_device_train_batch_size", 16)
     _, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--gpu-gib", 40, *options)
     assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4" in out
 
 
-def test_what_cannot_be_said_ends_with_exit_code_2(run, families, tmp_path):  # noqa: F811
+def test_what_cannot_be_said_ends_with_exit_code_2(run, families, tmp_path):
     recipe = RECIPES / "qwen7b.yaml"
     for arguments, says in (
         ((tmp_path / "none.yaml",), "no such yaml"),
@@ -428,7 +427,7 @@ def published(folder, name, own):
         ({"quant_method": "modelopt"}, "(modelopt); what its weights take is not known", 2),
     ],
 )
-def test_the_weights_of_a_quantised_base_are_counted_as_they_are_stored(run, tmp_path, own, says, bytes_a_weight):  # noqa: F811
+def test_the_weights_of_a_quantised_base_are_counted_as_they_are_stored(run, tmp_path, own, says, bytes_a_weight):
     base = published(tmp_path / "base", B7, own)
     code, out, err = run("memory", RECIPES / "qwen7b.yaml", "--model_name_or_path", base, "--gpu-gib", 12)
     shape = shape_of(B7)
