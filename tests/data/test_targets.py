@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import write_csv
-from test_trainer import build_trainer
+from contest import write_csv
+from trainers import build_trainer
 
 from vqa_sft.batch.collator import AnswerCollator, TrainCollator
 from vqa_sft.batch.prompts import Prompts

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_calibration import drawn
+from prediction_rows import drawn
 
 from vqa_sft.errors import InputError
 from vqa_sft.predictions import ensemble

@@ -4,15 +4,16 @@ from dataclasses import replace
 import numpy as np
 import pandas
 import pytest
-from conftest import write_csv
-from test_file import THREE
+from contest import write_csv
+from prediction_rows import THREE
 
 from vqa_sft.data.columns import Columns
+from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.ensemble import write_ensemble
-from vqa_sft.predictions.file import Predictions, answers_as, digests_of, write_predictions
+from vqa_sft.predictions.file import Predictions, answers_as, write_predictions
 from vqa_sft.predictions.style import Style
 from vqa_sft.predictions.submission import submit, write
 

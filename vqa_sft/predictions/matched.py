@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from vqa_sft.data.answers import FORMATS, infer_format, read_answer
-from vqa_sft.data.columns import USUAL_NAMES, are_here, find_columns, find_usual
-from vqa_sft.data.examples import read_examples, text_of
+from vqa_sft.data.cells import text_of
+from vqa_sft.data.columns import USUAL_NAMES, are_here, find_usual
+from vqa_sft.data.digests import digests_of
+from vqa_sft.data.examples import read_examples
+from vqa_sft.data.find_columns import find_columns
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.sources import Source, open_source
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.letters import LETTERS
-from vqa_sft.predictions.file import ANSWERS, Predictions, check_same_rows, digests_of
+from vqa_sft.predictions.file import ANSWERS, Predictions, check_same_rows
 
 FIXED = ("fixed_question", "fixed_choices")
 HINT = f"Give --answer-format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
