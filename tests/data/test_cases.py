@@ -75,7 +75,7 @@ def test_each_input_is_read_as_it_is_right_or_refused(name, tmp_path):
     loaded.problems.raise_if_any(loaded.name)
     assert loaded.examples["answer"][:] == case.answers
     assert case.choices is None or loaded.examples["choices"][0] == case.choices
-    warned = " ".join(f"{kind.what} {kind.mend} {labels}" for _, kind, labels in loaded.problems)
+    warned = " ".join(f"{kind.what} {kind.fix} {labels}" for _, kind, labels in loaded.problems)
     assert all(word in warned for word in case.warns), warned
     assert all(any(word in note for note in loaded.notes) for word in case.notes), loaded.notes
 

@@ -406,9 +406,11 @@ def _arguments(args: argparse.Namespace) -> "tuple[RecipeArguments, dict[str, An
 
 
 def _check(args: argparse.Namespace) -> None:
-    from vqa_sft.data.check import as_dict, check
+    from vqa_sft.data.check import check
     from vqa_sft.data.fix import check_copy
-    from vqa_sft.report.check_page import describe, write_page
+    from vqa_sft.report.check_json import as_dict
+    from vqa_sft.report.check_page import write_page
+    from vqa_sft.report.check_text import describe
 
     with contextlib.redirect_stdout(sys.stderr):  # where libraries may say what they like
         arguments, values = _arguments(args)
@@ -419,8 +421,12 @@ def _check(args: argparse.Namespace) -> None:
             check_copy(args.fix, arguments.train_data, arguments.image_root)
         data = _read_data(arguments, args.test, args.test_image_root)
         processor, tokens_note = _load_processor(arguments, values)
-        how = {"distance": arguments.duplicate_distance, "prompts": arguments.prompts, "max_length": args.max_length}
-        reports = check(data, processor=processor, tokens_note=tokens_note, **how)
+        how = {"distance": arguments.duplicate_distance, "max_length": args.max_length, "tokens_note": tokens_note}
+        if processor is not None:
+            from vqa_sft.batch.count_tokens import prompt_checks
+
+            how |= prompt_checks(processor, arguments.prompts)
+        reports = check(data, **how)
     # ASCII, for a terminal obeys some characters that JSON leaves as they are.
     text = json.dumps(as_dict(reports), indent=1)
     if args.json not in (None, "-"):
@@ -510,7 +516,8 @@ def _folds(args: argparse.Namespace) -> None:
     from vqa_sft.data.folds import hold_out_rows, make_folds, max_deviation
     from vqa_sft.data.scan import scan_images
     from vqa_sft.data.split import strata_of
-    from vqa_sft.report.check_page import describe_folds, printable_line
+    from vqa_sft.report.check_text import printable_line
+    from vqa_sft.report.folds_text import describe_folds
 
     arguments, values = _arguments(args)
     _check_folds_file(args.output)
