@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import RECIPES, write_hard_contest
+from contest import write_hard_contest
+from scripts import RECIPES
 
 from vqa_sft.data import folds
 from vqa_sft.errors import InputError
@@ -201,7 +202,7 @@ import json, os, runpy, sys, traceback
 from vqa_sft.environment import set_library_defaults
 
 set_library_defaults()
-import vqa_sft.models.memory.estimate, vqa_sft.inference.scorer, vqa_sft.training.trainer
+import vqa_sft.models.memory.out_of_memory, vqa_sft.inference.scorer, vqa_sft.training.trainer
 
 def begin(command, log):
     if pid := os.fork():

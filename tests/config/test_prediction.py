@@ -8,7 +8,7 @@ from vqa_sft.config.prediction import PredictionArguments, read_prediction
 from vqa_sft.data.split import VALIDATION
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.ensemble import AVERAGES
-from vqa_sft.predictions.submission import STYLES
+from vqa_sft.predictions.style import STYLES
 
 GIVEN = ("--run", "runs/a", "--data", "test.csv", "--output", "out.csv")
 BASE = ("--run", "none", "--model", "x", "--data", "test.csv", "--output", "out.csv")

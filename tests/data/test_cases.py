@@ -7,12 +7,13 @@ import cases
 import pytest
 import yaml
 from cases import CASES
-from conftest import RECIPES
 from hypothesis import HealthCheck, given, settings, strategies as st
+from scripts import RECIPES
 
 from vqa_sft.cli.main import _read_data
 from vqa_sft.config.prediction import PredictionArguments
-from vqa_sft.config.recipe import RecipeArguments, read_recipe
+from vqa_sft.config.recipe import read_recipe
+from vqa_sft.config.training import RecipeArguments
 from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.errors import InputError
 from vqa_sft.inference.plan import find_runs

@@ -22,7 +22,8 @@ from vqa_sft.inference.rows import Rows
 from vqa_sft.predictions.calibration import OUT_OF_FOLD, RUN, VALIDATION, read_calibration, views_key
 from vqa_sft.predictions.ensemble import combine
 from vqa_sft.predictions.file import Predictions, answers_as, read_predictions, write_predictions
-from vqa_sft.predictions.submission import Style, write
+from vqa_sft.predictions.style import Style
+from vqa_sft.predictions.submission import write
 from vqa_sft.runs.folder import Run
 
 # What a run folder holds of its own, and what is there where it does.

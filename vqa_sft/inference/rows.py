@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datasets import Dataset, IterableDataset
 
 from vqa_sft.config.prediction import PredictionArguments
-from vqa_sft.config.recipe import RecipeArguments
+from vqa_sft.config.training import RecipeArguments
 from vqa_sft.data.columns import Columns
 from vqa_sft.data.examples import Loaded, read_examples, stream_examples
 from vqa_sft.data.options import ReadOptions

@@ -10,13 +10,13 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from vqa_sft.config.prediction import PredictionArguments
+from vqa_sft.data.digests import digests_of
 from vqa_sft.errors import explains
 from vqa_sft.inference import scorer as scorers, shards
 from vqa_sft.inference.plan import Pass, digest_rows
 from vqa_sft.inference.rows import Rows, blocks_of, find_blank, guessed_rows
 from vqa_sft.inference.scorer import Scorer
 from vqa_sft.models import processes, scoring
-from vqa_sft.predictions.file import digests_of
 
 Blank = Mapping[str, tuple[int, ...]]  # row id -> positions of its images that cannot be used
 
