@@ -1,4 +1,4 @@
-"""Which runs score which rows, in which passes, and what their numbers depend on. No torch."""
+"""Which runs score which rows, in which passes, and what their numbers depend on."""
 
 import hashlib
 import json

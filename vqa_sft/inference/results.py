@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -24,13 +24,15 @@ from vqa_sft.predictions.ensemble import combine
 from vqa_sft.predictions.file import Predictions, answers_as, read_predictions, write_predictions
 from vqa_sft.predictions.style import Style
 from vqa_sft.predictions.submission import write
-from vqa_sft.runs.folder import Run
+
+if TYPE_CHECKING:  # it loads torch
+    from vqa_sft.runs.folder import Run
 
 # What a run folder holds of its own, and what is there where it does.
 OWN_FILES = {VALIDATION: RUN, OUT_OF_FOLD: "out_of_fold.json"}
 
 
-def describe_run(args: PredictionArguments, run: Run) -> dict[str, Any]:
+def describe_run(args: PredictionArguments, run: "Run") -> dict[str, Any]:
     """The metadata of a run's prediction file, with the calibration that is known for it and these views. Raises
     InputError for a damaged one."""
     metadata = args.views.metadata
@@ -170,7 +172,7 @@ def _of_runs(table: pa.Table) -> list[tuple[Sequence, Sequence, Sequence]]:
     return list(zip(*(zip(*column, strict=True) for column in columns), strict=True))
 
 
-def check_outputs(args: PredictionArguments, runs: Sequence[Run]) -> None:
+def check_outputs(args: PredictionArguments, runs: Sequence["Run"]) -> None:
     """Raises InputError where a file cannot be written, or would replace an input, a run's own predictions, or what we
     did not write."""
     output, folders = Path(args.output), [run.folder for run in runs]

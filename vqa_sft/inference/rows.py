@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from datasets import Dataset, IterableDataset
 
@@ -17,7 +18,9 @@ from vqa_sft.data.split import VALIDATION, read_parts, select
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.inference import shards
 from vqa_sft.letters import LETTERS
-from vqa_sft.runs.folder import Run
+
+if TYPE_CHECKING:  # it loads torch
+    from vqa_sft.runs.folder import Run
 
 
 @dataclass
@@ -44,7 +47,7 @@ class Rows:
         return [row_id for source in self.sources for row_id in source.examples["id"]]
 
 
-def read_rows(args: PredictionArguments, runs: list[Run]) -> Rows:
+def read_rows(args: PredictionArguments, runs: list["Run"]) -> Rows:
     """The rows that each run scores. Raises InputError."""
     if args.part == VALIDATION:
         return _read_validation(args, runs)
@@ -63,7 +66,7 @@ def read_rows(args: PredictionArguments, runs: list[Run]) -> Rows:
     return Rows([loaded], [loaded.examples] * len(runs), runs[0].columns)
 
 
-def _read_validation(args: PredictionArguments, runs: list[Run]) -> Rows:
+def _read_validation(args: PredictionArguments, runs: list["Run"]) -> Rows:
     """Every run's own validation rows, as its recipe reads them."""
     sources: dict[str, list[Loaded]] = {}
     of_run = []
@@ -92,7 +95,7 @@ def _read_validation(args: PredictionArguments, runs: list[Run]) -> Rows:
 
 
 def _validation_sources(
-    args: PredictionArguments, own: RecipeArguments, run: Run
+    args: PredictionArguments, own: RecipeArguments, run: "Run"
 ) -> list[tuple[str | list[str], ReadOptions]]:
     """What a run read its validation rows from."""
     image_root = args.image_root or own.image_root
