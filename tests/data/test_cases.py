@@ -11,7 +11,7 @@ from cases import CASES
 from conftest import RECIPES
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from vqa_sft.cli.main import _read_data
+from vqa_sft.cli.data import read_data
 from vqa_sft.config.recipe import RecipeArguments, read_recipe
 from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.errors import InputError
@@ -57,7 +57,7 @@ def by_prediction(path, case):
 
 
 def by_check(path, case):
-    return found(lambda: _read_data(RecipeArguments(train_data=str(path), **case.options))[0][1])
+    return found(lambda: read_data(RecipeArguments(train_data=str(path), **case.options))[0][1])
 
 
 @pytest.mark.parametrize("name", CASES)
