@@ -5,34 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_contest, write_csv
-from test_calibration import drawn
-from test_examples import rows_of
-from test_split import noise
+from contest import noise, rows_of, write_contest, write_csv
+from prediction_rows import drawn
 
-from vqa_sft.cli.main import main, one_value_each
+from vqa_sft.cli.main import one_value_each
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.folds import read_folds
 from vqa_sft.predictions.calibration import read_calibration
 from vqa_sft.predictions.file import Predictions, write_predictions
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run("check", path, ...)`: exit code, what is printed, and what is said on stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vqa-sft", *map(str, arguments)])
-        code = 0
-        capsys.readouterr()  # what fixtures made libraries say
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture
@@ -285,7 +265,7 @@ def test_the_help_and_every_command_of_it_import_no_package_that_they_do_not_nee
     code, out, _ = run("--help")
     commands = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
     assert code == 0 and len(commands) == 14 and {"train", "uncertainty", "memory"} <= {*commands}
-    check = "import sys; from vqa_sft.cli.main import main, one_value_each\ntry: main()\nexcept SystemExit: pass\n"
+    check = "import sys; from vqa_sft.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
     check += "sys.exit(str([m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'datasets', 'rich')]))"
     for command in ("score", "check"):
         done = subprocess.run([sys.executable, "-c", check, command, "--help"], capture_output=True, text=True)
@@ -302,17 +282,10 @@ def test_help_says_what_a_command_does_with_an_example(command, run):
 
 
 def test_every_command_of_the_docs_exists_with_its_options(run):
-    text = (Path(__file__).parents[2] / "docs" / "prediction.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = [line.split() for line in text.splitlines() if line.startswith("    vqa-sft ")]
-    assert {words[1] for words in commands} == {
-        "score",
-        "calibrate",
-        "ensemble",
-        "submit",
-        "diff",
-        "uncertainty",
-        "merge",
-    }
+    texts = [path.read_text(encoding="utf-8") for path in (Path(__file__).parents[2] / "docs").rglob("*.md")]
+    lines = [line.strip() for text in texts for line in text.replace("\\\n", " ").splitlines()]
+    commands = [line.split() for line in lines if line.startswith("vqa-sft ") and line.split()[1] != "COMMAND"]
+    assert {"score", "calibrate", "ensemble", "submit", "diff", "uncertainty", "merge"} <= {w[1] for w in commands}
     for words in commands:
         _, shown, _ = run(words[1], "--help")
         assert all(word in shown for word in words if word.startswith("--")), words

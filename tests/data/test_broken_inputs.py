@@ -5,16 +5,16 @@ import sys
 import datasets
 import pytest
 from broken import HOSTILE, KINDS, NUM_GOOD, row, table, write_broken
-from conftest import run_script
+from scripts import run_script
 
-from vqa_sft.data import problems
-from vqa_sft.cli.main import main
 from vqa_sft.batch.collator import AnswerCollator
-from vqa_sft.config.recipe import read_recipe
-from vqa_sft.data.examples import read_examples, stream_examples
-from vqa_sft.errors import InputError
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.cli.main import main
+from vqa_sft.config.recipe import read_recipe
+from vqa_sft.data import problems
+from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.data.split import TRAIN, choose_parts
+from vqa_sft.errors import InputError
 
 # Only a stream has these, or a test set.
 ELSEWHERE = {"more_choices", "in_training", "near_training"}
@@ -128,14 +128,14 @@ def test_a_stream_ends_with_a_message_at_the_row(name, recipe):
     collator = AnswerCollator(None, Prompts(), num_letters=4)
     with pytest.raises(InputError):
         arguments = read_recipe(["--config", str(recipe(name)), "--streaming", "true"]).arguments
-        for example in stream_examples(arguments.train_data, **arguments.data_options).examples:
+        for example in stream_examples(arguments.train_data, arguments.data_options).examples:
             collator.images(example)
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in ERRORS])
 def test_what_is_no_error_is_trained_on(name, recipe):
     arguments = read_recipe(["--config", str(recipe(name))]).arguments
-    loaded = read_examples(arguments.train_data, **arguments.data_options)
+    loaded = read_examples(arguments.train_data, arguments.data_options)
     assert {*choose_parts([loaded])[0]} == {TRAIN}
 
 

@@ -8,11 +8,12 @@ import cases
 import pytest
 import yaml
 from cases import CASES
-from conftest import RECIPES
 from hypothesis import HealthCheck, given, settings, strategies as st
+from scripts import RECIPES
 
 from vqa_sft.cli.data import read_data
-from vqa_sft.config.recipe import RecipeArguments, read_recipe
+from vqa_sft.config.recipe import read_recipe
+from vqa_sft.config.training import RecipeArguments
 from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.errors import InputError
 
@@ -53,7 +54,7 @@ def by_prediction(path, case):
     given |= {"image_root": None, "data": str(path), "model": "none", "min_pixels": None, "max_pixels": None}
     names = ("columns", "keep_rows", "encoding", "answer_format", "fixed_question", "fixed_choices")
     args = argparse.Namespace(**given, on_bad_row="error", **{name: case.options.get(name) for name in names})
-    return found(lambda: PREDICT.read_data(args, {"none": PREDICT.base_run(args)}).loaded[0])
+    return found(lambda: PREDICT.read_data(args, [PREDICT.base_run(args)]).loaded[0])
 
 
 def by_check(path, case):
@@ -66,11 +67,11 @@ def test_each_input_is_read_as_it_is_right_or_refused(name, tmp_path):
     path = str(cases.write(case, tmp_path))
     if case.refused:
         with pytest.raises(InputError) as error:
-            loaded = read_examples(path, **options_of(case))
+            loaded = read_examples(path, options_of(case))
             loaded.problems.raise_if_any(loaded.name)
         assert all(word in str(error.value) for word in case.refused), error.value
         return
-    loaded = read_examples(path, **options_of(case))
+    loaded = read_examples(path, options_of(case))
     loaded.problems.raise_if_any(loaded.name)
     assert loaded.examples["answer"][:] == case.answers
     assert case.choices is None or loaded.examples["choices"][0] == case.choices
@@ -82,7 +83,7 @@ def test_each_input_is_read_as_it_is_right_or_refused(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].refused])
 def test_a_stream_reads_the_same(name, tmp_path):
     case = CASES[name]
-    examples = stream_examples(str(cases.write(case, tmp_path)), **options_of(case)).examples
+    examples = stream_examples(str(cases.write(case, tmp_path)), options_of(case)).examples
     assert sorted(row["answer"] for row in examples) == sorted(case.answers)
 
 

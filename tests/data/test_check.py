@@ -2,12 +2,13 @@ import json
 
 import numpy as np
 import pytest
-from conftest import write_csv
+from contest import noise, rows_of, write_csv
 from PIL import Image
+from reports import found, report_on
 from scipy.stats import chisquare
-from test_examples import rows_of
-from test_split import noise
 
+from vqa_sft.batch.collator import AnswerCollator
+from vqa_sft.batch.prompts import Prompts, builtin_prompts
 from vqa_sft.data.check import (
     TEST,
     TRAINING,
@@ -17,22 +18,10 @@ from vqa_sft.data.check import (
     count_tokens,
     measure_skew,
 )
-from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.data.examples import read_examples, stream_examples
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.models.load import load_processor
-from vqa_sft.batch.prompts import Prompts, builtin_prompts
-
-
-def report_on(path, processor=None, **options):
-    data = [(TRAINING, read_examples(str(path), **options))]
-    return check(data, distance=None, prompts=Prompts(), processor=processor)[0]
-
-
-def found(report):
-    """Kind of problem -> labels."""
-    return {problem.kind: [label for _, _, label in problem.rows] for problem in report.problems}
-
 
 # --- The answers ------------------------------------------------------------------------------------------------------
 
@@ -166,7 +155,7 @@ def test_images_of_the_test_and_validation_rows_are_looked_for_in_the_training_r
     for name, part in (("train", rows[:12]), ("validation", rows[12:18]), ("test", rows[18:])):
         write_csv(contest / f"{name}.csv", part)
     data = [
-        (role, read_examples(str(contest / f"{name}.csv"), answers="optional"))
+        (role, read_examples(str(contest / f"{name}.csv"), ReadOptions(answers="optional")))
         for role, name in ((TRAINING, "train"), (VALIDATION, "validation"), (TEST, "test"))
     ]
     train, validation, test = check(data, distance=10, prompts=Prompts())

@@ -1,8 +1,8 @@
 import pytest
 from doubles import read, write
 
-from vqa_sft.data.examples import read_examples
 from vqa_sft.data.duplicates import DISTANCE, row_groups
+from vqa_sft.data.examples import read_examples
 from vqa_sft.data.folds import make_folds
 from vqa_sft.data.scan import scan_images
 from vqa_sft.data.split import strata_of

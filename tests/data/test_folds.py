@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
-from vqa_sft.errors import InputError
 from vqa_sft.data.folds import hold_out_rows, make_folds, max_deviation, read_folds, write_folds
+from vqa_sft.errors import InputError
 
 TYPE_SHARES = (0.45, 0.2, 0.12, 0.1, 0.06, 0.05, 0.02)
 

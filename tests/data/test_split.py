@@ -1,27 +1,19 @@
 import os
 
 import datasets
-import numpy as np
 import pytest
-from conftest import write_csv
-from PIL import Image
-from test_examples import rows_of
+from contest import noise, rows_of, write_csv
 
 from vqa_sft.data import scan
 from vqa_sft.data.examples import read_examples, stream_examples
-from vqa_sft.errors import InputError
 from vqa_sft.data.folds import write_folds
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.split import LEFT_OUT, TRAIN, VALIDATION, choose_parts, read_parts, select, write_parts
+from vqa_sft.errors import InputError
 
 
 def read(contest, name="train.csv"):
     return read_examples(str(contest / name))
-
-
-def noise(path, seed, size=(120, 90)):
-    """An image of its own: coarse noise, so that no two of them are alike."""
-    values = np.random.default_rng(seed).integers(0, 255, (9, 12, 3), dtype=np.uint8)
-    Image.fromarray(values).resize(size, Image.Resampling.BICUBIC).save(path)
 
 
 @pytest.fixture
@@ -182,7 +174,7 @@ def test_other_soft_targets_are_other_labels(contest, tmp_path):
     write_csv(contest / "train.csv", rows)
 
     def read_targets():
-        return [read_examples(str(contest / "train.csv"), columns={"targets": "targets"})]
+        return [read_examples(str(contest / "train.csv"), ReadOptions(columns={"targets": "targets"}))]
 
     loaded = read_targets()
     write_parts(tmp_path, loaded, choose_parts(loaded))

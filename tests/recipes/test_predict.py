@@ -16,19 +16,21 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import RECIPES, run_script, write_contest, write_csv
+from contest import write_csv
 from PIL import Image
+from scripts import RECIPES, run_script
 
 from vqa_sft import Predictor
 from vqa_sft.data import examples as data
+from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples, stream_examples
-from vqa_sft.data.folds import write_folds
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.inference import shards
 from vqa_sft.models import scoring
 from vqa_sft.predictions.calibration import calibrate_run, read_calibration
 from vqa_sft.predictions.ensemble import write_ensemble
-from vqa_sft.predictions.file import digests_of, read_predictions, write_predictions
+from vqa_sft.predictions.file import read_predictions, write_predictions
 from vqa_sft.predictions.metrics import softmax
 from vqa_sft.predictions.submission import submit
 from vqa_sft.runs import folder as run_folder
@@ -36,20 +38,6 @@ from vqa_sft.runs.out_of_fold import write_out_of_fold
 from vqa_sft.tiny import TINY_PATH
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    """(contest, runs): three folds of it, and a fourth run of another rank."""
-    folder = tmp_path_factory.mktemp("three")
-    contest = write_contest(folder / "contest")
-    write_folds(folder / "folds.csv", [f"row_{i:03d}" for i in range(24)], [i % 3 for i in range(24)])
-    values = {"model_name_or_path": TINY_PATH, "train_data": contest / "train.csv", "learning_rate": 1e-2}
-    values |= {"max_steps": 4, "use_cpu": True, "dataloader_num_workers": 0, "disable_tqdm": True}
-    folds = {"fold": "all", "folds_file": folder / "folds.csv", "output_dir": folder / "run"}
-    for given in (folds, {"output_dir": folder / "other", "lora_r": 4, "validation_fraction": 0.25}):
-        run_script("sft", *(token for name, value in (values | given).items() for token in (f"--{name}", value)))
-    return contest, folder / "run"
 
 
 def predict(runs, output, *more):
@@ -66,7 +54,7 @@ def test_runs_that_take_turns_on_one_base_answer_as_each_alone(three, tmp_path, 
     contest, run = three
     test = ("--data", contest / "test.csv", "--orders", "rotations")
     together = predict(run, tmp_path / "out.csv", *test)
-    assert "loaded anew" not in capsys.readouterr().out
+    assert "loaded again" not in capsys.readouterr().out
     alone = [predict(run / f"fold{fold}", tmp_path / f"alone{fold}.csv", *test) for fold in range(3)]
     for fold, expected in enumerate(alone):
         found = read_predictions(tmp_path / f"out.fold{fold}.parquet")
@@ -87,7 +75,7 @@ def test_a_run_of_another_kind_has_the_base_loaded_anew(three, tmp_path, capsys)
     contest, run = three
     runs = [run / "fold0", run.parent / "other", run / "fold1"]
     predict(runs, tmp_path / "out.csv", "--data", contest / "test.csv")
-    assert f"loaded anew for {run.parent / 'other'}" in capsys.readouterr().out
+    assert f"loaded again for {run.parent / 'other'}" in capsys.readouterr().out
     for folder in runs:
         expected = predict(folder, tmp_path / "alone.csv", "--data", contest / "test.csv")
         found = read_predictions(tmp_path / f"out.{folder.name}.parquet")
@@ -575,8 +563,10 @@ def test_rows_left_out_of_a_stream_do_not_change_the_numbers_of_the_others(tmp_p
     rows["part"] = ["x", "y", "x", "y"]
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(tmp_path / "saved")
     how = {"answers": "optional", "keep_rows": {"part": "y"}}
-    streamed = [(row["id"], row["question"]) for row in stream_examples(str(tmp_path / "saved"), **how).examples]
-    examples = read_examples(str(tmp_path / "saved"), **how).examples
+    streamed = [
+        (row["id"], row["question"]) for row in stream_examples(str(tmp_path / "saved"), ReadOptions(**how)).examples
+    ]
+    examples = read_examples(str(tmp_path / "saved"), ReadOptions(**how)).examples
     assert streamed == [(row["id"], row["question"]) for row in examples] == [("1", "Which, 1?"), ("3", "Which, 3?")]
 
 
@@ -601,7 +591,7 @@ def test_answers_are_written_as_in_training_whatever_an_empty_template_says(thre
 
 def test_every_prediction_file_knows_its_rows_by_digests(three, tmp_path):
     contest, run = three
-    expected = digests_of(read_examples(str(contest / "test.csv"), answers="optional").examples)
+    expected = digests_of(read_examples(str(contest / "test.csv"), ReadOptions(answers="optional")).examples)
     for more in ((), ("--streaming",)):
         assert predict(run, tmp_path / "out.csv", "--data", contest / "test.csv", *more).digests == expected
         assert read_predictions(tmp_path / "out.fold1.parquet").digests == expected

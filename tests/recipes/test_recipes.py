@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import RECIPES, run_script, write_contest, write_csv
+from contest import write_contest, write_csv
 from families import FAMILIES
 from safetensors.torch import load_file
+from scripts import RECIPES, run_script
 from trl import ModelConfig
 
 import vqa_sft
@@ -16,6 +17,7 @@ from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.config.recipe import read_recipe
 from vqa_sft.data.examples import load_examples
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.models import load as models
 from vqa_sft.models.scoring import find_letter_ids, letter_logits, to_choice_logits
 from vqa_sft.predictions.calibration import read_calibration
@@ -48,7 +50,7 @@ def test_every_family_trains_saves_loads_and_predicts(families, contest, sft, tm
     processor = models.load_processor(str(run))
     args = ModelConfig(model_name_or_path=families(family), dtype=None)
     merged = models.load_trained(str(run), args, "fp32").merge_and_unload().eval()
-    examples, _ = load_examples(str(contest / "test.csv"), answers="optional")
+    examples, _ = load_examples(str(contest / "test.csv"), ReadOptions(answers="optional"))
     batch = AnswerCollator(processor, Prompts(), 4)(list(examples))
     with torch.no_grad():
         logits = letter_logits(merged, batch, find_letter_ids(processor, 4))
@@ -229,7 +231,7 @@ def test_rows_with_two_to_four_choices_train_and_predict(families, contest, sft,
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_read_and_opens_with_its_launch_line(path):
     recipe = read_recipe(["--config", str(path), "--use_cpu", "true"])
-    assert recipe.arguments.prompts and recipe.model_args().lora_r and recipe.validates
+    assert recipe.arguments.prompts and recipe.model_args().lora_r and recipe.arguments.validates
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     launch = next(line for line in comments if "accelerate launch" in line).split()
     for option in ("--config_file", "--config"):

@@ -2,15 +2,14 @@ import re
 
 import numpy as np
 import pytest
-from conftest import write_csv
-from test_check import found, report_on
-from test_examples import rows_of
-from test_split import noise
+from contest import noise, rows_of, write_csv
+from reports import found, report_on
 
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.check import TEST, TRAINING, check, measure_skew
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.folds import Deviation
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.report.check_page import (
     choose_problem_rows,
     choose_samples,
@@ -81,7 +80,7 @@ def test_a_clean_set_says_so(contest):
 
 def test_test_rows_have_a_part_of_their_own_without_answers(contest):
     data = [(TRAINING, read_examples(str(contest / "train.csv")))]
-    data.append((TEST, read_examples(str(contest / "test.csv"), answers="optional")))
+    data.append((TEST, read_examples(str(contest / "test.csv"), ReadOptions(answers="optional"))))
     text = describe(check(data, distance=None, prompts=Prompts(), tokens_note="no model"))
     training, test = text.split("test.csv: 24 rows")
     assert "  answers  " in training and "  answers  " not in test

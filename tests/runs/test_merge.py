@@ -10,25 +10,28 @@ from types import ModuleType, SimpleNamespace as Of
 
 import pytest
 import torch
-from conftest import run_script, write_hard_contest
+from contest import write_hard_contest
 from peft import LoraConfig, get_peft_model
 from quantised import save_quantised
 from safetensors.torch import load_file, save_file
+from scripts import run_script
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig
 
-from vqa_sft.runs import merge, folder as run_folder
-from vqa_sft.predictions.calibration import read_calibration
-from vqa_sft.batch.collator import AnswerCollator, answer_prefix, render_prompt
-from vqa_sft.data.examples import load_examples
-from vqa_sft.errors import InputError
-from vqa_sft.data.images import open_image
-from vqa_sft.runs.merge import merge_run
-from vqa_sft.models.load import load_processor, load_trained
-from vqa_sft.predictions.file import read_predictions
+from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts, render_messages
+from vqa_sft.batch.template import answer_prefix, render_prompt
+from vqa_sft.data.examples import load_examples
+from vqa_sft.data.images import open_image
+from vqa_sft.data.options import ReadOptions
+from vqa_sft.errors import InputError
+from vqa_sft.models.load import load_processor, load_trained
 from vqa_sft.models.scoring import find_letter_ids, letter_logits
+from vqa_sft.predictions.calibration import read_calibration
+from vqa_sft.predictions.file import read_predictions
+from vqa_sft.runs import folder as run_folder, merge
+from vqa_sft.runs.merge import merge_run
 from vqa_sft.runs.soup import CONFIG, WEIGHTS, make_soup
 from vqa_sft.tiny import TINY_PATH
 
@@ -60,11 +63,11 @@ def train(families, tmp_path_factory):
 
 
 def base_of(run):
-    return run_folder.read_run(run)["recipe"]["model_name_or_path"]
+    return run_folder.read_run(run).base_model
 
 
 def rows_of(contest):
-    return list(load_examples(str(contest / "train.csv"), limit=3)[0])
+    return list(load_examples(str(contest / "train.csv"), ReadOptions(limit=3))[0])
 
 
 @torch.no_grad()
@@ -177,7 +180,7 @@ def test_an_adapter_of_a_4_bit_base_is_merged_into_the_whole_one_and_a_line_says
     assert "in 4 bit and is merged into its whole weights: probabilities may differ" in capsys.readouterr().out
     # `ours` loads the base unquantised: that is what the adapter was merged into.
     assert_close(plain(tmp_path / "out", train.contest), ours(run, train.contest), atol=1e-4, rtol=0)
-    assert "load_in_4bit" not in run_folder.read_run(tmp_path / "out")["recipe"]
+    assert "load_in_4bit" not in run_folder.read_run(tmp_path / "out").recipe
     assert len(predict(tmp_path / "out", train.contest, tmp_path / "out.csv")) == 12
 
 
@@ -328,7 +331,7 @@ def test_what_the_docs_send_to_a_server_is_the_prompt_of_the_run(train, tmp_path
     copy_of(train(name), tmp_path / "runs" / "mine")
     (tmp_path / "photo.png").write_bytes(b"pixels")
     monkeypatch.chdir(tmp_path)
-    docs = (Path(__file__).parents[2] / "docs" / "prediction.md").read_text(encoding="utf-8")
+    docs = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
     (block,) = (found for found in re.findall(r"```python\n(.*?)```", docs, re.DOTALL) if "OpenAI" in found)
     exec(block, found := {})
 

@@ -10,15 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_script, write_hard_contest
+from contest import write_hard_contest
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from scripts import run_script
 from torch.testing import assert_close
 
-from vqa_sft.runs import hub, folder as run_folder, soup
 from vqa_sft.errors import InputError
 from vqa_sft.models.load import load_processor
 from vqa_sft.predictions.file import read_predictions
+from vqa_sft.runs import folder as run_folder, hub, soup
 from vqa_sft.runs.soup import CONFIG, WEIGHTS, make_soup, mean_factors, read_adapter
 from vqa_sft.tiny import TINY_PATH
 

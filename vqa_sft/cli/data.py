@@ -12,7 +12,7 @@ from vqa_sft.cli.options import SourceOptions, with_options
 from vqa_sft.errors import InputError
 
 if TYPE_CHECKING:
-    from vqa_sft.config.recipe import RecipeArguments
+    from vqa_sft.config.training import RecipeArguments
     from vqa_sft.data.examples import Loaded
     from vqa_sft.data.problems import Problems
     from vqa_sft.data.scan import Scan
@@ -165,17 +165,15 @@ def read_data(
             "the recipe streams its rows, and they are only checked as a whole. Give --streaming false (a Hub dataset "
             "is then downloaded), or a part of it: --streaming false --split 'train[:1000]'."
         )
-    options = arguments.data_options
-    rows = read_examples(arguments.train_data, split=arguments.train_split, limit=arguments.limit, **options)
+    rows = read_examples(arguments.train_data, arguments.data_options)
     data = [(TRAINING, rows)]
     options = arguments.options_for_other_data(rows.columns)
     if arguments.validation_data:
-        options["limit"] = arguments.limit
-        data.append((VALIDATION, read_examples(arguments.validation_data, split=arguments.validation_split, **options)))
+        data.append((VALIDATION, read_examples(arguments.validation_data, options)))
     if test:
         # Test images lie where the test data say, not where training did.
-        options |= {"image_root": test_image_root, "limit": None}
-        data.append((TEST, read_examples(test, split="test", answers="optional", **options)))
+        options = replace(options, split="test", answers="optional", image_root=test_image_root, limit=None)
+        data.append((TEST, read_examples(test, options)))
     return data
 
 

@@ -12,7 +12,7 @@ from typer import Option
 from vqa_sft.errors import InputError, printable
 
 if TYPE_CHECKING:
-    from vqa_sft.config.recipe import RecipeArguments
+    from vqa_sft.config.training import RecipeArguments
 
 # What a data file takes of a recipe's fields as --key value, beside the options of `Source`.
 DATA_FIELDS = ("keep_rows", "empty_cells", "fixed_question", "fixed_choices", "max_choices", "validation_data")
@@ -111,7 +111,8 @@ class SourceOptions:
         """The fields of the recipe `source`, or what a data file makes of them; and the values of the recipe, which a
         data file has not. `rest` are more fields as --key value."""
         from vqa_sft.config.fields import read_command_line
-        from vqa_sft.config.recipe import RecipeArguments, read_recipe
+        from vqa_sft.config.recipe import read_recipe
+        from vqa_sft.config.training import RecipeArguments
 
         given = {spec.name: [value] for spec in fields(self) if (value := getattr(self, spec.name)) is not None}
         if is_recipe(source):
@@ -134,12 +135,10 @@ def is_recipe(source: str) -> bool:
 
 def _checked(given: dict[str, list[str]]) -> dict[str, Any]:
     """Texts of the command line as fields of a recipe. Raises InputError."""
-    import typing
+    from vqa_sft.config.fields import checked, from_tokens, known_fields
+    from vqa_sft.config.training import RecipeArguments
 
-    from vqa_sft.config.fields import checked, from_tokens
-    from vqa_sft.config.recipe import RecipeArguments
-
-    known = {name: (hint, None) for name, hint in typing.get_type_hints(RecipeArguments).items()}
+    known = known_fields(RecipeArguments)
     return {name: checked(name, from_tokens(name, tokens, known), known) for name, tokens in given.items()}
 
 

@@ -13,21 +13,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from vqa_sft.batch.collator import (
-    TARGET_KEYS,
-    AnswerCollator,
-    answer_prefix,
-    answer_suffix,
-    control_tokens,
-    render_prompt,
-)
+from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.batch.template import answer_prefix, answer_suffix, control_tokens, render_prompt
 from vqa_sft.data.references import count_free
 from vqa_sft.errors import InputError, explains
 from vqa_sft.letters import LETTERS, view_orders
 from vqa_sft.models.adapters import Adapters
-from vqa_sft.models.fast.feature_store import encoder_outputs, run_tower, vision_inputs
 from vqa_sft.models.fast.packing import supervised_positions
+from vqa_sft.models.fast.vision import encoder_outputs, run_tower, vision_inputs
 from vqa_sft.models.load import DTYPES
 
 
