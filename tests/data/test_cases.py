@@ -10,7 +10,7 @@ from cases import CASES
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scripts import RECIPES
 
-from vqa_sft.cli.main import _read_data
+from vqa_sft.cli.data import read_data
 from vqa_sft.config.prediction import PredictionArguments
 from vqa_sft.config.recipe import read_recipe
 from vqa_sft.config.training import RecipeArguments
@@ -59,7 +59,7 @@ def by_prediction(path, case):
 
 
 def by_check(path, case):
-    return found(lambda: _read_data(RecipeArguments(train_data=str(path), **case.options))[0][1])
+    return found(lambda: read_data(RecipeArguments(train_data=str(path), **case.options))[0][1])
 
 
 @pytest.mark.parametrize("name", CASES)
