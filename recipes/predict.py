@@ -31,9 +31,9 @@ import pyarrow as pa
 import yaml
 from datasets import Dataset, IterableDataset
 
-from vqa_sft.environment import quiet
+from vqa_sft.environment import set_library_defaults
 
-quiet()
+set_library_defaults()
 
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.config.fields import load_yaml, settle_words
@@ -41,6 +41,7 @@ from vqa_sft.config.recipe import RecipeArguments
 from vqa_sft.data.answers import FORMATS
 from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
 from vqa_sft.data.examples import Loaded, read_examples, stream_examples
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.problems import GUESSED, PREDICTION_HINT, Problems
 from vqa_sft.data.scan import scan_images
 from vqa_sft.data.sources import find_files
@@ -414,7 +415,7 @@ def base_run(args: argparse.Namespace) -> dict:
     }
 
 
-def data_options(args: argparse.Namespace, recipe: dict, trained: Columns | None) -> dict[str, Any]:
+def data_options(args: argparse.Namespace, recipe: dict, trained: Columns | None) -> ReadOptions:
     """How to read the data: as given here, else as the recipe of the run says where that fits, else found again."""
     names = ("keep_rows", "encoding", "fixed_question", "fixed_choices")
     options = {name: getattr(args, name) or recipe.get(name) for name in names}
@@ -429,7 +430,8 @@ def data_options(args: argparse.Namespace, recipe: dict, trained: Columns | None
     options["empty_cells"] = recipe.get("empty_cells")
     options["image_root"] = args.image_root  # test images lie where the test data say, not where training did
     options["answer_format"] = args.answer_format if args.answer_format != PROBABILITIES else None
-    return options | {"split": args.split, "config": args.data_config, "limit": args.limit}
+    options |= {"split": args.split, "config": args.data_config, "limit": args.limit}
+    return ReadOptions(**options, answers="optional", on_bad_row=args.on_bad_row)
 
 
 def read_data(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
@@ -438,13 +440,12 @@ def read_data(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
     trained = run["columns"] and Columns(**run["columns"])
     if args.part == VALIDATION:
         return read_validation(args, runs)
-    options = data_options(args, run["recipe"], trained) | {"on_bad_row": args.on_bad_row}
+    options = data_options(args, run["recipe"], trained)
     known = [other["num_letters"] for other in runs.values() if other["num_letters"]]
     if args.streaming:
-        options["max_choices"] = min(known, default=None)
-        loaded = stream_examples(args.data, answers="optional", **options)
+        loaded = stream_examples(args.data, replace(options, max_choices=min(known, default=None)))
     else:
-        loaded = read_examples(args.data, answers="optional", **options)
+        loaded = read_examples(args.data, options)
         loaded.problems.raise_if_any(loaded.name, args.on_bad_row, PREDICTION_HINT)
         if loaded.num_choices > min(known, default=26):
             beyond = f"{loaded.name}: rows of up to {loaded.num_choices} choices, and training had at most {min(known)}"
@@ -457,19 +458,18 @@ def read_validation(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
     sources, rows_of = {}, {}
     for folder, run in runs.items():
         own = RecipeArguments.of_run(run["recipe"])
-        where = {"image_root": args.image_root or own.image_root, "limit": own.limit}
+        image_root = args.image_root or own.image_root
         named = []
         if not own.streaming:  # a stream is trained on as a whole
-            options = own.data_options | where
-            named.append((args.data or own.train_data, {"split": own.train_split} | options))
+            named.append((args.data or own.train_data, replace(own.data_options, image_root=image_root)))
         if own.validation_data is not None:
-            options = own.options_for_other_data(Columns(**run["columns"])) | where
-            named.append((own.validation_data, {"split": own.validation_split} | options))
+            options = own.options_for_other_data(Columns(**run["columns"]))
+            named.append((own.validation_data, replace(options, image_root=image_root)))
         if not named:
             raise InputError(f"{folder} was trained without validation rows. Give --data with rows it has not seen.")
         key = repr(named)
         if key not in sources:
-            sources[key] = [read_examples(source, **options) for source, options in named]
+            sources[key] = [read_examples(source, options) for source, options in named]
             for source in sources[key]:
                 source.problems.raise_if_any(source.name, own.on_bad_row)
         hint = "Give --data with the rows that it was trained on, in their order."

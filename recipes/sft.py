@@ -20,11 +20,12 @@ import time
 from collections import Counter
 from typing import Any
 
-from vqa_sft.environment import quiet
+from vqa_sft.environment import set_library_defaults
 
-quiet()
+set_library_defaults()
 
-from vqa_sft.config.recipe import Recipe, describe_fields, read_recipe
+from vqa_sft.config.fields import describe_fields
+from vqa_sft.config.recipe import Recipe, RecipeArguments, read_recipe
 from vqa_sft.data.examples import Loaded, note_kept_orders, read_examples, stream_examples
 from vqa_sft.data.split import TRAIN, VALIDATION, choose_parts, most_choices, read_parts, select, write_parts
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown
@@ -39,7 +40,8 @@ STARTED_S = time.monotonic()
 @exits_with_message
 def main() -> None:
     if "--help" in sys.argv or "-h" in sys.argv:
-        print(f"{__doc__}\nOur fields, beside those of trl.SFTConfig and trl.ModelConfig:\n{describe_fields()}")
+        fields = describe_fields(RecipeArguments)
+        print(f"{__doc__}\nOur fields, beside those of trl.SFTConfig and trl.ModelConfig:\n{fields}")
         return
     is_main = os.environ.get("RANK", "0") == "0"
     recipe = read_recipe(sys.argv[1:])
@@ -103,7 +105,8 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     from accelerate import PartialState
     from transformers import EarlyStoppingCallback
 
-    from vqa_sft.batch.collator import AnswerCollator, TrainCollator, check_texts
+    from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
+    from vqa_sft.batch.template import check_texts
     from vqa_sft.models import load as models, processes as launch
     from vqa_sft.models.fast import feature_store as cache, speedups as speed
     from vqa_sft.models.memory import estimate as memory
@@ -212,11 +215,10 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
                 args.prompts,
                 num_letters,
                 seed=training_args.seed,
-                shuffle_choices=args.shuffle_choices,
-                image_augmentation=args.image_augmentation,
-                flip_images=args.flip_images,
+                augmentation=Augmentation(
+                    args.shuffle_choices, args.image_augmentation, args.flip_images, counts_batches=args.streaming
+                ),
                 supervises_end=args.supervise_end_of_turn,
-                counts_batches=args.streaming,
                 packer=packer,
                 features=features,
             ),
@@ -339,17 +341,13 @@ def free_memory() -> None:
 
 def load_data(recipe: Recipe, is_main: bool) -> list[Loaded]:
     """The training rows and, where the recipe names data for it, the validation rows; texts only."""
-    args, options = recipe.arguments, recipe.arguments.data_options
-    if args.streaming:
-        options |= {"max_choices": args.max_choices, "limit": args.limit}
-        loaded = [stream_examples(args.train_data, split=args.train_split, **options)]
-        del options["max_choices"]
-    else:
-        loaded = [read_examples(args.train_data, split=args.train_split, limit=args.limit, **options)]
+    args = recipe.arguments
+    read = stream_examples if args.streaming else read_examples
+    loaded = [read(args.train_data, args.data_options)]
     if args.validation_data is not None:
         # Few rows may not tell how their answers are written; the training rows have told.
-        options = args.options_for_other_data(loaded[0].columns) | {"limit": args.limit}
-        loaded.append(read_examples(args.validation_data, split=args.validation_split, **options))
+        options = args.options_for_other_data(loaded[0].columns)
+        loaded.append(read_examples(args.validation_data, options))
     for data in loaded:
         needless = [] if args.shuffle_choices else note_kept_orders(data.name, data.problems)
         for note in data.notes * is_main:

@@ -3,10 +3,11 @@
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.check import TRAINING, check
 from vqa_sft.data.examples import read_examples
+from vqa_sft.data.options import ReadOptions
 
 
 def report_on(path, processor=None, **options):
-    data = [(TRAINING, read_examples(str(path), **options))]
+    data = [(TRAINING, read_examples(str(path), ReadOptions(**options)))]
     return check(data, distance=None, prompts=Prompts(), processor=processor)[0]
 
 

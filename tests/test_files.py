@@ -15,7 +15,17 @@ from scripts import RECIPES
 
 from vqa_sft.data import folds
 from vqa_sft.errors import InputError
-from vqa_sft.files import held, remove_unfinished, whole, write_whole
+from vqa_sft.files import (
+    UNFINISHED,
+    begins_with,
+    check_output,
+    held,
+    lying_in,
+    remove_unfinished,
+    whole,
+    whole_folder,
+    write_whole,
+)
 from vqa_sft.inference import shards
 from vqa_sft.predictions.file import read_predictions
 from vqa_sft.runs import folder as run_folder
@@ -76,6 +86,53 @@ def test_a_full_disk_leaves_no_temporary_file(tmp_path, monkeypatch, write):
     assert not os.listdir(tmp_path)
     write(tmp_path)
     assert len(os.listdir(tmp_path)) == 1
+
+
+def test_a_folder_takes_the_place_of_an_earlier_one_only_when_it_is_whole(tmp_path):
+    target = tmp_path / "out"
+    with whole_folder(target) as part:
+        (part / "a").write_text("first")
+        assert not target.exists()
+    with pytest.raises(KeyboardInterrupt), whole_folder(target) as part:
+        (part / "a").write_text("second")
+        raise KeyboardInterrupt
+    assert (target / "a").read_text() == "first" and os.listdir(target) == ["a"]
+    with whole_folder(target) as part:
+        (part / "b").touch()
+    assert os.listdir(target) == ["b"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_folder_that_a_killed_process_left_is_made_again_and_one_of_others_is_kept(tmp_path):
+    part = tmp_path / "out.part"
+    part.mkdir()
+    (part / "mine").touch()
+    with pytest.raises(InputError, match="out.part, where the new folder is made, is none of ours"):
+        whole_folder(tmp_path / "out").__enter__()
+    (part / UNFINISHED).touch()
+    with whole_folder(tmp_path / "out"):
+        assert os.listdir(part) == [UNFINISHED]
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file/out cannot be written.*Name another folder"):
+        whole_folder(tmp_path / "file" / "out").__enter__()
+
+
+def test_an_output_replaces_neither_an_input_nor_what_others_wrote(tmp_path):
+    ours, mine, folder = tmp_path / "ours.csv", tmp_path / "mine.csv", tmp_path / "folder.csv"
+    ours.write_text('"id","fold"\n')
+    mine.write_text("id,fold\n")
+    folder.mkdir()
+    how = {"suffix": ".csv", "is_ours": begins_with('"id","fold"'), "kind": "file of `vqa-sft folds`"}
+    for path in (ours, tmp_path / "new.csv", tmp_path / "NEW.CSV"):
+        check_output(path, **how, reads=[mine, None])
+    for path, reads, says in (
+        (mine, (), "mine.csv exists and is no file of `vqa-sft folds`. Name another file with --output"),
+        (tmp_path / "x.txt", (), "--output must end in .csv; got .*x.txt"),
+        (ours, (tmp_path / "folder.csv/../ours.csv",), "--output is one of the files that are read: .*ours.csv"),
+        (folder, (), "--output .*folder.csv is a folder. Name a file"),
+    ):
+        with pytest.raises(InputError, match=says):
+            check_output(path, **how, reads=reads)
+    assert lying_in(tmp_path, [ours, tmp_path, tmp_path.parent, "nowhere/model"]) == [str(ours), str(tmp_path)]
 
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
@@ -142,9 +199,9 @@ def test_a_folder_that_cannot_be_written_is_told_as_such(tmp_path):
 # Starts pairs of commands at once, one pair after another, and prints their exit codes. Imports once for all of them.
 PAIRS = """
 import json, os, runpy, sys, traceback
-from vqa_sft.environment import quiet
+from vqa_sft.environment import set_library_defaults
 
-quiet()
+set_library_defaults()
 import vqa_sft.models.memory.estimate, vqa_sft.inference.scorer, vqa_sft.training.trainer
 
 def begin(command, log):

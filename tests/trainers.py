@@ -2,10 +2,11 @@
 
 import torch
 
-from vqa_sft.batch.collator import AnswerCollator, TrainCollator
+from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.config.recipe import read_recipe
 from vqa_sft.data.examples import load_examples
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.models.load import load_model, load_processor, lora_config
 from vqa_sft.models.scoring import find_letter_ids
 from vqa_sft.training.trainer import AnswerTrainer
@@ -19,7 +20,7 @@ def build_trainer(folder, contest, output_dir, num_rows, shuffle_choices=True, o
     usual |= {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0, "gradient_checkpointing": False}
     values = usual | values
     recipe = read_recipe([token for key, value in values.items() for token in (f"--{key}", str(value))])
-    examples, _ = load_examples(str(contest / "train.csv"), limit=num_rows)
+    examples, _ = load_examples(str(contest / "train.csv"), ReadOptions(limit=num_rows))
     processor = load_processor(folder)
     model = load_model(recipe.model_args(), "fp32")
     trainer = AnswerTrainer(
@@ -29,7 +30,7 @@ def build_trainer(folder, contest, output_dir, num_rows, shuffle_choices=True, o
         train_dataset=examples,
         eval_dataset=examples,
         processing_class=processor,
-        data_collator=TrainCollator(processor, Prompts(), 4, seed=42, shuffle_choices=shuffle_choices),
+        data_collator=TrainCollator(processor, Prompts(), 4, seed=42, augmentation=Augmentation(shuffle_choices)),
         eval_collator=AnswerCollator(processor, Prompts(), 4),
         letter_ids=find_letter_ids(processor, 4),
         **({"vocabulary_weight": 1.0} if own is None else own),

@@ -1,17 +1,17 @@
-"""What must be set before the libraries are imported, above all what they would say of themselves. Standard library
-only."""
+"""What is set before the libraries are imported: their environment variables and warnings. Standard library only."""
 
 import logging
 import os
 import warnings
 
 
-def quiet() -> None:
-    """Call before the libraries are imported."""
+def set_library_defaults() -> None:
+    """No usage pings, memory of a GPU in pieces that grow, no warnings that a user cannot act on. Call it before the
+    libraries are imported; what the user has set is kept."""
     # TRL and the Hub client send usage pings unless told not to; set the variable to 0 to send them.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Packed rows are of many lengths; pieces of fixed size would leave much of a GPU's memory reserved and unused.
-    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name, which torch would pass over if both were set
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name, which torch ignores where both are set
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # bitsandbytes misses an optional CPU kernel that it would download; without it 4 bit works, slowly.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

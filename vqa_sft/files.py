@@ -1,15 +1,19 @@
-"""Files that are there whole or not at all, and folders that one process at a time may write. No torch.
+"""Outputs: whole or not at all, written by one process at a time, and never over what is not ours. No torch.
 
 whole("out.csv")                  gives out.csv.1f09a2b4.part to write to, and renames it
+whole_folder("merged")            gives merged.part to write to, and renames it
 held("runs/mine", "output_dir")   locks runs/mine.lock, which says who; InputError where another process holds it
+check_output("out.csv", ...)      InputError where out.csv would replace an input or a file that we did not write
 """
 
 import errno
 import json
 import os
 import re
+import shutil
 import socket
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 PART = ".part"
+UNFINISHED = ".vqa_sft_unfinished"  # marks a folder of `whole_folder`
 _OURS = re.compile(r".+\.[0-9a-f]{8}" + re.escape(PART))
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # what network disks say that have none
@@ -55,6 +60,80 @@ def write_whole(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with whole(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """A new folder beside `folder` to write to, which takes its place at the end; what was there is deleted after that.
+    Raises InputError where none can be written there. Only who holds the folder (`held`) may write it."""
+    target = Path(folder).resolve()
+    part = target.with_name(target.name + PART)
+    if part.exists() and not (part / UNFINISHED).is_file():
+        raise InputError(f"{part}, where the new folder is made, is none of ours. Move it, or name another folder.")
+    try:
+        try:
+            shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+            part.mkdir(parents=True)
+            (part / UNFINISHED).touch()
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            raise InputError(f"{folder} cannot be written: {error}. Name another folder.") from error
+        yield part
+        (part / UNFINISHED).unlink()
+        _take_place(part, target)
+    except BaseException:  # an interruption too
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _take_place(part: Path, target: Path) -> None:
+    if not target.exists():
+        part.rename(target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    target.rename(aside / "earlier")
+    try:
+        part.rename(target)
+    except BaseException:
+        (aside / "earlier").rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside)
+
+
+def check_output(
+    path: str | Path,
+    *,
+    suffix: str,
+    option: str = "--output",
+    reads: Iterable[str | Path | None] = (),
+    is_ours: Callable[[Path], bool] = lambda _: True,
+    kind: str = "",
+) -> None:
+    """Raises InputError where `path`, which `option` names, has another suffix, is a folder, is one of the files that
+    are read, or holds what is not `is_ours`; `kind` says in the message what we would replace."""
+    path = Path(path)
+    if path.suffix.lower() != suffix:
+        raise InputError(f"{option} must end in {suffix}; got {path}.")
+    if path.is_dir():
+        raise InputError(f"{option} {path} is a folder. Name a file.")
+    if any(path.resolve() == Path(name).resolve() for name in reads if name is not None):
+        raise InputError(f"{option} is one of the files that are read: {path}. Name another.")
+    if path.exists() and not is_ours(path):
+        raise InputError(f"{path} exists and is no {kind}. Name another file with {option}.")
+
+
+def begins_with(start: str | bytes) -> Callable[[Path], bool]:
+    """For `check_output`: whether a file begins so, as those do that we write."""
+    start = start.encode() if isinstance(start, str) else start
+    return lambda path: path.read_bytes().startswith(start)
+
+
+def lying_in(folder: str | Path, paths: Iterable[str | Path]) -> list[str]:
+    """Those of the files and folders that are the folder or lie in it, and would be lost with it."""
+    folder = Path(folder).resolve()
+    return [str(path) for path in paths if Path(path).exists() and Path(path).resolve().is_relative_to(folder)]
 
 
 def remove_unfinished(folder: str | Path) -> None:
@@ -110,7 +189,7 @@ def _held(path: Path, what: str) -> Iterator[None]:
 def _let_go(lock: "FileLock", file: Path) -> None:
     if lock.is_locked:
         with suppress(OSError):  # Windows removes no open file
-            file.unlink()  # while it is held: who has opened it meanwhile finds it gone, and opens it anew
+            file.unlink()  # while it is held: who has opened it meanwhile finds it gone, and opens a new one
     lock.release()
 
 

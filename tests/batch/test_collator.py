@@ -4,8 +4,9 @@ from PIL import ImageOps
 from tokenizers.processors import TemplateProcessing
 from trainers import prompt_bytes
 
-from vqa_sft.batch.collator import AnswerCollator, TrainCollator, answer_prefix, render_prompt
+from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.batch.template import answer_prefix, render_prompt
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.images import open_image
 from vqa_sft.letters import draw_order
@@ -56,24 +57,25 @@ def test_orders_change_with_the_epoch_and_stay_without_shuffling(processor, exam
     first, again = collator(rows)["orders"], collator(rows)["orders"]
     collator.epoch.fill_(1)
     assert torch.equal(first, again) and not torch.equal(first, collator(rows)["orders"])
-    plain = TrainCollator(processor, Prompts(), 4, seed=0, shuffle_choices=False)(rows)
+    plain = TrainCollator(processor, Prompts(), 4, seed=0, augmentation=Augmentation(shuffle_choices=False))(rows)
     assert plain["orders"].tolist() == [[0, 1, 2, 3]] * 8
 
 
 def test_images_are_changed_by_seed_epoch_row_and_place_alone(processor, examples):
     rows = [examples[i] for i in range(4)]
     rows[1] = rows[1] | {"images": [rows[0]["images"][0]] * 2}
-    collator = TrainCollator(processor, Prompts(), 4, seed=5, image_augmentation=0.2, flip_images=True)
+    both = Augmentation(image_augmentation=0.2, flip_images=True)
+    collator = TrainCollator(processor, Prompts(), 4, seed=5, augmentation=both)
 
     def changed(collator):
         return [image for row in rows for image in collator.images(row)]
 
     first = changed(collator)
     collator([rows[2]])  # whatever other batches it made
-    again = TrainCollator(processor, Prompts(), 4, seed=5, image_augmentation=0.2, flip_images=True)
+    again = TrainCollator(processor, Prompts(), 4, seed=5, augmentation=both)
     assert changed(collator) == changed(again) == first
     again.epoch.fill_(1)
-    other = TrainCollator(processor, Prompts(), 4, seed=6, image_augmentation=0.2, flip_images=True)
+    other = TrainCollator(processor, Prompts(), 4, seed=6, augmentation=both)
     one = first + changed(again) + changed(other)  # images 0, 1 and 2 were one
     assert not any(a == b for i, a in enumerate(one) for b in one[:i])
     for plain in (TrainCollator(processor, Prompts(), 4, seed=5), AnswerCollator(processor, Prompts(), 4)):
@@ -83,7 +85,7 @@ def test_images_are_changed_by_seed_epoch_row_and_place_alone(processor, example
 def test_changed_images_leave_the_texts_as_they_are(processor, examples):
     rows = [examples[i] for i in range(6)]
     plain = TrainCollator(processor, Prompts(), 4, seed=5)(rows)
-    changed = TrainCollator(processor, Prompts(), 4, seed=5, image_augmentation=0.4)(rows)
+    changed = TrainCollator(processor, Prompts(), 4, seed=5, augmentation=Augmentation(image_augmentation=0.4))(rows)
     assert not torch.equal(plain["image_grid_thw"], changed["image_grid_thw"])  # more or fewer tokens
     drawn_image = processor.image_token.encode()
     for i in range(6):
@@ -93,7 +95,7 @@ def test_changed_images_leave_the_texts_as_they_are(processor, examples):
 
 
 def test_half_of_the_images_are_mirrored(processor, examples):
-    collator = TrainCollator(processor, Prompts(), 4, seed=0, flip_images=True)
+    collator = TrainCollator(processor, Prompts(), 4, seed=0, augmentation=Augmentation(flip_images=True))
     mirrored = []
     for epoch in range(10):
         collator.epoch.fill_(epoch)

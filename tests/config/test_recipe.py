@@ -1,7 +1,8 @@
 import pytest
 
 from vqa_sft.batch.prompts import Prompts
-from vqa_sft.config.recipe import describe_fields, read_recipe
+from vqa_sft.config.fields import describe_fields
+from vqa_sft.config.recipe import RecipeArguments, read_recipe
 from vqa_sft.errors import InputError
 
 NEEDED = {"model_name_or_path": "model", "train_data": "train.csv", "output_dir": "runs/x"}
@@ -36,7 +37,7 @@ def test_lists_and_mappings_can_be_given_on_the_command_line(tmp_path):
     assert recipe.model_args().lora_target_modules == ["q_proj", "v_proj"]
     assert recipe.arguments.train_data == ["1.csv", "2.csv"]
     recipe = read(tmp_path, "", "--columns", "{choices: [o1, o2], id: null}")
-    assert recipe.arguments.data_options["columns"] == {"choices": ["o1", "o2"], "id": None}
+    assert recipe.arguments.data_options.columns == {"choices": ["o1", "o2"], "id": None}
 
 
 def test_a_prompt_on_the_command_line_need_not_be_yaml(tmp_path):
@@ -59,7 +60,7 @@ def test_a_number_may_be_the_text_of_a_text_field(tmp_path):
         ("dtype: bf16\n", "must be one of auto, bfloat16, float16, float32; got 'bf16'"),
         ("lr_scheduler_type: sine\n", "must be one of linear, cosine"),
         ("loss: words\n", "must be 'letters' or 'vocabulary'; got 'words'"),
-        ("lora_r: 8\nlora_r: 16\n", "'lora_r' stands more than once"),
+        ("lora_r: 8\nlora_r: 16\n", "'lora_r' is given more than once"),
         ("lora_r: [\n", "is not valid YAML"),
         (
             "label_smoothing_factor: 0.1\n",
@@ -133,7 +134,7 @@ def test_mistakes_are_named_before_anything_is_loaded(tmp_path, text, part):
 
 
 def test_a_recipe_that_is_missing_or_says_too_little_is_an_error(tmp_path):
-    with pytest.raises(InputError, match="no such recipe"):
+    with pytest.raises(InputError, match="no such yaml"):
         read_recipe(["--config", str(tmp_path / "none.yaml")])
     with pytest.raises(InputError, match="`train_data` is not set"):
         read_recipe(["--model_name_or_path", "x", "--output_dir", "y"])
@@ -203,5 +204,5 @@ def test_prompts_follow_language_and_type_and_can_be_overridden(tmp_path):
 
 
 def test_help_shows_every_field_of_ours():
-    text = describe_fields()
+    text = describe_fields(RecipeArguments)
     assert "--train_data" in text and "--max_pixels" in text and "(required)" in text

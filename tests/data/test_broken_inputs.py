@@ -128,14 +128,14 @@ def test_a_stream_ends_with_a_message_at_the_row(name, recipe):
     collator = AnswerCollator(None, Prompts(), num_letters=4)
     with pytest.raises(InputError):
         arguments = read_recipe(["--config", str(recipe(name)), "--streaming", "true"]).arguments
-        for example in stream_examples(arguments.train_data, **arguments.data_options).examples:
+        for example in stream_examples(arguments.train_data, arguments.data_options).examples:
             collator.images(example)
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name not in ERRORS])
 def test_what_is_no_error_is_trained_on(name, recipe):
     arguments = read_recipe(["--config", str(recipe(name))]).arguments
-    loaded = read_examples(arguments.train_data, **arguments.data_options)
+    loaded = read_examples(arguments.train_data, arguments.data_options)
     assert {*choose_parts([loaded])[0]} == {TRAIN}
 
 

@@ -66,11 +66,11 @@ def test_each_input_is_read_as_it_is_right_or_refused(name, tmp_path):
     path = str(cases.write(case, tmp_path))
     if case.refused:
         with pytest.raises(InputError) as error:
-            loaded = read_examples(path, **options_of(case))
+            loaded = read_examples(path, options_of(case))
             loaded.problems.raise_if_any(loaded.name)
         assert all(word in str(error.value) for word in case.refused), error.value
         return
-    loaded = read_examples(path, **options_of(case))
+    loaded = read_examples(path, options_of(case))
     loaded.problems.raise_if_any(loaded.name)
     assert loaded.examples["answer"][:] == case.answers
     assert case.choices is None or loaded.examples["choices"][0] == case.choices
@@ -82,7 +82,7 @@ def test_each_input_is_read_as_it_is_right_or_refused(name, tmp_path):
 @pytest.mark.parametrize("name", [name for name in CASES if not CASES[name].refused])
 def test_a_stream_reads_the_same(name, tmp_path):
     case = CASES[name]
-    examples = stream_examples(str(cases.write(case, tmp_path)), **options_of(case)).examples
+    examples = stream_examples(str(cases.write(case, tmp_path)), options_of(case)).examples
     assert sorted(row["answer"] for row in examples) == sorted(case.answers)
 
 

@@ -19,6 +19,7 @@ from vqa_sft.data.check import (
     measure_skew,
 )
 from vqa_sft.data.examples import read_examples, stream_examples
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.models.load import load_processor
 
@@ -154,7 +155,7 @@ def test_images_of_the_test_and_validation_rows_are_looked_for_in_the_training_r
     for name, part in (("train", rows[:12]), ("validation", rows[12:18]), ("test", rows[18:])):
         write_csv(contest / f"{name}.csv", part)
     data = [
-        (role, read_examples(str(contest / f"{name}.csv"), answers="optional"))
+        (role, read_examples(str(contest / f"{name}.csv"), ReadOptions(answers="optional")))
         for role, name in ((TRAINING, "train"), (VALIDATION, "validation"), (TEST, "test"))
     ]
     train, validation, test = check(data, distance=10, prompts=Prompts())

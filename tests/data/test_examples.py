@@ -10,11 +10,12 @@ from PIL import Image
 from vqa_sft.data.columns import Columns
 from vqa_sft.data.examples import FEATURES, load_examples, read_examples, row_digest, stream_examples
 from vqa_sft.data.images import open_image
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 
 
 def load(contest, **options):
-    return load_examples(str(contest / "train.csv"), **options)
+    return load_examples(str(contest / "train.csv"), ReadOptions(**options))
 
 
 def test_a_csv_becomes_canonical_examples(contest):
@@ -71,7 +72,7 @@ def test_a_dataset_with_images_inside_gives_the_same_pixels(contest, tmp_path):
     inside.cast_column("image", datasets.Image()).to_parquet(tmp_path / "hub" / "train.parquet")
     for source in ("saved", "hub"):
         # `to_parquet` leaves the images where they are, and only their paths in the table.
-        loaded, columns = load_examples(str(tmp_path / source), image_root=str(contest))
+        loaded, columns = load_examples(str(tmp_path / source), ReadOptions(image_root=str(contest)))
         assert columns.image == ("image",)
         assert loaded["choices"][:] == examples["choices"][:] and loaded["answer"][:] == examples["answer"][:]
         for i in (0, 7):
@@ -235,7 +236,9 @@ def test_labels_before_the_choices_of_every_row_are_left_out(tmp_path, labels, a
         assert loaded.examples["choices"][:9] == [names] * 9
         assert loaded.examples["answer"][:9] == [0, 1, 2] * 3 and not loaded.problems.errors()
         assert any("labels before the choices" in note for note in loaded.notes)
-        assert [row["choices"] for row in stream_examples(source, answers="optional").examples][:9] == [names] * 9
+        assert [row["choices"] for row in stream_examples(source, ReadOptions(answers="optional")).examples][:9] == [
+            names
+        ] * 9
 
 
 @pytest.mark.parametrize(
@@ -251,7 +254,7 @@ def test_labels_stay_where_one_choice_of_one_row_has_another_or_none(tmp_path, c
 def test_a_row_of_a_stream_without_the_labels_of_the_first_rows_is_an_error(tmp_path):
     rows = [question(id=str(i), choices=["A. cat", "B. dog"]) for i in range(1_200)]
     rows[1_100]["choices"] = ["cat", "dog"]
-    stream = stream_examples(write_jsonl(tmp_path / "rows.jsonl", rows), answers="optional")
+    stream = stream_examples(write_jsonl(tmp_path / "rows.jsonl", rows), ReadOptions(answers="optional"))
     with pytest.raises(InputError, match="row 1100 .not labelled as in the other rows"):
         list(stream.examples)
 
@@ -271,17 +274,17 @@ def test_numbers_in_a_column_after_the_choices_are_left_out_and_said(tmp_path, n
     write_csv(tmp_path / "rows.csv", numbered(answers, **{name: [0.5, "", 1, "nan"]}))
     formats = {"0123": "index_from_0", "1234": "index_from_1"}
     options = {"answers": "optional", "answer_format": formats.get(str(answers))}
-    loaded = read_examples(str(tmp_path / "rows.csv"), **options)
+    loaded = read_examples(str(tmp_path / "rows.csv"), ReadOptions(**options))
     assert loaded.columns.choices == ("a", "b", "c", "d") and loaded.num_choices == 4
     assert loaded.problems.bad_rows("stray_column") == [0, 2, 3, 4, 6, 7]
     assert any(
         f"{name} is no choice and left out" in note and f"choices: [a, b, c, d, {name}]" in note
         for note in loaded.notes
     )
-    stream = stream_examples(str(tmp_path / "rows.csv"), **options)
+    stream = stream_examples(str(tmp_path / "rows.csv"), ReadOptions(**options))
     assert stream.columns.choices == ("a", "b", "c", "d")
     given = {"columns": {"choices": ["a", "b", "c", "d", name]}}
-    assert read_examples(str(tmp_path / "rows.csv"), **options, **given).num_choices == 5
+    assert read_examples(str(tmp_path / "rows.csv"), ReadOptions(**options, **given)).num_choices == 5
 
 
 @pytest.mark.parametrize(
@@ -325,8 +328,8 @@ def test_two_columns_that_may_be_different_answers_are_both_named(tmp_path, name
     for load in (load_examples, stream_examples):
         with pytest.raises(InputError, match=f"answer and {name} may both be the answer"):
             load(str(tmp_path / "rows.csv"))
-        assert load(str(tmp_path / "rows.csv"), columns={"answer": "answer"})
-    assert load_examples(str(tmp_path / "rows.csv"), answer_format="letter")[1].answer == "answer"
+        assert load(str(tmp_path / "rows.csv"), ReadOptions(columns={"answer": "answer"}))
+    assert load_examples(str(tmp_path / "rows.csv"), ReadOptions(answer_format="letter"))[1].answer == "answer"
 
 
 @pytest.mark.parametrize(
@@ -356,7 +359,9 @@ def test_two_columns_of_choices_are_both_named_unless_they_hold_the_same(tmp_pat
     rows = [question(options=["dog", "cat"])]
     with pytest.raises(InputError, match="choices and options may both be the choices"):
         load_examples(write_jsonl(tmp_path / "rows.jsonl", rows))
-    assert load_examples(str(tmp_path / "rows.jsonl"), columns={"choices": "options"})[0][0]["choices"] == [
+    assert load_examples(str(tmp_path / "rows.jsonl"), ReadOptions(columns={"choices": "options"}))[0][0][
+        "choices"
+    ] == [
         "dog",
         "cat",
     ]
@@ -387,7 +392,7 @@ def test_a_choice_that_a_tool_wrote_for_nothing_is_a_warning(tmp_path, cell):
     rows = [question(), question(id="nan", choices=["cat", "dog", cell])]
     loaded = read_examples(write_jsonl(tmp_path / "rows.jsonl", rows))
     assert loaded.problems.found("nan_choice") == [(f"nan ({cell!r})", 1)] and not loaded.problems.errors()
-    loaded = read_examples(str(tmp_path / "rows.jsonl"), empty_cells=[cell])
+    loaded = read_examples(str(tmp_path / "rows.jsonl"), ReadOptions(empty_cells=[cell]))
     assert loaded.examples["choices"][1] == ["cat", "dog"] and not loaded.problems.found("nan_choice")
 
 
@@ -437,7 +442,7 @@ def test_class_labels_count_by_their_names(tmp_path):
     features = datasets.Features({"answer": datasets.ClassLabel(names=["B", "A"])})
     rows = datasets.Dataset.from_list([question(answer=0) for _ in range(3)])
     rows.cast_column("answer", features["answer"]).remove_columns("id").save_to_disk(tmp_path / "saved")
-    examples, columns = load_examples(str(tmp_path / "saved"), image_root=str(tmp_path))
+    examples, columns = load_examples(str(tmp_path / "saved"), ReadOptions(image_root=str(tmp_path)))
     assert columns.answer_format == "letter" and examples["answer"][:] == [1, 1, 1]
     assert examples["id"][:] == ["0", "1", "2"]  # without an id, rows are named by their number
 
@@ -445,13 +450,13 @@ def test_class_labels_count_by_their_names(tmp_path):
 def test_the_context_is_kept_and_rows_can_be_left_out(tmp_path):
     rows = [question(id=str(i), hint=f"hint {i}", kind="open" if i == 1 else "choice") for i in range(4)]
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    loaded = read_examples(source, keep_rows={"kind": ["choice"]})
+    loaded = read_examples(source, ReadOptions(keep_rows={"kind": ["choice"]}))
     assert loaded.examples["context"][:] == ["hint 0", "hint 2", "hint 3"] and loaded.numbers == [0, 2, 3]
     assert "(1 left out by keep_rows)" in loaded.notes[-1]
     with pytest.raises(InputError, match="keep_rows names columns that are not in .*: sort"):
-        load_examples(source, keep_rows={"sort": "open"})
+        load_examples(source, ReadOptions(keep_rows={"sort": "open"}))
     with pytest.raises(InputError, match="has no rows that keep_rows .*'closed'.* keeps: kind holds 'choice', 'open'"):
-        load_examples(source, keep_rows={"kind": "closed"})
+        load_examples(source, ReadOptions(keep_rows={"kind": "closed"}))
 
 
 def image_bytes(colour="red", size=(40, 30)):
@@ -501,7 +506,7 @@ def test_paths_inside_a_table_must_stay_in_the_image_folder_too(tmp_path):
         load_examples(source)
     with pytest.raises(InputError, match="outside the image folder: row outside"):
         list(stream_examples(source).examples)
-    examples, _ = load_examples(source, limit=1)
+    examples, _ = load_examples(source, ReadOptions(limit=1))
     assert examples[0]["images"] == [{"bytes": None, "path": str(tmp_path / "in/x.png")}]
 
 
@@ -519,7 +524,7 @@ def test_ids_with_line_breaks_are_an_error(tmp_path):
 
 def test_unknown_answers_of_a_test_set_tell_nothing_about_how_answers_are_written(tmp_path):
     rows = [question(id=str(i), answer="?") for i in range(3)]
-    _, columns = load_examples(write_jsonl(tmp_path / "rows.jsonl", rows), answers="optional")
+    _, columns = load_examples(write_jsonl(tmp_path / "rows.jsonl", rows), ReadOptions(answers="optional"))
     assert columns.answer_format is None
     rows = [question(id=str(i), answer="a" if i else "B") for i in range(3)]
     assert not load_examples(write_jsonl(tmp_path / "rows.jsonl", rows))[1].answers_are_upper
@@ -527,7 +532,7 @@ def test_unknown_answers_of_a_test_set_tell_nothing_about_how_answers_are_writte
 
 def test_a_cell_can_be_declared_empty(tmp_path):
     rows = [question(id="1", image="nan", choices=["x", "y", "nan"], hint="nan"), question(id="2", hint="look")]
-    loaded = read_examples(write_jsonl(tmp_path / "rows.jsonl", rows), empty_cells=["nan"])
+    loaded = read_examples(write_jsonl(tmp_path / "rows.jsonl", rows), ReadOptions(empty_cells=["nan"]))
     assert loaded.examples[0]["images"] == [] and loaded.examples[0]["choices"] == ["x", "y"]
     assert loaded.examples["context"][:] == ["", "look"]
 
@@ -556,7 +561,7 @@ def test_a_source_without_any_image_is_an_error_unless_it_is_meant(tmp_path):
     source = write_jsonl(tmp_path / "rows.jsonl", [question(image=""), question(id="s", image=None)])
     with pytest.raises(InputError, match="no row of .*rows.jsonl has an image in image"):
         load_examples(source)
-    assert load_examples(source, columns={"image": []})[0]["images"][:] == [[], []]
+    assert load_examples(source, ReadOptions(columns={"image": []}))[0]["images"][:] == [[], []]
 
 
 def test_null_bytes_and_half_characters_name_their_row(tmp_path):
@@ -575,7 +580,7 @@ def test_missing_columns_are_listed_with_the_ones_found(contest):
 
 def test_prediction_needs_no_answers_but_training_does(contest):
     test_file = str(contest / "test.csv")
-    assert set(load_examples(test_file, answers="optional")[0]["answer"]) == {None}
+    assert set(load_examples(test_file, ReadOptions(answers="optional"))[0]["answer"]) == {None}
     with pytest.raises(InputError, match="missing columns: answer"):
         load_examples(test_file)
 
@@ -629,7 +634,7 @@ def test_a_stream_gives_the_rows_of_the_table(contest, tmp_path):
     (tmp_path / "hub").mkdir()
     inside.cast_column("image", datasets.Image()).to_parquet(tmp_path / "hub/train.parquet")
     for source in (str(contest / "train.csv"), str(tmp_path / "hub")):
-        stream = stream_examples(source, image_root=str(contest))
+        stream = stream_examples(source, ReadOptions(image_root=str(contest)))
         rows = sorted(stream.examples, key=lambda row: row["id"])
         assert [row["id"] for row in rows] == examples["id"][:] and stream.num_choices == 4
         for name in ("question", "choices", "answer", "question_type"):
@@ -646,4 +651,4 @@ def test_a_bad_row_of_a_stream_raises_when_it_comes(tmp_path):
     rows[1_200] = question(id="more", choices=["cat", "dog", "fox"])
     with pytest.raises(InputError, match="more choices than the rows before: row more .*Set max_choices"):
         list(stream_examples(write_jsonl(tmp_path / "rows.jsonl", rows)).examples)
-    assert len(list(stream_examples(str(tmp_path / "rows.jsonl"), max_choices=4).examples)) == 1_500
+    assert len(list(stream_examples(str(tmp_path / "rows.jsonl"), ReadOptions(max_choices=4)).examples)) == 1_500

@@ -27,7 +27,7 @@ def loaded(tmp_path, monkeypatch):
         for number, path in enumerate(images):
             Image.effect_noise((64, 64), 40 + number).convert("RGB").save(tmp_path / path)
         arguments = read_recipe(["--config", str(RECIPES / f"{name}.yaml")]).arguments
-        return arguments, read_examples(arguments.train_data, split=arguments.train_split, **arguments.data_options)
+        return arguments, read_examples(arguments.train_data, arguments.data_options)
 
     return read
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vqa_sft.data.examples import read_examples, stream_examples
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.paths import ImagePaths, describe_missing
 from vqa_sft.data.scan import scan_images
 
@@ -33,7 +34,7 @@ def table(path, images):
 
 def message_of(source, **options):
     """What a training says of the rows whose images cannot be used, without its last line, which names options."""
-    loaded = read_examples(source, **options)
+    loaded = read_examples(source, ReadOptions(**options))
     scan_images(loaded.examples, cache=False).add_problems(loaded.problems, loaded.examples["id"], loaded.numbers)
     with pytest.raises(ValueError) as error:
         loaded.problems.raise_if_any(loaded.name)
@@ -134,7 +135,7 @@ def test_a_root_and_its_folders_may_be_links(tmp_path):
         (str(tmp_path / "link" / "train.csv"), {}),
         (data, {"image_root": str(tmp_path / "link")}),
     ):
-        loaded = read_examples(source, **options)
+        loaded = read_examples(source, ReadOptions(**options))
         assert [os.path.realpath(images[0]["path"]) for images in loaded.examples["images"]] == [
             os.path.realpath(path) for path in expected
         ]

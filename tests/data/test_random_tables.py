@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from vqa_sft.data.columns import USUAL_NAMES
 from vqa_sft.data.examples import FEATURES, load_examples, read_examples, stream_examples
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.question_types import TYPES
 from vqa_sft.errors import InputError
 from vqa_sft.letters import LETTERS
@@ -46,7 +47,7 @@ def folder(tmp_path):
 
 def check_that_it_is_canonical_or_named(source, folder, options):
     try:
-        loaded = read_examples(str(source), **options)
+        loaded = read_examples(str(source), ReadOptions(**options))
     except InputError as error:
         assert len(str(error)) > 20
         return
@@ -62,7 +63,7 @@ def check_that_it_is_canonical_or_named(source, folder, options):
         assert all(image["bytes"] is not None or image["path"].startswith(str(folder)) for image in row["images"])
     if bad:
         with pytest.raises(InputError, match="has rows that cannot be used"):
-            load_examples(str(source), **options)
+            load_examples(str(source), ReadOptions(**options))
 
 
 @QUICK
@@ -103,7 +104,7 @@ SPELLED = st.fixed_dictionaries(
 
 
 def load_stream(source, **options):
-    stream = stream_examples(source, **options)
+    stream = stream_examples(source, ReadOptions(**options))
     return list(stream.examples), stream.columns
 
 

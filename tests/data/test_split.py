@@ -7,6 +7,7 @@ from contest import noise, rows_of, write_csv
 from vqa_sft.data import scan
 from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.data.folds import write_folds
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.split import LEFT_OUT, TRAIN, VALIDATION, choose_parts, read_parts, select, write_parts
 from vqa_sft.errors import InputError
 
@@ -173,7 +174,7 @@ def test_other_soft_targets_are_other_labels(contest, tmp_path):
     write_csv(contest / "train.csv", rows)
 
     def read_targets():
-        return [read_examples(str(contest / "train.csv"), columns={"targets": "targets"})]
+        return [read_examples(str(contest / "train.csv"), ReadOptions(columns={"targets": "targets"}))]
 
     loaded = read_targets()
     write_parts(tmp_path, loaded, choose_parts(loaded))

@@ -11,6 +11,7 @@ from vqa_sft.batch.collator import AnswerCollator, TrainCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.columns import Columns, known_columns
 from vqa_sft.data.examples import read_examples, stream_examples
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.letters import draw_order
 from vqa_sft.models.load import load_processor
 from vqa_sft.training.loss import letter_targets
@@ -32,14 +33,16 @@ def voted(contest):
 
 @pytest.mark.parametrize("read", [read_examples, stream_examples])
 def test_votes_become_shares_and_the_largest_answers_a_row_that_has_no_answer(voted, read):
-    rows = sorted(read(voted, columns={"targets": "votes"}).examples, key=lambda row: row["id"])
+    rows = sorted(read(voted, ReadOptions(columns={"targets": "votes"})).examples, key=lambda row: row["id"])
     assert rows[0]["targets"] is None and rows[1]["answer"] == 3
     assert rows[2]["targets"] == [0.125, 0.375, 0.0, 0.5]
-    assert "targets" not in next(iter(read(voted, columns={"answer": "answer"}, keep_rows={"answer": "a"}).examples))
+    assert "targets" not in next(
+        iter(read(voted, ReadOptions(columns={"answer": "answer"}, keep_rows={"answer": "a"})).examples)
+    )
 
 
 def test_targets_follow_the_order_of_the_choices(families, voted):
-    rows = list(read_examples(voted, columns={"targets": "votes"}).examples)[:3]
+    rows = list(read_examples(voted, ReadOptions(columns={"targets": "votes"})).examples)[:3]
     processor = load_processor(families("qwen2_5_vl"))
     batch = TrainCollator(processor, Prompts(), 5, seed=7)(rows)
     for i, row in enumerate(rows):
@@ -83,7 +86,7 @@ def test_other_data_of_a_run_need_no_targets(voted):
 
 
 def test_a_recipe_with_targets_trains_and_predicts(families, voted, sft, contest, tmp_path):
-    from conftest import run_script
+    from scripts import run_script
 
     run = sft(families("qwen2_5_vl"), tmp_path / "run", train_data=voted, columns="{targets: votes}", max_steps=2)
     arguments = ["--run", run, "--data", contest / "train.csv", "--output", tmp_path / "out.csv"]

@@ -5,9 +5,11 @@ import torch
 from families import FAMILIES
 from trl import ModelConfig
 
-from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, answer_prefix, render_prompt
+from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.batch.template import answer_prefix, render_prompt
 from vqa_sft.data.examples import load_examples
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.letters import choice_to_letter, choices_to_letters
 from vqa_sft.models.load import load_model, load_processor
@@ -76,7 +78,7 @@ def test_a_family_without_positions_per_row_gives_the_same_logits(road):
 def test_a_family_that_gives_all_logits_is_run_once(families, contest):
     road = load_model(ModelConfig(model_name_or_path=families("llava"), dtype=None), "fp32").eval()
     processor = load_processor(families("llava"))
-    batch = collate(processor, list(load_examples(str(contest / "train.csv"), limit=2)[0]))
+    batch = collate(processor, list(load_examples(str(contest / "train.csv"), ReadOptions(limit=2))[0]))
     calls = []
 
     def all_logits(logits_to_keep=0, **inputs):

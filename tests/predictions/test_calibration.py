@@ -11,20 +11,23 @@ from vqa_sft.errors import InputError
 from vqa_sft.predictions import calibration
 from vqa_sft.predictions.calibration import (
     CALIBRATION,
-    Calibration,
     calibrate_new,
     calibrate_run,
-    calibrated_nll,
-    cross_fit,
-    fit,
-    fit_temperature,
-    is_lower,
     read_calibration,
     views_key,
-    weigh_scales,
     worth_of_scales,
 )
 from vqa_sft.predictions.file import Predictions, read_predictions, write_predictions
+from vqa_sft.predictions.fitting import (
+    Calibration,
+    calibrated_nll,
+    cross_fit,
+    deal_rows,
+    fit,
+    fit_temperature,
+    is_lower,
+    weigh_scales,
+)
 from vqa_sft.predictions.metrics import full_metrics, nll, softmax
 from vqa_sft.runs import folder as run_folder, out_of_fold
 
@@ -42,7 +45,7 @@ def test_what_is_endlessly_wrong_is_finite():
     assert math.isfinite(calibrated_nll([[1e4, 0.0]], [1]))
 
 
-def test_too_little_confidence_is_not_mended_by_the_calibrated_nll_and_too_much_is():
+def test_too_little_confidence_is_not_corrected_by_the_calibrated_nll_and_too_much_is():
     timid, bold = [[0.2, 0.0], [0.0, 0.3]], [[9.0, 0.0], [9.0, 0.0], [0.0, 9.0]]
     assert calibrated_nll(timid, [0, 1]) == pytest.approx(nll(softmax(timid), [0, 1]))
     assert calibrated_nll(bold, [0, 1, 1]) < 0.65 < 3 == round(nll(softmax(bold), [0, 1, 1]))
@@ -158,7 +161,7 @@ def test_a_temperature_changes_no_answer():
 def test_cross_fitted_rows_are_not_among_those_that_their_temperature_was_fitted_on():
     logits, answers = drawn(50, 2.0)
     probs = cross_fit(logits, answers, fit_temperature)
-    folds = calibration.deal_rows(50)
+    folds = deal_rows(50)
     assert sorted(np.bincount(folds)) == [10] * 5
     for fold in range(5):
         others = [i for i in range(50) if folds[i] != fold]

@@ -229,7 +229,7 @@ def test_learning_that_proves_nothing_is_said_and_not_used(files, tmp_path):
     true = ragged(200)
     paths = files(other_model(true, 101), other_model(true, 201))
     said = write_ensemble(paths, tmp_path / "out.parquet", weights="learned", learn_on=paths)
-    assert "do not prove themselves on 200 rows" in said and said.count("0.5000  ") == 2
+    assert "are no better than equal ones on 200 rows" in said and said.count("0.5000  ") == 2
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_weights_are_learned_on_probabilities_calibrated_as_those_that_they_are_
     calibrated = replace(sure, metadata={"calibration": {"temperature": 5.0, "bias": None}})
     paths = files(true, calibrated, true, sure)
     said = write_ensemble(paths[:2], tmp_path / "out.parquet", weights="learned", learn_on=paths[2:])
-    assert "do not prove themselves" in said  # as good as each other, once both are calibrated
+    assert "are no better than equal ones" in said  # as good as each other, once both are calibrated
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,10 @@ def test_answers_are_written_as_the_data_of_the_first_file_where_others_differ(t
     for path, answers in zip(paths, (None, own, own | {"format": "letter"}), strict=True):
         write_predictions(path, replace(ragged(), metadata={"answers": answers} if answers else {}))
     said = write_ensemble(paths, tmp_path / "all.parquet")
-    assert "in other ways; a submission is written as those of the first that says it: label (index_from_1)" in said
+    assert (
+        "in different ways; a submission is written as those of the first file that has one: label (index_from_1)"
+        in said
+    )
     assert read_predictions(tmp_path / "all.parquet").metadata["answers"] == own
     assert "in other ways" not in write_ensemble(paths[:2], tmp_path / "two.parquet")
 

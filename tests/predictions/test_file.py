@@ -6,6 +6,7 @@ import pytest
 from prediction_rows import THREE
 
 from vqa_sft.data.examples import read_examples
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.ensemble import align
 from vqa_sft.predictions.file import (
@@ -252,7 +253,7 @@ def test_files_of_earlier_versions_have_no_digests_and_their_ids_alone_count(tmp
 def test_a_context_that_only_one_of_two_runs_was_given_does_not_make_other_rows(tmp_path):
     (tmp_path / "t.csv").write_text("path,question,a,b,hint\n1.png,Which?,cat,dog,red\n")
     with_hint, without = (
-        read_examples(str(tmp_path / "t.csv"), answers="optional", columns={"context": name}).examples
+        read_examples(str(tmp_path / "t.csv"), ReadOptions(answers="optional", columns={"context": name})).examples
         for name in ("hint", None)
     )
     assert digests_of(with_hint) == digests_of(without)

@@ -9,6 +9,7 @@ from prediction_rows import THREE
 
 from vqa_sft.data.columns import Columns
 from vqa_sft.data.examples import read_examples
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.ensemble import write_ensemble
 from vqa_sft.predictions.file import Predictions, answers_as, digests_of, write_predictions
@@ -367,7 +368,7 @@ def test_data_with_the_same_numbers_and_other_questions_are_refused(tmp_path):
     without_ids = [{key: cell for key, cell in one.items() if key != "id"} for one in rows]
     write_csv(tmp_path / "one.csv", without_ids)
     write_csv(tmp_path / "other.csv", [one | {"question": "Another?"} for one in without_ids])
-    digests = digests_of(read_examples(str(tmp_path / "one.csv"), answers="optional").examples)
+    digests = digests_of(read_examples(str(tmp_path / "one.csv"), ReadOptions(answers="optional")).examples)
     predictions = Predictions(["0", "1", "2"], [[-0.1, -2.0]] * 3, [None] * 3, digests=digests)
     write_predictions(tmp_path / "p.parquet", predictions)
     submit(tmp_path / "p.parquet", tmp_path / "s.csv", answer_format="text", data=tmp_path / "one.csv")

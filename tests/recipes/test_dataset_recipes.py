@@ -4,7 +4,7 @@ The rows are made up; where the fields were seen stands in the head of each reci
 """
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import datasets
 import pytest
@@ -13,7 +13,8 @@ from datasets import Features, List, Value
 from PIL import Image
 from scripts import RECIPES
 
-from vqa_sft.batch.collator import AnswerCollator, check_texts
+from vqa_sft.batch.collator import AnswerCollator
+from vqa_sft.batch.template import check_texts
 from vqa_sft.config.recipe import read_recipe
 from vqa_sft.data.examples import load_examples, read_examples
 from vqa_sft.models.load import load_processor
@@ -324,7 +325,7 @@ def as_expected(examples):
 
 
 def load_split(recipe, split, **options):
-    return load_examples(recipe.arguments.train_data, split=split, **recipe.arguments.data_options, **options)[0]
+    return load_examples(recipe.arguments.train_data, replace(recipe.arguments.data_options, split=split, **options))[0]
 
 
 def test_rows_with_the_published_fields_become_examples(tried):
@@ -345,7 +346,7 @@ def test_rows_that_are_left_out_are_counted(tried):
     of_configs = recipe.arguments.data_config or "default"
     configs = [of_configs] if isinstance(of_configs, str) else of_configs
     left_out = sum(len(published.parts[config][split]) for config in configs) - len(published.expected[split])
-    notes = read_examples(recipe.arguments.train_data, split=split, **recipe.arguments.data_options).notes
+    notes = read_examples(recipe.arguments.train_data, replace(recipe.arguments.data_options, split=split)).notes
     assert left_out == (1 if recipe.arguments.keep_rows else 0)
     assert any(f"({left_out} left out by keep_rows)" in note for note in notes) == bool(left_out)
 

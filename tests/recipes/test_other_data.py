@@ -9,6 +9,7 @@ from scripts import run_script
 
 from vqa_sft.data.columns import are_here, find_columns
 from vqa_sft.data.examples import read_examples, stream_examples
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 
 
@@ -35,15 +36,15 @@ def answers(loaded):
 def test_every_row_may_have_the_same_choices(folder):
     file = write(folder, [{"text": f"Is it {i}?", "label": ["no", "yes"][i % 2]} for i in range(8)])
     how = {"columns": {"question": "text"}, "fixed_choices": ["yes", "no"]}
-    loaded = read_examples(file, **how)
+    loaded = read_examples(file, ReadOptions(**how))
     assert answers(loaded) == [1, 0] * 4 and loaded.examples[0]["choices"] == ["yes", "no"]
     assert any("choices: yes, no (every row)" in note for note in loaded.notes)
-    assert [row["answer"] for row in stream_examples(file, **how).examples] == [1, 0] * 4
+    assert [row["answer"] for row in stream_examples(file, ReadOptions(**how)).examples] == [1, 0] * 4
 
 
 def test_every_row_may_have_the_same_question(folder):
     file = write(folder, [{"label": ["cat", "dog", "fox"][i % 3]} for i in range(9)])
-    loaded = read_examples(file, fixed_question="Which animal?", fixed_choices=["fox", "dog", "cat"])
+    loaded = read_examples(file, ReadOptions(fixed_question="Which animal?", fixed_choices=["fox", "dog", "cat"]))
     assert answers(loaded) == [2, 1, 0] * 3 and {*loaded.examples["question"]} == {"Which animal?"}
 
 
@@ -57,7 +58,7 @@ def test_every_row_may_have_the_same_question(folder):
 def test_a_column_and_what_stands_for_it_are_refused_together(folder, options, message):
     file = write(folder, [{"question": "?", "a": "x", "b": "y", "answer": "a"}] * 4)
     with pytest.raises(InputError, match=message):
-        read_examples(file, **options)
+        read_examples(file, ReadOptions(**options))
 
 
 @pytest.mark.parametrize("choices", ["[yes]", "[yes, yes]", "[yes, '']"])
@@ -100,7 +101,7 @@ def test_check_names_an_option_that_no_data_file_has(folder, capsys):
 
 def test_choices_are_read_from_the_text_of_the_question(folder):
     rows = [{"question": f"Which, {i}?\nA. cat\nB. dog\nC. fox", "answer": "ABC"[i % 3]} for i in range(9)]
-    loaded = read_examples(write(folder, rows), columns={"choices": "in_question"})
+    loaded = read_examples(write(folder, rows), ReadOptions(columns={"choices": "in_question"}))
     assert answers(loaded) == [0, 1, 2] * 3
     assert loaded.examples[4]["question"] == "Which, 4?" and loaded.examples[4]["choices"] == ["cat", "dog", "fox"]
     assert any("'Which, 0?'" in note and "'cat', 'dog', 'fox'" in note for note in loaded.notes)
@@ -108,7 +109,9 @@ def test_choices_are_read_from_the_text_of_the_question(folder):
 
 def test_rows_without_choices_in_their_question_are_named(folder):
     rows = [{"question": "Which?\n1) x\n2) y" if i else "How many?", "answer": "1"} for i in range(6)]
-    loaded = read_examples(write(folder, rows), columns={"choices": "in_question"}, answer_format="index_from_1")
+    loaded = read_examples(
+        write(folder, rows), ReadOptions(columns={"choices": "in_question"}, answer_format="index_from_1")
+    )
     with pytest.raises(InputError, match="no choices are written in the question: row 0 .*How many"):
         answers(loaded)
 
@@ -123,7 +126,7 @@ def test_rows_without_choices_in_their_question_are_named(folder):
 def test_the_path_of_an_image_may_be_made_of_cells(folder, template, cells):
     rows = [cells(i) | {"question": "?", "a": "x", "b": "y", "answer": "ab"[i % 2]} for i in range(6)]
     write_csv(folder / "rows.csv", rows)
-    loaded = read_examples(str(folder / "rows.csv"), columns={"image": template})
+    loaded = read_examples(str(folder / "rows.csv"), ReadOptions(columns={"image": template}))
     loaded.problems.raise_if_any(loaded.name)
     assert [images[0]["path"] for images in loaded.examples["images"]] == [f"{folder}/{i:04d}.png" for i in range(6)]
 
@@ -182,7 +185,7 @@ def test_columns_that_the_recipe_names_count_only_where_the_data_have_them():
 
 def test_placeholders_of_a_test_set_are_no_answers(folder):
     rows = [{"question": "?", "a": "x", "b": "y", "answer": "hidden" if i % 2 else "b"} for i in range(12)]
-    loaded = read_examples(write(folder, rows), answers="optional")
+    loaded = read_examples(write(folder, rows), ReadOptions(answers="optional"))
     assert answers(loaded) == [1, None] * 6
     assert any("6 rows have 'hidden' for an answer, which counts as none" in note for note in loaded.notes)
 
@@ -190,18 +193,20 @@ def test_placeholders_of_a_test_set_are_no_answers(folder):
 @pytest.mark.parametrize("cell", ["0", "A", "b", "X", "answer"])
 def test_one_answer_for_all_rows_of_a_test_set_is_none(folder, cell):
     rows = [{"question": f"{i}?", "a": "x", "b": "y", "answer": cell} for i in range(12)]
-    loaded = read_examples(write(folder, rows), answers="optional")
+    loaded = read_examples(write(folder, rows), ReadOptions(answers="optional"))
     assert answers(loaded) == [None] * 12 and any(repr(cell) in note for note in loaded.notes)
 
 
 def test_an_answer_format_makes_the_answers_of_a_test_set_count(folder):
     rows = [{"question": f"{i}?", "a": "x", "b": "y", "answer": "b"} for i in range(12)]
-    assert answers(read_examples(write(folder, rows), answers="optional", answer_format="letter")) == [1] * 12
+    assert (
+        answers(read_examples(write(folder, rows), ReadOptions(answers="optional", answer_format="letter"))) == [1] * 12
+    )
 
 
 def test_a_placeholder_that_is_a_choice_is_an_answer(folder):
     rows = [{"question": f"{i}?", "a": "NA", "b": "Y", "answer": ["NA", "Y"][i % 2]} for i in range(8)]
-    loaded = read_examples(write(folder, rows), answers="optional", answer_format="text")
+    loaded = read_examples(write(folder, rows), ReadOptions(answers="optional", answer_format="text"))
     assert answers(loaded) == [0, 1] * 4 and not any("counts as none" in note for note in loaded.notes)
 
 
@@ -262,9 +267,10 @@ def test_equal_ids_are_refused_although_rows_may_be_left_out(sft, contest, famil
 def test_rows_of_a_sorted_file_are_noticed_where_only_the_first_are_read(folder):
     rows = [{"question": f"{i}?", "a": "x", "b": "y", "answer": "ab"[i // 10]} for i in range(12)]
     assert any(
-        "the first 10 rows have one answer" in note for note in read_examples(write(folder, rows), limit=10).notes
+        "the first 10 rows have one answer" in note
+        for note in read_examples(write(folder, rows), ReadOptions(limit=10)).notes
     )
-    assert not any("one answer" in note for note in read_examples(write(folder, rows), limit=11).notes)
+    assert not any("one answer" in note for note in read_examples(write(folder, rows), ReadOptions(limit=11)).notes)
 
 
 # --- What a review found ----------------------------------------------------------------------------------------------
@@ -290,7 +296,7 @@ def test_bare_words_are_texts_where_choices_or_cells_are_meant(folder, tmp_path,
 
 def other(folder, trained, rows, name="other.csv", **options):
     """How rows are read that go with those of `trained`."""
-    return read_examples(write(folder, rows, name), answers="optional", trained=trained.columns, **options)
+    return read_examples(write(folder, rows, name), ReadOptions(answers="optional", trained=trained.columns, **options))
 
 
 def questions(num_rows=8, **cells):
@@ -351,7 +357,7 @@ def test_the_letter_case_of_answers_is_that_of_their_labels(folder, cells, writt
 def test_one_answer_in_the_first_rows_of_a_longer_stream_is_an_answer(folder):
     rows = [{"question": f"{i}?", "a": "x", "b": "y", "answer": "ab"[i >= 1_100]} for i in range(1_200)]
     file = write(folder, rows)
-    examples = stream_examples(file, columns={"image": []}, answers="optional").examples
+    examples = stream_examples(file, ReadOptions(columns={"image": []}, answers="optional")).examples
     assert [row["answer"] for row in examples] == [0] * 1_100 + [1] * 100
 
 
@@ -410,7 +416,7 @@ def test_an_ambiguity_is_named_where_the_format_of_training_reads_nothing(folder
 
 def test_a_format_in_which_answers_are_to_be_written_need_not_be_that_of_the_data(folder):
     rows = questions(answer=lambda i: "abcd"[i % 4])
-    loaded = read_examples(write(folder, rows), answers="optional", answer_format="text")
+    loaded = read_examples(write(folder, rows), ReadOptions(answers="optional", answer_format="text"))
     assert answers(loaded) == [0, 1, 2, 3] * 2 and any("they are read as letter" in note for note in loaded.notes)
 
 
@@ -443,7 +449,7 @@ def test_mail_in_iso_2022_is_not_read_as_ascii(folder):
     (folder / "rows.csv").write_bytes(text.encode("iso2022_jp"))
     with pytest.raises(InputError, match="encoding: iso2022_jp"):
         read_examples(file)
-    assert read_examples(file, encoding="iso2022_jp").examples[0]["choices"][0] == "\u732b"
+    assert read_examples(file, ReadOptions(encoding="iso2022_jp")).examples[0]["choices"][0] == "\u732b"
 
 
 def test_a_format_that_training_could_not_tell_is_not_believed_where_it_matters(folder):
@@ -456,8 +462,8 @@ def test_a_format_that_training_could_not_tell_is_not_believed_where_it_matters(
     trained = read_examples(numbers([1, 2, 3, 4], "train.csv")).columns
     assert {trained.answer_format, *trained.other_formats} == {"index_from_1", "text"}
     with pytest.raises(InputError, match="index_from_1 or text|text or index_from_1"):
-        read_examples(numbers([4, 3, 2, 1], "test.csv"), answers="optional", trained=trained)
+        read_examples(numbers([4, 3, 2, 1], "test.csv"), ReadOptions(answers="optional", trained=trained))
     assert (
-        answers(read_examples(numbers([1, 2, 3, 4], "same.csv"), answers="optional", trained=trained))
+        answers(read_examples(numbers([1, 2, 3, 4], "same.csv"), ReadOptions(answers="optional", trained=trained)))
         == [0, 1, 2, 3] * 4
     )

@@ -23,6 +23,7 @@ from scripts import RECIPES, run_script
 from vqa_sft import Predictor
 from vqa_sft.data import examples as data
 from vqa_sft.data.examples import read_examples, stream_examples
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.inference import shards
 from vqa_sft.models import scoring
@@ -561,8 +562,10 @@ def test_rows_left_out_of_a_stream_do_not_change_the_numbers_of_the_others(tmp_p
     rows["part"] = ["x", "y", "x", "y"]
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(tmp_path / "saved")
     how = {"answers": "optional", "keep_rows": {"part": "y"}}
-    streamed = [(row["id"], row["question"]) for row in stream_examples(str(tmp_path / "saved"), **how).examples]
-    examples = read_examples(str(tmp_path / "saved"), **how).examples
+    streamed = [
+        (row["id"], row["question"]) for row in stream_examples(str(tmp_path / "saved"), ReadOptions(**how)).examples
+    ]
+    examples = read_examples(str(tmp_path / "saved"), ReadOptions(**how)).examples
     assert streamed == [(row["id"], row["question"]) for row in examples] == [("1", "Which, 1?"), ("3", "Which, 3?")]
 
 
@@ -587,7 +590,7 @@ def test_answers_are_written_as_in_training_whatever_an_empty_template_says(thre
 
 def test_every_prediction_file_knows_its_rows_by_digests(three, tmp_path):
     contest, run = three
-    expected = digests_of(read_examples(str(contest / "test.csv"), answers="optional").examples)
+    expected = digests_of(read_examples(str(contest / "test.csv"), ReadOptions(answers="optional")).examples)
     for more in ((), ("--streaming",)):
         assert predict(run, tmp_path / "out.csv", "--data", contest / "test.csv", *more).digests == expected
         assert read_predictions(tmp_path / "out.fold1.parquet").digests == expected

@@ -17,6 +17,7 @@ from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.config.recipe import read_recipe
 from vqa_sft.data.examples import load_examples
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.models import load as models
 from vqa_sft.models.scoring import find_letter_ids, letter_logits, to_choice_logits
 from vqa_sft.predictions.calibration import read_calibration
@@ -49,7 +50,7 @@ def test_every_family_trains_saves_loads_and_predicts(families, contest, sft, tm
     processor = models.load_processor(str(run))
     args = ModelConfig(model_name_or_path=families(family), dtype=None)
     merged = models.load_trained(str(run), args, "fp32").merge_and_unload().eval()
-    examples, _ = load_examples(str(contest / "test.csv"), answers="optional")
+    examples, _ = load_examples(str(contest / "test.csv"), ReadOptions(answers="optional"))
     batch = AnswerCollator(processor, Prompts(), 4)(list(examples))
     with torch.no_grad():
         logits = letter_logits(merged, batch, find_letter_ids(processor, 4))

@@ -9,6 +9,7 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.check import TEST, TRAINING, check, measure_skew
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.folds import Deviation
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.report.check_page import (
     choose_problem_rows,
     choose_samples,
@@ -79,7 +80,7 @@ def test_a_clean_set_says_so(contest):
 
 def test_test_rows_have_a_part_of_their_own_without_answers(contest):
     data = [(TRAINING, read_examples(str(contest / "train.csv")))]
-    data.append((TEST, read_examples(str(contest / "test.csv"), answers="optional")))
+    data.append((TEST, read_examples(str(contest / "test.csv"), ReadOptions(answers="optional"))))
     text = describe(check(data, distance=None, prompts=Prompts(), tokens_note="no model"))
     training, test = text.split("test.csv: 24 rows")
     assert "  answers  " in training and "  answers  " not in test

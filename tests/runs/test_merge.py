@@ -19,10 +19,12 @@ from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig
 
-from vqa_sft.batch.collator import AnswerCollator, answer_prefix, render_prompt
+from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts, render_messages
+from vqa_sft.batch.template import answer_prefix, render_prompt
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.images import open_image
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.models.load import load_processor, load_trained
 from vqa_sft.models.scoring import find_letter_ids, letter_logits
@@ -65,7 +67,7 @@ def base_of(run):
 
 
 def rows_of(contest):
-    return list(load_examples(str(contest / "train.csv"), limit=3)[0])
+    return list(load_examples(str(contest / "train.csv"), ReadOptions(limit=3))[0])
 
 
 @torch.no_grad()

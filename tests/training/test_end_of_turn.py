@@ -7,10 +7,12 @@ from datasets import Dataset
 from gradients import assert_same
 from trainers import SPELLING, build_trainer, prompt_bytes
 
-from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, TrainCollator, answer_prefix, render_prompt
+from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, TrainCollator
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.batch.template import answer_prefix, render_prompt
 from vqa_sft.data.examples import FEATURES, load_examples
 from vqa_sft.data.images import open_image
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.letters import LETTERS, draw_order
 from vqa_sft.models.fast import speedups as speed
@@ -20,7 +22,7 @@ from vqa_sft.models.scoring import answer_logits, find_end_of_turn
 
 def rows_of(contest, num_rows):
     """Of many lengths; among them one without an image and one with two."""
-    rows = list(load_examples(str(contest / "train.csv"), limit=num_rows)[0])
+    rows = list(load_examples(str(contest / "train.csv"), ReadOptions(limit=num_rows))[0])
     rows[1] |= {"question": "Which of these is the colour of the square that stands in the image?"}
     rows[2] |= {"images": []}
     rows[3] |= {"images": rows[3]["images"] + rows[0]["images"]}

@@ -1,4 +1,5 @@
 """Examples become batches: prompts, chat template, collators.
 
-Import from here: `prompts.Prompts`, `collator.TrainCollator`, `collator.AnswerCollator`. May import: data.
+Import from here: `prompts.Prompts`, `template.render_prompt`, `collator.TrainCollator`, `collator.AnswerCollator`,
+`pixels.limit_pixels`. May import: data.
 """

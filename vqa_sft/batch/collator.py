@@ -20,124 +20,52 @@ byte for byte what is scored in prediction: both render with `render_prompt`. A 
 where the end of the turn is supervised; what comes before looks at nothing that comes after.
 """
 
-import functools
 import hashlib
 import random
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Protocol
 
-import datasets
 import torch
-from jinja2 import TemplateError
 from PIL import Image, ImageOps
 from transformers import ProcessorMixin
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-from vqa_sft.batch.prompts import Prompts, render_messages
+from vqa_sft.batch.pixels import process_images
+from vqa_sft.batch.prompts import Prompts
+from vqa_sft.batch.template import answer_prefix, has_control_token, render_prompt
 from vqa_sft.data.images import MAX_ASPECT, augment, digest_of, open_image
 from vqa_sft.data.references import count_free
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.letters import LETTERS, choice_to_letter, draw_order, identity_order, view_orders
 
-if TYPE_CHECKING:
-    from vqa_sft.models.fast.feature_store import FeatureStore
-
-_ANSWER = "Answer-of-a-row"  # stands in no template
 BLANK_SIZE = (448, 448)  # pixels
 BLANK_DIGEST = hashlib.sha256(f"blank {BLANK_SIZE}".encode()).hexdigest()
 # Keys of a batch that are ours and not the model's.
 TARGET_KEYS = ("answer_positions", "answers", "ids", "num_choices", "orders", "targets", "end_positions", "groups")
 
 
-def render_prompt(processor: ProcessorMixin, row: dict, order: Sequence[int], prompts: Prompts) -> str:
-    """The text that the model reads before the letter, generation prompt included."""
-    messages = render_messages(row, order, prompts)
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return prompt + answer_prefix(processor)[0]
+class Features(Protocol):
+    """What a collator asks of image features on disk (models/fast/feature_store.py)."""
 
+    is_filled: bool
 
-@functools.lru_cache
-def answer_prefix(processor: ProcessorMixin) -> tuple[str, str]:
-    """What the template puts between the generation prompt and the answer: (what belongs to the prompt, what belongs to
-    the letter's token).
-
-    Most put nothing: after "<|im_start|>assistant\\n" comes "A". After "Assistant:" comes " A", and " A" and "A" are
-    different tokens. Templates of thinking models close an empty thought first ("\\n</think>\\n\\nA").
-
-    Raises InputError where the template does not show the answer right after its own generation prompt.
-    """
-    prompt, whole = _show_answer(processor)
-    start, found, _ = whole.rpartition(_ANSWER)
-    if not found or not start.startswith(prompt):
-        raise InputError(
-            "the chat template of this model does not put the answer after its generation prompt, so the place of the "
-            f"letter is not known. It ends a prompt with {prompt[-40:]!r} and a shown answer with {whole[-60:]!r}."
-        )
-    between = start[len(prompt) :]
-    spaces = between[len(between.rstrip(" ")) :]  # a space before the letter is part of its token
-    return between[: len(between) - len(spaces)], spaces
-
-
-def answer_suffix(processor: ProcessorMixin) -> str:
-    """What the template puts after the answer: "<|im_end|>\\n" for one, nothing for others."""
-    return _show_answer(processor)[1].rpartition(_ANSWER)[2]
-
-
-def _show_answer(processor: ProcessorMixin) -> tuple[str, str]:
-    """A prompt, and what the template makes of it once it is answered."""
-    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-    answer = {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}
-    try:
-        prompt = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-        return prompt, processor.apply_chat_template([*question, answer], tokenize=False)
-    except TemplateError as error:
-        raise InputError(f"the chat template of this model refuses a question and its answer: {error}") from error
-
-
-@functools.lru_cache
-def control_tokens(processor: ProcessorMixin) -> re.Pattern:
-    """Matches every control token of the model."""
-    tokens = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens) if token.strip()) or r"(?!)")
-
-
-def _texts_of(row: dict) -> str:
-    return "\n".join([row["context"], row["question"], *row["choices"]])
-
-
-def check_texts(processor: ProcessorMixin, examples: datasets.Dataset, prompts: Prompts) -> None:
-    """Raises InputError for texts that hold a control token of this model ("<|image_pad|>", "<image>", "<|im_end|>"):
-    the tokenizer would take it for the real one, and the row would be another prompt or none."""
-    control = control_tokens(processor)
-    own = control.search(prompts.all_texts)
-    if own:
-        raise InputError(f"the prompt holds {own.group()!r}, a control token of this model. Take it out.")
-    found = [
-        row["id"]
-        for row in examples.select_columns(["id", "question", "context", "choices"])
-        if control.search(_texts_of(row))
-    ]
-    if found:
-        raise InputError(
-            f"the question or a choice holds a control token of this model in {name_rows(found, len(examples))}. "
-            "Take it out."
-        )
+    def find(self, digests: Sequence[str | None]) -> dict[str, torch.Tensor] | None:
+        """`image_features` and `image_grid_thw` of all these images; None where one is not stored."""
 
 
 class AnswerCollator:
     """For evaluation and prediction: every choice under its own letter.
 
     `num_letters` is fixed for a run, so that letter logits of all batches and processes have one shape. `blank` names
-    images that are shown as a white square: row id -> positions among the row's images. `packer` makes one row
-    without padding of the batch (packing.py). With `features`, images whose features are all stored are not opened:
-    the batch holds `image_features` (cache.py) in place of pixels.
+    images that are shown as a white square: row id -> positions among the row's images. `packer` makes one row without
+    padding of the batch (models/fast/packing.py). With `features`, images whose features are all stored are not opened:
+    the batch holds `image_features` in place of pixels.
 
-    With other `views` than "identity" (mcq.view_orders) the batch holds every row in several orders, one after another;
-    a row whose choices refer to each other (references.py) in those that leave them in place.
-    With a `packer` images are there once for all orders of a row, and for all rows whose prompts are the same up to
-    their images and these; the packer is told so by `leaders`. With a `scale` other than 1, of packed rows alone,
-    images have that times the sides that they would have.
+    With other `views` than "identity" (letters.view_orders) the batch holds every row in several orders, one after
+    another; a row whose choices refer to each other (data/references.py) in those that leave them in place. With a
+    `packer` images are there once for all orders of a row, and for all rows whose prompts are the same up to their
+    images and these, by `leaders`. With a `scale` other than 1, of packed rows alone, images have that times the sides
+    that they would have.
     """
 
     shows_targets = False  # evaluations compare with the answers
@@ -151,7 +79,7 @@ class AnswerCollator:
         num_letters: int,
         blank: Mapping[str, Sequence[int]] | None = None,
         packer: Callable[[dict], dict] | None = None,
-        features: "FeatureStore | None" = None,
+        features: Features | None = None,
         views: str | int = "identity",
         scale: float = 1.0,
     ) -> None:
@@ -170,60 +98,63 @@ class AnswerCollator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         for row in rows:  # those of a stream were not checked before
-            if control_tokens(self.processor).search(_texts_of(row)):
+            if has_control_token(self.processor, row):
                 raise InputError(f"the texts of row {row['id']} hold a control token of this model. Take it out.")
         shown = [(number, order) for number, row in enumerate(rows) for order in self.orders(row)]
         groups, orders = map(list, zip(*shown, strict=True))
-        once, rows = rows, [rows[number] for number in groups]
-        texts = [
-            render_prompt(self.processor, row, order, self.prompts) for row, order in zip(rows, orders, strict=True)
-        ]
-        letters = [self.answer_letter(row, order) for row, order in zip(rows, orders, strict=True)]
+        views = [(rows[number], order) for number, order in shown]
+        texts = [render_prompt(self.processor, row, order, self.prompts) for row, order in views]
+        letters = [self.answer_letter(row, order) for row, order in views]
         if self.supervises_end:
             spaces = answer_prefix(self.processor)[1]
             texts = [text + spaces + LETTERS[letter] for text, letter in zip(texts, letters, strict=True)]
-        bos = self.processor.tokenizer.bos_token
-        how = {"padding": True, "return_tensors": "pt"}
-        # Some templates write the beginning-of-sequence token themselves; twice would be a different prompt.
-        how["add_special_tokens"] = not (bos and texts[0].startswith(bos))
-        first = [groups.index(number) for number in range(len(once))]  # of the orders of each row
-        roots = self.roots(once, [texts[place] for place in first])
-        seen = [row for number, row in enumerate(once) if roots[number] == number]  # whose images the batch holds
-        is_shared = self.packer is not None and len(seen) < len(rows)
-        vision_inputs = self.stored(seen if is_shared else rows)
-        if vision_inputs is None and self.packer and (is_shared or self.scale != 1):
-            vision_inputs = self.pixels(seen)
-        if vision_inputs is not None:
-            of_seen = vision_inputs["image_grid_thw"].split([len(row["images"]) for row in seen])
-            grids = dict(zip(sorted(set(roots)), of_seen, strict=True))
-            grids = torch.cat([grids[roots[number]] for number in groups])
-            batch = self.tokenize(texts, grids, **how) | vision_inputs
-            if is_shared:
-                batch["grids_of_rows"] = grids
-        else:
-            images = [self.images(row) for row in rows]
-            batch = self.processor(text=texts, images=images if any(images) else None, **how)
+        first = [groups.index(number) for number in range(len(rows))]  # of the orders of each row
+        roots = self.roots(rows, [texts[place] for place in first])
+        is_shared = self.packer is not None and len(set(roots)) < len(groups)
+        inputs = self.model_inputs(rows, texts, groups, roots, is_shared)
         # The last real token, whichever side is padded.
-        last = (batch["attention_mask"] * torch.arange(batch["input_ids"].shape[1])).argmax(dim=1)
+        last = (inputs["attention_mask"] * torch.arange(inputs["input_ids"].shape[1])).argmax(dim=1)
         batch = {
             # First, for libraries take the length of the first tensor for the number of rows.
             "answers": torch.tensor(letters),
-            "ids": [row["id"] for row in rows],
-            **batch,
+            "ids": [row["id"] for row, _ in views],
+            **inputs,
             "answer_positions": last - int(self.supervises_end),
             "num_choices": torch.tensor([len(order) for order in orders]),
             "orders": torch.tensor([order + identity_order(self.num_letters)[len(order) :] for order in orders]),
         }
         if self.shows_targets and "targets" in rows[0]:
-            batch["targets"] = torch.stack([self.targets(row, order) for row, order in zip(rows, orders, strict=True)])
+            batch["targets"] = torch.stack([self.targets(row, order) for row, order in views])
         if self.supervises_end:
             batch["end_positions"] = last
-        if len(rows) > len(once):
+        if len(groups) > len(rows):
             batch["groups"] = torch.tensor(groups)
         if is_shared:
             leads = [first[roots[n] if place == first[n] else n] for place, n in enumerate(groups)]
             batch["leaders"] = torch.tensor(leads)
         return self.packer(batch) if self.packer else batch
+
+    def model_inputs(
+        self, rows: list[dict], texts: list[str], groups: list[int], roots: list[int], is_shared: bool
+    ) -> Mapping[str, torch.Tensor]:
+        """What the model is given of each view: `texts`, which row it is (`groups`), and of each row whose images
+        stand for its own (`roots`)."""
+        bos = self.processor.tokenizer.bos_token
+        how = {"padding": True, "return_tensors": "pt"}
+        # Some templates write the beginning-of-sequence token themselves; twice would be a different prompt.
+        how["add_special_tokens"] = not (bos and texts[0].startswith(bos))
+        seen = [row for number, row in enumerate(rows) if roots[number] == number]  # whose images the batch holds
+        vision_inputs = self.stored(seen)
+        if vision_inputs is None and self.packer and (is_shared or self.scale != 1):
+            vision_inputs = self.pixels(seen)
+        if vision_inputs is None:
+            images = [self.images(rows[number]) for number in groups]
+            return self.processor(text=texts, images=images if any(images) else None, **how)
+        of_seen = vision_inputs["image_grid_thw"].split([len(row["images"]) for row in seen])
+        grids_of_rows = dict(zip(sorted(set(roots)), of_seen, strict=True))
+        grids = torch.cat([grids_of_rows[roots[number]] for number in groups])
+        inputs = self.tokenize(texts, grids, **how) | vision_inputs
+        return inputs | {"grids_of_rows": grids} if is_shared else inputs
 
     def roots(self, rows: list[dict], texts: list[str]) -> list[int]:
         """For each row the first one with the same images whose prompt is the same up to them; itself without."""
@@ -260,24 +191,7 @@ class AnswerCollator:
     def pixels(self, rows: list[dict]) -> dict[str, torch.Tensor] | None:
         """Pixels of the rows' images and their grids; None where there are no images."""
         images = [image for row in rows for image in self.images(row)]
-        if not images:
-            return None
-        process = functools.partial(self.processor.image_processor, return_tensors="pt")
-        if self.scale == 1:
-            return dict(process(images))
-        scaled = [self.scaled(image) for image in images]
-        areas = [image.width * image.height for image in scaled]
-        sizes = [dict.fromkeys(("shortest_edge", "longest_edge"), area) for area in areas]  # leave them as they are
-        found = [process([image], size=size) for image, size in zip(scaled, sizes, strict=True)]
-        return {name: torch.cat([of_image[name] for of_image in found]) for name in found[0]}
-
-    def scaled(self, image: Image.Image) -> Image.Image:
-        """The image with `scale` times the sides that the processor would give it, in whole tokens."""
-        processor = self.processor.image_processor
-        px, limits = processor.patch_size * processor.merge_size, processor.size
-        sides = smart_resize(image.height, image.width, px, limits["shortest_edge"], limits["longest_edge"])
-        height, width = (max(1, round(side * self.scale / px)) * px for side in sides)
-        return image.resize((width, height), Image.Resampling.BICUBIC)
+        return process_images(self.processor, images, self.scale) if images else None
 
     def tokenize(self, texts: list[str], grids: torch.Tensor, **how: object) -> dict[str, torch.Tensor]:
         """As the processor does it for images that it sees, from their grids (images, 3) alone."""
@@ -296,7 +210,7 @@ class AnswerCollator:
         return position in self.blank.get(row["id"], ())
 
     def digest(self, row: dict, position: int) -> str | None:
-        """The name of the image's features (cache.py); None for an image that cannot be read."""
+        """The name of the image's features; None for an image that cannot be read."""
         return BLANK_DIGEST if self.is_blank(row, position) else digest_of(row["images"][position])
 
     def image(self, row: dict, position: int) -> Image.Image:
@@ -318,14 +232,23 @@ class AnswerCollator:
         return -1 if row["answer"] is None else choice_to_letter(row["answer"], order)
 
 
-class TrainCollator(AnswerCollator):
-    """For training: with `shuffle_choices`, an order drawn for every row and epoch, and so are the changes of its
-    images: `image_augmentation` is the strength of images.augment, `flip_images` mirrors half of them. With
-    `supervises_end` rows carry their letter, that of the largest target where the data have no answer.
+@dataclass(frozen=True)
+class Augmentation:
+    """What training changes of a row, drawn by seed, epoch and row id: the order of its choices, and its images.
 
-    Choices that refer to others keep their places (references.py). A stream has no epochs: with `counts_batches` what
-    is drawn changes with every batch that a worker makes.
+    `image_augmentation` is the strength of images.augment, `flip_images` mirrors half of them. A stream has no epochs:
+    with `counts_batches` what is drawn changes with every batch that a worker makes.
     """
+
+    shuffle_choices: bool = True
+    image_augmentation: float = 0.0
+    flip_images: bool = False
+    counts_batches: bool = False
+
+
+class TrainCollator(AnswerCollator):
+    """For training. Choices that refer to others keep their places (data/references.py). With `supervises_end` rows
+    carry their letter, that of the largest target where the data have no answer."""
 
     shows_targets = True
     shares_images = False  # rows that share more than their first words have no gradients
@@ -337,22 +260,17 @@ class TrainCollator(AnswerCollator):
         num_letters: int,
         *,
         seed: int,
-        shuffle_choices: bool = True,
-        image_augmentation: float = 0.0,
-        flip_images: bool = False,
+        augmentation: Augmentation = Augmentation(),
         supervises_end: bool = False,
-        counts_batches: bool = False,
         packer: Callable[[dict], dict] | None = None,
-        features: "FeatureStore | None" = None,
+        features: Features | None = None,
     ) -> None:
         super().__init__(processor, prompts, num_letters, packer=packer, features=features)
         self.seed = seed
-        self.shuffle_choices = shuffle_choices
+        self.augmentation = augmentation
         self.supervises_end = supervises_end
-        self.image_augmentation, self.flip_images = image_augmentation, flip_images
         # Shared memory, because workers that are already running must see the new epoch.
         self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self.counts_batches = counts_batches
         self.num_batches = 0
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -360,18 +278,18 @@ class TrainCollator(AnswerCollator):
         return super().__call__(rows)
 
     def orders(self, row: dict) -> list[tuple[int, ...]]:
-        if not self.shuffle_choices:
+        if not self.augmentation.shuffle_choices:
             return super().orders(row)
         num_free = count_free(row["question"], row["choices"])
         return [draw_order(len(row["choices"]), self.seed, self._round(), row["id"], num_free)]
 
     def _round(self) -> int:
-        return self.num_batches if self.counts_batches else int(self.epoch)
+        return self.num_batches if self.augmentation.counts_batches else int(self.epoch)
 
     def image(self, row: dict, position: int) -> Image.Image:
         image = super().image(row, position)
         # As draw_order: any worker, process or resumed run draws the same.
         rng = random.Random(f"{self.seed}/{self._round()}/{row['id']}/image {position}")
-        if self.image_augmentation:
-            image = augment(image, self.image_augmentation, rng)
-        return ImageOps.mirror(image) if self.flip_images and rng.random() < 0.5 else image
+        if self.augmentation.image_augmentation:
+            image = augment(image, self.augmentation.image_augmentation, rng)
+        return ImageOps.mirror(image) if self.augmentation.flip_images and rng.random() < 0.5 else image

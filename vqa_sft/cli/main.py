@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqa_sft.environment import quiet
+from vqa_sft.environment import set_library_defaults
 from vqa_sft.errors import InputError, exits_with_message, printable
 from vqa_sft.files import whole, write_whole
 
@@ -44,7 +44,7 @@ JSON_START = '{\n "clean"'  # how a report begins
 
 @exits_with_message
 def main() -> None:
-    quiet()
+    set_library_defaults()
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of the data
     parser = argparse.ArgumentParser(
         prog="vqa-sft",
@@ -463,17 +463,15 @@ def _read_data(
             "the recipe streams its rows, and they are only checked as a whole. Give --streaming false (a Hub dataset "
             "is then downloaded), or a part of it: --streaming false --split 'train[:1000]'."
         )
-    options = arguments.data_options
-    rows = read_examples(arguments.train_data, split=arguments.train_split, limit=arguments.limit, **options)
+    rows = read_examples(arguments.train_data, arguments.data_options)
     data = [(TRAINING, rows)]
     options = arguments.options_for_other_data(rows.columns)
     if arguments.validation_data:
-        options["limit"] = arguments.limit
-        data.append((VALIDATION, read_examples(arguments.validation_data, split=arguments.validation_split, **options)))
+        data.append((VALIDATION, read_examples(arguments.validation_data, options)))
     if test:
         # Test images lie where the test data say, not where training did.
-        options |= {"image_root": test_image_root, "limit": None}
-        data.append((TEST, read_examples(test, split="test", answers="optional", **options)))
+        options = replace(options, split="test", answers="optional", image_root=test_image_root, limit=None)
+        data.append((TEST, read_examples(test, options)))
     return data
 
 

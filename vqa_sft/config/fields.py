@@ -1,13 +1,20 @@
-"""Reads `key: value` pairs from yaml and the command line and checks them against the fields of dataclasses.
+"""Fields of dataclasses, read from a yaml and the command line and checked: types, choices, bounds, unknown keys.
 
-No torch, nothing about recipes: TRL's parser checks neither types nor choices of yaml values, takes abbreviations and
-drops duplicate keys, so values are checked here before anything is built from them.
+    values, path = read_values(argv, PredictionArguments)      --config FILE; --some_key value, --some-key=value, --flag
+    check_bounds(values, bounds_of(PredictionArguments))
+    arguments = build(PredictionArguments, values)
+
+No torch, nothing about training or prediction. TRL's parser checks neither types nor choices of yaml values, takes
+abbreviations and drops duplicate keys.
 """
 
 import difflib
 import enum
+import math
 import types
 import typing
+from collections.abc import Iterable
+from dataclasses import MISSING, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +25,82 @@ from vqa_sft.errors import InputError
 TEXT_FIELDS = ("columns", "keep_rows", "type_prompts")  # mappings that hold names and cells of data
 # Name of a field -> its type and, where it has them, its choices.
 Known = dict[str, tuple[Any, list | None]]
+# Name of a field -> its smallest and its largest value; None: no limit.
+Bounds = dict[str, tuple[float, float | None]]
+
+
+def option(help: str, *, bounds: tuple[float, float | None] | None = None, **kwargs: Any) -> Any:
+    """A field with the sentence that `--help` shows; `kwargs` are those of `dataclasses.field`."""
+    return field(metadata={"help": help, "bounds": bounds}, **kwargs)
+
+
+def known_fields(*kinds: type) -> Known:
+    """The fields of some dataclasses; of two of one name the last counts."""
+    known = {}
+    for kind in kinds:
+        hints = typing.get_type_hints(kind)
+        known |= {spec.name: (hints[spec.name], spec.metadata.get("choices")) for spec in fields(kind) if spec.init}
+    return known
+
+
+def bounds_of(kind: type) -> Bounds:
+    """The bounds that are stated with the fields of a dataclass."""
+    return {spec.name: spec.metadata["bounds"] for spec in fields(kind) if spec.metadata.get("bounds")}
+
+
+def describe_fields(kind: type) -> str:
+    """Help text: each field with its choices, its sentence and its default."""
+    hints, lines = typing.get_type_hints(kind), []
+    for spec in fields(kind):
+        factory = spec.default_factory
+        default = spec.default if factory is MISSING else factory()
+        shown = "required" if default is MISSING else f"default: {default!r}"
+        words = [str(word) for member in _members(hints[spec.name]) for word in _words(member)]
+        choices = " " + "|".join(words) if words else ""
+        lines.append(f"  --{spec.name}{choices}: {spec.metadata['help']} ({shown})")
+    return "\n".join(lines)
+
+
+def read_values(argv: list[str], *kinds: type) -> tuple[dict[str, Any], str | None]:
+    """The values of the yaml that `--config FILE` names, overridden by `--key value`, each in the type of its field;
+    and the name of that yaml. Raises InputError."""
+    known, given = known_fields(*kinds), read_command_line(argv)
+    path = given.pop("config", None)
+    values = read_yaml(path[-1]) if path else {}
+    for name, tokens in given.items():
+        positive = name.removeprefix("no_")
+        if name not in known and not tokens and bool in _members(known.get(positive, (Any,))[0]):
+            values[positive] = False  # --no_flag
+        else:
+            values[name] = from_tokens(name, tokens, known)
+    return {name: checked(name, value, known) for name, value in values.items()}, path[-1] if path else None
+
+
+def build(kind: type, values: dict[str, Any]) -> Any:
+    """An instance of a dataclass from the values that are its fields; the checks of its own end in an InputError."""
+    own = {spec.name: values[spec.name] for spec in fields(kind) if spec.init and spec.name in values}
+    try:
+        return kind(**own)
+    except InputError:
+        raise
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def check_required(values: dict[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if not values.get(name):
+            raise InputError(f"`{name}` is not set. Set it in the yaml or give --{name}.")
+
+
+def check_bounds(values: dict[str, Any], bounds: Bounds) -> None:
+    for name, (low, high) in bounds.items():
+        value = values.get(name)
+        if value is None or isinstance(value, str):  # one of the words that a field may hold
+            continue
+        if not (low <= value <= (math.inf if high is None else high) and math.isfinite(value)):
+            limits = f"at least {low}" if high is None else f"between {low} and {high}"
+            raise InputError(f"{name} must be {limits}; got {value}.")
 
 
 def read_command_line(argv: list[str]) -> dict[str, list[str]]:
@@ -30,7 +113,7 @@ def read_command_line(argv: list[str]) -> dict[str, list[str]]:
             name = name.replace("-", "_")
             given[name] = [value] if equals else []
         elif name is None:
-            raise InputError(f"expected --key value; got {token!r}. Name the recipe with --config.")
+            raise InputError(f"expected --key value; got {token!r}. Name the yaml with --config.")
         else:
             given[name].append(token)
     return given
@@ -42,7 +125,7 @@ class _Word(str):
 
 class _Loader(yaml.SafeLoader):
     """Leaves it to the field whether yes, no, on and off are truth values. PyYAML keeps the last of two equal keys and
-    says nothing; here they are refused."""
+    is silent; here they are refused."""
 
     def construct_yaml_bool(self, node: yaml.ScalarNode) -> bool | str:
         return node.value.lower() == "true" if node.value.lower() in ("true", "false") else _Word(node.value)
@@ -52,7 +135,7 @@ class _Loader(yaml.SafeLoader):
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
             raise InputError(
-                f"{', '.join(map(repr, sorted(twice, key=str)))} stands more than once in the recipe. Keep one."
+                f"{', '.join(map(repr, sorted(twice, key=str)))} is given more than once in the yaml. Keep one."
             )
         return super().construct_mapping(node, deep)
 
@@ -78,7 +161,7 @@ def load_yaml(text: str) -> Any:
 
 def read_yaml(path: str) -> dict[str, Any]:
     if not Path(path).is_file():
-        raise InputError(f"no such recipe: {path}.")
+        raise InputError(f"no such yaml: {path}.")
     try:
         values = load_yaml(Path(path).read_text(encoding="utf-8"))
     except InputError:
@@ -143,8 +226,12 @@ def _members(hint: Any) -> tuple:
     return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
 
 
+def _words(hint: Any) -> tuple:
+    return typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+
+
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from YAML may stand in a field of this type."""
+    """Whether a field of this type may hold a value read from YAML."""
     members = _members(hint)
     enums = [kind for kind in members if isinstance(kind, type) and issubclass(kind, enum.Enum)]
     if enums:  # such fields are annotated `Enum | str` and mean the names of the enum
@@ -157,7 +244,7 @@ def _fits_one(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     if origin is Literal:
-        return value in typing.get_args(kind)
+        return value in _words(kind)
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     if kind is float:
@@ -180,7 +267,7 @@ def _describe(hint: Any) -> str:
     words = []
     for kind in _members(hint):
         if typing.get_origin(kind) is Literal:
-            words += map(repr, typing.get_args(kind))
+            words += map(repr, _words(kind))
         elif isinstance(kind, type) and issubclass(kind, enum.Enum):
             return "one of " + ", ".join(str(item.value) for item in kind)
         elif kind is not type(None):

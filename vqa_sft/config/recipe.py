@@ -5,152 +5,171 @@ A recipe is one yaml: our fields (`RecipeArguments`), TRL's model fields (`Model
 """
 
 import json
-import math
 import os
-import typing
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from vqa_sft.batch.prompts import Prompts, builtin_prompts
-from vqa_sft.config.fields import Known, checked, from_tokens, read_command_line, read_yaml
+from vqa_sft.config.fields import bounds_of, build, check_bounds, check_required, option, read_values
 from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
 from vqa_sft.data.duplicates import DISTANCE, MAX_DISTANCE
 from vqa_sft.data.folds import fold_numbers
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
-
-
-def _help(text: str, **kwargs: Any) -> Any:
-    return field(metadata={"help": text}, **kwargs)
 
 
 @dataclass
 class RecipeArguments:
     """Our own fields; model and data have no default."""
 
-    train_data: str | list[str] = _help(
+    train_data: str | list[str] = option(
         "File (CSV, TSV, JSONL, Parquet), several, a glob, a saved dataset, or a Hub dataset to train on."
     )
-    train_split: str = _help("Split of a Hub dataset to train on.", default="train")
-    validation_data: str | list[str] | None = _help("Like train_data, for validation.", default=None)
-    validation_split: str = _help("Split of a Hub dataset to validate on.", default="validation")
-    validation_fraction: float = _help(
-        "Share of the training rows held out for validation when there is no validation_data; 0: none.", default=0.0
+    train_split: str = option("Split of a Hub dataset to train on.", default="train")
+    validation_data: str | list[str] | None = option("Like train_data, for validation.", default=None)
+    validation_split: str = option("Split of a Hub dataset to validate on.", default="validation")
+    validation_fraction: float = option(
+        "Share of the training rows held out for validation when there is no validation_data; 0: none.",
+        default=0.0,
+        bounds=(0, 0.5),
     )
-    folds_file: str | None = _help("CSV of id and fold, as `vqa-sft folds` writes it.", default=None)
-    fold: int | Literal["all"] | None = _help(
-        "The fold of folds_file to validate on; the others are trained on. all: each in turn.", default=None
+    folds_file: str | None = option("CSV of id and fold, as `vqa-sft folds` writes it.", default=None)
+    fold: int | Literal["all"] | None = option(
+        "The fold of folds_file to validate on; the others are trained on. all: each in turn.",
+        default=None,
+        bounds=(0, None),
     )
-    time_budget_h: float | None = _help(
-        "Hours after which to save and stop; the same command goes on later.", default=None
+    time_budget_h: float | None = option(
+        "Hours after which to save and stop; the same command goes on later.", default=None, bounds=(0.001, None)
     )
-    duplicate_distance: int | None = _help(
+    duplicate_distance: int | None = option(
         "Images whose hashes differ in at most so many bits count as one when rows are held out; null: exact only.",
         default=DISTANCE,
+        bounds=(0, MAX_DISTANCE),
     )
-    data_config: str | list[str] | None = _help("Configuration (subset) of a Hub dataset, or several.", default=None)
-    encoding: str | None = _help("Encoding of text files; default: detected.", default=None)
-    streaming: bool = _help("Read the training rows as they are needed; needs max_steps.", default=False)
-    image_root: str | None = _help(
+    data_config: str | list[str] | None = option("Configuration (subset) of a Hub dataset, or several.", default=None)
+    encoding: str | None = option("Encoding of text files; default: detected.", default=None)
+    streaming: bool = option("Read the training rows as they are needed; needs max_steps.", default=False)
+    image_root: str | None = option(
         "Folder that image paths are relative to and stay in; default: the folder of the file.", default=None
     )
-    columns: dict | None = _help(
+    columns: dict | None = option(
         "Columns that are not found by their names: {id, image, question, choices, answer, context, targets}. choices: "
         "in_question reads them from the question's text; image: 'img/{id}.png' is a path with cells of the row.",
         default=None,
     )
-    fixed_question: str | None = _help("The question of every row, where the data have no column for it.", default=None)
-    fixed_choices: list[str] | None = _help("The choices of every row: [yes, no].", default=None)
-    answer_format: Literal["letter", "index_from_0", "index_from_1", "text"] | None = _help(
+    fixed_question: str | None = option(
+        "The question of every row, where the data have no column for it.", default=None
+    )
+    fixed_choices: list[str] | None = option("The choices of every row: [yes, no].", default=None)
+    answer_format: Literal["letter", "index_from_0", "index_from_1", "text"] | None = option(
         "How the answers are written; default: inferred.", default=None
     )
-    keep_rows: dict | None = _help("Keep only rows whose columns hold these values: {column: value}.", default=None)
-    empty_cells: list[str] | None = _help(
+    keep_rows: dict | None = option("Keep only rows whose columns hold these values: {column: value}.", default=None)
+    empty_cells: list[str] | None = option(
         "Texts that mean an empty cell; pandas writes nan, which may also be a choice.", default=None
     )
-    max_choices: int | None = _help(
-        "Most choices of a row; default: as the data has. A stream whose later rows have more needs it.", default=None
+    max_choices: int | None = option(
+        "Most choices of a row; default: as the data has. A stream whose later rows have more needs it.",
+        default=None,
+        bounds=(2, 26),
     )
-    limit: int | None = _help("Use only the first rows, to try a recipe out.", default=None)
-    check_images: bool = _help("Decode every image before the model is loaded.", default=True)
-    on_bad_row: Literal["error", "skip"] = _help(
+    limit: int | None = option("Use only the first rows, to try a recipe out.", default=None, bounds=(1, None))
+    check_images: bool = option("Decode every image before the model is loaded.", default=True)
+    on_bad_row: Literal["error", "skip"] = option(
         "What to do with rows that cannot be used, or whose images cannot: stop, or leave them out.", default="error"
     )
 
-    min_pixels: int | None = _help("Smallest width x height of an image, for models that keep its shape.", default=None)
-    max_pixels: int | None = _help("Largest width x height of an image, for models that keep its shape.", default=None)
-    prompt_language: Literal["en", "ko", "both"] = _help("Language of the built-in prompts.", default="en")
-    type_prompts: dict | Literal["builtin"] | None = _help(
+    min_pixels: int | None = option(
+        "Smallest width x height of an image, for models that keep its shape.", default=None, bounds=(1, 10**8)
+    )
+    max_pixels: int | None = option(
+        "Largest width x height of an image, for models that keep its shape.", default=None, bounds=(1, 10**8)
+    )
+    prompt_language: Literal["en", "ko", "both"] = option("Language of the built-in prompts.", default="en")
+    type_prompts: dict | Literal["builtin"] | None = option(
         "User texts per question type: {counting: ...}, or builtin; default: one text for all.", default=None
     )
-    system_prompt: str | None = _help("System text; empty: the model's own; default: built in.", default=None)
-    user_prompt: str | None = _help("User text with {question} and {choices}; default: built in.", default=None)
-    choice_prompt: str = _help("One line of {choices}, with {letter} and {text}.", default=Prompts.choice)
+    system_prompt: str | None = option("System text; empty: the model's own; default: built in.", default=None)
+    user_prompt: str | None = option("User text with {question} and {choices}; default: built in.", default=None)
+    choice_prompt: str = option("One line of {choices}, with {letter} and {text}.", default=Prompts.choice)
 
-    loss: Literal["letters", "vocabulary"] = _help(
+    loss: Literal["letters", "vocabulary"] = option(
         "Cross-entropy over the row's own letters, or over the whole vocabulary.", default="letters"
     )
-    vocabulary_weight: float | None = _help(
+    vocabulary_weight: float | None = option(
         "Between the two: weight of the letters' share in the whole vocabulary; 0 is `letters`, 1 is `vocabulary`.",
         default=None,
+        bounds=(0, 1),
     )
-    letter_smoothing: float = _help("So much of the target is spread over the row's own letters.", default=0.0)
-    supervise_end_of_turn: bool = _help(
+    letter_smoothing: float = option(
+        "So much of the target is spread over the row's own letters.", default=0.0, bounds=(0, 0.5)
+    )
+    supervise_end_of_turn: bool = option(
         "Train the token that ends the turn after the letter too, for those who will `generate`.", default=False
     )
-    init_adapter: str | None = _help(
+    init_adapter: str | None = option(
         "Folder of an adapter, of an earlier run perhaps, to train on from; its rank and layers are kept.", default=None
     )
-    adapt_tower: bool = _help("Adapt the linear layers of the vision tower's blocks too.", default=False)
-    adapt_merger: bool = _help(
+    adapt_tower: bool = option("Adapt the linear layers of the vision tower's blocks too.", default=False)
+    adapt_merger: bool = option(
         "Adapt the linear layers of the merger or projector too, from the tower to the language model.", default=False
     )
-    vision_learning_rate: float | None = _help(
-        "Learning rate of all that is trained outside the language model; default: learning_rate.", default=None
+    vision_learning_rate: float | None = option(
+        "Learning rate of all that is trained outside the language model; default: learning_rate.",
+        default=None,
+        bounds=(0, 1e3),
     )
-    averaging: Literal["ema", "swa"] | None = _help(
+    averaging: Literal["ema", "swa"] | None = option(
         "Average the adapter over steps, and end with the average where validation NLL says so.", default=None
     )
-    ema_decay: float = _help("How much of the average a step of ema keeps, once it is warm.", default=0.99)
-    swa_start: float = _help("Steps before swa begins; below 1: a share of all.", default=0.5)
-    shuffle_choices: bool = _help("Draw a new order of the choices for every row and epoch.", default=True)
-    image_augmentation: float = _help(
+    ema_decay: float = option(
+        "How much of the average a step of ema keeps, once it is warm.", default=0.99, bounds=(0, 0.99999)
+    )
+    swa_start: float = option("Steps before swa begins; below 1: a share of all.", default=0.5, bounds=(0, None))
+    shuffle_choices: bool = option("Draw a new order of the choices for every row and epoch.", default=True)
+    image_augmentation: float = option(
         "In training, each side, brightness, contrast and colour of an image times a factor, at most so far from 1.",
         default=0.0,
+        bounds=(0, 0.5),
     )
-    flip_images: bool = _help(
+    flip_images: bool = option(
         "In training, mirror half of the images; not where left and right matter, or text is read.", default=False
     )
-    global_batch_size: int | None = _help(
-        "Rows per optimiser step over all processes; accumulation follows from it.", default=None
+    global_batch_size: int | None = option(
+        "Rows per optimiser step over all processes; accumulation follows from it.", default=None, bounds=(1, None)
     )
-    fast: bool = _help(
+    fast: bool = option(
         "Rows without padding and a faster vision tower, where the model allows it; false: the libraries' own paths.",
         default=True,
     )
-    cache_image_features: bool = _help(
+    cache_image_features: bool = option(
         "Keep what the frozen vision tower makes of each image on disk, for all epochs, folds and runs.",
         default=False,
     )
-    compile_layers: bool | None = _help(
+    compile_layers: bool | None = option(
         "Compile the layers: about a minute at the start; default: for runs that are long enough, on newer GPUs.",
         default=None,
     )
     # Compiled layers keep less at the same speed (docs/speed.md); torch's own default is 1.
-    activation_memory_budget: float = _help(
+    activation_memory_budget: float = option(
         "How much of what compiled layers would keep for the backward pass they may keep; the rest is computed again.",
         default=0.7,
+        bounds=(0, 1),
     )
-    auto_batch: bool = _help(
+    auto_batch: bool = option(
         "Choose micro-batch, accumulation and gradient_checkpointing for the GPU's memory; rows per step stay.",
         default=False,
     )
-    early_stopping_patience: int | None = _help("Stop after so many evaluations without a better one.", default=None)
-    overwrite: bool = _help("Move an earlier run in output_dir to output_dir.old first.", default=False)
+    early_stopping_patience: int | None = option(
+        "Stop after so many evaluations without a better one.", default=None, bounds=(1, None)
+    )
+    overwrite: bool = option("Move an earlier run in output_dir to output_dir.old first.", default=False)
 
     def __post_init__(self) -> None:
-        _check_bounds(vars(self))
+        check_bounds(vars(self), bounds_of(RecipeArguments))
         if self.vocabulary_weight is None:
             self.vocabulary_weight = 1.0 if self.loss == "vocabulary" else 0.0
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
@@ -162,20 +181,22 @@ class RecipeArguments:
     @classmethod
     def of_run(cls, values: dict[str, Any]) -> "RecipeArguments":
         """From the values of a recipe that a run folder holds."""
-        return _build(cls, values)
+        return build(cls, values)
 
     @property
-    def data_options(self) -> dict[str, Any]:
-        """What `data.read_examples` and `stream_examples` take beside the source and its split."""
-        names = ("encoding", "image_root", "columns", "answer_format", "keep_rows", "empty_cells")
+    def data_options(self) -> ReadOptions:
+        """How the training rows are read."""
+        names = ("encoding", "image_root", "columns", "answer_format", "keep_rows", "empty_cells", "limit")
         names += ("fixed_question", "fixed_choices")
-        return {name: getattr(self, name) for name in names} | {"config": self.data_config}
+        values = {name: getattr(self, name) for name in names}
+        values["max_choices"] = self.max_choices if self.streaming else None
+        return ReadOptions(split=self.train_split, config=self.data_config, **values)
 
-    def options_for_other_data(self, trained: Columns) -> dict[str, Any]:
+    def options_for_other_data(self, trained: Columns) -> ReadOptions:
         """The same for validation or test rows, which may be written in another way than the training rows."""
-        options = self.data_options
-        options |= {"known_columns": known_columns(trained, options["columns"]), "trained": trained}
-        return options | {"columns": None, "answer_format": None}
+        values = {"known_columns": known_columns(trained, self.columns), "trained": trained}
+        values |= {"columns": None, "answer_format": None, "max_choices": None}
+        return replace(self.data_options, split=self.validation_split, **values)
 
     @property
     def adapted_parts(self) -> dict[str, bool]:
@@ -249,7 +270,6 @@ BOUNDS = {
     "eval_accumulation_steps": (1, None),
     "save_total_limit": (2, None),  # with 1, a run killed while it saves keeps no checkpoint
     "learning_rate": (0, 1e3),
-    "vision_learning_rate": (0, 1e3),
     "weight_decay": (0, 1e3),
     "max_grad_norm": (0, None),
     "logging_steps": (0, 10**9),
@@ -265,22 +285,6 @@ BOUNDS = {
     "seed": (0, 2**32 - 1),
     "data_seed": (0, 2**32 - 1),
     "dataloader_num_workers": (0, None),
-    "limit": (1, None),
-    "min_pixels": (1, 10**8),
-    "max_pixels": (1, 10**8),
-    "global_batch_size": (1, None),
-    "activation_memory_budget": (0, 1),
-    "early_stopping_patience": (1, None),
-    "validation_fraction": (0, 0.5),
-    "vocabulary_weight": (0, 1),
-    "ema_decay": (0, 0.99999),
-    "swa_start": (0, None),
-    "letter_smoothing": (0, 0.5),
-    "image_augmentation": (0, 0.5),
-    "fold": (0, None),
-    "time_budget_h": (0.001, None),
-    "duplicate_distance": (0, MAX_DISTANCE),
-    "max_choices": (2, 26),
 }
 CHOSEN_BY = ("nll_calibrated", "nll", "accuracy", "ece", "loss")
 
@@ -325,7 +329,7 @@ class Recipe:
         """TRL's ModelConfig."""
         from trl import ModelConfig
 
-        return _build(ModelConfig, DEFAULTS | self.values)
+        return build(ModelConfig, DEFAULTS | self.values)
 
     def training_args(self, precision: str) -> Any:
         """TRL's SFTConfig for "bf16", "fp16" or "fp32"; initialises the device and the process group."""
@@ -353,7 +357,7 @@ class Recipe:
         if self.arguments.global_batch_size is not None:
             micro_batch = values["per_device_train_batch_size"] = _micro_batch(values, self.arguments.global_batch_size)
             values["gradient_accumulation_steps"] = self.arguments.global_batch_size // (micro_batch * _num_processes())
-        return _build(SFTConfig, values)
+        return build(SFTConfig, values)
 
     @property
     def validates(self) -> bool:
@@ -363,46 +367,16 @@ class Recipe:
 
 def read_recipe(argv: list[str]) -> Recipe:
     """The recipe named by `--config FILE`, overridden by `--key value`, checked. Raises InputError."""
-    given = read_command_line(argv)
-    path = given.pop("config", None)
-    values = read_yaml(path[-1]) if path else {}
-    known = _known_fields()
-    for name, tokens in given.items():
-        values[name] = from_tokens(name, tokens, known)
-    values = {name: checked(name, value, known) for name, value in values.items()}
-    for name in values.keys() & REFUSED.keys():
-        raise InputError(f"`{name}` cannot be set: {REFUSED[name]}.")
-    _check_bounds(values)
-    for required in ("model_name_or_path", "train_data", "output_dir"):
-        if not values.get(required):
-            raise InputError(f"`{required}` is not set. Set it in the recipe or give --{required}.")
-    recipe = Recipe(values, _build(RecipeArguments, values), path and path[-1])
-    _check_combinations(recipe)
-    return recipe
-
-
-def _known_fields() -> Known:
-    """Every field of a recipe: its type and, where it has them, its choices."""
     from trl import ModelConfig, SFTConfig
 
-    known = {}
-    for kind in (SFTConfig, ModelConfig, RecipeArguments):
-        hints = typing.get_type_hints(kind)
-        for spec in fields(kind):
-            if spec.init:
-                known[spec.name] = (hints[spec.name], spec.metadata.get("choices"))
-    return known
-
-
-def _build(kind: type, values: dict[str, Any]) -> Any:
-    """An instance of a dataclass from the values that are its fields."""
-    own = {spec.name: values[spec.name] for spec in fields(kind) if spec.init and spec.name in values}
-    try:
-        return kind(**own)
-    except InputError:
-        raise
-    except (ValueError, TypeError, OSError, ImportError) as error:  # the libraries' own checks
-        raise InputError(" ".join(str(error).split())) from error
+    values, path = read_values(argv, SFTConfig, ModelConfig, RecipeArguments)
+    for name in values.keys() & REFUSED.keys():
+        raise InputError(f"`{name}` cannot be set: {REFUSED[name]}.")
+    check_bounds(values, BOUNDS | bounds_of(RecipeArguments))
+    check_required(values, ("model_name_or_path", "train_data", "output_dir"))
+    recipe = Recipe(values, build(RecipeArguments, values), path)
+    _check_combinations(recipe)
+    return recipe
 
 
 def _accelerator_config(values: dict[str, Any]) -> dict[str, Any]:
@@ -428,16 +402,6 @@ def _reaches_vision(values: dict[str, Any], own: RecipeArguments) -> bool:
 
 def _num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _check_bounds(values: dict[str, Any]) -> None:
-    for name, (low, high) in BOUNDS.items():
-        value = values.get(name)
-        if isinstance(value, str):  # of the words that a field may hold
-            continue
-        if value is not None and not (low <= value <= (math.inf if high is None else high) and math.isfinite(value)):
-            limits = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise InputError(f"{name} must be {limits}; got {value}.")
 
 
 def _check_combinations(recipe: Recipe) -> None:
@@ -611,12 +575,3 @@ def _impossible(values: dict[str, Any], own: RecipeArguments, validates: bool) -
             own.early_stopping_patience and values.get("load_best_model_at_end") is False,
         ),
     ]
-
-
-def describe_fields() -> str:
-    """Help text: our fields with their sentence and default."""
-    lines = []
-    for spec in fields(RecipeArguments):
-        default = "required" if spec.default is MISSING else f"default: {spec.default!r}"
-        lines.append(f"  --{spec.name}: {spec.metadata['help']} ({default})")
-    return "\n".join(lines)

@@ -32,12 +32,12 @@ import numpy as np
 from PIL import Image
 from scipy.special import chdtrc
 
-from vqa_sft.data.examples import Loaded
-from vqa_sft.data.duplicates import near_pairs, row_groups
-from vqa_sft.data.images import ImageFacts
-from vqa_sft.letters import LETTERS, identity_order
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.data.duplicates import near_pairs, row_groups
+from vqa_sft.data.examples import Loaded
+from vqa_sft.data.images import ImageFacts
 from vqa_sft.data.scan import Scan, scan_images
+from vqa_sft.letters import LETTERS, identity_order
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -124,7 +124,7 @@ def check(
     Raises InputError where the prompts themselves hold a control token of the model.
     """
     if processor is not None:
-        from vqa_sft.batch.collator import check_texts
+        from vqa_sft.batch.template import check_texts
 
         check_texts(processor, data[0][1].examples.select([]), prompts)
     reports = []
@@ -270,7 +270,7 @@ def _find_in_training(loaded: Loaded, scan: Scan, training: Loaded, training_sca
 
 
 def _find_control_tokens(loaded: Loaded, processor: "ProcessorMixin") -> None:
-    from vqa_sft.batch.collator import control_tokens
+    from vqa_sft.batch.template import control_tokens
 
     control = control_tokens(processor)
     for row, (row_id, question, context, choices) in enumerate(
@@ -295,7 +295,7 @@ def count_tokens(
     prompts: Prompts,
 ) -> np.ndarray:
     """How many tokens the collator makes of every row; `sizes` holds the (width, height) of its images."""
-    from vqa_sft.batch.collator import render_prompt
+    from vqa_sft.batch.template import render_prompt
 
     added = _image_tokens(processor, sorted({size for row_sizes in sizes for size in row_sizes}))
     bos = processor.tokenizer.bos_token

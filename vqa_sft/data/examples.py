@@ -50,14 +50,15 @@ from vqa_sft.data.columns import (
     is_sparse,
     is_stray,
 )
-from vqa_sft.errors import InputError, name_rows, printable, safe
 from vqa_sft.data.in_question import split_choices
-from vqa_sft.letters import LETTERS
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.paths import ImagePaths
 from vqa_sft.data.problems import PREDICTION_HINT, STREAM_HINT, Problems
 from vqa_sft.data.question_types import find_type
 from vqa_sft.data.references import find_references
 from vqa_sft.data.sources import Source, holds_images, open_source
+from vqa_sft.errors import InputError, name_rows, printable, safe
+from vqa_sft.letters import LETTERS
 
 FEATURES = datasets.Features(
     {
@@ -104,54 +105,25 @@ class Loaded:
     image_digests: list[str] | None = None  # of every row, by content; None where nobody looked at the images
 
 
-def load_examples(source: str | Sequence[str], **options: Any) -> tuple[datasets.Dataset, Columns]:
-    """The canonical examples of a source and the columns that they came from; `options` as in `read_examples`.
+def load_examples(
+    source: str | Sequence[str], options: ReadOptions = ReadOptions()
+) -> tuple[datasets.Dataset, Columns]:
+    """The canonical examples of a source and the columns that they came from.
 
     Raises InputError with every bad row at once.
     """
-    loaded = read_examples(source, **options)
+    loaded = read_examples(source, options)
     loaded.problems.raise_if_any(loaded.name)
     return loaded.examples, loaded.columns
 
 
-def read_examples(
-    source: str | Sequence[str],
-    *,
-    split: str = "train",
-    config: str | Sequence[str] | None = None,
-    encoding: str | None = None,
-    columns: Mapping[str, Any] | None = None,
-    answer_format: str | None = None,
-    keep_rows: Mapping[str, Any] | None = None,
-    empty_cells: Sequence[str] | None = None,
-    image_root: str | None = None,
-    answers: str = "required",
-    limit: int | None = None,
-    fixed_question: str | None = None,
-    fixed_choices: Sequence[str] | None = None,
-    known_columns: Mapping[str, Any] | None = None,
-    trained: Columns | None = None,
-    on_bad_row: str = "error",
-) -> Loaded:
+def read_examples(source: str | Sequence[str], options: ReadOptions = ReadOptions()) -> Loaded:
     """Canonical examples of a source, and everything that is wrong with its texts; images are not opened.
-
-    `columns` names the columns that are not found by themselves; `answer_format` is inferred when it is None.
-    `keep_rows` keeps the rows whose columns hold the given value, or one of the given values. A cell that holds one of
-    `empty_cells` counts as empty. `answers` is "required" (training) or "optional" (prediction). Image paths are
-    relative to `image_root` and must stay in it; by default it is the folder of the file. `fixed_question` and
-    `fixed_choices` are those of every row.
-
-    Rows that go with others, as validation and test rows do with those of training, may be written in another way:
-    `trained` are the columns of those, whose answer format counts where it fits, and `known_columns` what their recipe
-    names, which counts where it is there.
 
     Raises InputError when nothing can be read, a column is missing, or the answers can be read in two ways.
     """
-    opened = open_source(source, split=split, config=config, encoding=encoding)
-    given = are_here(known_columns, opened.columns) | dict(columns or {})
-    fixed = {"fixed_question": fixed_question, "fixed_choices": fixed_choices}
-    found = find_columns(opened.columns, given, answers, _columns_with_images(opened), **fixed)
-    reader = RowReader(opened, found, keep_rows, empty_cells, image_root, answers, trained, on_bad_row)
+    limit, answer_format = options.limit, options.answer_format
+    opened, given, reader = _open(source, options, streaming=False)
     reader.settle_columns(lambda: itertools.islice(reader.rows(), limit), given, answer_format)
     numbers, tables = [], []
     rows = itertools.islice(reader.rows(), limit)
@@ -237,36 +209,14 @@ def _cells_and_choices(texts: pa.Table) -> Iterator[tuple[str, list[str]]]:
         yield from zip(batch["cell"].to_pylist(), batch["choices"].to_pylist(), strict=True)
 
 
-def stream_examples(
-    source: str | Sequence[str],
-    *,
-    split: str = "train",
-    config: str | Sequence[str] | None = None,
-    encoding: str | None = None,
-    columns: Mapping[str, Any] | None = None,
-    answer_format: str | None = None,
-    keep_rows: Mapping[str, Any] | None = None,
-    empty_cells: Sequence[str] | None = None,
-    image_root: str | None = None,
-    max_choices: int | None = None,
-    answers: str = "required",
-    limit: int | None = None,
-    fixed_question: str | None = None,
-    fixed_choices: Sequence[str] | None = None,
-    known_columns: Mapping[str, Any] | None = None,
-    trained: Columns | None = None,
-    on_bad_row: str = "error",
-) -> Loaded:
+def stream_examples(source: str | Sequence[str], options: ReadOptions = ReadOptions()) -> Loaded:
     """Rows of a source as they are needed: `examples` is an `IterableDataset`, and nothing is held.
 
     Columns, answer format and the most choices come from the first rows. A row with a problem raises InputError when it
     comes, unless `on_bad_row` is "guess" and it can be answered all the same, and so does one with more choices.
     """
-    opened = open_source(source, split=split, config=config, encoding=encoding, streaming=True)
-    given = are_here(known_columns, opened.columns) | dict(columns or {})
-    fixed = {"fixed_question": fixed_question, "fixed_choices": fixed_choices}
-    found = find_columns(opened.columns, given, answers, _columns_with_images(opened), **fixed)
-    reader = RowReader(opened, found, keep_rows, empty_cells, image_root, answers, trained, on_bad_row)
+    limit, answer_format = options.limit, options.answer_format
+    opened, given, reader = _open(source, options, streaming=True)
     first = list(itertools.islice(reader.rows(), min(_HEAD, limit or _HEAD)))
     reader.settle_columns(lambda: iter(first), given, answer_format)
     head = [reader.read(*item) for item in first]
@@ -279,18 +229,18 @@ def stream_examples(
         reader.check_that_some_have_images(len(head))
     are_all = len(head) < _HEAD or limit == len(head)
     reader.settle_answers(lambda: ((row["cell"], row["choices"]) for row in head), answer_format, are_all)
-    reader.max_choices = max_choices or max(len(row["choices"]) for row in head)
+    reader.max_choices = options.max_choices or max(len(row["choices"]) for row in head)
     if reader.inside:
         reader.folder = first[-1][1]
         # Numbered before rows are left out: without a column for them, ids are those numbers.
         numbered = opened.table.map(_number, with_indices=True)
-        numbered = numbered.filter(reader.keeps) if keep_rows else numbered
+        numbered = numbered.filter(reader.keeps) if options.keep_rows else numbered
         dropped = [*opened.columns, _NUMBER]
         examples = numbered.map(reader.numbered_example, remove_columns=dropped, features=reader.features)
     else:
         # In training every part reads the whole text and yields each sixteenth row: text is cheap, and workers share
         # the images. Prediction keeps the order of the rows.
-        num_parts = _PARTS if answers == "required" else 1
+        num_parts = _PARTS if options.answers == "required" else 1
         parts = {"reader": reader, "parts": list(range(num_parts)), "num_parts": num_parts}
         examples = datasets.IterableDataset.from_generator(_stream_parts, features=reader.features, gen_kwargs=parts)
     if limit is not None:
@@ -299,6 +249,19 @@ def stream_examples(
     notes += [f"{note} (in the first {len(head):,} rows)" for note in reader.paths.notes()]
     notes += note_kept_orders(opened.name, head_problems)
     return Loaded(opened.name, examples, reader.columns, reader.problems, (), notes, reader.max_choices)
+
+
+def _open(
+    source: str | Sequence[str], options: ReadOptions, streaming: bool
+) -> tuple[Source, dict[str, Any], "RowReader"]:
+    """The source, the columns that are given and are there, and a reader of its rows."""
+    opened = open_source(
+        source, split=options.split, config=options.config, encoding=options.encoding, streaming=streaming
+    )
+    given = are_here(options.known_columns, opened.columns) | dict(options.columns or {})
+    fixed = {"fixed_question": options.fixed_question, "fixed_choices": options.fixed_choices}
+    found = find_columns(opened.columns, given, options.answers, _columns_with_images(opened), **fixed)
+    return opened, given, RowReader(opened, found, options)
 
 
 def _columns_with_images(source: Source) -> list[str]:
@@ -319,19 +282,9 @@ def _stream_parts(reader: "RowReader", parts: list[int], num_parts: int) -> Iter
 class RowReader:
     """One raw row -> the texts and image paths of an example; what is wrong with it goes to `problems`."""
 
-    def __init__(
-        self,
-        source: Source,
-        columns: Columns,
-        keep_rows: Mapping[str, Any] | None = None,
-        empty_cells: Sequence[str] | None = None,
-        image_root: str | None = None,
-        answers: str = "required",
-        trained: Columns | None = None,
-        on_bad_row: str = "error",
-    ) -> None:
+    def __init__(self, source: Source, columns: Columns, options: ReadOptions = ReadOptions()) -> None:
         in_arrow = _columns_with_images(source)
-        texts = [name for name in [*columns.names, *(keep_rows or {})] if name not in columns.image]
+        texts = [name for name in [*columns.names, *(options.keep_rows or {})] if name not in columns.image]
         wrong = [name for name in texts if name in in_arrow]
         if wrong:
             raise InputError(f"{source.name}: {', '.join(wrong)} must hold text; got images or bytes.")
@@ -339,17 +292,17 @@ class RowReader:
         self.columns = columns
         self.keep_rows = {
             name: [text_of(value) for value in (values if isinstance(values, list) else [values])]
-            for name, values in (keep_rows or {}).items()
+            for name, values in (options.keep_rows or {}).items()
         }
-        self.empty_cells = {*(empty_cells or ()), ""}
-        self.root = image_root
+        self.empty_cells = {*(options.empty_cells or ()), ""}
+        self.root = options.image_root
         self.problems = Problems()
         self.max_choices = len(LETTERS)
-        self.answers = answers
-        self.trained = trained
-        self.on_bad_row = on_bad_row
+        self.answers = options.answers
+        self.trained = options.trained
+        self.on_bad_row = options.on_bad_row
         # In place of an image that is not opened, where its row is answered all the same.
-        self.unopened = [{"bytes": b"", "path": None}] if on_bad_row == "guess" else []
+        self.unopened = [{"bytes": b"", "path": None}] if options.on_bad_row == "guess" else []
         self.notes: list[str] = []
         self.constant: str | None = None  # the answer of every row, which is none
         self.left_out = 0

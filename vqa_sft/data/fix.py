@@ -13,10 +13,10 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 
-from vqa_sft.errors import InputError, printable
-from vqa_sft.files import whole
 from vqa_sft.data.problems import Problems
 from vqa_sft.data.sources import Source, find_files
+from vqa_sft.errors import InputError, printable
+from vqa_sft.files import whole
 
 SUFFIXES = {".csv": ".csv", ".tsv": ".csv", ".jsonl": ".jsonl", ".json": ".jsonl", ".parquet": ".parquet"}
 

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import sparse
 
+from vqa_sft.data.sources import Source, open_source
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import whole
-from vqa_sft.data.sources import Source, open_source
 
 ENCODINGS = ("cp949", "gb18030", "big5", "cp932", "euc_jp", "cp1252", "latin-1")  # in which spreadsheets save
 # What the square of a row too many costs: among all rows, in its stratum, in each part of the stratum alone.

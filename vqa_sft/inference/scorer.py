@@ -16,8 +16,9 @@ import torch
 from accelerate import PartialState
 from transformers import ProcessorMixin
 
-from vqa_sft.batch.collator import AnswerCollator, check_texts
+from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.batch.template import check_texts
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.errors import InputError
 from vqa_sft.models import load as models, processes as launch, scoring

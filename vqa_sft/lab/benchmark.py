@@ -269,8 +269,8 @@ def mean_tflop(model: Path, data: Path, max_pixels: int, case: Case) -> float:
     from PIL import Image
     from transformers import AutoConfig
 
-    from vqa_sft.batch.collator import render_prompt
     from vqa_sft.batch.prompts import builtin_prompts
+    from vqa_sft.batch.template import render_prompt
     from vqa_sft.data.examples import load_examples
     from vqa_sft.letters import identity_order
     from vqa_sft.models.load import load_processor
@@ -376,9 +376,9 @@ class Watch:
 
 def run_inside(argv: list[str]) -> None:
     """`--inside SCRIPT HOW ARGUMENTS...`: run a script of recipes/, or TRL, in this process under a `Watch`."""
-    from vqa_sft.environment import quiet
+    from vqa_sft.environment import set_library_defaults
 
-    quiet()  # as the recipes do, before torch is imported
+    set_library_defaults()  # as the recipes do, before torch is imported
     import torch
     import transformers
 

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.integrations import deepspeed, sdpa_attention
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
+from vqa_sft.batch.pixels import limit_pixels
 from vqa_sft.errors import InputError, explains
 from vqa_sft.models import quantized
 
@@ -72,7 +73,7 @@ def load_processor(
         raise _cannot_load(name, error) from error
     if not isinstance(processor, ProcessorMixin):
         raise InputError(f"{name} has no processor for images and text; got {type(processor).__name__}.")
-    _limit_pixels(processor, name, min_pixels, max_pixels)
+    limit_pixels(processor, name, min_pixels, max_pixels)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
@@ -80,18 +81,6 @@ def load_processor(
     if processor.chat_template is None:
         raise InputError(f"{name} has no chat template. Use an instruction-tuned model.")
     return processor
-
-
-def _limit_pixels(processor: ProcessorMixin, name: str, min_pixels: int | None, max_pixels: int | None) -> None:
-    if min_pixels is None and max_pixels is None:
-        return
-    size = processor.image_processor.size
-    # Qwen-VL keeps pixel counts under these two names, in this release of transformers.
-    low, high = getattr(size, "shortest_edge", None), getattr(size, "longest_edge", None)
-    if not hasattr(processor.image_processor, "merge_size") or low is None or high is None:
-        raise InputError(f"{name} shows every image at a size of its own ({size}); remove min_pixels and max_pixels.")
-    limits = {"shortest_edge": min_pixels or min(low, max_pixels), "longest_edge": max_pixels or max(high, min_pixels)}
-    processor.image_processor.size = limits
 
 
 def read_config(

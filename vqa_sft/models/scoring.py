@@ -13,15 +13,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import ProcessorMixin
 
-from vqa_sft.batch.collator import (
-    TARGET_KEYS,
-    AnswerCollator,
-    answer_prefix,
-    answer_suffix,
-    control_tokens,
-    render_prompt,
-)
+from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.batch.template import answer_prefix, answer_suffix, control_tokens, render_prompt
 from vqa_sft.data.references import count_free
 from vqa_sft.errors import InputError, explains
 from vqa_sft.letters import LETTERS, view_orders

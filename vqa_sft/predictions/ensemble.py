@@ -14,22 +14,23 @@ from pathlib import Path
 import numpy as np
 
 from vqa_sft.errors import InputError, name_rows
-from vqa_sft.predictions.calibration import MIN_ROWS, NUM_FOLDS, deal_rows, is_lower, views_key
+from vqa_sft.files import write_whole
+from vqa_sft.predictions.calibration import views_key
 from vqa_sft.predictions.file import (
     ANSWERS,
     CALIBRATION,
     Predictions,
     check_same_rows,
     may_be_of_one_run,
-    others_of,
     read_predictions,
-    whole,
+    shared_rows,
     write_predictions,
 )
+from vqa_sft.predictions.fitting import MIN_ROWS, NUM_FOLDS, deal_rows, is_lower
 from vqa_sft.predictions.pooling import TINY, learn_weights, log_rows, own_choices, pool
 
 AVERAGES = ("mean", "log", "vote")
-VOTE = 0.99  # of a vote goes to the choice; the rest is spread over all, for log 0 cannot stand in a file
+VOTE = 0.99  # of a vote goes to the choice, the rest is spread over all: no log 0 in a file
 WEIGHTS_START = b'{\n  "average"'  # how a file of --save-weights begins
 
 
@@ -91,7 +92,7 @@ def _take(file: Predictions, rows: Sequence[int]) -> Predictions:
 
 
 def experts_of(files: Sequence[Predictions], average: str) -> np.ndarray:
-    """What is pooled (M, N, C), 0 where a row has fewer choices: calibrated probabilities, or smoothed votes."""
+    """The experts (M, N, C) to pool, 0 where a row has fewer choices: calibrated probabilities, or smoothed votes."""
     lengths = np.array([len(row) for row in files[0].choice_logits])
     is_own = own_choices(lengths)  # (N, C)
     experts = np.zeros((len(files), *is_own.shape))
@@ -105,8 +106,8 @@ def experts_of(files: Sequence[Predictions], average: str) -> np.ndarray:
 
 
 def learn(files: Sequence[Predictions], average: str) -> Learned:
-    """Weights from rows with answers, if they prove themselves: fitted on four parts of five in turn, they must lower
-    the NLL of the fifth, against equal weights, by more than one standard error of the rows' differences."""
+    """Weights from rows with answers, if in a 5-fold cross-validation they lower the NLL of equal weights by more than
+    one standard error of the rows' differences."""
     experts, answers = experts_of(files, average), np.array(files[0].answers)
     rows = np.arange(len(answers))
     equal = np.full(len(files), 1 / len(files))
@@ -116,8 +117,8 @@ def learn(files: Sequence[Predictions], average: str) -> Learned:
         others, own = fold_of != fold, np.flatnonzero(fold_of == fold)
         weights = learn_weights(experts[:, others], answers[others], average)
         losses[own] = -np.log(pool(experts[:, own], weights, average)[np.arange(len(own)), answers[own]])
-    proves_itself = is_lower(losses, losses_of_mean, 1)
-    weights = learn_weights(experts, answers, average).tolist() if proves_itself else None
+    is_better = is_lower(losses, losses_of_mean, 1)
+    weights = learn_weights(experts, answers, average).tolist() if is_better else None
     return Learned(weights, float(losses.mean()), float(losses_of_mean.mean()), len(answers))
 
 
@@ -156,7 +157,7 @@ def write_ensemble(
     learn_on: Sequence[str] = (),
     save_weights: str | Path | None = None,
 ) -> str:
-    """`vqa-sft ensemble`: write the files' ensemble to `output`, and say how much of each is in it.
+    """`vqa-sft ensemble`: write the files' ensemble to `output`; the weight of each file, as text.
 
     `weights` is "mean", "learned" (on the files `learn_on`), numbers ("0.6,0.4"), or a file of `save_weights`.
     Raises InputError before anything is written.
@@ -172,34 +173,16 @@ def write_ensemble(
     if save_weights is not None:
         _check_weights_file(Path(save_weights))
     files = align([read_predictions(name) for name in names], names)
-    notes: list[str] = []
     if weights == "learned":
-        learned = _learn_on(files, learn_on, average, names)
-        found = learned.weights or [1 / len(files)] * len(files)
-        compared = f"NLL {learned.nll:.4f}, cross-fitted; of equal weights {learned.nll_of_mean:.4f}"
-        if learned.weights:
-            notes.append(f"Weights learned on {learned.num_rows:,} rows ({compared}).")
-        else:
-            notes.append(
-                f"Learned weights do not prove themselves on {learned.num_rows:,} rows ({compared}): equal weights are "
-                "used."
-            )
-        for name, stands_for, one, other in zip(learn_on, names, map(read_predictions, learn_on), files, strict=True):
-            if not may_be_of_one_run(one, other) or _views(one) != _views(other):
-                ours, theirs = (f"{_maker(file)}, {_views(file)}" for file in (other, one))
-                notes.append(f"Beware: {name} ({theirs}) may not stand for {stands_for} ({ours}).")
-        held_out = read_predictions(learn_on[0])
-        shared = set(files[0].ids) & set(held_out.ids)
-        if shared.difference(others_of(shared, files[0].digest_of, held_out.digest_of)) and learned.weights:
-            notes.append("They were learned on rows of this ensemble, so its own metrics look a little too good.")
+        found, notes = _learned_weights(files, learn_on, average, names)
     else:
-        found = _given_weights(weights, names, average)
+        found, notes = _given_weights(weights, names, average), []
     ensemble = combine(files, names, found, average)
     ways = [file.metadata[ANSWERS] for file in files if file.metadata.get(ANSWERS)]
     if any(way != ways[0] for way in ways):
         notes.append(
-            f"The data of the runs write their answers in other ways; a submission is written as those of the first "
-            f"that says it: {ways[0]['column']} ({ways[0]['format']})."
+            "The runs' data write their answers in different ways; a submission is written as those of the first file "
+            f"that has one: {ways[0]['column']} ({ways[0]['format']})."
         )
     ensemble.metadata["ensemble"] |= {"weights_from": weights, "learn_on": [str(name) for name in learn_on]}
     if save_weights is not None:
@@ -209,14 +192,42 @@ def write_ensemble(
     return "\n".join([*notes, *lines, f"Wrote {len(ensemble.ids):,} rows to {output} ({average})."])
 
 
-def _learn_on(files: Sequence[Predictions], learn_on: Sequence[str], average: str, names: Sequence[str]) -> Learned:
+def _learned_weights(
+    files: Sequence[Predictions], learn_on: Sequence[str], average: str, names: Sequence[str]
+) -> tuple[list[float], list[str]]:
+    """The weights, and notes on how good they are and whether the held-out files are the right ones."""
     if len(learn_on) != len(files):
         raise InputError(
             f"--learn-on needs one file for each of the {len(files)}, in their order; got {len(learn_on)}."
         )
-    held_out = align([read_predictions(name) for name in learn_on], learn_on)
-    unknown = [row_id for row_id, answer in zip(held_out[0].ids, held_out[0].answers, strict=True) if answer is None]
-    if unknown:
+    held_out = [read_predictions(name) for name in learn_on]
+    learned = _learn_on(held_out, files, learn_on, average, names)
+    compared = f"NLL {learned.nll:.4f}, cross-fitted; of equal weights {learned.nll_of_mean:.4f}"
+    notes = [f"Weights learned on {learned.num_rows:,} rows ({compared})."]
+    if learned.weights is None:
+        notes = [
+            f"Learned weights are no better than equal ones on {learned.num_rows:,} rows ({compared}): equal weights "
+            "are used."
+        ]
+    for name, stands_for, one, other in zip(learn_on, names, held_out, files, strict=True):
+        if not may_be_of_one_run(one, other) or _views(one) != _views(other):
+            ours, theirs = (f"{_maker(file)}, {_views(file)}" for file in (other, one))
+            notes.append(f"Beware: {name} ({theirs}) may not stand for {stands_for} ({ours}).")
+    first = held_out[0]
+    if learned.weights and shared_rows(files[0].ids, {*first.ids}, files[0].digest_of, first.digest_of):
+        notes.append("They were learned on rows of this ensemble, so its own metrics look a little too good.")
+    return learned.weights or [1 / len(files)] * len(files), notes
+
+
+def _learn_on(
+    held_out: Sequence[Predictions],
+    files: Sequence[Predictions],
+    learn_on: Sequence[str],
+    average: str,
+    names: Sequence[str],
+) -> Learned:
+    held_out = align(held_out, learn_on)
+    if unknown := held_out[0].unanswered:
         raise InputError(f"--learn-on: there is no answer in {name_rows(unknown, len(held_out[0].ids))}.")
     if len(held_out[0].ids) < MIN_ROWS:
         raise InputError(f"--learn-on: weights need at least {MIN_ROWS} rows; got {len(held_out[0].ids)}.")
@@ -226,7 +237,7 @@ def _learn_on(files: Sequence[Predictions], learn_on: Sequence[str], average: st
                 f"--learn-on: {learn_on[i]} is of {_maker(one)}, {names[i]} of {_maker(other)}. Give the files of "
                 "--learn-on in the order of those that they stand for."
             )
-    # As sure as the files that the weights are for.
+    # With the calibrations of the files that the weights are for.
     return learn([one.calibrated_as(other) for one, other in zip(held_out, files, strict=True)], average)
 
 
@@ -273,12 +284,11 @@ def _check_weights_file(path: Path) -> None:
 
 def _save_weights(path: Path, weights: Sequence[float], names: Sequence[str], average: str) -> None:
     files = [{"file": str(name), "weight": weight} for name, weight in zip(names, weights, strict=True)]
-    with whole(path) as unfinished:
-        unfinished.write_text(json.dumps({"average": average, "files": files}, indent=2) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps({"average": average, "files": files}, indent=2) + "\n")
 
 
 def _check_output(output: Path, inputs: Sequence[str]) -> None:
-    """Raises InputError where the ensemble would replace what is none."""
+    """Raises InputError where the ensemble would replace a file that is no ensemble."""
     if output.suffix != ".parquet":
         raise InputError(f"--output must end in .parquet; got {output}.")
     if any(output.resolve() == Path(name).resolve() for name in inputs):

@@ -21,7 +21,7 @@ scales, that were found for the run and these views: `Predictions.probs` applies
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
@@ -76,6 +76,11 @@ class Predictions:
         return {row_id: digest for row_id, digest in pairs if digest is not None}
 
     @property
+    def unanswered(self) -> list[str]:
+        """Ids of the rows whose answer is unknown."""
+        return [row_id for row_id, answer in zip(self.ids, self.answers, strict=True) if answer is None]
+
+    @property
     def probs(self) -> list[np.ndarray]:
         """Probabilities of each row's choices: softmax(choice_logits / temperature + bias) where the metadata hold a
         calibration, with the scales at its weights if it has some; else softmax(choice_logits)."""
@@ -117,6 +122,14 @@ def digests_of(examples: datasets.Dataset) -> list[str]:
 def others_of(ids: Iterable[str], ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
     """Those of the ids under which two files hold different rows, as far as both know their digests."""
     return [i for i in ids if i in ours and i in theirs and ours[i] != theirs[i]]
+
+
+def shared_rows(
+    ids: Sequence[str], others: Collection[str], ours: Mapping[str, str], theirs: Mapping[str, str]
+) -> list[str]:
+    """Those of the ids that are among the `others` and name the same row there, as far as both know its digest."""
+    differ = set(others_of(ids, ours, theirs))
+    return [i for i in ids if i in others and i not in differ]
 
 
 def check_same_rows(
@@ -163,8 +176,12 @@ def may_be_of_one_run(one: Predictions, other: Predictions) -> bool:
 
 
 def _name_and_fold(run: PurePath) -> tuple[str, str | None]:
-    is_fold = run.name.startswith("fold") and run.name[4:].isdecimal()
-    return (run.parent.name, run.name) if is_fold else (run.name, None)
+    return (run.parent.name, run.name) if is_fold(run.name) else (run.name, None)
+
+
+def is_fold(name: str) -> bool:
+    """Whether a run folder of this name may be one of the folds that `fold: all` makes."""
+    return name.startswith("fold") and name[4:].isdecimal()
 
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from vqa_sft.data.answers import FORMATS, infer_format, read_answer
 from vqa_sft.data.columns import USUAL_NAMES, are_here, find_columns, find_usual
 from vqa_sft.data.examples import read_examples, text_of
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.sources import Source, open_source
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.letters import LETTERS
@@ -32,7 +33,7 @@ class Rows:
 
 
 def read_rows(path: str | Path, own: Mapping[str, Any] | None, **options: Any) -> Rows:
-    """All rows of a data file. `own` says how the run's data write their answers; `options` as in `read_examples`."""
+    """All rows of a data file. `own` says how the run's data write their answers; `options` as in `ReadOptions`."""
     opened = _open(path, options)
     fixed = _fixed(own, options)
     given = _own_columns(opened, own) | (options.pop("columns", None) or {})
@@ -42,7 +43,7 @@ def read_rows(path: str | Path, own: Mapping[str, Any] | None, **options: Any) -
     options = {"split": "test"} | options | {"answers": "optional"}
     knows_images = _has_columns(opened, given, fixed)
     given = given if knows_images else {"image": []} | given
-    loaded = read_examples(str(path), columns=given, answer_format=answer_format, **options)
+    loaded = read_examples(str(path), ReadOptions(columns=given, answer_format=answer_format, **options))
     if twice := loaded.problems.found("duplicate_id"):
         labels = [label for label, _ in twice]
         raise InputError(f"{path} has ids more than once: {name_rows(labels, len(loaded.examples))}.")

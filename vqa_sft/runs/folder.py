@@ -23,11 +23,11 @@ from typing import Any
 
 import yaml
 
-from vqa_sft.runs.checkpoints import last_whole_checkpoint, remove_broken_checkpoints
+from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.columns import Columns
 from vqa_sft.errors import InputError
 from vqa_sft.files import remove_unfinished, write_whole
-from vqa_sft.batch.prompts import Prompts
+from vqa_sft.runs.checkpoints import last_whole_checkpoint, remove_broken_checkpoints
 
 RECIPE, RUN, METRICS, VALIDATION = "recipe.yaml", "run.json", "metrics.json", "validation.parquet"
 MARKER = ".vqa-sft"  # only we write it, so only such a folder is ever resumed, changed or deleted

@@ -20,13 +20,13 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 from trl import ModelConfig
 
-from vqa_sft.runs import hub, folder as run_folder
-from vqa_sft.models import quantized
-from vqa_sft.predictions.calibration import CALIBRATION, known_entries
+from vqa_sft.data.split import ROWS
 from vqa_sft.errors import InputError, explains
 from vqa_sft.files import held
+from vqa_sft.models import quantized
 from vqa_sft.models.load import DTYPES, LOADING_ERRORS, add_adapter, load_model, load_processor
-from vqa_sft.data.split import ROWS
+from vqa_sft.predictions.calibration import CALIBRATION, known_entries
+from vqa_sft.runs import folder as run_folder, hub
 
 KEPT = (run_folder.RECIPE, run_folder.METRICS, ROWS)
 MERGED_FROM = "merged_from"  # the key of run.json by which an earlier merge is known

@@ -4,12 +4,12 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from vqa_sft.runs import folder as run_folder
-from vqa_sft.predictions.calibration import CALIBRATION
-from vqa_sft.errors import InputError, name_rows
-from vqa_sft.predictions.metrics import all_metrics, softmax, with_intervals
-from vqa_sft.predictions.file import Predictions, read_predictions, write_predictions
 from vqa_sft.data.split import ROWS
+from vqa_sft.errors import InputError, name_rows
+from vqa_sft.predictions.calibration import CALIBRATION
+from vqa_sft.predictions.file import Predictions, read_predictions, write_predictions
+from vqa_sft.predictions.metrics import all_metrics, softmax, with_intervals
+from vqa_sft.runs import folder as run_folder
 
 OUT_OF_FOLD, METRICS = "out_of_fold.parquet", "out_of_fold.json"
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from vqa_sft.runs import folder as run_folder
 from vqa_sft.errors import InputError
 from vqa_sft.files import held
+from vqa_sft.runs import folder as run_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ZERO = 1e-6  # singular values below this share of the largest are rounding

@@ -27,8 +27,8 @@ from vqa_sft.models.fast.speedups import base_of, num_compilations
 from vqa_sft.models.load import vision_parameters
 from vqa_sft.models.scoring import supervised_logits, to_choice_logits
 from vqa_sft.predictions import metrics
-from vqa_sft.predictions.calibration import calibrated_nll
 from vqa_sft.predictions.file import Predictions, digests_of
+from vqa_sft.predictions.fitting import calibrated_nll
 from vqa_sft.runs.checkpoints import MARKER, SaveAndStop, goes_on, keep_worker
 from vqa_sft.training import averaging
 from vqa_sft.training.averaging import AdapterAverage, trained

@@ -8,8 +8,9 @@ from gradients import assert_same, gradients_of
 from peft import get_peft_model
 from trl import ModelConfig
 
-from vqa_sft.batch.collator import AnswerCollator, render_prompt
+from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.batch.template import render_prompt
 from vqa_sft.models.fast import fused_lora as lora, speedups as speed, vision
 from vqa_sft.models.load import load_model, lora_config
 from vqa_sft.models.scoring import answer_logits

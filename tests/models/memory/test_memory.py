@@ -387,7 +387,7 @@ def test_a_recipe_that_states_accumulation_is_told_it_too(run):
 def test_what_cannot_be_said_ends_with_exit_code_2(run, families, tmp_path):
     recipe = RECIPES / "qwen7b.yaml"
     for arguments, says in (
-        ((tmp_path / "none.yaml",), "no such recipe"),
+        ((tmp_path / "none.yaml",), "no such yaml"),
         ((tmp_path / "data.csv",), "memory needs a recipe"),
         ((recipe, "--gpu-gib", -1), "--gpu-gib must be above 0"),
         ((recipe, "--gpu-gib", "nan"), "--gpu-gib must be above 0"),

@@ -29,8 +29,8 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, PreTrainedConfig, ProcessorMixin
 from trl import ModelConfig, SFTConfig
 
-from vqa_sft.batch.collator import render_prompt
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.batch.template import render_prompt
 from vqa_sft.errors import InputError, ProcessError, explains
 from vqa_sft.models import processes as launch, quantized
 from vqa_sft.models.fast import attention, fused_lora as lora, packing, speedups as speed
