@@ -35,16 +35,16 @@ from vqa_sft.environment import set_library_defaults
 
 set_library_defaults()
 
-from vqa_sft.batch.prompts import Prompts
 from vqa_sft.config.fields import load_yaml, settle_words
 from vqa_sft.config.recipe import RecipeArguments
 from vqa_sft.data.answers import FORMATS
 from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
+from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import Loaded, read_examples, stream_examples
+from vqa_sft.data.find_files import find_files
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.problems import GUESSED, PREDICTION_HINT, Problems
 from vqa_sft.data.scan import scan_images
-from vqa_sft.data.sources import find_files
 from vqa_sft.data.split import VALIDATION, read_parts, select
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown, name_rows
 from vqa_sft.files import held
@@ -53,9 +53,10 @@ from vqa_sft.inference.results import Block, block_of_parts, blocks_of_runs, che
 from vqa_sft.letters import LETTERS, MOST_ORDERS, view_orders
 from vqa_sft.predictions.calibration import read_calibration, views_key, worth_of_scales
 from vqa_sft.predictions.ensemble import AVERAGES
-from vqa_sft.predictions.file import ANSWERS, answers_as, digests_of
-from vqa_sft.predictions.submission import PROBABILITIES, STYLES, Style
+from vqa_sft.predictions.file import ANSWERS, answers_as
+from vqa_sft.predictions.style import PROBABILITIES, STYLES, Style
 from vqa_sft.runs import folder as run_folder
+from vqa_sft.runs.folder import Run
 
 # What a run's or a base's numbers depend on, and not what is made of them later.
 MODEL_FILES = ("*.safetensors", "run.json", "*config.json", "chat_template*", "tokenizer*")
@@ -66,14 +67,14 @@ class Data:
     """What is to be scored: the rows of each run, whose sources are `loaded`."""
 
     loaded: list[Loaded]
-    rows_of: dict[str, Dataset | IterableDataset]  # run folder -> its rows
+    of_run: list[Dataset | IterableDataset]  # the rows of each run
     trained: Columns | None  # of the first run
 
     @property
     def num_choices(self) -> int:
         of_rows = [
             max(map(len, rows["choices"])) if isinstance(rows, Dataset) else self.loaded[0].num_choices
-            for rows in self.rows_of.values()
+            for rows in self.of_run
         ]
         return max(of_rows)
 
@@ -82,7 +83,7 @@ class Data:
 class Pass:
     """Rows that some runs of one model score."""
 
-    group: list[str]  # folders of the runs that the model has
+    group: list[Run]  # that the model has
     runs: list[int]  # which of them
     examples: Dataset | IterableDataset
 
@@ -95,25 +96,25 @@ def main() -> None:
 
     # What to score, and how: all of it is in the run folders.
     folders = run_folder.runs_in(args.run)
-    runs = {"none": base_run(args)} if "none" in folders else run_folder.read_runs(folders, args.model)
+    runs = [base_run(args)] if "none" in folders else run_folder.read_runs(folders, args.model)
     check_outputs(Path(args.output), {"--data": args.data, "--template": args.template}, folders)
     # Of several processes of one launch the main one holds it for all.
     with held([args.output] if is_main else [], "--output"):
-        predict(args, runs, folders, is_main)
+        predict(args, runs, is_main)
 
 
-def predict(args: argparse.Namespace, runs: dict[str, dict], folders: list[str], is_main: bool) -> None:
+def predict(args: argparse.Namespace, runs: list[Run], is_main: bool) -> None:
     """Score the rows, and write what is said of them."""
     data = read_data(args, runs)
     # A template of other rows and a damaged calibration are found before the rows are scored.
     style = style_of(args, data)
     views = {"orders": args.orders, "scales": args.scales, "average": args.average}
-    for folder, run in runs.items():
-        about_run(args, folder, run, views)
+    for run in runs:
+        about_run(args, run, views)
     notes = [note for source in data.loaded for note in source.notes]
     notes += style.notes
-    if args.part == "all" and "none" not in folders:
-        notes += worth_of_scales(folders, views)
+    if args.part == "all":
+        notes += worth_of_scales([run.folder for run in runs if run.folder], views)
     for note in dict.fromkeys(notes * is_main):
         print(note)
     if args.orders == "all" and math.factorial(data.num_choices) > MOST_ORDERS:
@@ -136,14 +137,16 @@ def predict(args: argparse.Namespace, runs: dict[str, dict], folders: list[str],
 
     # One pass for the runs that one model scores together; for a run's own validation rows one for each run.
     groups = scorer.groups_of(runs)
-    runs = {folder: runs[folder] for group in groups for folder in group}
-    precisions = {group[0]: scorer.precision_of(runs[group[0]], args.use_cpu) for group in groups}
+    rows_of = {run.folder: rows for run, rows in zip(runs, data.of_run, strict=True)}
+    runs = [run for group in groups for run in group]
+    precisions = {group[0].folder or "none": scorer.precision_of(group[0], args.use_cpu) for group in groups}
     for group in groups[1:] * is_main:
-        print(f"Speed: the base is loaded anew for {', '.join(group)}: another base, prompt, image size or adapter.")
+        names = ", ".join(run.folder for run in group)
+        print(f"Speed: the base is loaded again for {names}: another base, prompt, image size or adapter.")
     if args.part == VALIDATION:
-        passes = [Pass(group, [i], data.rows_of[folder]) for group in groups for i, folder in enumerate(group)]
+        passes = [Pass(group, [i], rows_of[run.folder]) for group in groups for i, run in enumerate(group)]
     else:
-        passes = [Pass(group, [*range(len(group))], data.rows_of[group[0]]) for group in groups]
+        passes = [Pass(group, [*range(len(group))], rows_of[group[0].folder]) for group in groups]
     goes_on = "goes on with what was scored."
     with explains_breakdown(f"for {args.output}", lambda: goes_on):
         plan = describe_plan(args, runs, data) | {"precision": precisions} if is_main else {}
@@ -160,19 +163,21 @@ def predict(args: argparse.Namespace, runs: dict[str, dict], folders: list[str],
                     continue
                 if loaded_group != of_pass.group:
                     model = None  # its memory is needed
-                    run, how = runs[of_pass.group[0]], load_options(args, data)
-                    how |= {"precision": precisions[of_pass.group[0]]}
-                    model, loaded_group = scorer.load(of_pass.group, run, examples=examples, **how), of_pass.group
+                    how = load_options(args, data) | {"precision": precisions[of_pass.group[0].folder or "none"]}
+                    model, loaded_group = scorer.load(of_pass.group, examples=examples, **how), of_pass.group
                 if args.streaming:
                     found = find_blank(replace(data.loaded[0], examples=examples), args.on_bad_row) if is_main else {}
                     blank = launch.from_main(found)
                 score(args, model, of_pass.runs, examples, blank, folder, guessed_rows(data, examples))
         if is_main:
             written_as = answers_as(submission_columns(data.loaded[0].columns, data.trained, args.answer_format))
-            about = {folder: about_run(args, folder, run, views) for folder, run in runs.items()}
+            about = {run.folder or "none": about_run(args, run, views) for run in runs}
             for group in groups:
-                for folder in group:
-                    about[folder] |= {"precision": precisions[group[0]], ANSWERS: written_as}
+                for run in group:
+                    about[run.folder or "none"] |= {
+                        "precision": precisions[group[0].folder or "none"],
+                        ANSWERS: written_as,
+                    }
             print(finish(args, data, about, len(passes), parts))
             shutil.rmtree(parts)
     launch.leave()
@@ -246,15 +251,15 @@ def finish(args: argparse.Namespace, data: Data, about: dict[str, dict], num_pas
     return said
 
 
-def about_run(args: argparse.Namespace, folder: str, run: dict, metadata: dict) -> dict[str, Any]:
+def about_run(args: argparse.Namespace, run: Run, metadata: dict) -> dict[str, Any]:
     """The metadata of a run's prediction file, with the temperature that was found for it and these views."""
     about = metadata | {
-        "base_model": run["recipe"]["model_name_or_path"],
-        "run": None if folder == "none" else folder,
-        "prompts_digest": Prompts(**run["prompts"]).digest,
+        "base_model": run.base_model,
+        "run": run.folder,
+        "prompts_digest": run.prompts.digest,
     }
     # A temperature is fitted on validation rows as they were scored.
-    found = read_calibration(folder, metadata) if folder != "none" and args.part == "all" else None
+    found = read_calibration(run.folder, metadata) if run.folder and args.part == "all" else None
     return about | ({"calibration": found.as_dict} if found else {})
 
 
@@ -404,15 +409,11 @@ def mapping(text: str) -> dict:
     return value
 
 
-def base_run(args: argparse.Namespace) -> dict:
-    """What run.json would say of a base model that nobody tuned: our defaults."""
+def base_run(args: argparse.Namespace) -> Run:
+    """A base model that nobody fine-tuned, with our default prompts."""
     own = RecipeArguments(train_data="none", min_pixels=args.min_pixels, max_pixels=args.max_pixels)
-    return {
-        "recipe": {"model_name_or_path": args.model},
-        "prompts": vars(own.prompts),
-        "columns": None,
-        "num_letters": None,
-    }
+    recipe = {"model_name_or_path": args.model, "min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+    return Run(None, recipe, own.prompts)
 
 
 def data_options(args: argparse.Namespace, recipe: dict, trained: Columns | None) -> ReadOptions:
@@ -434,14 +435,13 @@ def data_options(args: argparse.Namespace, recipe: dict, trained: Columns | None
     return ReadOptions(**options, answers="optional", on_bad_row=args.on_bad_row)
 
 
-def read_data(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
+def read_data(args: argparse.Namespace, runs: list[Run]) -> Data:
     """The rows to be scored by each run."""
-    run = next(iter(runs.values()))
-    trained = run["columns"] and Columns(**run["columns"])
+    trained = runs[0].columns
     if args.part == VALIDATION:
         return read_validation(args, runs)
-    options = data_options(args, run["recipe"], trained)
-    known = [other["num_letters"] for other in runs.values() if other["num_letters"]]
+    options = data_options(args, runs[0].recipe, trained)
+    known = [run.num_letters for run in runs if run.num_letters]
     if args.streaming:
         loaded = stream_examples(args.data, replace(options, max_choices=min(known, default=None)))
     else:
@@ -450,40 +450,44 @@ def read_data(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
         if loaded.num_choices > min(known, default=26):
             beyond = f"{loaded.name}: rows of up to {loaded.num_choices} choices, and training had at most {min(known)}"
             loaded.notes.append(f"{beyond}; letters after {LETTERS[min(known) - 1]} are as the base knows them")
-    return Data([loaded], dict.fromkeys(runs, loaded.examples), trained)
+    return Data([loaded], [loaded.examples] * len(runs), trained)
 
 
-def read_validation(args: argparse.Namespace, runs: dict[str, dict]) -> Data:
+def read_validation(args: argparse.Namespace, runs: list[Run]) -> Data:
     """Every run's own validation rows, as its recipe reads them."""
-    sources, rows_of = {}, {}
-    for folder, run in runs.items():
-        own = RecipeArguments.of_run(run["recipe"])
+    sources, of_run = {}, []
+    for run in runs:
+        own = RecipeArguments.of_run(run.recipe)
         image_root = args.image_root or own.image_root
         named = []
         if not own.streaming:  # a stream is trained on as a whole
             named.append((args.data or own.train_data, replace(own.data_options, image_root=image_root)))
         if own.validation_data is not None:
-            options = own.options_for_other_data(Columns(**run["columns"]))
+            options = own.options_for_other_data(run.columns)
             named.append((own.validation_data, replace(options, image_root=image_root)))
         if not named:
-            raise InputError(f"{folder} was trained without validation rows. Give --data with rows it has not seen.")
+            raise _no_validation_rows(run)
         key = repr(named)
         if key not in sources:
             sources[key] = [read_examples(source, options) for source, options in named]
             for source in sources[key]:
                 source.problems.raise_if_any(source.name, own.on_bad_row)
         hint = "Give --data with the rows that it was trained on, in their order."
-        rows = select(sources[key], read_parts(folder, sources[key], hint, VALIDATION), VALIDATION)
+        rows = select(sources[key], read_parts(run.folder, sources[key], hint, VALIDATION), VALIDATION)
         if rows is None:
-            raise InputError(f"{folder} was trained without validation rows. Give --data with rows it has not seen.")
-        rows_of[folder] = rows
+            raise _no_validation_rows(run)
+        of_run.append(rows)
     if len(sources) > 1:
         raise InputError("the runs were trained on different data. Score the validation rows of one at a time.")
-    ids = [row_id for rows in rows_of.values() for row_id in rows["id"]]
+    ids = [row_id for rows in of_run for row_id in rows["id"]]
     twice = [row_id for row_id, count in Counter(ids).items() if count > 1]
     if twice:
         raise InputError(f"several of the runs validate on {name_rows(twice, len(ids))}. Give the folds of one run.")
-    return Data(next(iter(sources.values())), rows_of, Columns(**next(iter(runs.values()))["columns"]))
+    return Data(next(iter(sources.values())), of_run, runs[0].columns)
+
+
+def _no_validation_rows(run: Run) -> InputError:
+    return InputError(f"{run.folder} was trained without validation rows. Give --data with rows it has not seen.")
 
 
 def blocks_of(examples: Dataset | IterableDataset) -> Iterator[Dataset]:
@@ -508,20 +512,19 @@ def blocks_of(examples: Dataset | IterableDataset) -> Iterator[Dataset]:
 def load_options(args: argparse.Namespace, data: Data) -> dict[str, Any]:
     """What scorer.load takes beside the runs and the rows."""
     num_views = len(view_orders(data.num_choices, args.orders)) * len(args.scales)
-    names = ("use_cpu", "min_pixels", "max_pixels", "compile_layers")
-    return {name: getattr(args, name) for name in names} | {
-        "most_choices": data.num_choices,
-        "views_a_row": num_views,
-    }
+    return {"compile_layers": args.compile_layers, "most_choices": data.num_choices, "views_a_row": num_views}
 
 
-def describe_plan(args: argparse.Namespace, runs: dict[str, dict], data: Data) -> dict[str, Any]:
+def describe_plan(args: argparse.Namespace, runs: list[Run], data: Data) -> dict[str, Any]:
     """What the numbers depend on: another plan begins anew."""
     names = ("model", "part", "data", "orders", "scales", "average", "batch_size", "on_bad_row", "streaming")
     names += ("min_pixels", "max_pixels", "limit", "use_cpu", "columns", "keep_rows", "image_root", "split")
     names += ("data_config", "encoding", "answer_format", "fixed_question", "fixed_choices")
     plan: dict[str, Any] = {name: getattr(args, name) for name in names}
-    for folder in [*runs, *{run["recipe"]["model_name_or_path"] for run in runs.values()}]:  # a base may be a folder
+    for folder in [
+        *(run.folder or "none" for run in runs),
+        *{run.base_model for run in runs},
+    ]:  # a base may be a folder
         files = [path for pattern in MODEL_FILES for path in sorted(Path(folder).glob(pattern))]
         plan.setdefault("models", []).append([folder, [describe_file(path) for path in files]])
     digest = hashlib.sha256()

@@ -7,7 +7,8 @@ from torch import nn
 from trl import ModelConfig
 
 from vqa_sft.data.examples import load_examples
-from vqa_sft.models.load import load_model, load_processor, lora_config
+from vqa_sft.models.load import load_model, load_processor
+from vqa_sft.models.lora import lora_config
 from vqa_sft.models.scoring import answer_logits, find_letter_ids
 
 

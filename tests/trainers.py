@@ -7,7 +7,8 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.config.recipe import read_recipe
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.options import ReadOptions
-from vqa_sft.models.load import load_model, load_processor, lora_config
+from vqa_sft.models.load import load_model, load_processor
+from vqa_sft.models.lora import lora_config
 from vqa_sft.models.scoring import find_letter_ids
 from vqa_sft.training.trainer import AnswerTrainer
 

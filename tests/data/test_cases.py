@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from scripts import RECIPES
 
 from vqa_sft.cli.main import _read_data
-from vqa_sft.config.recipe import RecipeArguments, read_recipe
+from vqa_sft.config.recipe import read_recipe
+from vqa_sft.config.training import RecipeArguments
 from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.errors import InputError
 
@@ -53,7 +54,7 @@ def by_prediction(path, case):
     given |= {"image_root": None, "data": str(path), "model": "none", "min_pixels": None, "max_pixels": None}
     names = ("columns", "keep_rows", "encoding", "answer_format", "fixed_question", "fixed_choices")
     args = argparse.Namespace(**given, on_bad_row="error", **{name: case.options.get(name) for name in names})
-    return found(lambda: PREDICT.read_data(args, {"none": PREDICT.base_run(args)}).loaded[0])
+    return found(lambda: PREDICT.read_data(args, [PREDICT.base_run(args)]).loaded[0])
 
 
 def by_check(path, case):

@@ -5,13 +5,13 @@ import pyarrow.parquet as pq
 import pytest
 from prediction_rows import THREE
 
+from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.ensemble import align
 from vqa_sft.predictions.file import (
     Predictions,
-    digests_of,
     read_predictions,
     with_answers,
     write_predictions,

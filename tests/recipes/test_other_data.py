@@ -7,8 +7,9 @@ from contest import write_csv
 from PIL import Image
 from scripts import run_script
 
-from vqa_sft.data.columns import are_here, find_columns
+from vqa_sft.data.columns import are_here
 from vqa_sft.data.examples import read_examples, stream_examples
+from vqa_sft.data.find_columns import find_columns
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 

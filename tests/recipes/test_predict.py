@@ -22,6 +22,7 @@ from scripts import RECIPES, run_forked, run_script
 
 from vqa_sft import Predictor
 from vqa_sft.data import examples as data
+from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
@@ -29,7 +30,7 @@ from vqa_sft.inference import shards
 from vqa_sft.models import scoring
 from vqa_sft.predictions.calibration import calibrate_run, read_calibration
 from vqa_sft.predictions.ensemble import write_ensemble
-from vqa_sft.predictions.file import digests_of, read_predictions, write_predictions
+from vqa_sft.predictions.file import read_predictions, write_predictions
 from vqa_sft.predictions.metrics import softmax
 from vqa_sft.predictions.submission import submit
 from vqa_sft.runs import folder as run_folder
@@ -53,7 +54,7 @@ def test_runs_that_take_turns_on_one_base_answer_as_each_alone(three, tmp_path, 
     contest, run = three
     test = ("--data", contest / "test.csv", "--orders", "rotations")
     together = predict(run, tmp_path / "out.csv", *test)
-    assert "loaded anew" not in capsys.readouterr().out
+    assert "loaded again" not in capsys.readouterr().out
     alone = [predict(run / f"fold{fold}", tmp_path / f"alone{fold}.csv", *test) for fold in range(3)]
     for fold, expected in enumerate(alone):
         found = read_predictions(tmp_path / f"out.fold{fold}.parquet")
@@ -74,7 +75,7 @@ def test_a_run_of_another_kind_has_the_base_loaded_anew(three, tmp_path, capsys)
     contest, run = three
     runs = [run / "fold0", run.parent / "other", run / "fold1"]
     predict(runs, tmp_path / "out.csv", "--data", contest / "test.csv")
-    assert f"loaded anew for {run.parent / 'other'}" in capsys.readouterr().out
+    assert f"loaded again for {run.parent / 'other'}" in capsys.readouterr().out
     for folder in runs:
         expected = predict(folder, tmp_path / "alone.csv", "--data", contest / "test.csv")
         found = read_predictions(tmp_path / f"out.{folder.name}.parquet")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from scripts import run_script, train
 from torch.testing import assert_close
 
-from vqa_sft.config.recipe import CHOSEN_BY, read_recipe
+from vqa_sft.config.checks import CHOSEN_BY
+from vqa_sft.config.recipe import read_recipe
 from vqa_sft.data.examples import load_examples
 from vqa_sft.errors import InputError
 from vqa_sft.models import processes

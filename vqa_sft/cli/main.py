@@ -584,24 +584,11 @@ def _memory(args: argparse.Namespace) -> None:
     if Path(args.source).suffix not in (".yaml", ".yml"):
         raise InputError(f"memory needs a recipe (.yaml); got {args.source}.")
     from vqa_sft.config.recipe import read_recipe
-    from vqa_sft.models.memory import estimate as memory
+    from vqa_sft.models.memory.describe import describe_recipe
 
     with contextlib.redirect_stdout(sys.stderr):  # where libraries may say what they like
         recipe = read_recipe(["--config", args.source, *args.rest])
-        text, fits = memory.describe_recipe(
-            recipe.values,
-            recipe.training_args("fp32"),  # the precision is that of the GPU, not of this machine
-            recipe.model_args(),
-            fast=recipe.arguments.fast,
-            compile_layers=recipe.arguments.compile_layers,
-            memory_budget=recipe.arguments.activation_memory_budget,
-            max_pixels=recipe.arguments.max_pixels,
-            states_global_batch=recipe.arguments.global_batch_size is not None,
-            text_tokens=args.text_tokens,
-            images=args.images,
-            gpu_gib=args.gpu_gib,
-            **recipe.arguments.adapted_parts,
-        )
+        text, fits = describe_recipe(recipe, text_tokens=args.text_tokens, images=args.images, gpu_gib=args.gpu_gib)
     print(text)
     sys.exit(int(not fits))
 

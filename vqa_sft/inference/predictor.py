@@ -64,15 +64,14 @@ class Predictor:
         if len(scorer.groups_of(described)) != 1:
             raise InputError(f"one model cannot score {', '.join(folders) or 'no run'}. Give runs of one kind.")
         PartialState(cpu=use_cpu)
-        self.num_choices = described[folders[0]]["num_letters"]
-        self.has_context = described[folders[0]]["columns"].get("context") is not None
+        self.num_choices = described[0].num_letters
+        self.has_context = described[0].columns.context is not None
         if orders == "all" and math.factorial(self.num_choices) > MOST_ORDERS:
             raise InputError(f"{self.num_choices} choices have too many orders for all. Give rotations, or a number.")
         self.scorer = scorer.load(
-            folders,
-            described[folders[0]],
+            described,
+            precision=scorer.precision_of(described[0], use_cpu),
             most_choices=self.num_choices,
-            use_cpu=use_cpu,
             compile_layers=compile_layers,
         )
         self.collators = self.scorer.collators(orders, scales)
