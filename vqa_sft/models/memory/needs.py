@@ -13,7 +13,7 @@ from trl import ModelConfig, SFTConfig
 
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.batch.template import render_prompt
-from vqa_sft.config.recipe import RecipeArguments
+from vqa_sft.config.training import RecipeArguments
 from vqa_sft.errors import InputError, explains
 from vqa_sft.models import quantized
 from vqa_sft.models.families import FAMILIES, head_dim, tower_of
