@@ -16,12 +16,10 @@ from vqa_sft.models.parts import decoder_name, vision_layers
 def lora_config(
     model_args: ModelConfig, model: PreTrainedModel, *, adapt_tower: bool = False, adapt_merger: bool = False
 ) -> LoraConfig | None:
-    """TRL's LoRA settings; by default every linear layer of the language model is adapted, routers of experts left out
-    (experts that are no linear layers of their own, as in Qwen3-VL-MoE, are not adapted either), and if asked for
-    those of the vision tower's blocks and of its merger or projector.
+    """TRL's LoRA settings; by default every linear layer of the language model is adapted but routers of experts (fused
+    experts, as in Qwen3-VL-MoE, are none), and if asked for those of the vision tower's blocks and of its merger.
 
-    The usual bare names (q_proj, ..., down_proj) would also hit the vision tower's MLP in Qwen2.5-VL, which costs
-    its backward pass and makes its output change during training.
+    The usual bare names (q_proj, ..., down_proj) would also hit the vision tower's MLP in Qwen2.5-VL.
     """
     config = get_peft_config(model_args)
     if config is None:

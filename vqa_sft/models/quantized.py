@@ -50,12 +50,9 @@ def bits_of(own: dict[str, Any]) -> int | None:
 
 
 def bytes_a_weight(own: dict[str, Any]) -> float | None:
-    """Of a quantised linear layer in memory, with scales and zero points; None where it is not known, or the weights
-    are whole ones there.
-
-    A group of weights has a scale of 2 bytes, and in GPTQ and AWQ a zero point of as many bits as a weight; FP8 has a
-    scale of 4 bytes for a block. bitsandbytes in 4 bit: see `memory.estimate.weight_bytes`.
-    """
+    """Of a quantised linear layer in memory, with scales (2 bytes a group, 4 a block of FP8) and zero points of as
+    many bits as a weight; None where it is not known, or the weights are whole there. bitsandbytes in 4 bit: see
+    `memory.estimate.weight_bytes`."""
     bits, method = bits_of(own), method_of(own)
     if own.get("load_in_4bit"):
         return 0.5 + (1 / 64 + 4 / (64 * 256) if own.get("bnb_4bit_use_double_quant") else 4 / 64)

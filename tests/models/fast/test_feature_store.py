@@ -19,7 +19,7 @@ from vqa_sft.batch.collator import AnswerCollator, TrainCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.examples import FEATURES
 from vqa_sft.models.families import FAMILIES
-from vqa_sft.models.fast import feature_store, fill_store, speedups, vision
+from vqa_sft.models.fast import feature_store, speedups, vision
 from vqa_sft.models.load import load_processor
 from vqa_sft.models.scoring import answer_logits
 from vqa_sft.predictions.file import read_predictions
@@ -54,7 +54,7 @@ def collators_of(model, processor, precision="fp32", blank=None):
 
 
 def fill(model, collator, rows, precision="fp32", batch_size=2, num_workers=0):
-    fill_store.fill_store(model, collator, [Dataset.from_list(rows, FEATURES)], precision, batch_size, num_workers)
+    feature_store.fill_store(model, collator, [Dataset.from_list(rows, FEATURES)], precision, batch_size, num_workers)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_a_second_run_computes_nothing_and_opens_no_image(road, opened, capsys, 
     _, collator = collators_of(model, processor)
     fill(model, collator, rows, num_workers=2)
     assert "features of 4 images, 4 computed, 0 found" in capsys.readouterr().out
-    monkeypatch.setattr(fill_store, "run_tower", lambda *args: pytest.fail("the tower ran"))
+    monkeypatch.setattr(feature_store, "run_tower", lambda *args: pytest.fail("the tower ran"))
     _, again = collators_of(model, processor)
     assert again.features.folder == collator.features.folder
     again(rows)
@@ -278,7 +278,7 @@ def test_a_disk_that_takes_no_features_costs_time_and_no_run(
 
         monkeypatch.setattr(Path, "write_bytes", full)
     elif trouble == "full before":
-        monkeypatch.setattr(fill_store.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**30 + 100}))
+        monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**30 + 100}))
     else:
         home.parent.mkdir()
         home.write_text("a file where the folder should be")
@@ -318,10 +318,10 @@ def test_the_estimate_of_the_disk_space_is_what_the_features_take(road, home, ca
     data = Dataset.from_list(rows, FEATURES).select_columns(["id", "images"])
     rows = torch.utils.data.ConcatDataset([data])
     config = model.get_base_model().config
-    fill_store.fill_store(model, collator, [data], "fp32", 4, 0)
-    for digest, place in fill_store._plan(collator, config, rows, "fp32")[0].items():
+    feature_store.fill_store(model, collator, [data], "fp32", 4, 0)
+    for digest, place in feature_store._plan(collator, config, rows, "fp32")[0].items():
         features, _ = collator.features.read(digest)
-        assert fill_store._num_values(collator, config, rows, place) == features.numel()
+        assert feature_store._num_values(collator, config, rows, place) == features.numel()
 
 
 def test_a_image_that_nobody_checked_is_named_when_it_cannot_be_read(families, contest, sft, tmp_path, capsys):
