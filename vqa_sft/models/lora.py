@@ -54,10 +54,13 @@ def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
     modules = [name for name, _ in model.named_modules() if name]
     if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
         # TRL makes a text of a list of one.
-        if _is_name(config.target_modules):
+        if re.fullmatch(r"\w+(\.\w+)*", config.target_modules):
             config.target_modules = {config.target_modules}
-        elif not any(_matches(config.target_modules, name) for name in modules):
-            raise InputError(f"lora_target_modules: no module of the model matches {config.target_modules!r}.")
+        else:
+            with explains(re.error, f"lora_target_modules: {config.target_modules!r} is no regular expression"):
+                pattern = re.compile(config.target_modules)
+            if not any(map(pattern.fullmatch, modules)):
+                raise InputError(f"lora_target_modules: no module of the model matches {config.target_modules!r}.")
     asked = {
         "lora_target_modules": (config.target_modules, modules),
         "lora_modules_to_save": (config.modules_to_save, modules),
@@ -70,15 +73,6 @@ def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
         if unknown:
             said = "; ".join(f"{name!r} (nearest: {', '.join(_nearest(name, known))})" for name in sorted(unknown))
             raise InputError(f"{field}: {type(model).__name__} has no {said}.")
-
-
-def _is_name(text: str) -> bool:
-    return re.fullmatch(r"\w+(\.\w+)*", text) is not None
-
-
-def _matches(pattern: str, name: str) -> bool:
-    with explains(re.error, f"lora_target_modules: {pattern!r} is no regular expression"):
-        return re.fullmatch(pattern, name) is not None
 
 
 def _nearest(name: str, known: list[str], num: int = 3) -> list[str]:

@@ -13,6 +13,7 @@ from gradients import assert_same, gradients_of
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import run_script
+from trl import ModelConfig
 
 from vqa_sft.batch import collator as collators
 from vqa_sft.batch.collator import AnswerCollator, TrainCollator
@@ -20,7 +21,7 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.examples import FEATURES
 from vqa_sft.models.families import FAMILIES
 from vqa_sft.models.fast import feature_store, speedups, vision
-from vqa_sft.models.load import load_processor
+from vqa_sft.models.load import load_model, load_processor
 from vqa_sft.models.scoring import answer_logits
 from vqa_sft.predictions.file import read_predictions
 
@@ -201,20 +202,13 @@ def test_a_writer_that_is_killed_leaves_nothing_half(home, monkeypatch):
 
 def test_weights_limits_and_precision_have_folders_of_their_own(families, tmp_path):
     folders = [families("qwen2_5_vl"), save_family("qwen2_5_vl", tmp_path / "other", seed=1)]
-    models = [cache_model(folder) for folder in folders]
+    models = [load_model(ModelConfig(model_name_or_path=str(folder), dtype=None), "fp32") for folder in folders]
     processor, small = load_processor(folders[0]), load_processor(folders[0], min_pixels=784, max_pixels=3136)
     keys = [feature_store.tower_key(*how) for how in ((models[0], processor, "fp32"), (models[1], processor, "fp32"))]
     keys += [feature_store.tower_key(models[0], small, "fp32"), feature_store.tower_key(models[0], processor, "bf16")]
     assert len(set(keys)) == 4
-    assert feature_store.tower_key(cache_model(folders[0]), load_processor(folders[0]), "fp32") == keys[0]
-
-
-def cache_model(folder):
-    from trl import ModelConfig
-
-    from vqa_sft.models.load import load_model
-
-    return load_model(ModelConfig(model_name_or_path=str(folder), dtype=None), "fp32")
+    again = load_model(ModelConfig(model_name_or_path=str(folders[0]), dtype=None), "fp32")
+    assert feature_store.tower_key(again, load_processor(folders[0]), "fp32") == keys[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -129,10 +129,6 @@ class FeatureStore:
                 half.unlink()
             raise
 
-    def remove(self, digest: str) -> None:
-        with suppress(OSError):
-            self.path(digest).unlink()
-
     def _metadata(self, digest: str, features: torch.Tensor, grid: torch.Tensor) -> dict[str, str]:
         # Whose features they are, and a checksum: a disk that lost power may hold zeros at the right length.
         checksum = zlib.crc32(_bytes(grid), zlib.crc32(_bytes(features)))
@@ -212,7 +208,8 @@ def fill_store(
         if problem:
             # What is there is of little use when batches lack some of it, and the run itself may need the room.
             for digest in chain.from_iterable(own):
-                store.remove(digest)
+                with suppress(OSError):
+                    store.path(digest).unlink()
     if problem:
         say(f"images go through the tower every time, for their features cannot be stored: {problem}")
         return
@@ -322,12 +319,11 @@ def _compute(
 
 
 def _problem_of(writes: Sequence[Future]) -> str | None:
-    for write in writes:
-        error = write.exception()
-        if isinstance(error, OSError):
-            return str(error)
-        if error is not None:
-            raise error
+    try:
+        for write in writes:
+            write.result()
+    except OSError as error:
+        return str(error)
     return None
 
 

@@ -1,10 +1,8 @@
-"""What makes a vision tower fast, exact to the library's own; applied at run time, nothing of it is saved.
+"""What makes a vision tower fast, exact to the library's own; nothing of it is saved.
 
-| what | why |
-|---|---|
-| patches through a matrix product | each patch is seen once; the 3-D convolution is slow on some GPUs |
-| MLP width a multiple of 64, padded with zeros | Qwen2.5-VL's 3,420 is none of 8: a third of the speed on an H200 |
-| no gradients where nothing is trained | PEFT's hook on the embeddings would make the whole tower run backward |
+    patches by a matrix product     each patch is seen once; the 3-D convolution is slow on some GPUs
+    MLP width padded to 64 k        Qwen2.5-VL's 3,420 is no multiple of 8: a third of the speed on an H200
+    no gradients                    PEFT's hook on the embeddings would make a frozen tower run backward
 
 Each step looks at what it changes and leaves alone what it does not know. Windows of equal length in one call:
 attention.py. Positions and windows computed in the workers: families.py.
