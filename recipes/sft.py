@@ -110,8 +110,7 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     from vqa_sft.batch.template import check_texts
     from vqa_sft.models import load as models, processes
     from vqa_sft.models.fast import speedups
-    from vqa_sft.models.fast.feature_store import open_store
-    from vqa_sft.models.fast.fill_store import fill_store
+    from vqa_sft.models.fast.feature_store import fill_store, open_store
     from vqa_sft.models.lora import lora_config
     from vqa_sft.models.memory.fit import choose_batch
     from vqa_sft.models.memory.needs import read_needs
