@@ -567,7 +567,7 @@ def test_running_out_of_memory_ends_with_what_to_change(families, sft, tmp_path,
     # Where the end of an epoch depends on the micro-batch, it is left to the user.
     values = {"global_batch_size": 8, "gradient_checkpointing": False, "dataloader_drop_last": True}
     error = fails(capsys, sft, model, run_dir, fast=fast, **values)
-    assert "the memory of GPU 0 ran out in training" in error and "starts anew" in error
+    assert "the memory of GPU 0 ran out in training" in error and "starts again" in error
     assert "  --gradient_checkpointing true\n" in error
     error = fails(capsys, sft, families("llava"), tmp_path / "llava")  # after 2 rows at a time, and 1
     assert "lower per_device_train_batch_size" in error
