@@ -17,8 +17,8 @@ from pathlib import Path, PurePath
 import datasets
 import PIL
 from huggingface_hub import constants
-from tqdm import tqdm
 
+from vqa_sft.console import progress
 from vqa_sft.data.images import ImageFacts, examine
 from vqa_sft.data.paths import describe_missing
 from vqa_sft.data.problems import Problems
@@ -68,7 +68,7 @@ def scan_images(
     stored = Cache(cache_path() if cache else None)
     blocks: deque[list[tuple[bytes | None, ImageFacts | Future]]] = deque()
     # Pillow and hashlib release the GIL, so threads are enough; few blocks in flight keep memory flat.
-    with ThreadPoolExecutor(count_cores()) as pool, tqdm(total=len(examples), desc=desc, disable=None) as bar:
+    with ThreadPoolExecutor(count_cores()) as pool, progress(total=len(examples), desc=desc) as bar:
         for new, num_rows in _read_blocks(examples, scan):
             found = stored.find([key for _, key in new], hashes)
             blocks.append(
