@@ -25,7 +25,8 @@ from vqa_sft.environment import set_library_defaults
 set_library_defaults()
 
 from vqa_sft.config.fields import describe_fields
-from vqa_sft.config.recipe import Recipe, RecipeArguments, read_recipe
+from vqa_sft.config.recipe import Recipe, read_recipe
+from vqa_sft.config.training import RecipeArguments
 from vqa_sft.data.examples import Loaded, note_kept_orders, read_examples, stream_examples
 from vqa_sft.data.split import TRAIN, VALIDATION, choose_parts, most_choices, read_parts, select, write_parts
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown
@@ -65,7 +66,7 @@ def train_runs(recipe: Recipe, runs: list[Recipe], folders: list[str], is_main: 
         with explains_breakdown(f"for {folders[number]}", goes_on):
             while isinstance(ended := train(runs[number], is_main, stop, folders), dict):
                 # The folds to come have the same GPU.
-                runs[number:] = [run.going_on(ended) for run in runs[number:]]
+                runs[number:] = [run.retried(ended) for run in runs[number:]]
                 free_memory()
         if not ended:
             why = "SIGTERM" if stop.got_sigterm else "Time is up"
@@ -79,9 +80,9 @@ def train_runs(recipe: Recipe, runs: list[Recipe], folders: list[str], is_main: 
         if recipe.arguments.fold == "all" and is_main:
             print(write_out_of_fold(recipe.values["output_dir"], folders))
             print(calibrate_new(recipe.values["output_dir"]))
-    from vqa_sft.models import processes as launch
+    from vqa_sft.models import processes
 
-    launch.leave()
+    processes.leave()
     if is_stopped and stop.got_sigterm:
         sys.exit(128 + signal.SIGTERM)  # as of a process that the signal ended
 
@@ -107,21 +108,27 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
 
     from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
     from vqa_sft.batch.template import check_texts
-    from vqa_sft.models import load as models, processes as launch
-    from vqa_sft.models.fast import feature_store as cache, speedups as speed
-    from vqa_sft.models.memory import estimate as memory
+    from vqa_sft.models import load as models, processes
+    from vqa_sft.models.fast import speedups
+    from vqa_sft.models.fast.feature_store import open_store
+    from vqa_sft.models.fast.fill_store import fill_store
+    from vqa_sft.models.lora import lora_config
+    from vqa_sft.models.memory.fit import choose_batch
+    from vqa_sft.models.memory.needs import read_needs
+    from vqa_sft.models.memory.out_of_memory import explains_out_of_memory, halve_batch
+    from vqa_sft.models.parts import vision_parameters
     from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
     from vqa_sft.predictions.file import ANSWERS, answers_as, write_predictions
     from vqa_sft.runs import hub
     from vqa_sft.training import averaging, curves
     from vqa_sft.training.trainer import AnswerTrainer, predict_examples
 
-    launch.check_processes(use_cpu=bool(recipe.values.get("use_cpu")))
+    processes.check_processes(use_cpu=bool(recipe.values.get("use_cpu")))
     precision = models.choose_precision(recipe.values)
     training_args, model_args = recipe.training_args(precision), recipe.model_args()
     if stop.must_stop():
         return False
-    parts = launch.from_main(parts)
+    parts = processes.from_main(parts)
     train, validation = select(loaded, parts, TRAIN), select(loaded, parts, VALIDATION)
     if args.streaming:
         # Without an end, so that no process runs out of rows before the others; max_steps ends the training.
@@ -131,12 +138,12 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     if most > num_letters:
         raise InputError(f"max_choices is {args.max_choices}, and the data have rows of {most} choices. Raise it.")
 
-    if args.averaging and launch.shards_weights():
+    if args.averaging and processes.shards_weights():
         raise InputError("averaging needs whole weights on every process: launch by DDP or ZeRO-2, or remove it.")
-    if args.vision_learning_rate is not None and launch.has_own_optimizer():
+    if args.vision_learning_rate is not None and processes.has_own_optimizer():
         raise InputError("DeepSpeed's configuration names an optimizer, which has one learning rate: remove it there.")
     known = [part for part in (train, validation) if isinstance(part, datasets.Dataset)]
-    launch.check_images(known)
+    processes.check_images(known)
     rows_a_step = training_args.per_device_train_batch_size * training_args.world_size
     if training_args.dataloader_drop_last and not args.streaming and len(train) < rows_a_step:
         raise InputError(f"dataloader_drop_last drops all {len(train)} rows: a step takes {rows_a_step}. Remove it.")
@@ -154,28 +161,25 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
         **trust,
     )
     adapter = None
-    skeleton = models.build_skeleton(model_args, device_map=launch.device_map(), **trust)
+    skeleton = models.build_skeleton(model_args, device_map=processes.device_map(), **trust)
     if args.init_adapter is None:
-        adapter = models.lora_config(model_args, skeleton, **args.adapted_parts)
+        adapter = lora_config(model_args, skeleton, **args.adapted_parts)
     letter_ids = find_letter_ids(processor, num_letters, args.prompts)
     end_of_turn = find_end_of_turn(processor, args.prompts) if args.supervise_end_of_turn else None
     for part in [validation] * (validation is not None) + [train] * (not args.streaming):
         check_texts(processor, part, args.prompts)
     needs = functools.partial(
-        memory.read_needs,
+        read_needs,
         training_args,
         model_args,
+        args,
         processor,
         None if args.streaming else train,
-        args.prompts,
         precision=precision,
-        fast=args.fast,
-        compiles=speed.pays_compilation(num_rows, args.compile_layers),
-        memory_budget=args.activation_memory_budget,
-        **args.adapted_parts,
+        compiles=speedups.pays_compilation(num_rows, args.compile_layers),
     )
     if args.auto_batch:
-        chosen = memory.choose_batch(training_args, needs)
+        chosen = choose_batch(training_args, needs)
         if is_main:
             print(chosen)
     if is_main:
@@ -186,12 +190,12 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
         if not keeps_parts:  # of a run that is resumed, its rows as they were say more than as they are
             write_parts(output_dir, loaded, parts)
     PartialState().wait_for_everyone()
-    model = models.load_model(model_args, precision, device_map=launch.device_map(), **trust)
+    model = models.load_model(model_args, precision, device_map=processes.device_map(), **trust)
     if args.init_adapter is not None:
         model = models.add_adapter(model, args.init_adapter, is_trainable=True)
-    packer = speed.pack_rows(model, precision) if args.fast else None
+    packer = speedups.pack_rows(model, precision) if args.fast else None
     # Now, for the tower's weights change their shapes when it is sped up.
-    features = cache.open_store(model, processor, packer, precision) if args.cache_image_features else None
+    features = open_store(model, processor, packer, precision) if args.cache_image_features else None
 
     # Trainer
     average = None
@@ -232,17 +236,17 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
             average=average,
             stop=stop,
         )
-    trains_vision = any(p.requires_grad for p in models.vision_parameters(speed.base_of(trainer.model)))
-    launch.check_images(known, trains_vision=trains_vision)
+    trains_vision = any(p.requires_grad for p in vision_parameters(speedups.base_of(trainer.model)))
+    processes.check_images(known, trains_vision=trains_vision)
     if args.fast:
         budget = args.activation_memory_budget
-        if "activation_memory_budget" in recipe.values and not speed.pays_compilation(num_rows, args.compile_layers):
-            speed.say("layers are not compiled for so few rows, and keep all; compile_layers: true compiles them")
-        speed.speed_up_training(trainer, num_rows, compile_layers=args.compile_layers, memory_budget=budget)
+        if "activation_memory_budget" in recipe.values and not speedups.pays_compilation(num_rows, args.compile_layers):
+            speedups.say("layers are not compiled for so few rows, and keep all; compile_layers: true compiles them")
+        speedups.speed_up_training(trainer, num_rows, compile_layers=args.compile_layers, memory_budget=budget)
     if features is not None:
         seen = [rows for rows in (train, validation) if rows is not None]
         batch_size, num_workers = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
-        cache.fill_store(trainer.model, trainer.eval_collator, seen, precision, batch_size, num_workers)
+        fill_store(trainer.model, trainer.eval_collator, seen, precision, batch_size, num_workers)
 
     # Train, from the last whole checkpoint if there is one
     checkpoint = checkpoints.last_whole_checkpoint(output_dir)
@@ -253,10 +257,14 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
             checkpoints.stopped_early(checkpoint, args.early_stopping_patience) or training_args.max_steps
         )
     of_batch = {"states_global_batch": args.global_batch_size is not None, "auto_batch": args.auto_batch}
-    smaller, ran_out = memory.halve_batch(training_args, **of_batch), False
+    smaller, ran_out = halve_batch(training_args, **of_batch), False
     with (
-        memory.explains_out_of_memory(
-            training_args, needs, is_evaluating=lambda: not trainer.model.training, **of_batch
+        explains_out_of_memory(
+            training_args,
+            needs,
+            is_evaluating=lambda: not trainer.model.training,
+            resumes=functools.partial(checkpoints.goes_on, output_dir),
+            **of_batch,
         ),
         stop.listening(),
     ):
@@ -307,12 +315,7 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
             write_predictions(f"{output_dir}/{run_folder.VALIDATION}", predictions)
         run_folder.write_metrics(output_dir, metrics)
         run_folder.describe(
-            output_dir,
-            values=recipe.values,
-            precision=precision,
-            num_letters=num_letters,
-            prompts=args.prompts,
-            columns=loaded[0].columns,
+            run_folder.Run(output_dir, recipe.values, args.prompts, num_letters, loaded[0].columns, precision),
             num_rows={"train": None if args.streaming else len(train), "validation": len(validation or [])},
             num_processes=training_args.world_size,
             micro_batch=training_args.per_device_train_batch_size,

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import RECIPES, write_hard_contest
+from contest import write_hard_contest
+from scripts import RECIPES
 
 from vqa_sft.data import folds
 from vqa_sft.errors import InputError
@@ -201,7 +202,7 @@ import json, os, runpy, sys, traceback
 from vqa_sft.environment import set_library_defaults
 
 set_library_defaults()
-import vqa_sft.models.memory.estimate, vqa_sft.inference.scorer, vqa_sft.training.trainer
+import vqa_sft.models.memory.out_of_memory, vqa_sft.inference.scorer, vqa_sft.training.trainer
 
 def begin(command, log):
     if pid := os.fork():
@@ -267,7 +268,7 @@ def test_of_two_trainings_and_two_predictions_started_at_once_one_works_and_one_
         run, output = tmp_path / f"run{number}", tmp_path / f"out{number}.csv"
         seed = seeds[assert_one_was_refused(trainings, "output_dir")]
         weights, saved = (run / "adapter_model.safetensors").read_bytes(), run_folder.read_run(run)
-        assert saved["recipe"]["seed"] == seed and known.setdefault(seed, weights) == weights
+        assert saved.recipe["seed"] == seed and known.setdefault(seed, weights) == weights
         order = orders[assert_one_was_refused(predictions, "--output")]
         found = read_predictions(output.with_suffix(".parquet"))
         assert found.metadata["orders"] == order and len(found.ids) == 32

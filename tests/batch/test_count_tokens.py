@@ -1,10 +1,9 @@
 import json
 
 import pytest
-from conftest import write_csv
+from contest import rows_of, write_csv
 from PIL import Image
-from test_check import found, report_on
-from test_examples import rows_of
+from reports import found, report_on
 
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.count_tokens import count_tokens, prompt_checks

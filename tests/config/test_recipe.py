@@ -2,7 +2,8 @@ import pytest
 
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.config.fields import describe_fields
-from vqa_sft.config.recipe import RecipeArguments, read_recipe
+from vqa_sft.config.recipe import read_recipe
+from vqa_sft.config.training import RecipeArguments
 from vqa_sft.errors import InputError
 
 NEEDED = {"model_name_or_path": "model", "train_data": "train.csv", "output_dir": "runs/x"}

@@ -1,24 +1,13 @@
 import numpy as np
 import pytest
-from conftest import write_csv
+from contest import noise, rows_of, write_csv
 from PIL import Image
+from reports import found, report_on
 from scipy.stats import chisquare
-from test_examples import rows_of
-from test_split import noise
 
 from vqa_sft.data.check import TEST, TRAINING, VALIDATION, check, measure_skew, quantiles
 from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.data.options import ReadOptions
-
-
-def report_on(path, **checks):
-    return check([(TRAINING, read_examples(str(path)))], distance=None, **checks)[0]
-
-
-def found(report):
-    """Kind of problem -> labels."""
-    return {problem.kind: [label for _, _, label in problem.rows] for problem in report.problems}
-
 
 # --- The answers ------------------------------------------------------------------------------------------------------
 

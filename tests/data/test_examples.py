@@ -4,7 +4,7 @@ import json
 
 import datasets
 import pytest
-from conftest import write_csv
+from contest import rows_of, write_csv
 from PIL import Image
 
 from vqa_sft.data.columns import Columns
@@ -13,13 +13,6 @@ from vqa_sft.data.examples import FEATURES, load_examples, read_examples, stream
 from vqa_sft.data.images import open_image
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
-
-
-def rows_of(contest):
-    import csv
-
-    with (contest / "train.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def load(contest, **options):

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
+from prediction_rows import THREE
 
 from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples
@@ -17,14 +18,6 @@ from vqa_sft.predictions.file import (
 )
 from vqa_sft.predictions.matched import read_answers
 from vqa_sft.predictions.score import score_table
-
-THREE = Predictions(
-    ["x", "y", "z"],
-    [[-0.5, -1.0], [-2.0, -0.25, -3.0], [-0.75, -0.75]],
-    [0, None, 1],
-    {"run": "r", "한": "글"},
-    [False, False, False],
-)
 
 
 def test_a_prediction_file_gives_back_what_was_written(tmp_path):
@@ -122,7 +115,7 @@ def test_agreement_is_kept_and_a_file_from_before_it_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"ids": ["x", "y", "x"]}, "more than once, of row x"),
+        ({"ids": ["x", "y", "x"]}, "ids are not unique: row x"),
         ({"choice_logits": [[-0.5, -1.0], [float("nan"), 0.0], [0.0, 0.0]]}, "is damaged: row y"),
         ({"choice_logits": [[-0.5, -1.0], [0.0] * 27, [0.0, 0.0]]}, "is damaged: row y"),
         ({"ids": ["x", None, "z"]}, "1 of 3 rows have no id"),

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from conftest import run_script, write_csv
+from contest import write_csv
 from PIL import Image
+from scripts import run_script
 
 from vqa_sft.data.columns import are_here
 from vqa_sft.data.examples import read_examples, stream_examples

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import RECIPES, run_script, write_contest, write_csv
+from contest import write_contest, write_csv
 from families import FAMILIES
 from safetensors.torch import load_file
+from scripts import RECIPES, run_script
 from trl import ModelConfig
 
 import vqa_sft
@@ -230,7 +231,7 @@ def test_rows_with_two_to_four_choices_train_and_predict(families, contest, sft,
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_read_and_opens_with_its_launch_line(path):
     recipe = read_recipe(["--config", str(path), "--use_cpu", "true"])
-    assert recipe.arguments.prompts and recipe.model_args().lora_r and recipe.validates
+    assert recipe.arguments.prompts and recipe.model_args().lora_r and recipe.arguments.validates
     comments = [line for line in path.read_text().splitlines() if line.startswith("#")]
     launch = next(line for line in comments if "accelerate launch" in line).split()
     for option in ("--config_file", "--config"):

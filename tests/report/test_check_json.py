@@ -1,11 +1,9 @@
 import json
 
 import pytest
-from conftest import write_csv
+from contest import noise, rows_of, write_csv
+from reports import report_on
 from scipy.stats import chisquare
-from test_check import report_on
-from test_examples import rows_of
-from test_split import noise
 
 from vqa_sft.report.check_json import as_dict
 

@@ -1,10 +1,8 @@
 import re
 
 import pytest
-from conftest import write_csv
-from test_check import found, report_on
-from test_check_text import make_faulty
-from test_examples import rows_of
+from contest import rows_of, write_csv
+from reports import found, make_faulty, report_on
 
 from vqa_sft.report.check_page import choose_problem_rows, choose_samples, shown, write_page
 

@@ -1,9 +1,7 @@
 import numpy as np
 import pytest
-from conftest import write_csv
-from test_check import report_on
-from test_examples import rows_of
-from test_split import noise
+from contest import noise, rows_of, write_csv
+from reports import make_faulty, report_on
 
 from vqa_sft.data.check import TEST, TRAINING, check, measure_skew
 from vqa_sft.data.examples import read_examples
@@ -11,22 +9,6 @@ from vqa_sft.data.folds import Deviation
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.report.check_text import describe, say_near, say_skew, say_tokens
 from vqa_sft.report.folds_text import describe_folds
-
-
-def make_faulty(contest):
-    """24 rows, of which 3 cannot be used and 2 more have choices that are equal."""
-    rows = rows_of(contest)
-    for i, row in enumerate(rows):
-        noise(contest / row["path"], i)
-    rows[1] |= {"answer": "z", "question": "How many <script>alert(1)</script> & <b>tags</b>?"}
-    rows[2] |= {"path": "images/nowhere.png", "a": '=HYPERLINK("http://evil.example","x")', "answer": "a"}
-    rows[3]["path"] = "../outside.png"
-    rows[4] |= {"a": "same", "b": "same"}
-    rows[5] |= {"a": "같은", "b": "같은", "question": "여기는 어디인가요?"}
-    rows[6]["question"] = "Over \x1b[31mred\x1b[0m and \u202eright\nWhere?"
-    noise(contest.parent / "outside.png", 99)
-    write_csv(contest / "train.csv", rows)
-    return contest
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ from types import ModuleType, SimpleNamespace as Of
 
 import pytest
 import torch
-from conftest import run_script, write_hard_contest
+from contest import write_hard_contest
 from peft import LoraConfig, get_peft_model
 from quantised import save_quantised
 from safetensors.torch import load_file, save_file
+from scripts import run_script
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig
@@ -62,7 +63,7 @@ def train(families, tmp_path_factory):
 
 
 def base_of(run):
-    return run_folder.read_run(run)["recipe"]["model_name_or_path"]
+    return run_folder.read_run(run).base_model
 
 
 def rows_of(contest):
@@ -179,7 +180,7 @@ def test_an_adapter_of_a_4_bit_base_is_merged_into_the_whole_one_and_a_line_says
     assert "in 4 bit and is merged into its whole weights: probabilities may differ" in capsys.readouterr().out
     # `ours` loads the base unquantised: that is what the adapter was merged into.
     assert_close(plain(tmp_path / "out", train.contest), ours(run, train.contest), atol=1e-4, rtol=0)
-    assert "load_in_4bit" not in run_folder.read_run(tmp_path / "out")["recipe"]
+    assert "load_in_4bit" not in run_folder.read_run(tmp_path / "out").recipe
     assert len(predict(tmp_path / "out", train.contest, tmp_path / "out.csv")) == 12
 
 
@@ -330,7 +331,7 @@ def test_what_the_docs_send_to_a_server_is_the_prompt_of_the_run(train, tmp_path
     copy_of(train(name), tmp_path / "runs" / "mine")
     (tmp_path / "photo.png").write_bytes(b"pixels")
     monkeypatch.chdir(tmp_path)
-    docs = (Path(__file__).parents[2] / "docs" / "prediction.md").read_text(encoding="utf-8")
+    docs = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
     (block,) = (found for found in re.findall(r"```python\n(.*?)```", docs, re.DOTALL) if "OpenAI" in found)
     exec(block, found := {})
 

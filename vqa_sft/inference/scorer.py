@@ -1,4 +1,4 @@
-"""One model that scores rows as the runs on it do: what predict.py and `vqa_sft.Predictor` load.
+"""One model that scores rows as the runs on it do: what score.py and `vqa_sft.Predictor` load.
 
 base model            loaded once
 adapters of R runs    take turns in it (adapters.py), where they are of one kind
@@ -9,10 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
-import torch
 from accelerate import PartialState
 from transformers import ProcessorMixin
 
@@ -21,49 +19,56 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.batch.template import check_texts
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.errors import InputError
-from vqa_sft.models import load as models, processes as launch, scoring
+from vqa_sft.models import load as models, processes, scoring
 from vqa_sft.models.adapters import Adapters, kind_of
-from vqa_sft.models.fast import feature_store as cache, speedups as speed
+from vqa_sft.models.fast import speedups
+from vqa_sft.models.fast.feature_store import FeatureStore, open_store
+from vqa_sft.models.fast.fill_store import fill_store
 from vqa_sft.models.fast.packing import Packer
+from vqa_sft.runs.folder import Run
 
-BASE = "none"  # in place of a run: the base model as it is
 # What of a recipe makes the base another one.
 _OF_BASE = ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit")
 _OF_BASE += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "trust_remote_code", "fast", "cache_image_features")
-
-
-def groups_of(runs: Mapping[str, dict[str, Any]]) -> list[list[str]]:
-    """The folders of the runs, those together that one model can score at once: same base, prompts, letters, images,
-    precision and kind of adapter. `runs` maps a folder to its run.json."""
-    groups: dict[str, list[str]] = {}
-    for folder, run in runs.items():
-        kind = None if folder == BASE else kind_of(folder)
-        parts = [kind or folder, run["num_letters"], run["prompts"], run.get("precision")]
-        parts += [run["recipe"].get(name) for name in _OF_BASE]
-        for name in ("*processor*.json", "chat_template*"):  # damaged ones are found where they are loaded
-            parts += [path.read_text("utf-8", "replace") for path in sorted(Path(folder).glob(name)) if path.is_file()]
-        groups.setdefault(json.dumps(parts, sort_keys=True, default=str), []).append(folder)
-    return [*groups.values()]
-
-
-def precision_of(run: dict[str, Any], use_cpu: bool) -> str:
-    """That of the training where this device computes in it."""
-    return models.choose_precision(run["recipe"] | {"use_cpu": use_cpu}, trained=run.get("precision"))
+_OF_IMAGES = ("*processor*.json", "chat_template*")
 
 
 @dataclass
-class Scorer:
-    """The model of one of the groups; `runs` of it are scored at once, in the order of its folders."""
+class Group:
+    """Runs that one model can score at once, in this precision."""
 
-    model: torch.nn.Module
+    runs: list[Run]
+    precision: str
+
+
+def groups_of(runs: Sequence[Run], use_cpu: bool) -> list[Group]:
+    """The runs, those together that have the same base, prompts, letters, images, precision and kind of adapter."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        parts = [run.num_letters, vars(run.prompts), run.precision, *(run.recipe.get(name) for name in _OF_BASE)]
+        if run.folder is not None:
+            parts.append(kind_of(run.folder) or run.folder)
+            files = [path for pattern in _OF_IMAGES for path in sorted(Path(run.folder).glob(pattern))]
+            # Damaged ones are found where they are loaded.
+            parts += [path.read_text("utf-8", "replace") for path in files if path.is_file()]
+        groups.setdefault(json.dumps(parts, sort_keys=True, default=str), []).append(run)
+    return [Group(of_group, _precision_of(of_group[0], use_cpu)) for of_group in groups.values()]
+
+
+def _precision_of(run: Run, use_cpu: bool) -> str:
+    """That of the training where this device computes in it."""
+    return models.choose_precision(run.recipe | {"use_cpu": use_cpu}, trained=run.precision)
+
+
+@dataclass(kw_only=True)
+class Scorer(scoring.LetterModel):
+    """The model of a group of runs, and what makes batches for it."""
+
     processor: ProcessorMixin
     prompts: Prompts
     num_letters: int
-    letter_ids: torch.Tensor
-    precision: str
     packer: Packer | None
-    adapters: Adapters | None
-    store: cache.FeatureStore | None
+    store: FeatureStore | None
 
     def collators(
         self, views: str | int = "identity", scales: Sequence[float] = (1.0,), blank: Mapping | None = None
@@ -81,54 +86,49 @@ class Scorer:
         """Compute the features of the rows' images that are not stored yet, where the runs cache them."""
         for collator in collators:
             if collator.features is not None:
-                cache.fill_store(self.model, collator, [examples], self.precision, batch_size, num_workers)
+                fill_store(self.model, collator, [examples], self.precision, batch_size, num_workers)
 
 
 def load(
-    folders: Sequence[str],
-    run: dict[str, Any],
+    group: Group,
     *,
     most_choices: int,
     examples: datasets.Dataset | None = None,
     views_a_row: int = 1,
-    precision: str | None = None,
-    use_cpu: bool = False,
-    min_pixels: int | None = None,
-    max_pixels: int | None = None,
     compile_layers: bool | None = None,
 ) -> Scorer:
-    """The scorer of runs of one group, or of a base model (`BASE`), for rows of `most_choices`; `run` is the run.json
-    of the first. The texts of `examples` are checked before weights are loaded, and their number says whether
-    compilation pays, where `compile_layers` does not. Raises InputError.
+    """The scorer of a group of runs, or of a base model, for rows of `most_choices`. The texts of `examples` are
+    checked before weights are loaded, and their number says whether compilation pays, where `compile_layers` does not.
+    Raises InputError.
     """
-    first, prompts = folders[0], Prompts(**run["prompts"])
-    num_letters = max(run["num_letters"] or 0, most_choices)
-    recipe = Recipe(run["recipe"], arguments=None)
-    model_args, trust = recipe.model_args(), {"trust_remote_code": bool(run["recipe"].get("trust_remote_code"))}
-    source = model_args.model_name_or_path if first == BASE else first
-    processor = models.load_processor(source, min_pixels=min_pixels, max_pixels=max_pixels, **trust)
-    # A run knows one spelling of its letters; a base may prefer any.
-    find_ids = scoring.find_spellings if first == BASE else scoring.find_letter_ids
-    letter_ids = find_ids(processor, num_letters, prompts)
+    runs, precision = group.runs, group.precision
+    run, is_base = runs[0], runs[0].folder is None
+    num_letters = max(run.num_letters or 0, most_choices)
+    model_args = Recipe(run.recipe, arguments=None).model_args()
+    trust = {"trust_remote_code": bool(run.recipe.get("trust_remote_code"))}
+    # A run's processor knows its image size, and one spelling of its letters; a base may prefer any.
+    pixels = {name: run.recipe.get(name) if is_base else None for name in ("min_pixels", "max_pixels")}
+    processor = models.load_processor(run.folder or run.base_model, **pixels, **trust)
+    find_ids = scoring.find_spellings if is_base else scoring.find_letter_ids
+    letter_ids = find_ids(processor, num_letters, run.prompts)
     if examples is not None:
-        check_texts(processor, examples, prompts)
-    precision = precision or precision_of(run, use_cpu)
-    model = models.load_trained(first, model_args, precision, device_map=launch.device_map(), **trust)
+        check_texts(processor, examples, run.prompts)
+    model = models.load_trained(run.folder or "none", model_args, precision, device_map=processes.device_map(), **trust)
     model.to(PartialState().device).eval().requires_grad_(False)
     packer = store = None
-    adapters = Adapters(model, folders) if len(folders) > 1 else None
-    if run["recipe"].get("fast", True):
-        packer = speed.pack_rows(model, precision)
-        if run["recipe"].get("cache_image_features"):
-            store = cache.open_store(model, processor, packer, precision)
-        num_views = len(examples or ()) * views_a_row * len(folders)
-        speed.speed_up(model, compile_layers=speed.pays_compilation(num_views, compile_layers))
+    adapters = Adapters(model, [other.folder for other in runs]) if len(runs) > 1 else None
+    if run.recipe.get("fast", True):
+        packer = speedups.pack_rows(model, precision)
+        if run.recipe.get("cache_image_features"):
+            store = open_store(model, processor, packer, precision)
+        num_views = len(examples or ()) * views_a_row * len(runs)
+        speedups.speed_up(model, compile_layers=speedups.pays_compilation(num_views, compile_layers))
     return Scorer(
         model=model,
         processor=processor,
-        prompts=prompts,
+        prompts=run.prompts,
         num_letters=num_letters,
-        letter_ids=letter_ids,
+        letter_ids=letter_ids.to(PartialState().device),
         precision=precision,
         packer=packer,
         adapters=adapters,

@@ -188,6 +188,7 @@ def train_naive(values: dict[str, Any]) -> None:
     from vqa_sft.data.split import TRAIN, choose_parts, select
     from vqa_sft.letters import LETTERS, identity_order
     from vqa_sft.models import load as models
+    from vqa_sft.models.lora import lora_config
     from vqa_sft.runs import folder as run_folder
     from vqa_sft.training import curves
 
@@ -229,19 +230,15 @@ def train_naive(values: dict[str, Any]) -> None:
         ),
         train_dataset=dataset,
         processing_class=processor,
-        peft_config=models.lora_config(recipe.model_args(), model),
+        peft_config=lora_config(recipe.model_args(), model),
         callbacks=[curves.WriteCurves()],
     )
     run_folder.start(values["output_dir"], recipe.values, overwrite=True)
     trainer.train()
     trainer.save_model()
+    own_letters, columns = loaded[0].num_choices, loaded[0].columns
     run_folder.describe(
-        values["output_dir"],
-        values=recipe.values,
-        precision=precision,
-        num_letters=loaded[0].num_choices,
-        prompts=own.prompts,
-        columns=loaded[0].columns,
+        run_folder.Run(values["output_dir"], recipe.values, own.prompts, own_letters, columns, precision),
         num_rows={"train": len(rows)},
         num_processes=1,
         micro_batch=own.global_batch_size,

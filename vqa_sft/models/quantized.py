@@ -54,7 +54,7 @@ def bytes_a_weight(own: dict[str, Any]) -> float | None:
     are whole ones there.
 
     A group of weights has a scale of 2 bytes, and in GPTQ and AWQ a zero point of as many bits as a weight; FP8 has a
-    scale of 4 bytes for a block. bitsandbytes in 4 bit: see `memory.weight_bytes`.
+    scale of 4 bytes for a block. bitsandbytes in 4 bit: see `memory.estimate.weight_bytes`.
     """
     bits, method = bits_of(own), method_of(own)
     if own.get("load_in_4bit"):

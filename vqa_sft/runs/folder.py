@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
 from typing import Any
@@ -52,6 +53,23 @@ SHARED_FILES = (
 )  # fmt: skip
 _MICRO_BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "vqa-sft")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run as run.json describes it, or a base model that nobody fine-tuned, which has no folder."""
+
+    folder: str | None
+    recipe: dict[str, Any]  # what the user asked for
+    prompts: Prompts
+    num_letters: int | None = None
+    columns: Columns | None = None  # of the training data
+    precision: str | None = None
+    content: dict[str, Any] = field(default_factory=dict, repr=False)  # all of run.json
+
+    @property
+    def base_model(self) -> str:
+        return self.recipe["model_name_or_path"]
 
 
 def is_finished(folder: str | Path) -> bool:
@@ -157,26 +175,16 @@ def _rows_a_step(values: dict[str, Any]) -> tuple[int | None, int]:
 
 
 def describe(
-    folder: str | Path,
-    *,
-    values: dict[str, Any],
-    precision: str,
-    num_letters: int,
-    prompts: Prompts,
-    columns: Columns,
-    num_rows: dict[str, int | None],
-    num_processes: int,
-    micro_batch: int,
-    accumulation: int,
+    run: Run, *, num_rows: dict[str, int | None], num_processes: int, micro_batch: int, accumulation: int
 ) -> None:
     """Write run.json."""
     content = {
-        "recipe": without_secrets(values),
-        "precision": precision,
-        "num_letters": num_letters,
-        "prompts": vars(prompts),
-        "prompts_digest": prompts.digest,
-        "columns": vars(columns),
+        "recipe": without_secrets(run.recipe),
+        "precision": run.precision,
+        "num_letters": run.num_letters,
+        "prompts": vars(run.prompts),
+        "prompts_digest": run.prompts.digest,
+        "columns": vars(run.columns),
         "num_rows": num_rows,
         "num_processes": num_processes,
         "micro_batch": micro_batch,
@@ -184,7 +192,7 @@ def describe(
         "versions": {name: _version(name) for name in _PACKAGES},
         "git_commit": _git_commit(),
     }
-    write_json(Path(folder) / RUN, content)
+    write_json(Path(run.folder) / RUN, content)
 
 
 def write_metrics(folder: str | Path, metrics: dict[str, float | str]) -> None:
@@ -199,51 +207,54 @@ def copy_processor(folder: Path, target: Path) -> None:
             shutil.copy(path, target)
 
 
-def read_run(folder: str | Path) -> dict[str, Any]:
-    """run.json of a finished run. Raises InputError when there is none."""
+def read_run(folder: str | Path) -> Run:
+    """The finished run in this folder. Raises InputError when there is none."""
     path = Path(folder) / RUN
     if not Path(folder).is_dir():
         raise InputError(f"no such run folder: {folder}.")
     if not path.is_file():
         raise InputError(f"{folder} holds no finished run (no {RUN}). Give the output_dir of a run that has ended.")
     try:
-        run = json.loads(path.read_text(encoding="utf-8"))
-        Prompts(**run["prompts"])
-        columns = Columns(**run["columns"])
-        one = (columns.id, columns.question, columns.answer, columns.context, columns.targets, columns.answer_format)
-        if not all(isinstance(name, str | None) for name in (*one, *columns.image, *columns.choices)):
-            raise ValueError("columns")
-        if type(run["num_letters"]) is not int or not 2 <= run["num_letters"] <= 26:
-            raise ValueError("num_letters")
-        if not isinstance(run["recipe"]["model_name_or_path"], str):
-            raise ValueError("model_name_or_path")
-        if not all(isinstance(run["recipe"].get(name) or {}, dict) for name in ("columns", "keep_rows")):
-            raise ValueError("columns or keep_rows")
-        if not isinstance(run["recipe"].get("empty_cells"), list | None):
-            raise ValueError("empty_cells")
-        if run["recipe"].get("dtype") not in (None, "auto", "bfloat16", "float16", "float32"):
-            raise ValueError("dtype")
-    except (ValueError, TypeError, KeyError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        prompts, columns = Prompts(**content["prompts"]), Columns(**content["columns"])
+        _check_types(content["recipe"], columns, content["num_letters"])
+        of_training = {"columns": columns, "precision": content.get("precision"), "content": content}
+        return Run(str(folder), content["recipe"], prompts, content["num_letters"], **of_training)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Train the run again.") from error
-    return run
 
 
-def read_runs(folders: Sequence[str], model: str | None = None) -> dict[str, dict[str, Any]]:
-    """Folder -> run.json of finished runs; `model` says where their base is now, if not where it was in training.
+def _check_types(recipe: dict[str, Any], columns: Columns, num_letters: Any) -> None:
+    """Raises ValueError for what the code after it cannot take."""
+    one = (columns.id, columns.question, columns.answer, columns.context, columns.targets, columns.answer_format)
+    are_right = {
+        "columns": all(isinstance(name, str | None) for name in (*one, *columns.image, *columns.choices)),
+        "num_letters": type(num_letters) is int and 2 <= num_letters <= 26,
+        "model_name_or_path": isinstance(recipe["model_name_or_path"], str),
+        "columns or keep_rows": all(isinstance(recipe.get(name) or {}, dict) for name in ("columns", "keep_rows")),
+        "empty_cells": isinstance(recipe.get("empty_cells"), list | None),
+        "dtype": recipe.get("dtype") in (None, "auto", "bfloat16", "float16", "float32"),
+    }
+    for name, is_right in are_right.items():
+        if not is_right:
+            raise ValueError(name)
+
+
+def read_runs(folders: Sequence[str], model: str | None = None) -> list[Run]:
+    """Finished runs; `model` says where their base is now, if not where it was in training.
 
     Raises InputError where one of them is not finished, or `model` cannot be the base of all.
     """
-    runs = {str(folder): read_run(folder) for folder in folders}
+    runs = [read_run(folder) for folder in folders]
     if model is None:
         return runs
-    bases = sorted({run["recipe"]["model_name_or_path"] for run in runs.values()})
+    bases = sorted({run.base_model for run in runs})
     if len({PurePath(base).name for base in bases}) > 1:
         raise InputError(f"model stands for one base, and the runs have several: {', '.join(bases)}. Give them apart.")
-    for folder, run in runs.items():
+    for folder in folders:
         if not (Path(folder) / "adapter_config.json").is_file():
             raise InputError(f"{folder} has no adapter and needs no base. Leave model out.")
-        run["recipe"]["model_name_or_path"] = model
-    return runs
+    return [replace(run, recipe=run.recipe | {"model_name_or_path": model}) for run in runs]
 
 
 def runs_in(folders: Sequence[str]) -> list[str]:

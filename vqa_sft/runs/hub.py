@@ -2,12 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from vqa_sft.errors import InputError
-from vqa_sft.runs.folder import METRICS, RECIPE, SHARED_FILES, read_run
+from vqa_sft.runs.folder import METRICS, RECIPE, SHARED_FILES, Run, read_run
 
 # Patterns match across folders: without the second, the weights of checkpoints too.
 _UPLOADED = {"allow_patterns": list(SHARED_FILES), "ignore_patterns": ["*/*"]}
@@ -17,8 +16,7 @@ def write_card(folder: str | Path) -> None:
     """README.md of a finished run: base model, data, recipe, metrics, how to load it."""
     folder = Path(folder)
     run = read_run(folder)
-    recipe = run["recipe"]
-    base = recipe["model_name_or_path"]
+    base = run.base_model
     metrics_file = folder / METRICS
     metrics = json.loads(metrics_file.read_text(encoding="utf-8")) if metrics_file.is_file() else {}
     is_adapter = (folder / "adapter_config.json").is_file()
@@ -33,9 +31,8 @@ def write_card(folder: str | Path) -> None:
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
 
 
-def _card_text(folder: Path, run: dict[str, Any], metrics: dict[str, float], is_adapter: bool) -> str:
-    recipe = run["recipe"]
-    base = recipe["model_name_or_path"]
+def _card_text(folder: Path, run: Run, metrics: dict[str, float], is_adapter: bool) -> str:
+    recipe, base, prompts = run.recipe, run.base_model, run.prompts
     name = Path(recipe["output_dir"]).name
     loading = "model = AutoModelForImageTextToText.from_pretrained(folder)"
     if is_adapter:
@@ -43,9 +40,9 @@ def _card_text(folder: Path, run: dict[str, Any], metrics: dict[str, float], is_
         loading += "\nmodel = PeftModel.from_pretrained(base, folder)"
     imports = "from peft import PeftModel\n" * is_adapter
     sources = recipe["train_data"] if isinstance(recipe["train_data"], list) else [recipe["train_data"]]
-    num_rows = run["num_rows"]["train"]
+    num_rows = run.content["num_rows"]["train"]
     trained_on = f"{'a stream of' if num_rows is None else num_rows} rows of `{', '.join(sources)}`"
-    of_types = "".join(f"\nFor {kind} questions: `{text!r}`.\n" for kind, text in run["prompts"]["types"].items())
+    of_types = "".join(f"\nFor {kind} questions: `{text!r}`.\n" for kind, text in prompts.types.items())
     rows = "\n".join(f"| {key} | {metrics[key]:.4f} |" for key in ("accuracy", "nll", "ece") if key in metrics)
     return f"""# {name}
 
@@ -72,9 +69,9 @@ processor = AutoProcessor.from_pretrained(folder)
 
 ## Prompt
 
-System: `{run["prompts"]["system"]}`
+System: `{prompts.system}`
 
-User, after the image: `{run["prompts"]["user"]!r}`, each choice as `{run["prompts"]["choice"]!r}`.
+User, after the image: `{prompts.user!r}`, each choice as `{prompts.choice!r}`.
 {of_types}
 ## Recipe
 
@@ -82,7 +79,7 @@ User, after the image: `{run["prompts"]["user"]!r}`, each choice as `{run["promp
 {(folder / RECIPE).read_text(encoding="utf-8").strip()}
 ```
 
-Versions: {", ".join(f"{key} {value}" for key, value in run["versions"].items() if value)}.
+Versions: {", ".join(f"{key} {value}" for key, value in run.content["versions"].items() if value)}.
 """
 
 
@@ -91,7 +88,7 @@ def push_run(
 ) -> str:
     """Upload a finished run to the Hub and return its address. Raises InputError when that cannot be done now."""
     folder = Path(folder)
-    recipe = read_run(folder)["recipe"]
+    recipe = read_run(folder).recipe
     name = repo_id or recipe.get("hub_model_id") or Path(recipe["output_dir"]).name
     try:
         api = HfApi(token=token)

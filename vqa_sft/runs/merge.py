@@ -49,14 +49,14 @@ def merge_run(
 
 
 def _merge_run(folder: str, output: str, *, dtype: str | None, overwrite: bool, model: str | None) -> str:
-    run = run_folder.read_runs([folder], model)[str(folder)]
-    recipe = run["recipe"]
-    name, trust = recipe["model_name_or_path"], {"trust_remote_code": bool(recipe.get("trust_remote_code"))}
+    [run] = run_folder.read_runs([folder], model)
+    recipe = run.recipe
+    name, trust = run.base_model, {"trust_remote_code": bool(recipe.get("trust_remote_code"))}
     _check_adapter(folder)
     entries = known_entries(folder)
     target, part = _check_output(output, overwrite, reads=(folder, name))
     config = _base_config(name, recipe.get("model_revision") or "main", **trust)
-    dtype = dtype or _own_dtype(config) or run.get("precision") or "bf16"
+    dtype = dtype or _own_dtype(config) or run.precision or "bf16"
     num_weights = _count_weights(config, **trust)
     _check_room(target, num_weights * DTYPES[dtype].itemsize, dtype)
     processor = load_processor(folder, **trust)
@@ -111,7 +111,7 @@ def _check_output(output: str, overwrite: bool, reads: tuple[str, ...]) -> tuple
 
 def _is_merge(folder: Path) -> bool:
     try:
-        return MERGED_FROM in run_folder.read_run(folder)
+        return MERGED_FROM in run_folder.read_run(folder).content
     except InputError:
         return False
 
@@ -194,16 +194,16 @@ def _cannot_merge(folder: str, dtype: str, said: str) -> InputError:
     )
 
 
-def _describe(part: Path, folder: Path, run: dict[str, Any], output: str, entries: dict[str, Any]) -> None:
+def _describe(part: Path, folder: Path, run: run_folder.Run, output: str, entries: dict[str, Any]) -> None:
     """What makes the folder one of ours: the run's own description, but for what is no longer true."""
     for name in KEPT:
         if (folder / name).is_file():
             shutil.copy(folder / name, part)
     if entries:  # of a fold, those of the folder above too
         run_folder.write_json(part / CALIBRATION, entries)
-    recipe = {name: value for name, value in run["recipe"].items() if name not in DROPPED}
-    run = run | {"recipe": recipe | {"output_dir": str(output)}, MERGED_FROM: str(folder)}
-    run_folder.write_json(part / run_folder.RUN, run)
+    recipe = {name: value for name, value in run.recipe.items() if name not in DROPPED}
+    content = run.content | {"recipe": recipe | {"output_dir": str(output)}, MERGED_FROM: str(folder)}
+    run_folder.write_json(part / run_folder.RUN, content)
     if (part / run_folder.RECIPE).is_file():  # a soup has none
         hub.write_card(part)
 

@@ -73,8 +73,8 @@ def _make_soup(folders: Sequence[str], output: str, weights: Sequence[float] | N
     config = json.loads((first / CONFIG).read_text(encoding="utf-8"))
     config |= {"r": new_rank, "lora_alpha": new_rank, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}}
     of = {str(folder): weight for folder, weight in zip(folders, weights, strict=True)}
-    recipe = {name: value for name, value in runs[0]["recipe"].items() if name not in ("push_to_hub", "hub_model_id")}
-    run = runs[0] | {"recipe": recipe | {"output_dir": str(output)}, "soup_of": of}
+    recipe = {name: value for name, value in runs[0].recipe.items() if name not in ("push_to_hub", "hub_model_id")}
+    content = runs[0].content | {"recipe": recipe | {"output_dir": str(output)}, "soup_of": of}
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -82,7 +82,7 @@ def _make_soup(folders: Sequence[str], output: str, weights: Sequence[float] | N
         run_folder.copy_processor(first, part)
         run_folder.write_json(part / CONFIG, config)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / WEIGHTS, {"format": "pt"})
-        run_folder.write_json(part / run_folder.RUN, run)
+        run_folder.write_json(part / run_folder.RUN, content)
         if target.exists():
             target.rmdir()
         part.rename(target)
@@ -101,17 +101,17 @@ def _shares(folders: Sequence[str], weights: Sequence[float] | None) -> list[flo
     return [weight / sum(weights) for weight in weights]
 
 
-def _check_same(folders: Sequence[str], runs: Sequence[dict[str, Any]]) -> None:
+def _check_same(folders: Sequence[str], runs: Sequence[run_folder.Run]) -> None:
     """Raises InputError for runs of which one adapter cannot be right for all."""
 
-    def told(run: dict[str, Any]) -> dict[str, Any]:
-        recipe = run["recipe"]
+    def facts(run: run_folder.Run) -> dict[str, Any]:
         names = ("model_name_or_path", "min_pixels", "max_pixels")
-        return {name: recipe.get(name) for name in names} | {name: run[name] for name in ("num_letters", "prompts")}
+        own = {name: run.recipe.get(name) for name in names}
+        return own | {"num_letters": run.num_letters, "prompts": vars(run.prompts)}
 
-    first = told(runs[0])
+    first = facts(runs[0])
     for folder, run in zip(folders, runs, strict=True):
-        for name, value in told(run).items():
+        for name, value in facts(run).items():
             if value != first[name]:
                 raise InputError(f"{name} of {folder} is {value!r}, and of {folders[0]} {first[name]!r}.")
 

@@ -25,7 +25,7 @@ from vqa_sft.batch.collator import AnswerCollator, TrainCollator
 from vqa_sft.data.digests import digests_of
 from vqa_sft.errors import InputError, printable
 from vqa_sft.models.fast.speedups import base_of, num_compilations
-from vqa_sft.models.load import vision_parameters
+from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import supervised_logits, to_choice_logits
 from vqa_sft.predictions import metrics
 from vqa_sft.predictions.file import Predictions

@@ -12,19 +12,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import RECIPES
 from peft import get_peft_model
 from quantised import FP8, KINDS, OTHERS
-from test_cli import run  # noqa: F401  a fixture
+from scripts import RECIPES
 from transformers import AttentionInterface, AutoModelForImageTextToText
 from trl import ModelConfig, SFTConfig
 
 from vqa_sft.errors import InputError
 from vqa_sft.models import shapes
-from vqa_sft.models.fast import fused_lora as lora
-from vqa_sft.models.load import load_model, lora_config
-from vqa_sft.models.memory import estimate as memory
-from vqa_sft.models.memory.estimate import Plan, estimate, need_gib
+from vqa_sft.models.families import FAMILIES
+from vqa_sft.models.fast import fused_lora
+from vqa_sft.models.load import load_model
+from vqa_sft.models.lora import lora_config
+from vqa_sft.models.memory import estimate as estimates, fit, out_of_memory
+from vqa_sft.models.memory.estimate import estimate, kept_by_layer, need_gib, num_tokens, scoring_gib, trained_bytes
+from vqa_sft.models.memory.fit import MARGIN, largest_max_pixels, largest_micro_batch, remedies
+from vqa_sft.models.memory.needs import Plan, read_config, read_shape
 from vqa_sft.runs import folder as run_folder
 from vqa_sft.training.trainer import AnswerTrainer
 
@@ -35,7 +38,7 @@ B7, B3, B8 = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7B", "2.5-VL-3B",
 def shape_of(name, rank=32, **values):
     args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=rank, lora_dropout=0.0, dtype=None)
     args = replace(args, **values)
-    return memory.read_shape(args, shapes.shape_config(name))
+    return read_shape(args, shapes.shape_config(name))
 
 
 def allocated_gib(shape, plan):
@@ -50,7 +53,7 @@ def allocated_gib(shape, plan):
 # max_memory_allocated in GiB (docs/speed.md holds most). Compiled layers keep all that the compiler chooses to keep,
 # or as much as the default of activation_memory_budget lets them.
 ALL, LESS = {"compiled": True}, {"compiled": True, "memory_budget": 0.7}
-OLD = {"rides": False}  # before adapters rode on the base
+OLD = {"fused": False}  # before adapters were fused
 H200 = [
     (B7, Plan(16, text_tokens=75, **OLD), 5296, 50.3),
     (B7, Plan(16, text_tokens=75, fast=False), 5296, 51.5),  # packed, with the MLP of the last layer at all places
@@ -69,7 +72,7 @@ H200 = [
 @pytest.mark.parametrize("name, plan, tokens, measured_gib", H200)
 def test_peaks_measured_on_an_h200(name, plan, tokens, measured_gib):
     shape, plan = shape_of(name), replace(plan, max_pixels=448 * 448)
-    assert memory.num_tokens(shape, plan) == pytest.approx(tokens, rel=0.001)
+    assert num_tokens(shape, plan) == pytest.approx(tokens, rel=0.001)
     assert allocated_gib(shape, plan) == pytest.approx(measured_gib, rel=0.03)
 
 
@@ -82,8 +85,8 @@ def test_a_peak_reserved_on_a_small_activation_memory_budget():
 def test_peaks_of_scoring_measured_on_an_h200(rows, text_tokens, measured_gib):
     """By a model with an adapter and without an optimiser; the second is reserved memory."""
     shape, plan = shape_of(B7), Plan(1, eval_batch=rows, text_tokens=text_tokens, max_pixels=448 * 448)
-    states_and_gradients = 0.75 * memory.trained_bytes(shape, plan) / 2**30
-    assert memory.scoring_gib(shape, plan) - states_and_gradients == pytest.approx(measured_gib, rel=0.05)
+    states_and_gradients = 0.75 * trained_bytes(shape, plan) / 2**30
+    assert scoring_gib(shape, plan) - states_and_gradients == pytest.approx(measured_gib, rel=0.05)
 
 
 # Reserved memory. The first two are older: the libraries' own paths, rows padded to about 120 tokens of text.
@@ -131,13 +134,13 @@ def test_parameters_are_those_of_the_published_models():
     assert shape_of(B7).trained == layers and 2 * shape_of(B7, rank=16).trained == layers
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_those_of_a_loaded_model(families, family):
     for values in ({}, {"lora_target_modules": ["q_proj", "down_proj"]}, {"use_peft": False}):
         args = ModelConfig(model_name_or_path=families(family), use_peft=True, lora_r=4, dtype=None)
         args = replace(args, **values)
-        config, note = memory.read_config(args)
-        shape, model = memory.read_shape(args, config), load_model(args, "fp32")
+        config, note = read_config(args)
+        shape, model = read_shape(args, config), load_model(args, "fp32")
         assert not note
         assert shape.decoder_linear + shape.decoder_other + shape.tower == sum(p.numel() for p in model.parameters())
         assert shape.tower == sum(p.numel() for p in model.model.visual.parameters())
@@ -145,7 +148,7 @@ def test_parameters_are_those_of_a_loaded_model(families, family):
             model = get_peft_model(model, adapter)
         assert shape.trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts, args = {"adapt_tower": True, "adapt_merger": True}, replace(args, use_peft=True)
-    shape, model = memory.read_shape(args, config, **parts), load_model(args, "fp32")
+    shape, model = read_shape(args, config, **parts), load_model(args, "fp32")
     model = get_peft_model(model, lora_config(args, model, **parts))
     assert shape.trained == sum(p.numel() for p in model.parameters() if p.requires_grad) and shape.trains_tower
 
@@ -194,7 +197,7 @@ def attend_like_flash(module, query, key, value, *args, **kwargs):
 AttentionInterface.register("keeps_like_flash", attend_like_flash)
 
 
-@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(params=FAMILIES)
 def small(request, monkeypatch):
     """The name of a shape whose widths are all different, small enough for a CPU."""
     text = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -207,7 +210,7 @@ def small(request, monkeypatch):
     return "small"
 
 
-def saved_bytes(name, how, num_tokens=40, *, rides=False):
+def saved_bytes(name, how, num_tokens=40, *, fused=False):
     """What autograd saves for one decoder layer, per token: counted, under autocast to bf16, without the weights."""
     args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=8, lora_dropout=0.0)
     args = replace(args, **{key: value for key, value in how.items() if key != "compiled"})
@@ -215,14 +218,15 @@ def saved_bytes(name, how, num_tokens=40, *, rides=False):
     adapter = lora_config(args, model)
     if adapter is not None:
         get_peft_model(model, adapter)
-    if rides:
-        assert lora.ride_on_base(model.get_decoder())
+    if fused:
+        assert fused_lora.fuse(model.get_decoder())
     layer, text = model.get_decoder().layers[1], model.config.text_config
     text._attn_implementation = "keeps_like_flash"
     hidden = torch.randn(1, num_tokens, text.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     rotation = 2 * (torch.randn(1, num_tokens, 128, dtype=torch.bfloat16),)
     forward = layer.forward
     if how.get("compiled"):
+        torch.compiler.reset()  # what other tests of the process compiled for such layers
         forward = torch.compile(forward, backend="aot_eager_decomp_partition")
     found = {}
 
@@ -248,19 +252,19 @@ def saved_bytes(name, how, num_tokens=40, *, rides=False):
     ],
     ids=["LoRA", "LoRA on some", "all weights", "compiled"],
 )
-@pytest.mark.parametrize("rides", [False, True])
-def test_what_a_layer_keeps_is_what_autograd_saves(small, how, rides):
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_a_layer_keeps_is_what_autograd_saves(small, how, fused):
     shape = shape_of_small(small, how)
-    plan = Plan(1, compiled=how.get("compiled", False), rides=rides)
-    attention, mlp = memory.kept_by_layer(shape, plan)
-    rides = rides and how in ({}, {"compiled": True})
-    assert sum(attention.values()) + sum(mlp.values()) == saved_bytes(small, how, rides=rides)
+    plan = Plan(1, compiled=how.get("compiled", False), fused=fused)
+    attention, mlp = kept_by_layer(shape, plan)
+    fused = fused and how in ({}, {"compiled": True})
+    assert sum(attention.values()) + sum(mlp.values()) == saved_bytes(small, how, fused=fused)
 
 
 def shape_of_small(name, how):
     args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=8, lora_dropout=0.0)
     args = replace(args, **{key: value for key, value in how.items() if key != "compiled"})
-    return memory.read_shape(args, shapes.shape_config(name))
+    return read_shape(args, shapes.shape_config(name))
 
 
 # --- what follows from what -------------------------------------------------------------------------------------------
@@ -308,16 +312,16 @@ def test_training_all_weights_needs_more_and_in_fp16_more_still():
 def test_what_is_said_to_fit_fits_and_the_next_larger_does_not():
     shape, plan = shape_of(B7), Plan(8, eval_batch=8, max_pixels=448 * 448)
     for gib in (20, 30, 60):
-        size = memory.largest_micro_batch(shape, plan, gib)
+        size = largest_micro_batch(shape, plan, gib)
         assert (
             need_gib(shape, replace(plan, micro_batch=size))
             <= gib
             < need_gib(shape, replace(plan, micro_batch=size + 1))
         )
-        pixels = memory.largest_max_pixels(shape, replace(plan, micro_batch=1), gib)
+        pixels = largest_max_pixels(shape, replace(plan, micro_batch=1), gib)
         assert need_gib(shape, replace(plan, micro_batch=1, max_pixels=pixels)) <= gib
         assert need_gib(shape, replace(plan, micro_batch=1, max_pixels=pixels + 28 * 28)) > gib
-    assert memory.largest_micro_batch(shape, plan, 10) == memory.largest_max_pixels(shape, plan, 10) == 0
+    assert largest_micro_batch(shape, plan, 10) == largest_max_pixels(shape, plan, 10) == 0
 
 
 def as_fields(settings):
@@ -334,18 +338,18 @@ def test_every_remedy_is_enough(name, compiled):
     for gib in (6, 8, 10, 14, 18, 22, 30, 40, 60, 79):
         if need_gib(shape, plan) <= gib:
             continue
-        for settings in memory.remedies(shape, plan, gib, 16):
+        for settings in remedies(shape, plan, gib, 16):
             changed = replace(plan, **as_fields(settings))
             assert settings and need_gib(shape, changed) <= gib
             assert 16 % changed.micro_batch == 0
-    assert memory.remedies(shape, plan, 1, 16) == []
-    assert len(memory.remedies(shape, plan, 0.9 * need_gib(shape, plan), 16)) >= 3
+    assert remedies(shape, plan, 1, 16) == []
+    assert len(remedies(shape, plan, 0.9 * need_gib(shape, plan), 16)) >= 3
 
 
 # --- vqa-sft memory ---------------------------------------------------------------------------------------------------
 
 
-def test_every_recipe_has_a_table_within_seconds(run):  # noqa: F811
+def test_every_recipe_has_a_table_within_seconds(run):
     for path in sorted(RECIPES.glob("*.yaml")):
         start = time.monotonic()
         code, out, err = run("memory", path)
@@ -356,7 +360,7 @@ def test_every_recipe_has_a_table_within_seconds(run):  # noqa: F811
         assert math.isclose(sum(map(float, parts)), float(peak), abs_tol=0.05)
 
 
-def test_fields_of_the_recipe_may_be_given_again(run):  # noqa: F811
+def test_fields_of_the_recipe_may_be_given_again(run):
     peaks = []
     for more in ((), ("--max_pixels", 50176), ("--text-tokens", 20), ("--gradient_checkpointing", "true")):
         _, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--compile_layers", "false", *more)
@@ -364,7 +368,7 @@ def test_fields_of_the_recipe_may_be_given_again(run):  # noqa: F811
     assert max(peaks[1:]) < peaks[0]
 
 
-def test_a_gpu_that_is_large_enough_and_one_that_is_not(run):  # noqa: F811
+def test_a_gpu_that_is_large_enough_and_one_that_is_not(run):
     code, out, _ = run("memory", RECIPES / "qwen3b_t4.yaml", "--gpu-gib", 14)
     assert code == 0 and "It fits:" in out and "Largest micro-batch" in out and "Largest max_pixels" in out
     code, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--gpu-gib", 24)
@@ -379,13 +383,13 @@ def test_a_gpu_that_is_large_enough_and_one_that_is_not(run):  # noqa: F811
     assert code == 1 and "Nothing known makes it fit" in out
 
 
-def test_a_recipe_that_states_accumulation_is_told_it_too(run):  # noqa: F811
+def test_a_recipe_that_states_accumulation_is_told_it_too(run):
     options = ("--global_batch_size", "null", "--gradient_accumulation_steps", 1, "--per_device_train_batch_size", 16)
     _, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--gpu-gib", 40, *options)
     assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4" in out
 
 
-def test_what_cannot_be_said_ends_with_exit_code_2(run, families, tmp_path):  # noqa: F811
+def test_what_cannot_be_said_ends_with_exit_code_2(run, families, tmp_path):
     recipe = RECIPES / "qwen7b.yaml"
     for arguments, says in (
         ((tmp_path / "none.yaml",), "no such yaml"),
@@ -423,7 +427,7 @@ def published(folder, name, own):
         ({"quant_method": "modelopt"}, "(modelopt); what its weights take is not known", 2),
     ],
 )
-def test_the_weights_of_a_quantised_base_are_counted_as_they_are_stored(run, tmp_path, own, says, bytes_a_weight):  # noqa: F811
+def test_the_weights_of_a_quantised_base_are_counted_as_they_are_stored(run, tmp_path, own, says, bytes_a_weight):
     base = published(tmp_path / "base", B7, own)
     code, out, err = run("memory", RECIPES / "qwen7b.yaml", "--model_name_or_path", base, "--gpu-gib", 12)
     shape = shape_of(B7)
@@ -459,7 +463,7 @@ def choose(plan, accumulation, shape=None):
     args = copy.copy(fields_of_trl())
     args.per_device_train_batch_size, args.gradient_accumulation_steps = plan.micro_batch, accumulation
     args.gradient_checkpointing = args.activation_checkpointing = plan.checkpointing
-    line = memory.choose_batch(args, lambda: (shape or shape_of(B7), plan))
+    line = fit.choose_batch(args, lambda: (shape or shape_of(B7), plan))
     assert args.gradient_checkpointing == args.activation_checkpointing  # trl reads one, transformers the other
     return args.per_device_train_batch_size, args.gradient_accumulation_steps, args.gradient_checkpointing, line
 
@@ -472,7 +476,7 @@ def test_auto_batch_keeps_the_rows_of_a_step_and_takes_the_largest_that_fits(gpu
     size, steps, checkpointing, line = choose(plan, accumulation)
     assert size * steps == rows * accumulation
     chosen = replace(plan, micro_batch=size, checkpointing=checkpointing)
-    limit = gib / (1 + memory.MARGIN)
+    limit = gib / (1 + MARGIN)
     assert need_gib(shape_of(B7), chosen) <= limit
     larger = [n for n in range(size + 1, rows * accumulation + 1) if rows * accumulation % n == 0]
     assert all(need_gib(shape_of(B7), replace(chosen, micro_batch=n)) > limit for n in larger)
@@ -515,7 +519,7 @@ def test_what_auto_batch_chooses_is_what_the_trainer_does(families, sft, tmp_pat
         seen["rows"] = self.args.train_batch_size, self.args.gradient_accumulation_steps, self.state.global_step
 
     train_really = AnswerTrainer.train
-    monkeypatch.setattr(memory, "choose_batch", choose)
+    monkeypatch.setattr(fit, "choose_batch", choose)
     monkeypatch.setattr(AnswerTrainer, "train", train)
     values = {"global_batch_size": 8, "per_device_train_batch_size": 8, "gradient_checkpointing": False}
     sft(families("qwen2_5_vl"), tmp_path / "run", auto_batch=True, **values)
@@ -537,7 +541,7 @@ def test_auto_batch_leaves_spread_weights_alone(gpu, monkeypatch):
 @pytest.fixture
 def runs_out(monkeypatch):
     """`runs_out(evaluating=False)`: training, or an evaluation in it, finds no memory."""
-    monkeypatch.setattr(memory, "LIBRARIES_GIB", 0)  # nearly all that a tiny model needs
+    monkeypatch.setattr(estimates, "LIBRARIES_GIB", 0)  # nearly all that a tiny model needs
 
     def arrange(evaluating=False):
         def train(self, **kwargs):
@@ -581,11 +585,11 @@ def test_running_out_of_memory_in_an_evaluation_blames_the_evaluation(families, 
 def test_changes_always_need_less_than_the_run_that_failed():
     shape, plan = shape_of(B7), Plan(16, max_pixels=448 * 448)
     how = {"evaluating": False, "accumulated": None}
-    lines = memory._changes(shape, plan, 16, auto_batch=False, **how)
+    lines = out_of_memory._changes(shape, plan, 16, auto_batch=False, **how)
     assert lines[0] == "--per_device_train_batch_size 8" and "--gradient_checkpointing true" in lines
     assert any(line.startswith("--max_pixels") and "another run" in line for line in lines)
     # What auto_batch chose once it would choose again.
-    lines = memory._changes(shape, plan, 16, auto_batch=True, **how)
+    lines = out_of_memory._changes(shape, plan, 16, auto_batch=True, **how)
     assert lines[0] == "--auto_batch false --per_device_train_batch_size 8 --gradient_checkpointing false"
 
 

@@ -1,0 +1,212 @@
+"""Our own fields of a training recipe, beside those of TRL."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from vqa_sft.batch.prompts import Prompts, builtin_prompts
+from vqa_sft.config.fields import bounds_of, build, check_bounds, option
+from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
+from vqa_sft.data.duplicates import DISTANCE, MAX_DISTANCE
+from vqa_sft.data.options import ReadOptions
+from vqa_sft.errors import InputError
+
+
+@dataclass
+class RecipeArguments:
+    """Our own fields; model and data have no default."""
+
+    train_data: str | list[str] = option(
+        "File (CSV, TSV, JSONL, Parquet), several, a glob, a saved dataset, or a Hub dataset to train on."
+    )
+    train_split: str = option("Split of a Hub dataset to train on.", default="train")
+    validation_data: str | list[str] | None = option("Like train_data, for validation.", default=None)
+    validation_split: str = option("Split of a Hub dataset to validate on.", default="validation")
+    validation_fraction: float = option(
+        "Share of the training rows held out for validation when there is no validation_data; 0: none.",
+        default=0.0,
+        bounds=(0, 0.5),
+    )
+    folds_file: str | None = option("CSV of id and fold, as `vqa-sft folds` writes it.", default=None)
+    fold: int | Literal["all"] | None = option(
+        "The fold of folds_file to validate on; the others are trained on. all: each in turn.",
+        default=None,
+        bounds=(0, None),
+    )
+    time_budget_h: float | None = option(
+        "Hours after which to save and stop; the same command then resumes.", default=None, bounds=(0.001, None)
+    )
+    duplicate_distance: int | None = option(
+        "Images whose hashes differ in at most so many bits count as one when rows are held out; null: exact only.",
+        default=DISTANCE,
+        bounds=(0, MAX_DISTANCE),
+    )
+    data_config: str | list[str] | None = option("Configuration (subset) of a Hub dataset, or several.", default=None)
+    encoding: str | None = option("Encoding of text files; default: detected.", default=None)
+    streaming: bool = option("Read the training rows as they are needed; needs max_steps.", default=False)
+    image_root: str | None = option(
+        "Folder that image paths are relative to and stay in; default: the folder of the file.", default=None
+    )
+    columns: dict | None = option(
+        "Columns that are not found by their names: {id, image, question, choices, answer, context, targets}. choices: "
+        "in_question reads them from the question's text; image: 'img/{id}.png' is a path with cells of the row.",
+        default=None,
+    )
+    fixed_question: str | None = option(
+        "The question of every row, where the data have no column for it.", default=None
+    )
+    fixed_choices: list[str] | None = option("The choices of every row: [yes, no].", default=None)
+    answer_format: Literal["letter", "index_from_0", "index_from_1", "text"] | None = option(
+        "How the answers are written; default: inferred.", default=None
+    )
+    keep_rows: dict | None = option("Keep only rows whose columns hold these values: {column: value}.", default=None)
+    empty_cells: list[str] | None = option(
+        "Texts that mean an empty cell; pandas writes nan, which may also be a choice.", default=None
+    )
+    max_choices: int | None = option(
+        "Most choices of a row; default: as the data has. A stream whose later rows have more needs it.",
+        default=None,
+        bounds=(2, 26),
+    )
+    limit: int | None = option("Use only the first rows, to try a recipe out.", default=None, bounds=(1, None))
+    check_images: bool = option("Decode every image before the model is loaded.", default=True)
+    on_bad_row: Literal["error", "skip"] = option(
+        "What to do with rows that cannot be used, or whose images cannot: stop, or leave them out.", default="error"
+    )
+
+    min_pixels: int | None = option(
+        "Smallest width x height of an image, for models that keep its shape.", default=None, bounds=(1, 10**8)
+    )
+    max_pixels: int | None = option(
+        "Largest width x height of an image, for models that keep its shape.", default=None, bounds=(1, 10**8)
+    )
+    prompt_language: Literal["en", "ko", "both"] = option("Language of the built-in prompts.", default="en")
+    type_prompts: dict | Literal["builtin"] | None = option(
+        "User texts per question type: {counting: ...}, or builtin; default: one text for all.", default=None
+    )
+    system_prompt: str | None = option("System text; empty: the model's own; default: built in.", default=None)
+    user_prompt: str | None = option("User text with {question} and {choices}; default: built in.", default=None)
+    choice_prompt: str = option("One line of {choices}, with {letter} and {text}.", default=Prompts.choice)
+
+    loss: Literal["letters", "vocabulary"] = option(
+        "Cross-entropy over the row's own letters, or over the whole vocabulary.", default="letters"
+    )
+    vocabulary_weight: float | None = option(
+        "Between the two: weight of the letters' share in the whole vocabulary; 0 is `letters`, 1 is `vocabulary`.",
+        default=None,
+        bounds=(0, 1),
+    )
+    letter_smoothing: float = option(
+        "So much of the target is spread over the row's own letters.", default=0.0, bounds=(0, 0.5)
+    )
+    supervise_end_of_turn: bool = option(
+        "Train the token that ends the turn after the letter too, for those who will `generate`.", default=False
+    )
+    init_adapter: str | None = option(
+        "Folder of an adapter, of an earlier run perhaps, to train on from; its rank and layers are kept.", default=None
+    )
+    adapt_tower: bool = option("Adapt the linear layers of the vision tower's blocks too.", default=False)
+    adapt_merger: bool = option(
+        "Adapt the linear layers of the merger or projector too, from the tower to the language model.", default=False
+    )
+    vision_learning_rate: float | None = option(
+        "Learning rate of all that is trained outside the language model; default: learning_rate.",
+        default=None,
+        bounds=(0, 1e3),
+    )
+    averaging: Literal["ema", "swa"] | None = option(
+        "Average the adapter over steps, and end with the average where validation NLL says so.", default=None
+    )
+    ema_decay: float = option(
+        "How much of the average a step of ema keeps, once it is warm.", default=0.99, bounds=(0, 0.99999)
+    )
+    swa_start: float = option("Steps before swa begins; below 1: a share of all.", default=0.5, bounds=(0, None))
+    shuffle_choices: bool = option("Draw a new order of the choices for every row and epoch.", default=True)
+    image_augmentation: float = option(
+        "In training, each side, brightness, contrast and colour of an image times a factor, at most so far from 1.",
+        default=0.0,
+        bounds=(0, 0.5),
+    )
+    flip_images: bool = option(
+        "In training, mirror half of the images; not where left and right matter, or text is read.", default=False
+    )
+    global_batch_size: int | None = option(
+        "Rows per optimiser step over all processes; accumulation follows from it.", default=None, bounds=(1, None)
+    )
+    fast: bool = option(
+        "Rows without padding and a faster vision tower, where the model allows it; false: the libraries' own paths.",
+        default=True,
+    )
+    cache_image_features: bool = option(
+        "Keep what the frozen vision tower makes of each image on disk, for all epochs, folds and runs.",
+        default=False,
+    )
+    compile_layers: bool | None = option(
+        "Compile the layers: about a minute at the start; default: for runs that are long enough, on newer GPUs.",
+        default=None,
+    )
+    # Compiled layers keep less at the same speed (docs/speed.md); torch's own default is 1.
+    activation_memory_budget: float = option(
+        "How much of what compiled layers would keep for the backward pass they may keep; the rest is computed again.",
+        default=0.7,
+        bounds=(0, 1),
+    )
+    auto_batch: bool = option(
+        "Choose micro-batch, accumulation and gradient_checkpointing for the GPU's memory; rows per step stay.",
+        default=False,
+    )
+    early_stopping_patience: int | None = option(
+        "Stop after so many evaluations without a better one.", default=None, bounds=(1, None)
+    )
+    overwrite: bool = option("Move an earlier run in output_dir to output_dir.old first.", default=False)
+
+    def __post_init__(self) -> None:
+        check_bounds(vars(self), bounds_of(RecipeArguments))
+        if self.vocabulary_weight is None:
+            self.vocabulary_weight = 1.0 if self.loss == "vocabulary" else 0.0
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise InputError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}.")
+        check_columns(self.columns or {})
+        check_fixed(self.fixed_question, self.fixed_choices)
+        self.prompts  # noqa: B018  raises for a template without its placeholders
+
+    @classmethod
+    def of_run(cls, values: dict[str, Any]) -> "RecipeArguments":
+        """From the values of a recipe that a run folder holds."""
+        return build(cls, values)
+
+    @property
+    def validates(self) -> bool:
+        return self.validation_data is not None or self.validation_fraction > 0 or self.folds_file is not None
+
+    @property
+    def data_options(self) -> ReadOptions:
+        """How the training rows are read."""
+        names = ("encoding", "image_root", "columns", "answer_format", "keep_rows", "empty_cells", "limit")
+        names += ("fixed_question", "fixed_choices")
+        values = {name: getattr(self, name) for name in names}
+        values["max_choices"] = self.max_choices if self.streaming else None
+        return ReadOptions(split=self.train_split, config=self.data_config, **values)
+
+    def options_for_other_data(self, trained: Columns) -> ReadOptions:
+        """The same for validation or test rows, which may be written in another way than the training rows."""
+        values = {"known_columns": known_columns(trained, self.columns), "trained": trained}
+        values |= {"columns": None, "answer_format": None, "max_choices": None}
+        return replace(self.data_options, split=self.validation_split, **values)
+
+    @property
+    def adapted_parts(self) -> dict[str, bool]:
+        """What `models.load.lora_config` takes beside TRL's fields."""
+        return {"adapt_tower": self.adapt_tower, "adapt_merger": self.adapt_merger}
+
+    @property
+    def prompts(self) -> Prompts:
+        prompts = builtin_prompts(self.prompt_language, by_type=self.type_prompts == "builtin")
+        given = {"system": self.system_prompt, "user": self.user_prompt, "choice": self.choice_prompt}
+        if isinstance(self.type_prompts, dict):
+            given["types"] = self.type_prompts
+        return replace(prompts, **{name: text for name, text in given.items() if text is not None})
+
+
+def as_list(source: str | list[str] | None) -> list[str]:
+    """The names of a source that may be one, several or none."""
+    return source if isinstance(source, list) else [source] if source else []
