@@ -76,7 +76,7 @@ def _runs(text: str, label: re.Pattern) -> list[list[tuple[int, int]]]:
                 place = PLACES[match[match.lastgroup]]
                 found.setdefault((match.lastgroup, i), []).append((place, match.start(), match.end()))
     return [
-        [span for _, *span in labels]
+        [(start, end) for _, start, end in labels]
         for labels in found.values()
         if len(labels) > 1 and [place for place, *_ in labels] == list(range(len(labels)))
     ]

@@ -77,15 +77,15 @@ def near_pairs(test: Scan, train: Scan, distance: int | None) -> list[tuple[int,
         equal[train.images[number].digest].append(number)
     near = {(number, other): 0 for number in ours for other in equal.get(test.images[number].digest, ())}
     if distance is not None:
-        sides = [test.images[number] for number in ours], [train.images[number] for number in theirs]
+        images, others = [test.images[number] for number in ours], [train.images[number] for number in theirs]
 
         def add(a: int, b: int, bits: int) -> None:
             pair = (ours[a], theirs[b])
             near[pair] = min(near.get(pair, MAX_DISTANCE), max(1, bits))
 
         # Either may be a crop of the other.
-        _find_near(*sides, distance, found=add)
-        _find_near(*reversed(sides), distance, found=lambda b, a, bits: add(a, b, bits))
+        _find_near(images, others, distance, found=add)
+        _find_near(others, images, distance, found=lambda b, a, bits: add(a, b, bits))
     return sorted((*pair, bits) for pair, bits in near.items())
 
 

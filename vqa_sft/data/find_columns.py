@@ -37,7 +37,7 @@ def find_columns(
     elif "choices" not in given:
         found["choices"] = find_choice_columns(names) or found["choices"]
     found["image"] = (found["image"],) if found["image"] else _numbered(names, ("image", "img", "picture"))
-    found |= given | {"fixed_question": fixed_question}
+    found |= {**given, "fixed_question": fixed_question}
     found["fixed_choices"] = None if fixed_choices is None else tuple(fixed_choices)
     for key in ("image", "choices"):
         if isinstance(found[key], list):

@@ -37,7 +37,7 @@ _NAMING = (
 )
 _ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII"]
 _LABELS = (*_NAMING, _ROMAN, [number.lower() for number in _ROMAN], "ⅠⅡⅢⅣⅤⅥⅦⅧ")
-_STARTING_WITH = {labels[0]: labels for labels in _LABELS}
+_STARTING_WITH: dict[str | None, Sequence[str]] = {labels[0]: labels for labels in _LABELS}
 _PLACES = {label: (number, place) for number, labels in enumerate(_NAMING) for place, label in enumerate(labels)}
 
 # <this> in a pattern is one of WORDS; <X> is a label that names a choice. Patterns ignore case, so that in most of them
@@ -248,7 +248,7 @@ def _begin_with_labels(texts: Sequence[str]) -> bool:
 
 def _own_label(text: str) -> str | None:
     match = _OWN_LABEL.match(text)
-    return match and match[match.lastindex]
+    return match[match.lastindex] if match else None
 
 
 def _without_label(text: str, place: int) -> str:
@@ -260,7 +260,8 @@ def _without_label(text: str, place: int) -> str:
 
 def _count_in_order(labels: Iterable[str | None]) -> int:
     """How many of them, from the first one on, are the labels of one sequence in its order."""
-    known, count = None, 0
+    known: Sequence[str] = ()
+    count = 0
     for label in labels:
         known = known or _STARTING_WITH.get(label, ())
         if count == len(known) or label != known[count]:
@@ -271,7 +272,7 @@ def _count_in_order(labels: Iterable[str | None]) -> int:
 
 def _are_labels(question: str, texts: Sequence[str]) -> bool:
     """Whether the choices are labels in order, or two are and what follows is said beside labels."""
-    num_labels = _count_in_order(match and match["label"] for match in map(_LABEL.fullmatch, texts))
+    num_labels = _count_in_order(match["label"] if match else None for match in map(_LABEL.fullmatch, texts))
     if num_labels < 2 or not all(map(_is_beside_labels, texts[num_labels:])):
         return False
     first = _LABEL.fullmatch(texts[0])

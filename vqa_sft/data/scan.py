@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePath
+from typing import Any
 
 import datasets
 import PIL
@@ -123,7 +124,7 @@ def _identify(image: dict) -> Hashable:
     return hashlib.sha256(image["bytes"]).digest(), PurePath(image["path"] or "").suffix.lower()
 
 
-def _make_key(image: dict, identity: Hashable) -> bytes | None:
+def _make_key(image: dict, identity: Any) -> bytes | None:
     """The key in the cache, or None for a file that is not there."""
     if image["bytes"] is None:
         try:
@@ -169,7 +170,7 @@ class Cache:
         ):
             facts = dict(zip(self.COLUMNS, values, strict=True))
             facts["findings"] = tuple(map(sys.intern, facts["findings"].split()))
-            for name in ("problem", "format", "mode"):  # a few words, a hundred thousand times
+            for name in ("problem", "format"):  # a few words, a hundred thousand times
                 facts[name] = facts[name] and sys.intern(facts[name])
             if not hashes:
                 facts["miniature"] = None

@@ -251,7 +251,7 @@ def _pair_rows(data: Loaded, lines: list[dict[str, str]], part: str | None) -> I
     return zip(lines, _describe_rows(data), strict=True)
 
 
-def _read_images(images: Sequence[Mapping[str, Any]]) -> str:
+def _read_images(images: Sequence[dict]) -> str:
     digests = [digest_of(image) for image in images]
     return "" if None in digests else digest(digests)  # who opens it names a file that cannot be read
 

@@ -144,7 +144,7 @@ def _card(report: Report, row: int, problems_of: dict[int, dict[str, str]]) -> C
     images = list(zip(example["images"], facts, strict=True))[:_MAX_THUMBNAILS]
     size = _THUMBNAIL_PX if len(facts) == 1 else _SMALL_THUMBNAIL_PX
     if "path_outside" in problems:  # what the recipe does not allow to be read is not shown to whoever gets the page
-        thumbnails = [(None, KINDS["path_outside"].what)]
+        thumbnails: list[tuple[str | None, str]] = [(None, KINDS["path_outside"].what)]
     else:
         thumbnails = [_make_thumbnail(*image, size) for image in images]
     return Card(
