@@ -1,7 +1,6 @@
 """Images: read the same everywhere, and examined before they are needed. No torch."""
 
 import errno
-import functools
 import hashlib
 import io
 import os
@@ -186,7 +185,7 @@ def _read(image: dict) -> tuple[bytes, str | None]:
 
 
 def _find_warnings(opened: Image.Image, packed: list[str], path: str | None) -> list[str]:
-    expected = _format_of_suffix().get(PurePath(path or "").suffix.lower())
+    expected = Image.registered_extensions().get(PurePath(path or "").suffix.lower())
     # Phones write MPO, a JPEG with a second image behind it, under .jpg.
     actual = "JPEG" if opened.format == "MPO" else opened.format
     checks = {
@@ -205,11 +204,6 @@ def _is_animated(opened: Image.Image) -> bool:
         return getattr(opened, "is_animated", False)
     except Exception:  # a second frame that is damaged; the first was read
         return True
-
-
-@functools.cache
-def _format_of_suffix() -> dict[str, str]:
-    return Image.registered_extensions()
 
 
 def _name_problem(error: Exception, data: bytes) -> str:
