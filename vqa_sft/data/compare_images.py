@@ -138,7 +138,7 @@ def _fit_light(seen: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def have_detail(grey: np.ndarray) -> np.ndarray:
-    """Which images have contrast in enough places to be told from others by their parts."""
+    """Which images have contrast in enough places to distinguish their parts from those of others."""
     return (_contrast(_blur(grey)) >= MIN_CONTRAST).mean(axis=CELLS) >= MIN_DETAIL
 
 

@@ -28,7 +28,7 @@ BATCH = 256  # pairs checked together
 
 
 def row_groups(scan: Scan, distance: int | None) -> list[int]:
-    """One number a row, counted as they come: rows that share an image, exactly or nearly, have the same number.
+    """One number a row, in the order of rows: rows that share an image, exactly or nearly, have the same number.
 
     Rows linked by way of others are one group as well. With `distance` None only equal files count. Images that
     cannot be used link nothing.

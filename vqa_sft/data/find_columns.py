@@ -10,7 +10,7 @@ from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError, printable
 from vqa_sft.letters import LETTERS
 
-# What stands before the letter or the number in choice_a, option1, ...
+# What precedes the letter or the number in choice_a, option1, ...
 CHOICE_PREFIXES = ("option", "opt", "choice", "candidate", "alternative", "answer", "보기", "선택지")
 
 

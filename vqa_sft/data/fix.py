@@ -12,20 +12,20 @@ from pathlib import Path
 import datasets
 import pyarrow.parquet as pq
 
-from vqa_sft.data.find_files import find_files
+from vqa_sft.data.find_files import FORMATS, find_files
 from vqa_sft.data.problems import Problems
 from vqa_sft.data.read_arrow import with_images
 from vqa_sft.data.sources import Source
 from vqa_sft.errors import InputError, printable
 from vqa_sft.files import whole
 
-SUFFIXES = {".csv": ".csv", ".tsv": ".csv", ".jsonl": ".jsonl", ".json": ".jsonl", ".parquet": ".parquet"}
+SUFFIXES = {"CSV": ".csv", "TSV": ".csv", "JSONL": ".jsonl", "JSON": ".jsonl", "Parquet": ".parquet"}
 
 
 def check_copy(path: str, source: str | list[str], image_root: str | None) -> None:
     """Raises InputError when a copy of the source cannot be written to `path`: another suffix, a file in the way."""
     files = find_files([source] if isinstance(source, str) else source)
-    suffix = SUFFIXES[files[0].suffix.lower()] if files else ".parquet"
+    suffix = SUFFIXES[FORMATS[files[0].suffix.lower()]] if files else ".parquet"
     if Path(path).suffix.lower() != suffix:
         raise InputError(f"the copy of {source} is written as {suffix}; got --fix {path}.")
     if Path(path).exists():

@@ -19,7 +19,7 @@ PARTS = np.array([(at, length) for length, num in NUM_STARTS.items() for at in n
 )
 ASPECT_TOLERANCE = 0.08  # natural logarithm; a crop has the aspect of its window
 COLUMNS = 8192  # hashes compared at a time; they stay in the cache of a core
-HITS = 50_000  # near hashes looked at together
+HITS = 50_000  # near hashes compared at a time
 
 
 @dataclass

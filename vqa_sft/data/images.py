@@ -42,7 +42,7 @@ COLOUR_PX = 8
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """Facts of one image. Width and height are those it is shown with; what could not be found out is None."""
+    """Facts of one image. Width and height are those it is shown with; unknown facts are None."""
 
     problem: str | None  # a key of problems.KINDS, an error
     findings: tuple[str, ...] = ()  # keys of problems.KINDS, warnings

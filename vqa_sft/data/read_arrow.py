@@ -31,7 +31,7 @@ def load_parquet(name: str, files: list[Path], streaming: bool) -> tuple[Table, 
     options = {"data_files": [glob.escape(str(path)) for path in files], "split": "train", "streaming": streaming}
     try:
         table = datasets.load_dataset("parquet", **options)
-    except Exception as error:  # what is wrong with the pages of a file comes wrapped
+    except Exception as error:  # errors of the pages of a file are wrapped
         raise InputError(f"{name} cannot be read as Parquet: {_describe(error)}") from error
     return undecoded(table), folders
 

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from vqa_sft.letters import LETTERS
 
-# Sequences of labels, each told by its first. Roman numbers label choices and name statements, but name no choices.
+# Sequences of labels, each known by its first. Roman numbers label choices and name statements, but name no choices.
 _NAMING = (
     LETTERS,
     LETTERS.lower(),
@@ -41,7 +41,7 @@ _STARTING_WITH: dict[str | None, Sequence[str]] = {labels[0]: labels for labels 
 _PLACES = {label: (number, place) for number, labels in enumerate(_NAMING) for place, label in enumerate(labels)}
 
 # <this> in a pattern is one of WORDS; <X> is a label that names a choice. Patterns ignore case, so that in most of them
-# "a" may be a label: they match whole texts, or ask for what an article never stands beside.
+# "a" may be a label: they match whole texts, or ask for what no article precedes.
 WORDS = {
     "circled": "[①-⑩❶-❿㉠-㉦㉮-㉴]",
     "label": r"(?:[a-z]|<circled>|[ㄱㄴㄷㄹㅁㅂㅅ]|(?<![가-힣])[가나다라마바사](?![가-힣])|[1-9]\d?)",
@@ -180,7 +180,7 @@ _RANGE = _compile(
 )
 _LISTED = _compile(r"(?<![^\s(])\(?([a-z])[.):] ?")
 
-# --- What is looked at closely: labels other than the article "a", and words of the patterns above --------------------
+# --- Texts that are searched: with labels other than the article "a", or words of the patterns above ------------------
 
 _LATIN = re.compile("[a-z'’]+")
 _OPTION_WORDS = [f"{word}{end}" for word in ("option", "choice", "answer", "alternative") for end in ("", "s")]
@@ -303,7 +303,7 @@ def _names_others(question: str, text: str, texts: Sequence[str]) -> bool:
 
 
 def _beside_option(text: str) -> Iterator[str]:
-    """Labels that stand beside the word option."""
+    """Labels next to the word option."""
     return (match[match.lastindex] for match in _BESIDE_OPTION.finditer(text))
 
 

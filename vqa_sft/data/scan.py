@@ -1,4 +1,4 @@
-"""Every distinct image of a dataset examined once, on all cores; what was found is kept on disk. No torch.
+"""Every distinct image of a dataset examined once, on all cores; the facts are cached on disk. No torch.
 
 The cache is one SQLite file for all datasets: a second start, a resumed run, or training after `vqa-sft check` decodes
 nothing again. A file counts as the same while its path, size and time of change do. Deleting the cache is always safe.
@@ -34,7 +34,7 @@ BATCH = 512  # images written to the cache at a time
 
 @dataclass
 class Scan:
-    """The distinct images of a dataset, numbered as they first come, and the numbers of each row's images."""
+    """The distinct images of a dataset, numbered in the order of rows, and the numbers of each row's images."""
 
     images: list[ImageFacts] = field(default_factory=list)
     of_row: list[tuple[int, ...]] = field(default_factory=list)

@@ -106,7 +106,7 @@ def _open_texts(name: str, files: list[Path], encoding: str | None) -> Source:
             if assumed:
                 facts.setdefault(assumed, []).append(path)
             readers.append(partial(read_json, path, read))
-            # Keys may first come in the last row, so all rows are read; the check of every line comes with it.
+            # The last row may have a new key, so all rows are read, which also checks every line.
             columns.append(list(dict.fromkeys(key for row in readers[-1]() for key in row)))
             if not columns[-1]:
                 raise InputError(f"{path} has no rows.")
