@@ -157,7 +157,7 @@ CORNERS = Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [2
     ("orientation", "letters"),
     list(enumerate(["RGBW", "GRWB", "WBGR", "BWRG", "RBGW", "BRWG", "WGBR", "GWRB"], start=1)),
 )
-def test_a_image_is_turned_as_its_camera_meant_it(orientation, letters):
+def test_an_image_is_turned_as_its_camera_meant_it(orientation, letters):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(CORNERS.resize((40, 20), Image.Resampling.NEAREST), "PNG", exif=exif)
@@ -175,7 +175,7 @@ def test_a_image_is_turned_as_its_camera_meant_it(orientation, letters):
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x09"]
 )
-def test_odd_exif_does_not_lose_a_image(exif):
+def test_odd_exif_does_not_lose_an_image(exif):
     data = saved(Image.new("RGB", (40, 30), "red"), "JPEG", exif=exif)
     assert open_image(entry(data)).size == (40, 30) and examine(entry(data)).problem is None
 
@@ -290,7 +290,7 @@ def test_examine_finds_a_problem_exactly_where_open_image_fails(kind):
             assert found.problem in (None, "long_image") and (found.width, found.height) == size
 
 
-def test_a_miniature_holds_what_imagehash_shrinks_a_image_to():
+def test_a_miniature_holds_what_imagehash_shrinks_an_image_to():
     image = noise(100, 80)
     grey = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
     assert make_miniature(image)[:1024] == grey.tobytes()

@@ -184,10 +184,10 @@ def test_several_processes_fill_one_cache(cache, tmp_path):
         assert connection.execute(f"SELECT COUNT(*) FROM {scans.TABLE}").fetchone() == (40,)
 
 
-def test_a_image_and_what_the_cache_gives_back_are_equal(cache):
+def test_an_image_and_what_the_cache_gives_back_are_equal(cache):
     stored = scans.Cache(cache)
     images = {
-        b"good": ImageFacts(None, ("animated", "tiny_image"), "GIF", "P", 20, 30, 99, b"d" * 32, b"m" * 1152),
+        b"good": ImageFacts(None, ("animated", "tiny_image"), "GIF", 20, 30, b"d" * 32, b"m" * 1152),
         b"bad": ImageFacts("truncated_image", format="PNG", digest=b"e" * 32),
     }
     for key, facts in images.items():
