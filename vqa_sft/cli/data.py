@@ -53,9 +53,11 @@ def check(
     """
     import json
 
-    from vqa_sft.data.check import as_dict, check as check_rows
+    from vqa_sft.data.check import check as check_rows
     from vqa_sft.files import write_whole
-    from vqa_sft.report.check_page import describe, write_page
+    from vqa_sft.report.check_json import as_dict
+    from vqa_sft.report.check_page import write_page
+    from vqa_sft.report.check_text import describe
 
     with contextlib.redirect_stdout(sys.stderr):  # where libraries may print what they like
         arguments, values = options.read(source, context.args)
@@ -64,8 +66,12 @@ def check(
             check_fix(fix, arguments)
         data = read_data(arguments, test, test_image_root)
         processor, tokens_note = load_processor(arguments, values)
-        how = {"distance": arguments.duplicate_distance, "prompts": arguments.prompts, "max_length": max_length}
-        reports = check_rows(data, processor=processor, tokens_note=tokens_note, **how)
+        how = {"distance": arguments.duplicate_distance, "max_length": max_length, "tokens_note": tokens_note}
+        if processor is not None:
+            from vqa_sft.batch.count_tokens import prompt_checks
+
+            how |= prompt_checks(processor, arguments.prompts)
+        reports = check_rows(data, **how)
     # ASCII, for a terminal obeys some characters that JSON leaves as they are.
     text = json.dumps(as_dict(reports), indent=1)
     if json_file not in (None, "-"):
@@ -108,7 +114,7 @@ def folds(
         write_folds,
     )
     from vqa_sft.data.split import strata_of
-    from vqa_sft.report.check_page import describe_folds
+    from vqa_sft.report.folds_text import describe_folds
 
     if (num_folds is None) == (holdout is None):
         raise InputError("give --num-folds N or --holdout SHARE, one of them.")
@@ -210,7 +216,7 @@ def write_fix(path: str, arguments: "RecipeArguments", problems: "Problems") -> 
 def read_all_rows(arguments: "RecipeArguments") -> "tuple[Loaded, Scan]":
     """The training rows and their images. Raises InputError where some cannot be used, unless the recipe skips them."""
     from vqa_sft.data.scan import scan_images
-    from vqa_sft.report.check_page import printable_line
+    from vqa_sft.report.check_text import printable_line
 
     ((_, loaded),) = read_data(replace(arguments, validation_data=None))
     for note in loaded.notes:
