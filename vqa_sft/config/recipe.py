@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vqa_sft.config.checks import check_combinations, check_values
 from vqa_sft.config.fields import build, read_values
+from vqa_sft.config.packaged import find_base
 from vqa_sft.config.training import RecipeArguments, as_list
 from vqa_sft.config.trl_arguments import build_model_args, build_training_args
 from vqa_sft.data.folds import fold_numbers
@@ -72,6 +73,7 @@ def read_recipe(argv: list[str]) -> Recipe:
 
     values, path = read_values(argv, SFTConfig, ModelConfig, RecipeArguments)
     check_values(values)
+    values["model_name_or_path"] = find_base(values["model_name_or_path"])
     arguments = build(RecipeArguments, values)
     check_combinations(values, arguments)
     return Recipe(values, arguments, path)
