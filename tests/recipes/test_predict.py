@@ -182,7 +182,7 @@ def test_a_prediction_that_was_broken_off_goes_on_where_it_stopped(three, tmp_pa
         sizes = count_batches(patched)
         predict(run, tmp_path / "out.csv", *test)
     assert sizes == [4, 4, 4]  # and not six
-    assert "Going on with what" in capsys.readouterr().out
+    assert "Resuming with what" in capsys.readouterr().out
     for suffix in (".csv", ".parquet", ".fold1.parquet"):
         found, expected = ((tmp_path / f"{name}{suffix}").read_bytes() for name in ("out", "whole"))
         assert found == expected
@@ -301,10 +301,10 @@ def test_what_is_no_submission_of_ours_is_never_replaced(three, capsys, output, 
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (["--orders", "121"], "identity, rotations, all or a number from 1 to 120 is needed; got '121'"),
-        (["--scales", "1,1"], "different numbers from 0.25 to 4"),
-        (["--scales", "abc"], "are needed; got 'abc'"),
-        (["--columns", "{"], "a mapping such as '{id: key}' is needed; got '{'"),
+        (["--orders", "121"], "orders must be identity, rotations, all or a number from 1 to 120; got 121"),
+        (["--scales", "1,1"], "scales must be different numbers; got [1.0, 1.0]"),
+        (["--scales", "abc"], "scales must be a list of numbers from 0.25 to 4, such as 0.9,1.0,1.1; got 'abc'"),
+        (["--columns", "{"], "`columns` must be a mapping; got '{'"),
     ],
 )
 def test_an_option_that_means_nothing_is_told_what_is_needed(three, tmp_path, capsys, options, part):
