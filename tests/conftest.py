@@ -18,14 +18,21 @@ from scripts import train
 
 # Medium tests (tests/README.md): those of these folders, and those that use these fixtures. Others carry the mark
 # themselves.
+TESTS = Path(__file__).parent
 MEDIUM_FOLDERS = {"inference", "lab", "models", "recipes", "runs", "tiny", "training"}
 MEDIUM_FIXTURES = {"families", "road", "sft", "three"}
+
+
+def pytest_ignore_collect(collection_path, config):
+    # Their modules import torch, for which the quick lane does not wait.
+    is_quick = config.option.markexpr.startswith("not medium")
+    return True if is_quick and collection_path in {TESTS / name for name in MEDIUM_FOLDERS} else None
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        folder = item.path.relative_to(Path(__file__).parent).parts[0]
+        folder = item.path.relative_to(TESTS).parts[0]
         if folder in MEDIUM_FOLDERS or MEDIUM_FIXTURES & {*item.fixturenames}:
             item.add_marker(pytest.mark.medium)
 
