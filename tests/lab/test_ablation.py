@@ -128,6 +128,7 @@ def test_every_recipe_of_the_ablation_can_be_read(tmp_path):
         read_recipe(["--config", str(ablation.ROOT / "recipes" / "demo.yaml"), *given])
 
 
+@pytest.mark.slow
 def test_a_small_ablation_trains_scores_and_writes_its_table(tmp_path, monkeypatch, capsys):
     small = replace(SETS["few"], num_train=24, num_epochs=1, num_test=4)
     monkeypatch.setattr(ablation, "SETS", {"few": small})

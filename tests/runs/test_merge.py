@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace as Of
@@ -191,21 +190,15 @@ def test_a_soup_is_merged_as_a_run_is(train, tmp_path):
     assert_close(plain(tmp_path / "out", train.contest), ours(train("tiny"), train.contest), atol=1e-4, rtol=0)
 
 
-def test_the_command_writes_a_folder_with_a_card_and_replaces_only_its_own(train, tmp_path):
-    run, out = train("tiny"), tmp_path / "out"
+def test_the_command_writes_a_folder_with_a_card_and_replaces_only_its_own(train, tmp_path, run):
+    trained, out = train("tiny"), tmp_path / "out"
     out.mkdir()  # an empty folder will do
-
-    def command(*more):
-        arguments = [sys.executable, "-m", "vqa_sft.cli", "merge", str(run), str(out), *more]
-        return subprocess.run(arguments, capture_output=True, text=True)
-
-    ended = command("--dtype", "bf16")
-    assert ended.returncode == 0 and f"Wrote {out}" in ended.stdout
+    code, printed, _ = run("merge", trained, out, "--dtype", "bf16")
+    assert code == 0 and f"Wrote {out}" in printed
     assert "AutoModelForImageTextToText.from_pretrained(folder)" in (out / "README.md").read_text()
-    again = command()
-    assert again.returncode == 2 and "holds an earlier merge" in again.stderr and "--overwrite" in again.stderr
-    assert "Traceback" not in again.stderr
-    merge_run(str(run), str(out), dtype="fp32", overwrite=True)
+    code, _, error = run("merge", trained, out)
+    assert code == 2 and "holds an earlier merge" in error and "--overwrite" in error and "Traceback" not in error
+    merge_run(str(trained), str(out), dtype="fp32", overwrite=True)
     assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.float32}
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 

@@ -252,7 +252,8 @@ def table(args: argparse.Namespace, name: str) -> str:
     lines = [head, ["---"] * len(head)]
     for way, (raw, calibrated, answers) in ways.items():
         first = ways[("trained on sizes, " if way.startswith("trained") else "one fold, ") + FIRST]
-        before, after = (probs and with_intervals(probs, answers) for probs in (raw, calibrated))
+        before = with_intervals(raw, answers)
+        after = with_intervals(calibrated, answers) if calibrated else None
         cells = [_cell(before, "accuracy"), *(_cell(found, key) for key in ("nll", "ece") for found in (before, after))]
         for probs, others in zip((raw, calibrated), first[:2], strict=True):
             is_compared = probs and probs is not others
