@@ -114,8 +114,8 @@ def train(recipe: Recipe, is_main: bool, stop: checkpoints.SaveAndStop, folders:
     from vqa_sft.models.fast.fill_store import fill_store
     from vqa_sft.models.lora import lora_config
     from vqa_sft.models.memory.fit import choose_batch
+    from vqa_sft.models.memory.needs import read_needs
     from vqa_sft.models.memory.out_of_memory import explains_out_of_memory, halve_batch
-    from vqa_sft.models.memory.plan import read_needs
     from vqa_sft.models.parts import vision_parameters
     from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
     from vqa_sft.predictions.file import ANSWERS, answers_as, write_predictions

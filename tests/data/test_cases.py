@@ -10,7 +10,7 @@ from cases import CASES
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scripts import RECIPES
 
-from vqa_sft.cli.main import _read_data
+from vqa_sft.cli.data import read_data
 from vqa_sft.config.prediction import PredictionArguments
 from vqa_sft.config.recipe import read_recipe
 from vqa_sft.config.training import RecipeArguments
@@ -59,7 +59,7 @@ def by_prediction(path, case):
 
 
 def by_check(path, case):
-    return found(lambda: _read_data(RecipeArguments(train_data=str(path), **case.options))[0][1])
+    return found(lambda: read_data(RecipeArguments(train_data=str(path), **case.options))[0][1])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -76,7 +76,7 @@ def test_each_input_is_read_as_it_is_right_or_refused(name, tmp_path):
     loaded.problems.raise_if_any(loaded.name)
     assert loaded.examples["answer"][:] == case.answers
     assert case.choices is None or loaded.examples["choices"][0] == case.choices
-    warned = " ".join(f"{kind.what} {kind.mend} {labels}" for _, kind, labels in loaded.problems)
+    warned = " ".join(f"{kind.what} {kind.fix} {labels}" for _, kind, labels in loaded.problems)
     assert all(word in warned for word in case.warns), warned
     assert all(any(word in note for note in loaded.notes) for word in case.notes), loaded.notes
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from contest import write_csv
 from PIL import Image
-from scripts import RECIPES, run_script
+from scripts import RECIPES, run_forked, run_script
 
 from vqa_sft import Predictor
 from vqa_sft.data import examples as data
@@ -241,25 +241,30 @@ def test_a_broken_block_of_a_lost_machine_is_scored_again(three, tmp_path, monke
     assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("given", "part"),
-    [
-        ({"RANK": "1"}, "the environment says RANK=1, which no launcher does"),
-        ({"RANK": "x"}, "the environment says RANK=x"),
-        ({"WORLD_SIZE": "abc"}, "the environment says WORLD_SIZE=abc"),
-        (
-            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"},
-            "the environment says RANK=0, LOCAL_RANK=0, WORLD_SIZE=0",
-        ),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "the processes do not find each other"),
-    ],
-)
-def test_an_environment_that_no_launcher_makes_is_an_error(three, tmp_path, given, part):
-    command = [sys.executable, RECIPES / "predict.py", "--run", three[1] / "fold0", "--data", three[0] / "test.csv"]
-    command += ["--output", tmp_path / "s.csv", "--use_cpu", "--num_workers", "0"]
-    done = subprocess.run([*map(str, command)], env=ENVIRONMENT | given, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and part in done.stderr
-    assert "Traceback" not in done.stderr
+# What the environment says, and what is said of it.
+NO_LAUNCHER = [
+    ({"RANK": "1"}, "the environment says RANK=1, which no launcher does"),
+    ({"RANK": "x"}, "the environment says RANK=x"),
+    ({"WORLD_SIZE": "abc"}, "the environment says WORLD_SIZE=abc"),
+    ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"}, "the environment says RANK=0, LOCAL_RANK=0, WORLD_SIZE=0"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "the processes do not find each other"),
+]
+
+
+@pytest.fixture(scope="module")
+def launched_by_nobody(three, tmp_path_factory):
+    """Exit code, output and errors under each environment of NO_LAUNCHER."""
+    folder = tmp_path_factory.mktemp("launched_by_nobody")
+    command = ["recipes/predict.py", "--run", three[1] / "fold0", "--data", three[0] / "test.csv"]
+    command += ["--output", folder / "s.csv", "--use_cpu", "--num_workers", "0"]
+    return run_forked([(command, environment) for environment, _ in NO_LAUNCHER], folder)
+
+
+@pytest.mark.parametrize("number", range(len(NO_LAUNCHER)))
+def test_an_environment_that_no_launcher_makes_is_an_error(launched_by_nobody, number):
+    code, _, error = launched_by_nobody[number]
+    assert code == 2 and error.count("error: ") == 1 and NO_LAUNCHER[number][1] in error
+    assert "Traceback" not in error
 
 
 def test_a_folder_that_is_in_the_way_is_left_alone(three, tmp_path, capsys):
@@ -355,6 +360,7 @@ def num_done(folder):
     return sum(len(pq.read_table(path)) for path in (folder / "out.csv.parts").glob("pass*-block0/*.parquet"))
 
 
+@pytest.mark.slow
 def test_a_prediction_killed_at_any_moment_gives_the_same_bytes(three, tmp_path, pytestconfig):
     contest, run = three
     many = tmp_path / "many"
