@@ -1,14 +1,19 @@
 # make demo   installs into .venv, fine-tunes the embedded model on real handwritten digits, prints base and tuned
-# make test   installs into .venv, runs the whole test suite
+# make test   installs into .venv, then make check, then every test that is not slow
+# make check  lint, formatting, who imports whom, types, and the quick tests: for while you work
+# make test-slow  kills by the dozen, ablations, launches of several processes
 # Needs Python 3.11 or newer and make; about 6 GB of disk for torch.
 
 PYTHON ?= python3
 BIN := .venv/bin
 DIGITS := data/digits
+JOBS ?= 2
+# A file's tests stay in one process, which trains the runs that they share once.
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 PREDICT := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/predict.py --data $(DIGITS)/test.csv \
 	--batch_size 64 --use_cpu
 
-.PHONY: demo test lint clean
+.PHONY: demo test check test-slow lint clean
 
 demo: .venv/demo
 	$(BIN)/python -m vqa_sft.tiny digits $(DIGITS)
@@ -20,12 +25,20 @@ demo: .venv/demo
 	@$(BIN)/vqa-sft score base=runs/demo_base/submission.parquet tuned=runs/demo/submission.parquet \
 		--answers $(DIGITS)/test_answers.csv
 
-test: .venv/test
-	$(BIN)/python -m pytest $(ARGS)
+test: check
+	$(PYTEST) -m "medium and not slow and not gpu"
+
+check: lint
+	$(PYTEST) -m "not medium and not slow and not gpu"
+
+test-slow: .venv/test
+	$(PYTEST) -m "slow and not gpu"
 
 lint: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
 
 .venv/demo: setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

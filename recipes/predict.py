@@ -39,11 +39,12 @@ from vqa_sft.config.fields import load_yaml, settle_words
 from vqa_sft.config.recipe import RecipeArguments
 from vqa_sft.data.answers import FORMATS
 from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
+from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import Loaded, read_examples, stream_examples
+from vqa_sft.data.find_files import find_files
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.problems import GUESSED, PREDICTION_HINT, Problems
 from vqa_sft.data.scan import scan_images
-from vqa_sft.data.sources import find_files
 from vqa_sft.data.split import VALIDATION, read_parts, select
 from vqa_sft.errors import InputError, exits_with_message, explains, explains_breakdown, name_rows
 from vqa_sft.files import held
@@ -52,8 +53,8 @@ from vqa_sft.inference.results import Block, block_of_parts, blocks_of_runs, che
 from vqa_sft.letters import LETTERS, MOST_ORDERS, view_orders
 from vqa_sft.predictions.calibration import read_calibration, views_key, worth_of_scales
 from vqa_sft.predictions.ensemble import AVERAGES
-from vqa_sft.predictions.file import ANSWERS, answers_as, digests_of
-from vqa_sft.predictions.submission import PROBABILITIES, STYLES, Style
+from vqa_sft.predictions.file import ANSWERS, answers_as
+from vqa_sft.predictions.style import PROBABILITIES, STYLES, Style
 from vqa_sft.runs import folder as run_folder
 from vqa_sft.runs.folder import Run
 

@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
@@ -35,7 +36,6 @@ from safetensors import safe_open
 # How a tree spells a command or an option where its help has the second name and not the first.
 RENAMED = {
     "vqa-sft doubt": "vqa-sft uncertainty",
-    "predict --orders": "predict --permutations",
 }
 # Keys of check.json that the new tree may have renamed; keys of all other files may not change.
 RENAMED_KEYS = {"mend": "fix", "pictures": "images", "pictures_per_row": "images_per_row"}
@@ -69,8 +69,8 @@ predict = vqa_sft.Predictor("runs/demo", use_cpu=True)
 probs = predict(images, ["What digit is written here?"] * 3, [["1", "3"], ["5", "6", "7"], ["8", "2", "4", "0"]])
 json.dump([row.tolist() for row in probs], open("out/predictor.json", "w"))
 """
-LONG = "--limit 700 --max_steps 18 --eval_strategy steps --eval_steps 6 --save_strategy steps --save_steps 6"
-LONG += " --logging_steps 1"
+LONG = "--limit 400 --max_steps 18 --eval_strategy steps --eval_steps 6 --save_strategy steps --save_steps 6"
+LONG += " --logging_steps 1 --global_batch_size 16 --per_device_train_batch_size 16"
 SHORT = "--max_steps 4 --validation_fraction 0 --save_strategy steps --save_steps 2 --per_device_train_batch_size 16"
 NOISY = f"{SHORT} --train_data data/digits/noisy.csv"
 OFTEN = "--eval_strategy steps --eval_steps 2"
@@ -83,7 +83,6 @@ MAKE = {
     "check, json": "vqa-sft check data/digits/broken.csv --json out/check.json --html out/broken.html",
     "check, fix": "vqa-sft check data/digits/broken.csv --fix data/digits/clean.csv",
     "memory": "vqa-sft memory recipes/qwen3b_t4.yaml --gpu-gib 14",
-    "misspelt key": "sft --learning_rat 1",
     "train": f"sft {LONG}",
     "train, other recipe": f"sft {LONG} --learning_rate 1e-4",
     "train, stopped": f"sft {LONG} --output_dir runs/stopped",
@@ -98,7 +97,6 @@ MAKE = {
     "train, cache": f"sft {NOISY} {OFTEN} --cache_image_features true --validation_data data/digits/broken.csv "
     "--on_bad_row skip --loss vocabulary --early_stopping_patience 1 --output_dir runs/cached",
     "train, all weights": f"sft {NOISY} --use_peft false --limit 60 --output_dir runs/whole",
-    "bad rows, refused": "predict --run runs/demo --data data/digits/broken_test.csv --output out/no.csv",
 }
 PREDICT = {
     "resume": f"sft {LONG} --output_dir runs/stopped",
@@ -144,16 +142,16 @@ USE = {
     "merge": "vqa-sft merge runs/tower runs/merged --dtype fp32",
 }
 PHASES = {"make": MAKE, "predict": PREDICT, "use": USE}
-CODES = {"check, json": 1, "check, fix": 1, "train, stopped": 143}  # with which steps end that do not end with 0
-CODES |= dict.fromkeys(["misspelt key", "train, other recipe", "bad rows, refused"], 2)
+SIDES = {"new": [*PHASES], "cross-predict": ["predict"], "cross-use": ["use"]}  # what runs the new tree -> its phases
+CODES = {"check, json": 1, "check, fix": 1, "train, other recipe": 2, "train, stopped": 143}  # of others 0
 STOP_AT = {"train, stopped": "runs/stopped/checkpoint-6/complete"}  # SIGTERM as soon as this file is there
 
 
 class Side:
     """A folder in which the steps run: the copy of a tree, and what it writes."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.helps = folder, {}
+    def __init__(self, folder: Path, slots: threading.Semaphore) -> None:
+        self.folder, self.slots, self.helps = folder, slots, {}
         self.owner: dict[str, str] = {}  # path -> the last step that wrote it
         self.codes: dict[str, int] = {}  # step -> exit code
         own = {"PYTHONPATH": str(folder), "HF_HOME": str(folder / "home"), "CUDA_VISIBLE_DEVICES": ""}
@@ -166,8 +164,9 @@ class Side:
         (self.folder / "out").mkdir(exist_ok=True)
         stamps = self.stamps()
         for name, command in PHASES[phase].items():
-            started_s = time.monotonic()
-            self.codes[name] = self.run_step(name, self.argv(command))
+            with self.slots:
+                started_s = time.monotonic()
+                self.codes[name] = self.run_step(name, self.argv(command))
             if name == "digits":
                 write_tables(self.folder / "data")
             before, stamps = stamps, self.stamps()
@@ -249,7 +248,8 @@ def copy_tree(tree: str, folder: Path) -> None:
 
 def copy_written(source: Path, target: Path) -> None:
     for name in WRITTEN:
-        shutil.copytree(source / name, target / name, dirs_exist_ok=True)  # with the times of the files
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)  # with the times of the files
 
 
 # --- Comparison: a file as lines, in which all that counts is exact ---
@@ -339,10 +339,9 @@ def numbers_of(lines: list[str]) -> list[str]:
 def report(sides: dict[str, Side]) -> tuple[int, int]:
     """Print what differs and the table; the number of steps that differ, and of texts that were reworded."""
     old, table, num_reworded = sides["old"], [], 0
-    for name, phases in {"new": [*PHASES], "cross-predict": ["predict"], "cross-use": ["use"]}.items():
-        side = sides[name]
+    for name, side in sides.items():
         owner = side.owner | old.owner
-        for step in [step for phase in phases for step in PHASES[phase]]:
+        for step in [step for phase in SIDES.get(name, []) for step in PHASES[phase]]:
             files = sorted(path for path in owner if owner[path] == step)
             files = [path for path in files if (old.folder / path).is_file() or (side.folder / path).is_file()]
             files += [f"texts/{step}.out", f"texts/{step}.err"]
@@ -358,7 +357,9 @@ def report(sides: dict[str, Side]) -> tuple[int, int]:
                 print(f"\n{name} / {step}: exit codes {codes[0]} and {codes[1]}, not {expected}\n{said}")
             num_reworded += counts[1]
             table.append((name, step, len(files), *counts))
-    for name in ("old", "new", "cross-predict"):  # the weights of the run that was stopped, and of the one that was not
+    for name in [
+        name for name in sides if name != "cross-use" and "resume" in PREDICT
+    ]:  # the weights of the run that was stopped, and of the one that was not
         paths = [sides[name].folder / f"runs/{run}/adapter_model.safetensors" for run in ("demo", "stopped")]
         is_equal = all(path.is_file() for path in paths) and paths[0].read_bytes() == paths[1].read_bytes()
         table.append((name, "resumed = not stopped", 1, int(is_equal), 0, int(not is_equal)))
@@ -375,33 +376,44 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for both trees and what they write")
     parser.add_argument("--reuse", action="store_true", help="take what the old tree wrote there in an earlier call")
     parser.add_argument("--texts", action="store_true", help="fail on reworded texts too")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="what to compare with the old tree")
+    parser.add_argument("--steps", default="", metavar="REGEX", help="run only these, and compare what they write")
+    parser.add_argument("--jobs", type=int, default=2, help="steps at once")
     args = parser.parse_args()
-    started_s, work = time.monotonic(), args.work.resolve()
-    sides = {name: Side(work / name) for name in ("old", "new", "cross-predict", "cross-use")}
+    for steps in PHASES.values():
+        for name in [name for name in steps if not re.search(args.steps, name)]:
+            del steps[name]
+    started_s, work, slots = time.monotonic(), args.work.resolve(), threading.Semaphore(args.jobs)
+    sides = {name: Side(work / name, slots) for name in ("old", *args.sides)}
     runs_old = not (args.reuse and (work / "old/side.json").is_file())
-    for name, side in sides.items():
-        if name != "old" or runs_old:
-            copy_tree(args.old if name == "old" else args.new, side.folder)
+    if runs_old:
+        for name in ("old", *(f"old-{phase}" for phase in PHASES)):
+            shutil.rmtree(work / name, ignore_errors=True)
+    for name in [*args.sides, *(["old"] if runs_old else [])]:
+        copy_tree(args.old if name == "old" else args.new, work / name)
+    is_done = {phase: threading.Event() for phase in PHASES}  # by the old tree
 
     def run_old() -> None:
-        for phase in PHASES:
-            sides["old"].run(phase)
-            shutil.rmtree(work / f"old-{phase}", ignore_errors=True)
-            copy_written(work / "old", work / f"old-{phase}")
+        try:
+            for phase in PHASES:
+                if runs_old:
+                    sides["old"].run(phase)
+                    copy_written(work / "old", work / f"old-{phase}")
+                is_done[phase].set()
+        finally:
+            for event in is_done.values():
+                event.set()
 
-    def run_new() -> None:
-        for phase in PHASES:
-            sides["new"].run(phase)
+    def run_side(name: str) -> None:
+        for phase in SIDES[name]:
+            if name != "new":
+                before = {"predict": "make", "use": "predict"}[phase]
+                is_done[before].wait()
+                copy_written(work / f"old-{before}", work / name)
+            sides[name].run(phase)
 
-    def run_crossed(phase: str, before: str) -> None:
-        copy_written(work / f"old-{before}", work / f"cross-{phase}")
-        sides[f"cross-{phase}"].run(phase)
-
-    with ThreadPoolExecutor(2) as pool:
-        running = [pool.submit(run_new)]
-        if runs_old:
-            pool.submit(run_old).result()
-        running += [pool.submit(run_crossed, "predict", "make"), pool.submit(run_crossed, "use", "predict")]
+    with ThreadPoolExecutor(len(sides)) as pool:
+        running = [pool.submit(run_old), *(pool.submit(run_side, name) for name in args.sides)]
         for future in running:
             future.result()
     sides["old"].owner, sides["old"].codes = json.loads((work / "old/side.json").read_text())

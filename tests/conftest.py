@@ -1,10 +1,6 @@
-import csv
-import importlib.util
 import os
-import random
 import sys
 import tempfile
-from pathlib import Path
 
 # Nothing in this suite may reach the network, and two processes on two cores must not fight over them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,9 +12,10 @@ _HOME = tempfile.TemporaryDirectory(prefix="vqa_sft_tests_")
 os.environ["HF_HOME"] = _HOME.name
 
 import pytest
-import torch
-from families import save_family
-from PIL import Image, ImageDraw
+from contest import write_contest
+from scripts import train
+
+# torch and what imports it are imported where they are used: the quick tests hardly need them.
 
 
 def pytest_addoption(parser):
@@ -27,13 +24,11 @@ def pytest_addoption(parser):
     parser.addoption("--starts", type=int, default=2, help="how often two of a kind are started at once")
 
 
-RECIPES = Path(__file__).parent.parent / "recipes"
-COLOURS = ("red", "green", "blue", "black")
-
-
 @pytest.fixture(scope="session")
 def families(tmp_path_factory):
     """`families("llava")`: the folder of a tiny random model, built once a session."""
+    from families import save_family
+
     root, built = tmp_path_factory.mktemp("families"), {}
 
     def folder(family):
@@ -44,80 +39,72 @@ def families(tmp_path_factory):
     return folder
 
 
-def write_contest(folder, num_rows=24, seed=0):
-    """Squares of four colours as a contest's files: train.csv, test.csv, images/; returns the folder."""
-    rng = random.Random(seed)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows = []
-    for i in range(num_rows):
-        choices = rng.sample(COLOURS, 4)
-        answer = rng.randrange(4)
-        path = f"images/{i:03d}.png"
-        image = Image.new("RGB", (84 + 7 * (i % 3), 84), "white")
-        ImageDraw.Draw(image).rectangle([20, 20, 60, 60], fill=choices[answer])
-        image.save(folder / path)
-        rows.append({"id": f"row_{i:03d}", "path": path, "question": "Which colour has the square?"})
-        rows[-1] |= dict(zip("abcd", choices, strict=True)) | {"answer": "abcd"[answer]}
-    write_csv(folder / "train.csv", rows)
-    write_csv(folder / "test.csv", [{key: row[key] for key in row if key != "answer"} for row in rows])
-    write_csv(folder / "test_answers.csv", [{key: row[key] for key in ("id", "answer")} for row in rows])
-    return folder
-
-
-def write_csv(path, rows):
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 @pytest.fixture
 def contest(tmp_path):
     return write_contest(tmp_path / "contest")
-
-
-def run_script(name, *arguments):
-    """Run a script of recipes/ in this process: the same code as a launch, without ten seconds of imports."""
-    script = RECIPES / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"recipes_{name}", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    before = sys.argv
-    sys.argv = [str(script), *map(str, arguments)]
-    try:
-        module.main()
-    finally:
-        sys.argv = before
 
 
 @pytest.fixture
 def sft(contest):
     """`sft(model, key=value, ...)` trains on the contest's rows; more keys as in a recipe."""
 
-    def train(model, output_dir, **values):
+    def run(model, output_dir, **values):
         defaults = {"train_data": contest / "train.csv", "num_train_epochs": 1, "per_device_train_batch_size": 4}
         defaults |= {"use_cpu": True, "dataloader_num_workers": 0, "disable_tqdm": True, "learning_rate": 1e-3}
-        values = defaults | values | {"model_name_or_path": model, "output_dir": output_dir}
-        run_script("sft", *(token for key, value in values.items() for token in (f"--{key}", value)))
+        train(**defaults | values | {"model_name_or_path": model, "output_dir": output_dir})
         return output_dir
 
-    return train
+    return run
 
 
-def write_hard_contest(folder):
-    """32 rows whose answers the tiny base gets wrong, so that there is something to learn: 24 to train on and 8 in
-    validation.csv; test.csv holds all of them."""
-    write_contest(folder, num_rows=32)
-    with (folder / "train.csv").open() as file:
-        rows = [row | {"answer": "bcda"["abcd".index(row["answer"])]} for row in csv.DictReader(file)]
-    write_csv(folder / "train.csv", rows[:24])
-    write_csv(folder / "validation.csv", rows[24:])
-    return folder
+@pytest.fixture(scope="session")
+def three(tmp_path_factory):
+    """(contest, runs): three folds of it, and a fourth run of another rank."""
+    from vqa_sft.data.folds import write_folds
+    from vqa_sft.tiny import TINY_PATH
+
+    folder = tmp_path_factory.mktemp("three")
+    contest = write_contest(folder / "contest")
+    write_folds(folder / "folds.csv", [f"row_{i:03d}" for i in range(24)], [i % 3 for i in range(24)])
+    values = {"model_name_or_path": TINY_PATH, "train_data": contest / "train.csv", "learning_rate": 1e-2}
+    values |= {"max_steps": 4, "use_cpu": True, "dataloader_num_workers": 0, "disable_tqdm": True}
+    train(**values, fold="all", folds_file=folder / "folds.csv", output_dir=folder / "run")
+    train(**values, output_dir=folder / "other", lora_r=4, validation_fraction=0.25)
+    return contest, folder / "run"
+
+
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+def road(request, families, contest):
+    """A model with a LoRA that does something, its processor, letter ids, and rows of many lengths and images."""
+    from gradients import road_of
+
+    return road_of(families(request.param), contest)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`run("check", path, ...)`: exit code, what is printed, and what is said on stderr."""
+    from vqa_sft.cli.main import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["vqa-sft", *map(str, arguments)])
+        code = 0
+        capsys.readouterr()  # what fixtures made libraries say
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
 
 
 @pytest.fixture
 def one_thread():
     """As the processes that tests start; two threads on busy cores wait for each other at every layer."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -5,7 +5,7 @@ import pty
 import subprocess
 import sys
 
-from conftest import RECIPES
+from scripts import RECIPES
 
 from vqa_sft import console
 

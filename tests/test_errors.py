@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import RECIPES
+from scripts import RECIPES
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(RECIPES.parent), "PYTHONUNBUFFERED": ""}
 SCRIPT = """

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import RECIPES, write_hard_contest
+from contest import write_hard_contest
+from scripts import RECIPES
 
 from vqa_sft.data import folds
 from vqa_sft.errors import InputError

@@ -8,6 +8,7 @@ from vqa_sft.config.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("docs/**/*.md")]
 
 
 def commands():
@@ -45,12 +46,26 @@ def test_every_command_of_ours_in_the_readme_exists():
         assert all((ROOT / word).is_file() for word in words if word.startswith("recipes/"))
 
 
-def test_every_link_and_every_file_of_the_map_exists_and_no_module_is_missing():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
-    named = set(re.findall(r"^\| ([\w/]+\.py) \|", README, re.MULTILINE))
-    modules = [*ROOT.glob("recipes/*.py"), *ROOT.glob("vqa_sft/**/*.py")]
-    assert named == {str(path.relative_to(ROOT)) for path in modules if not path.name.startswith("__")}
+def test_every_link_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (page.parent / target).exists(), (page, target)
+
+
+def test_the_map_names_every_package_and_nothing_else():
+    block = README[README.index("## The map") :].split("```")[1]
+    indents = {match[2]: len(match[1]) for match in re.finditer(r"^( *)([\w/]+)/ ", block, re.MULTILINE)}
+    parts = {
+        name: f"vqa_sft/{name}" if indent == 2 else f"vqa_sft/models/{name}" if indent == 4 else name
+        for name, indent in indents.items()
+    }
+    packages = {str(path.parent.relative_to(ROOT)) for path in ROOT.glob("vqa_sft/*/**/__init__.py")}
+    tops = {"recipes", "accelerate_configs", "tests"}
+    assert set(parts.values()) == packages | tops and all((ROOT / part).is_dir() for part in parts.values())
+    shared = next(line for line in block.splitlines() if line.strip().startswith("errors"))
+    files = {path.stem for path in ROOT.glob("vqa_sft/*.py") if not path.stem.startswith("__")}
+    assert files == set(re.split(r",? +", shared.strip().partition("   ")[0]))
+    assert len(block.strip().splitlines()) <= 20 and len(README.splitlines()) <= 150
 
 
 def test_the_launch_lines_in_the_scripts_are_those_of_real_files():

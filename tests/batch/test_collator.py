@@ -2,6 +2,7 @@ import pytest
 import torch
 from PIL import ImageOps
 from tokenizers.processors import TemplateProcessing
+from trainers import prompt_bytes
 
 from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
 from vqa_sft.batch.prompts import Prompts
@@ -20,11 +21,6 @@ def examples(contest):
 @pytest.fixture
 def processor(families):
     return load_processor(families("qwen2_5_vl"))
-
-
-def prompt_bytes(processor, batch, i):
-    ids = batch["input_ids"][i][batch["attention_mask"][i].bool()]
-    return processor.tokenizer.decode(ids).encode()
 
 
 def test_the_prompt_in_training_is_the_prompt_in_prediction_byte_for_byte(processor, examples):

@@ -1,37 +1,15 @@
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_contest, write_csv
-from test_calibration import drawn
-from test_examples import rows_of
-from test_split import noise
+from contest import noise, rows_of, write_contest, write_csv
+from prediction_rows import drawn
 
-from vqa_sft.cli.main import main
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.folds import read_folds
 from vqa_sft.predictions.calibration import read_calibration
 from vqa_sft.predictions.file import Predictions, write_predictions
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run("check", path, ...)`: exit code, what is printed, and what is said on stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["vqa-sft", *map(str, arguments)])
-        code = 0
-        capsys.readouterr()  # what fixtures made libraries say
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 @pytest.fixture

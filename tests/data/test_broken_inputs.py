@@ -5,7 +5,7 @@ import sys
 import datasets
 import pytest
 from broken import HOSTILE, KINDS, NUM_GOOD, row, table, write_broken
-from conftest import run_script
+from scripts import run_script
 
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts

@@ -8,8 +8,8 @@ import cases
 import pytest
 import yaml
 from cases import CASES
-from conftest import RECIPES
 from hypothesis import HealthCheck, given, settings, strategies as st
+from scripts import RECIPES
 
 from vqa_sft.cli.main import _read_data
 from vqa_sft.config.recipe import read_recipe

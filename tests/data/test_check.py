@@ -2,11 +2,10 @@ import json
 
 import numpy as np
 import pytest
-from conftest import write_csv
+from contest import noise, rows_of, write_csv
 from PIL import Image
+from reports import found, report_on
 from scipy.stats import chisquare
-from test_examples import rows_of
-from test_split import noise
 
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts, builtin_prompts
@@ -23,17 +22,6 @@ from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.models.load import load_processor
-
-
-def report_on(path, processor=None, **options):
-    data = [(TRAINING, read_examples(str(path), ReadOptions(**options)))]
-    return check(data, distance=None, prompts=Prompts(), processor=processor)[0]
-
-
-def found(report):
-    """Kind of problem -> labels."""
-    return {problem.kind: [label for _, _, label in problem.rows] for problem in report.problems}
-
 
 # --- The answers ------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,9 @@ import json
 
 import pytest
 
-from vqa_sft.data.columns import Columns, check_columns, find_columns, find_others, is_sparse, is_stray, known_columns
+from vqa_sft.data.columns import Columns, check_columns, known_columns
+from vqa_sft.data.find_columns import find_columns, find_others
+from vqa_sft.data.settle_columns import is_sparse, is_stray
 from vqa_sft.errors import InputError
 
 

@@ -4,21 +4,15 @@ import json
 
 import datasets
 import pytest
-from conftest import write_csv
+from contest import rows_of, write_csv
 from PIL import Image
 
 from vqa_sft.data.columns import Columns
-from vqa_sft.data.examples import FEATURES, load_examples, read_examples, row_digest, stream_examples
+from vqa_sft.data.digests import row_digest
+from vqa_sft.data.examples import FEATURES, load_examples, read_examples, stream_examples
 from vqa_sft.data.images import open_image
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
-
-
-def rows_of(contest):
-    import csv
-
-    with (contest / "train.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def load(contest, **options):

@@ -6,8 +6,8 @@ The rows are made up; where the fields were seen stands in the head of each reci
 import json
 
 import pytest
-from conftest import RECIPES
 from PIL import Image
+from scripts import RECIPES
 
 from vqa_sft.config.recipe import read_recipe
 from vqa_sft.data.examples import read_examples

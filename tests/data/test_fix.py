@@ -3,9 +3,8 @@ import json
 
 import datasets
 import pytest
-from conftest import write_csv
-from test_check import report_on
-from test_examples import rows_of
+from contest import rows_of, write_csv
+from reports import report_on
 
 from vqa_sft.data.fix import check_copy, write_copy
 from vqa_sft.data.sources import open_source

@@ -103,14 +103,14 @@ SPELLED = st.fixed_dictionaries(
 )
 
 
-def load_stream(source, **options):
-    stream = stream_examples(source, ReadOptions(**options))
+def load_stream(source, options):
+    stream = stream_examples(source, options)
     return list(stream.examples), stream.columns
 
 
 def read_or_refuse(load, source, answers):
     try:
-        examples, columns = load(source, answers=answers)
+        examples, columns = load(source, ReadOptions(answers=answers))
     except InputError:
         return "refused"
     return sorted((row["id"], row["choices"], row["answer"]) for row in examples), columns

@@ -9,9 +9,10 @@ import pandas
 import pytest
 from PIL import Image
 
-from vqa_sft.data import sources
+from vqa_sft.data.find_encoding import find_encoding
+from vqa_sft.data.find_files import find_files
 from vqa_sft.data.images import open_image
-from vqa_sft.data.sources import find_encoding, find_files, open_source
+from vqa_sft.data.sources import open_source
 from vqa_sft.errors import InputError
 
 HEADER = "id,question,a,b\n"
@@ -112,8 +113,8 @@ def test_a_header_alone_gives_no_rows(tmp_path):
 
 def test_endless_cells_rows_and_files_end_quickly(tmp_path, monkeypatch):
     million = 2**20
-    monkeypatch.setattr(sources, "MAX_CELL", 2 * million)
-    monkeypatch.setattr(sources, "MAX_ROW", 8 * million)
+    monkeypatch.setattr("vqa_sft.data.read_csv.MAX_CELL", 2 * million)
+    monkeypatch.setattr("vqa_sft.data.read_lines.MAX_ROW", 8 * million)
     for begin, chunk, part in (
         ("id,a\n1,", "x" * million, "larger than 8 MiB"),
         ('id,a\n1,"', "x\n" * (million // 2), "limit (2097152), in the row that begins on line 2"),
@@ -175,13 +176,13 @@ def test_big_endian_with_a_mark_and_the_commonest_syllable_are_read(tmp_path):
 
 
 def test_letters_cut_by_a_chunk_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK", 7)
+    monkeypatch.setattr("vqa_sft.data.find_encoding._CHUNK", 7)
     for encoding in ("utf-8", "utf-16", "cp949"):
         assert len(rows_of(write(tmp_path / "x.csv", (KOREAN + "2,가나다\n" * 9).encode(encoding)))) == 10
 
 
 def test_the_first_bytes_that_are_no_text_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_CHUNK", 8)
+    monkeypatch.setattr("vqa_sft.data.find_encoding._CHUNK", 8)
     content = KOREAN.encode() + b"2,\xff\n"
     place = content.index(b"\xff")
     message = error_of(write(tmp_path / "x.csv", content))
@@ -331,7 +332,7 @@ def test_a_json_list_that_cannot_be_read_says_why(tmp_path, monkeypatch):
         ('{\n"id" 1\n}', "cannot be read as JSON: Expecting ':'"),
     ):
         assert part in error_of(write(tmp_path / "x.json", text))
-    monkeypatch.setattr(sources, "MAX_JSON_LIST", 10)
+    monkeypatch.setattr("vqa_sft.data.read_json.MAX_JSON_LIST", 10)
     assert "Write it as JSONL" in error_of(write(tmp_path / "x.json", json.dumps([{"id": 1}] * 10)))
 
 

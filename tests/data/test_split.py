@@ -1,11 +1,8 @@
 import os
 
 import datasets
-import numpy as np
 import pytest
-from conftest import write_csv
-from PIL import Image
-from test_examples import rows_of
+from contest import noise, rows_of, write_csv
 
 from vqa_sft.data import scan
 from vqa_sft.data.examples import read_examples, stream_examples
@@ -17,12 +14,6 @@ from vqa_sft.errors import InputError
 
 def read(contest, name="train.csv"):
     return read_examples(str(contest / name))
-
-
-def noise(path, seed, size=(120, 90)):
-    """An image of its own: coarse noise, so that no two of them are alike."""
-    values = np.random.default_rng(seed).integers(0, 255, (9, 12, 3), dtype=np.uint8)
-    Image.fromarray(values).resize(size, Image.Resampling.BICUBIC).save(path)
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import write_csv
-from test_trainer import build_trainer
+from contest import write_csv
+from trainers import build_trainer
 
 from vqa_sft.batch.collator import AnswerCollator, TrainCollator
 from vqa_sft.batch.prompts import Prompts
@@ -86,7 +86,7 @@ def test_other_data_of_a_run_need_no_targets(voted):
 
 
 def test_a_recipe_with_targets_trains_and_predicts(families, voted, sft, contest, tmp_path):
-    from conftest import run_script
+    from scripts import run_script
 
     run = sft(families("qwen2_5_vl"), tmp_path / "run", train_data=voted, columns="{targets: votes}", max_steps=2)
     arguments = ["--run", run, "--data", contest / "train.csv", "--output", tmp_path / "out.csv"]

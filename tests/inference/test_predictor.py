@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import run_script, write_csv
+from contest import write_csv
 from PIL import Image
-from test_predict import three  # noqa: F401
+from scripts import run_script
 
 import vqa_sft
 from vqa_sft.errors import InputError
@@ -30,7 +30,7 @@ def asked(contest, rows):
 
 @pytest.mark.parametrize("how", [{}, {"orders": "rotations", "scales": [1.0, 1.2], "average": "log"}])
 @pytest.mark.parametrize("folds", [["fold0"], ["fold0", "fold2"]])
-def test_one_row_or_many_have_the_probabilities_of_the_recipe(three, tmp_path, how, folds):  # noqa: F811
+def test_one_row_or_many_have_the_probabilities_of_the_recipe(three, tmp_path, how, folds):
     contest, run = three
     runs = [run / fold for fold in folds]
     given = [f"--{name}={','.join(map(str, v)) if isinstance(v, list) else v}" for name, v in how.items()]
@@ -44,7 +44,7 @@ def test_one_row_or_many_have_the_probabilities_of_the_recipe(three, tmp_path, h
     np.testing.assert_allclose(predict(images[3], questions[3], choices[3]), expected[3], atol=1e-5)
 
 
-def test_a_image_is_a_path_the_bytes_of_a_file_or_in_memory(three):  # noqa: F811
+def test_a_image_is_a_path_the_bytes_of_a_file_or_in_memory(three):
     contest, run = three
     predict = vqa_sft.Predictor(run / "fold0", use_cpu=True)
     (path,), (question,), (choices,) = asked(contest, rows_of(contest)[:1])
@@ -56,7 +56,7 @@ def test_a_image_is_a_path_the_bytes_of_a_file_or_in_memory(three):  # noqa: F81
     assert predict([path, path], question, choices[:2]).shape == (2,)
 
 
-def test_the_temperature_of_the_run_is_applied(three, tmp_path):  # noqa: F811
+def test_the_temperature_of_the_run_is_applied(three, tmp_path):
     contest, run = three
     images, questions, choices = asked(contest, rows_of(contest)[:4])
     kept = (run / "calibration.json").read_text()
@@ -74,7 +74,7 @@ def test_the_temperature_of_the_run_is_applied(three, tmp_path):  # noqa: F811
     assert not np.allclose(found, raw, atol=1e-9)
 
 
-def test_a_row_is_read_as_the_recipe_reads_it(three, tmp_path):  # noqa: F811
+def test_a_row_is_read_as_the_recipe_reads_it(three, tmp_path):
     """Spaces around texts are no part of them, and empty choices at the end are none."""
     contest, run = three
     row = rows_of(contest)[0]
@@ -89,7 +89,7 @@ def test_a_row_is_read_as_the_recipe_reads_it(three, tmp_path):  # noqa: F811
     np.testing.assert_allclose(found[:2], expected, atol=1e-5)
 
 
-def test_what_cannot_be_asked_is_an_input_error(three):  # noqa: F811
+def test_what_cannot_be_asked_is_an_input_error(three):
     contest, run = three
     predict = vqa_sft.Predictor(run / "fold0", use_cpu=True)
     path = contest / rows_of(contest)[0]["path"]
@@ -107,7 +107,7 @@ def test_what_cannot_be_asked_is_an_input_error(three):  # noqa: F811
         vqa_sft.Predictor(run / "fold7")
 
 
-def test_a_run_that_was_trained_with_contexts_asks_for_one(three):  # noqa: F811
+def test_a_run_that_was_trained_with_contexts_asks_for_one(three):
     contest, run = three
     predict = vqa_sft.Predictor(run / "fold0", use_cpu=True)
     (path,), (question,), (choices,) = asked(contest, rows_of(contest)[:1])
@@ -122,7 +122,7 @@ def test_a_run_that_was_trained_with_contexts_asks_for_one(three):  # noqa: F811
 
 
 @pytest.mark.parametrize("orders", ["identity", "rotations"])
-def test_any_number_of_threads_get_the_numbers_of_one(three, request, capsys, orders):  # noqa: F811
+def test_any_number_of_threads_get_the_numbers_of_one(three, request, capsys, orders):
     """One question or two with texts of other lengths, which the tokenizer pads; `--calls 1000` for the long one."""
     contest, run = three
     num_calls = request.config.getoption("--calls") if orders == "identity" else 32

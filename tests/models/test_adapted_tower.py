@@ -3,15 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_speedups import assert_same
-from test_trainer import build_trainer
+from gradients import assert_same
+from trainers import build_trainer
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vqa_sft.batch.collator import TrainCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.errors import InputError
-from vqa_sft.models.fast import speedups as speed
-from vqa_sft.models.load import vision_layers
+from vqa_sft.models.fast import speedups
+from vqa_sft.models.parts import vision_layers
 from vqa_sft.models.scoring import answer_logits
 
 BOTH = {"adapt_tower": True, "adapt_merger": True}
@@ -98,8 +98,8 @@ def test_a_step_is_the_librarys_gradient_times_the_learning_rate_of_each_part(
     trainer.args.gradient_checkpointing = checkpoints
     if checkpoints:
         trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer.data_collator.packer = speed.pack_rows(trainer.model, "fp32")
-    speed.speed_up(trainer.model)
+    trainer.data_collator.packer = speedups.pack_rows(trainer.model, "fp32")
+    speedups.speed_up(trainer.model)
     trainer.train()
     moved = {name: before[name] - parameter.detach() for name, parameter in trained(trainer.model).items()}
     assert sum(map(is_vision, moved)) > 10

@@ -2,16 +2,18 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_script
 from peft import LoraConfig, get_peft_model
 from quantised import edit_config, edit_weights
 from safetensors.torch import load_file
+from scripts import run_script
 from transformers import AutoModelForImageTextToText as Auto, Llama4Config, LlavaConfig
 from transformers.integrations import sdpa_attention
 from trl import ModelConfig
 
 from vqa_sft.errors import InputError
 from vqa_sft.models import load as models
+from vqa_sft.models.lora import lora_config
+from vqa_sft.models.parts import names_beside_decoder, vision_layers
 
 
 @pytest.fixture
@@ -74,11 +76,11 @@ def test_what_stands_beside_the_language_model_is_found_at_any_depth():
     with torch.device("meta"):
         llava = Auto.from_config(LlavaConfig())
         llama4 = Auto.from_config(Llama4Config())
-    assert models.names_beside_decoder(llava) == ["model.vision_tower", "model.multi_modal_projector"]
-    assert models.names_beside_decoder(llama4) == ["vision_model", "multi_modal_projector"]
-    tower, merger = models.vision_layers(llama4)
+    assert names_beside_decoder(llava) == ["model.vision_tower", "model.multi_modal_projector"]
+    assert names_beside_decoder(llama4) == ["vision_model", "multi_modal_projector"]
+    tower, merger = vision_layers(llama4)
     assert len(tower) == 34 * 6 and merger == ["multi_modal_projector.linear_1"]
-    pattern = models.lora_config(ModelConfig(use_peft=True), llama4).target_modules
+    pattern = lora_config(ModelConfig(use_peft=True), llama4).target_modules
     assert "lm_head" not in pattern and "router" not in pattern and "q_proj" in pattern
 
 
@@ -241,7 +243,7 @@ def test_names_of_modules_that_match_nothing_are_refused_with_the_nearest(famili
     args = {"model_name_or_path": families(family), "dtype": None, "use_peft": True, f"lora_{field}": names}
     model = models.build_skeleton(ModelConfig(**args))
     with pytest.raises(InputError, match=f"lora_{field}: .*{says}"):
-        models.lora_config(ModelConfig(**args), model)
+        lora_config(ModelConfig(**args), model)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +260,7 @@ def test_names_that_match_are_adapted_a_single_one_too(families, targets, adapte
     args = ModelConfig(model_name_or_path=families("qwen3_vl"), dtype=None, use_peft=True, lora_target_modules=targets)
     model = models.build_skeleton(args)
     with torch.device("meta"):
-        peft = get_peft_model(model, models.lora_config(args, model))
+        peft = get_peft_model(model, lora_config(args, model))
     assert sum(name.endswith("lora_A.default.weight") for name, _ in peft.named_parameters()) == adapted
 
 

@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_script
 from peft import PeftModel
 from quantised import KINDS, OTHERS, edit_config, edit_weights, save_quantised
 from safetensors.torch import load_file
+from scripts import run_script
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig

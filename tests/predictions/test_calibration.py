@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from prediction_rows import drawn
 
 from vqa_sft.data import split
 from vqa_sft.errors import InputError
@@ -29,14 +30,6 @@ from vqa_sft.predictions.fitting import (
 )
 from vqa_sft.predictions.metrics import full_metrics, nll, softmax
 from vqa_sft.runs import folder as run_folder, out_of_fold
-
-
-def drawn(num_rows, temperature, seed=0, bias=(0, 0, 0, 0, 0)):
-    """Rows of 2 to 5 choices whose answers follow softmax(logits / temperature + bias)."""
-    rng = np.random.default_rng(seed)
-    logits = [rng.normal(scale=3, size=rng.integers(2, 6)) for _ in range(num_rows)]
-    probs = [softmax([row / temperature + bias[: len(row)]])[0] for row in logits]
-    return logits, [int(rng.choice(len(row), p=row)) for row in probs]
 
 
 @pytest.mark.parametrize("temperature", [1.5, 2.0, 4.0])

@@ -45,9 +45,9 @@ def test_columns_of_probabilities_are_read_as_their_likeliest(write):
     assert "0 of 2 answers changed" in describe(one, write("d", "x,0.9,A", "y,0.6,B", header="id,sure,answer"))
     with pytest.raises(InputError, match="are no probabilities"):
         describe(write("c", "x,a,b", header="id,B,A"), one)
-    with pytest.raises(InputError, match="probabilities are no numbers in row y"):
+    with pytest.raises(InputError, match="probabilities are not finite in row y"):
         describe(write("e", "x,0.1,0.9", "y,nan,0.4", header="id,A,B"), one)
-    with pytest.raises(InputError, match="more than once, of row x"):
+    with pytest.raises(InputError, match="ids are not unique: row x"):
         describe(write("f", "x,0.1,0.9", "x,0.2,0.8", header="id,A,B"), one)
 
 
@@ -56,7 +56,7 @@ def test_columns_of_probabilities_are_read_as_their_likeliest(write):
     [
         (["x,A"], "lacks row y (1 of 2)"),
         (["x,A", "y,A", "z,A"], "lacks row z (1 of 3)"),
-        (["x,A", "x,A"], "ids stand in it more than once, of row x"),
+        (["x,A", "x,A"], "ids are not unique: row x"),
     ],
 )
 def test_other_rows_are_errors(write, lines, part):

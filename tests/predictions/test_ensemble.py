@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_calibration import drawn
+from prediction_rows import drawn
 
 from vqa_sft.errors import InputError
 from vqa_sft.predictions import ensemble
@@ -287,7 +287,7 @@ def test_weights_are_learned_on_probabilities_calibrated_as_those_that_they_are_
         ({"weights": "learned"}, "belong together"),
         ({"learn_on": ["a.parquet"]}, "belong together"),
         ({"weights": "learned", "learn_on": ["a.parquet"]}, "one file for each of the 2"),
-        ({"save_weights": "w.txt"}, "writes a .json file"),
+        ({"save_weights": "w.txt"}, "must end in .json"),
     ],
 )
 def test_options_that_mean_nothing_are_errors(files, tmp_path, options, part):
@@ -321,10 +321,8 @@ def test_answers_are_written_as_the_data_of_the_first_file_where_others_differ(t
     for path, answers in zip(paths, (None, own, own | {"format": "letter"}), strict=True):
         write_predictions(path, replace(ragged(), metadata={"answers": answers} if answers else {}))
     said = write_ensemble(paths, tmp_path / "all.parquet")
-    assert (
-        "in different ways; a submission is written as those of the first file that has one: label (index_from_1)"
-        in said
-    )
+    way = "in different ways; a submission is written as those of the first file that has one: label (index_from_1)"
+    assert way in said
     assert read_predictions(tmp_path / "all.parquet").metadata["answers"] == own
     assert "in other ways" not in write_ensemble(paths[:2], tmp_path / "two.parquet")
 

@@ -3,28 +3,21 @@ from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
+from prediction_rows import THREE
 
+from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.ensemble import align
 from vqa_sft.predictions.file import (
     Predictions,
-    digests_of,
     read_predictions,
     with_answers,
     write_predictions,
 )
 from vqa_sft.predictions.matched import read_answers
 from vqa_sft.predictions.score import score_table
-
-THREE = Predictions(
-    ["x", "y", "z"],
-    [[-0.5, -1.0], [-2.0, -0.25, -3.0], [-0.75, -0.75]],
-    [0, None, 1],
-    {"run": "r", "한": "글"},
-    [False, False, False],
-)
 
 
 def test_a_prediction_file_gives_back_what_was_written(tmp_path):

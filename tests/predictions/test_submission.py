@@ -4,16 +4,18 @@ from dataclasses import replace
 import numpy as np
 import pandas
 import pytest
-from conftest import write_csv
-from test_file import THREE
+from contest import write_csv
+from prediction_rows import THREE
 
 from vqa_sft.data.columns import Columns
+from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.ensemble import write_ensemble
-from vqa_sft.predictions.file import Predictions, answers_as, digests_of, write_predictions
-from vqa_sft.predictions.submission import Style, submit, write
+from vqa_sft.predictions.file import Predictions, answers_as, write_predictions
+from vqa_sft.predictions.style import Style
+from vqa_sft.predictions.submission import submit, write
 
 CHOICES = [["cat", "dog"], ["1", "2", "3"], ["yes", "no"]]
 
@@ -199,7 +201,7 @@ def test_nothing_but_a_submission_like_it_is_replaced(file, tmp_path):
 
 def test_probabilities_that_are_no_numbers_are_not_written(tmp_path):
     bad = replace(THREE, choice_logits=[[0.0, float("nan")], [0.0, 0.0], [0.0, 0.0]])
-    with pytest.raises(InputError, match="no numbers in row x"):
+    with pytest.raises(InputError, match="not finite in row x"):
         write(tmp_path / "s.csv", bad, Style())
     with pytest.raises(InputError, match="every id once"):
         write(tmp_path / "s.csv", replace(THREE, ids=["x", "x", "z"]), Style())

@@ -8,7 +8,14 @@ import pytest
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.ensemble import write_ensemble
 from vqa_sft.predictions.file import Predictions, write_predictions
-from vqa_sft.predictions.uncertainty import HEADER, conformal_sets, conformal_threshold, describe, find_doubts, risk_at
+from vqa_sft.predictions.uncertainty import (
+    HEADER,
+    conformal_sets,
+    conformal_threshold,
+    describe,
+    measure_uncertainty,
+    risk_at,
+)
 
 
 def predictions_of(probs, answers=None, prefix="r", **metadata):
@@ -17,18 +24,18 @@ def predictions_of(probs, answers=None, prefix="r", **metadata):
 
 
 def test_margin_and_entropy_are_those_by_hand():
-    doubts = find_doubts(predictions_of([[0.5, 0.3, 0.2], [0.25, 0.75], [0.5, 0.5]]))
-    assert doubts.best == [0, 1, 0] and doubts.agreement == [None] * 3
-    assert doubts.probability.tolist() == pytest.approx([0.5, 0.75, 0.5])
-    assert doubts.margin.tolist() == pytest.approx([0.2, 0.5, 0.0])
+    found = measure_uncertainty(predictions_of([[0.5, 0.3, 0.2], [0.25, 0.75], [0.5, 0.5]]))
+    assert found.best == [0, 1, 0] and found.agreement == [None] * 3
+    assert found.probability.tolist() == pytest.approx([0.5, 0.75, 0.5])
+    assert found.margin.tolist() == pytest.approx([0.2, 0.5, 0.0])
     entropies = [-0.5 * math.log(0.5) - 0.3 * math.log(0.3) - 0.2 * math.log(0.2)]
     entropies += [-0.25 * math.log(0.25) - 0.75 * math.log(0.75), math.log(2)]
-    assert doubts.entropy.tolist() == pytest.approx(entropies)
+    assert found.entropy.tolist() == pytest.approx(entropies)
 
 
-def test_doubts_are_of_calibrated_probabilities():
+def test_uncertainty_is_of_calibrated_probabilities():
     flat = predictions_of([[0.9, 0.1]], calibration={"temperature": 2.0, "bias": None})
-    assert find_doubts(flat).margin[0] == pytest.approx((3 - 1) / (3 + 1))  # square roots of 9 to 1
+    assert measure_uncertainty(flat).margin[0] == pytest.approx((3 - 1) / (3 + 1))  # square roots of 9 to 1
 
 
 def test_agreement_is_that_of_equal_scales_and_unknown_of_others():
@@ -37,8 +44,8 @@ def test_agreement_is_that_of_equal_scales_and_unknown_of_others():
     for weights, best, agreement in (([1.0, 0.0], 0, None), ([0.5, 0.5], 1, 0.5)):
         weights = dict(zip(("1.0", "0.5"), weights, strict=True))
         found = {"temperature": 1.0, "bias": None, "scale_weights": weights}
-        doubts = find_doubts(replace(file, metadata=file.metadata | {"calibration": found}))
-        assert doubts.best == [best] and doubts.agreement == [agreement]
+        found = measure_uncertainty(replace(file, metadata=file.metadata | {"calibration": found}))
+        assert found.best == [best] and found.agreement == [agreement]
 
 
 def test_the_error_of_the_most_certain_rows_is_that_by_hand():
@@ -63,7 +70,7 @@ def test_the_threshold_is_the_stated_one_of_the_sorted_scores():
 
 
 def exchangeable(num_rows, seed, prefix, **metadata):
-    """Rows of one distribution, from a model that is much too sure of itself."""
+    """Rows of one distribution, from a model that is much overconfident."""
     rng = np.random.default_rng(seed)
     probs = rng.dirichlet(np.ones(4), size=num_rows)
     answers = [int(rng.choice(4, p=row)) for row in probs]
@@ -92,7 +99,7 @@ def files(tmp_path):
     return tmp_path / "test.parquet", tmp_path / "held_out.parquet"
 
 
-def test_every_row_has_a_line_and_the_table_says_what_doubts_are_worth(files, tmp_path):
+def test_every_row_has_a_line_and_the_table_has_error_rates_by_coverage(files, tmp_path):
     said = describe(files[0], coverage=0.9, calibrate_on=files[1], output=tmp_path / "d.csv")
     with (tmp_path / "d.csv").open() as file:
         rows = list(csv.DictReader(file))

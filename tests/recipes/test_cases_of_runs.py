@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 from cases import PETS, four, row
-from conftest import run_script, write_csv
+from contest import write_csv
 from PIL import Image
+from scripts import run_script
 
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.ensemble import write_ensemble

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import datasets
 import pytest
 import yaml
-from conftest import RECIPES
 from datasets import Features, List, Value
 from PIL import Image
+from scripts import RECIPES
 
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.template import check_texts

@@ -11,7 +11,8 @@ import sys
 import time
 
 import pytest
-from conftest import RECIPES, run_script, write_hard_contest
+from contest import write_hard_contest
+from scripts import RECIPES, run_script
 
 from vqa_sft.config.recipe import read_recipe
 from vqa_sft.data.folds import write_folds

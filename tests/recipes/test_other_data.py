@@ -3,11 +3,13 @@
 import json
 
 import pytest
-from conftest import run_script, write_csv
+from contest import write_csv
 from PIL import Image
+from scripts import run_script
 
-from vqa_sft.data.columns import are_here, find_columns
+from vqa_sft.data.columns import are_here
 from vqa_sft.data.examples import read_examples, stream_examples
+from vqa_sft.data.find_columns import find_columns
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 

@@ -16,20 +16,21 @@ import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import RECIPES, run_script, write_contest, write_csv
+from contest import write_csv
 from PIL import Image
+from scripts import RECIPES, run_script
 
 from vqa_sft import Predictor
 from vqa_sft.data import examples as data
+from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples, stream_examples
-from vqa_sft.data.folds import write_folds
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.inference import shards
 from vqa_sft.models import scoring
 from vqa_sft.predictions.calibration import calibrate_run, read_calibration
 from vqa_sft.predictions.ensemble import write_ensemble
-from vqa_sft.predictions.file import digests_of, read_predictions, write_predictions
+from vqa_sft.predictions.file import read_predictions, write_predictions
 from vqa_sft.predictions.metrics import softmax
 from vqa_sft.predictions.submission import submit
 from vqa_sft.runs import folder as run_folder
@@ -37,20 +38,6 @@ from vqa_sft.runs.out_of_fold import write_out_of_fold
 from vqa_sft.tiny import TINY_PATH
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def three(tmp_path_factory):
-    """(contest, runs): three folds of it, and a fourth run of another rank."""
-    folder = tmp_path_factory.mktemp("three")
-    contest = write_contest(folder / "contest")
-    write_folds(folder / "folds.csv", [f"row_{i:03d}" for i in range(24)], [i % 3 for i in range(24)])
-    values = {"model_name_or_path": TINY_PATH, "train_data": contest / "train.csv", "learning_rate": 1e-2}
-    values |= {"max_steps": 4, "use_cpu": True, "dataloader_num_workers": 0, "disable_tqdm": True}
-    folds = {"fold": "all", "folds_file": folder / "folds.csv", "output_dir": folder / "run"}
-    for given in (folds, {"output_dir": folder / "other", "lora_r": 4, "validation_fraction": 0.25}):
-        run_script("sft", *(token for name, value in (values | given).items() for token in (f"--{name}", value)))
-    return contest, folder / "run"
 
 
 def predict(runs, output, *more):

@@ -10,8 +10,9 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import run_script, write_hard_contest
+from contest import write_hard_contest
 from safetensors.torch import load_file
+from scripts import run_script
 from torch.testing import assert_close
 
 from vqa_sft.config.checks import CHOSEN_BY

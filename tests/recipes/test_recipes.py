@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import RECIPES, run_script, write_contest, write_csv
+from contest import write_contest, write_csv
 from families import FAMILIES
 from safetensors.torch import load_file
+from scripts import RECIPES, run_script
 from trl import ModelConfig
 
 import vqa_sft

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import RECIPES, run_script, write_hard_contest
+from contest import write_hard_contest
 from safetensors.torch import load_file, save_file
+from scripts import RECIPES, run_script
 from torch.testing import assert_close
 
 from vqa_sft.predictions.file import read_predictions

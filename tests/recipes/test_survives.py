@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_script, write_hard_contest
+from contest import write_hard_contest
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from scripts import run_script
 from torch.testing import assert_close
 
 from vqa_sft.errors import ProcessError, explains_breakdown
@@ -297,20 +298,19 @@ def full_disk(error):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "error", "saved"),
+    ("place", "error", "saved"),
     [
         # Each library's own words, as they came from a tmpfs that was full.
-        ("AnswerTrainer", "_save_optimizer_and_scheduler", RuntimeError(ZIP), []),
-        ("MarkWholeCheckpoints", "on_save", OSError(errno.ENOSPC, "No space left on device"), []),
-        ("AnswerTrainer", "_save", SafetensorError(SERIALIZE), []),
-        ("run_folder", "describe", OSError(errno.EDQUOT, "Disk quota exceeded"), [3, 6]),
+        ((AnswerTrainer, "_save_optimizer_and_scheduler"), RuntimeError(ZIP), []),
+        ((checkpoints.MarkWholeCheckpoints, "on_save"), OSError(errno.ENOSPC, "No space left on device"), []),
+        ((AnswerTrainer, "_save"), SafetensorError(SERIALIZE), []),
+        ((run_folder, "describe"), OSError(errno.EDQUOT, "Disk quota exceeded"), [3, 6]),
     ],
 )
-def test_a_full_disk_ends_a_run_in_one_line(train, whole, tmp_path, capsys, monkeypatch, owner, name, error, saved):
+def test_a_full_disk_ends_a_run_in_one_line(train, whole, tmp_path, capsys, monkeypatch, place, error, saved):
     run = tmp_path / "run"
-    owner = {"run_folder": run_folder, "AnswerTrainer": AnswerTrainer}.get(owner, checkpoints.MarkWholeCheckpoints)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(owner, name, full_disk(error))
+        patch.setattr(*place, full_disk(error))
         train(run)
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in said

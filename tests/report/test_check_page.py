@@ -2,10 +2,8 @@ import re
 
 import numpy as np
 import pytest
-from conftest import write_csv
-from test_check import found, report_on
-from test_examples import rows_of
-from test_split import noise
+from contest import noise, rows_of, write_csv
+from reports import found, report_on
 
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.check import TEST, TRAINING, check, measure_skew

@@ -10,27 +10,21 @@ from types import ModuleType, SimpleNamespace as Of
 
 import pytest
 import torch
-from conftest import run_script, write_hard_contest
+from contest import write_hard_contest
 from peft import LoraConfig, get_peft_model
 from quantised import save_quantised
 from safetensors.torch import load_file, save_file
+from scripts import run_script
 from torch.testing import assert_close
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig
 
-<<<<<<< HEAD
-from vqa_sft.batch.collator import AnswerCollator, answer_prefix, render_prompt
-from vqa_sft.batch.prompts import Prompts, render_messages
-from vqa_sft.data.examples import load_examples
-from vqa_sft.data.images import open_image
-=======
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts, render_messages
 from vqa_sft.batch.template import answer_prefix, render_prompt
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.images import open_image
 from vqa_sft.data.options import ReadOptions
->>>>>>> main
 from vqa_sft.errors import InputError
 from vqa_sft.models.load import load_processor, load_trained
 from vqa_sft.models.scoring import find_letter_ids, letter_logits
@@ -337,7 +331,7 @@ def test_what_the_docs_send_to_a_server_is_the_prompt_of_the_run(train, tmp_path
     copy_of(train(name), tmp_path / "runs" / "mine")
     (tmp_path / "photo.png").write_bytes(b"pixels")
     monkeypatch.chdir(tmp_path)
-    docs = (Path(__file__).parents[2] / "docs" / "prediction.md").read_text(encoding="utf-8")
+    docs = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
     (block,) = (found for found in re.findall(r"```python\n(.*?)```", docs, re.DOTALL) if "OpenAI" in found)
     exec(block, found := {})
 

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_script, write_hard_contest
+from contest import write_hard_contest
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
+from scripts import run_script
 from torch.testing import assert_close
 
 from vqa_sft.errors import InputError

@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import run_script, write_hard_contest
+from contest import write_hard_contest
 from safetensors.torch import load_file
+from scripts import run_script
 from torch import nn
 from torch.testing import assert_close
 

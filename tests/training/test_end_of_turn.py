@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from test_collator import prompt_bytes
-from test_speedups import assert_same
-from test_trainer import SPELLING, build_trainer
+from gradients import assert_same
+from trainers import SPELLING, build_trainer, prompt_bytes
 
 from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, TrainCollator
 from vqa_sft.batch.prompts import Prompts

@@ -14,6 +14,8 @@ from vqa_sft.letters import LETTERS
 FORMATS = ("letter", "index_from_0", "index_from_1", "text")
 # What test sets write where the answer is not given.
 UNKNOWN = ("", "?", "-", "-1", "nan", "none", "null")
+# What they write beside these where rows need no answers, unless it is a choice.
+PLACEHOLDERS = ("hidden", "unknown", "n/a", "na", "tbd", "todo", "x", "_", "--", "...", "<hidden>", "[hidden]")
 # A format is ruled out by so many rows, and this share of them, that it cannot read and another can.
 FEWEST, SHARE = 3, 0.01
 # "Option A", "option_a", "Answer: (B)", "The answer is C."

@@ -243,3 +243,17 @@ def strip_labels(choices: Sequence[str]) -> list[str] | None:
     if any(item is None or item[0] != place for place, item in enumerate(found)):
         return None
     return [text for _, text in found]
+
+
+def text_of(cell: object) -> str:
+    """A cell as text; "" for None and NaN."""
+    return "" if cell is None or cell != cell else str(cell).strip()  # NaN is not equal to itself
+
+
+def is_writable(text: str) -> bool:
+    """Whether the text can be written; JSON may hold half a character ("\\ud800")."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -13,8 +13,9 @@ from typing import Any
 import datasets
 import pyarrow.parquet as pq
 
+from vqa_sft.data.find_files import find_files
 from vqa_sft.data.problems import Problems
-from vqa_sft.data.sources import Source, find_files
+from vqa_sft.data.sources import Source
 from vqa_sft.errors import InputError, printable
 from vqa_sft.files import whole
 

@@ -4,7 +4,7 @@ Standard library only. An error stops a run, because the row cannot be used as i
 that `vqa-sft check` shows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -117,6 +117,10 @@ class Problems:
         assert kind in KINDS, kind
         label = row_id or f"number {row}"
         self._found.setdefault(kind, []).append((f"{label} ({detail})" if detail else label, row))
+
+    def of_row(self, row_id: str, row: int) -> Callable[..., None]:
+        """`add` for one row: report(kind, detail)."""
+        return lambda kind, detail="": self.add(kind, row_id, row, detail)
 
     def __iter__(self) -> Iterator[tuple[str, Kind, list[str]]]:
         """(key, kind, labels of the rows): errors first, then warnings."""

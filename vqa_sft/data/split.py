@@ -15,7 +15,6 @@ Of a stream, whose rows nobody counts, one line tells its first rows: `stream,fi
 import csv
 import hashlib
 import itertools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import datasets
 
+from vqa_sft.data.digests import digest, digests_of
 from vqa_sft.data.duplicates import row_groups
 from vqa_sft.data.examples import Loaded
 from vqa_sft.data.folds import hold_out_rows, read_folds
@@ -30,7 +30,6 @@ from vqa_sft.data.images import ImageFacts, digest_of
 from vqa_sft.data.scan import Scan, scan_images
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import whole
-from vqa_sft.predictions.file import digests_of
 
 TRAIN, VALIDATION, LEFT_OUT = "train", "validation", "left_out"
 STREAM = "stream"
@@ -70,11 +69,7 @@ def choose_parts(
 def _image_digests(scan: Scan) -> list[str]:
     """Of every row's images; those of files that cannot be read count by what is wrong with them."""
     known = [image.digest.hex() if image.digest else image.problem for image in scan.images]
-    return [_digest([known[number] for number in of_row]) for of_row in scan.of_row]
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return [digest([known[number] for number in of_row]) for of_row in scan.of_row]
 
 
 def _bad_rows(data: Loaded, scan: Scan, on_bad_row: str) -> set[int]:
@@ -182,18 +177,18 @@ def _describe_rows(data: Loaded) -> Iterator[dict[str, str]]:
 
 
 def _texts(row: Mapping[str, Any]) -> str:
-    return _digest([row["question"], row["context"], row["choices"]])
+    return digest([row["question"], row["context"], row["choices"]])
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    return _digest([row["answer"], row.get("targets")])
+    return digest([row["answer"], row.get("targets")])
 
 
 def _first_rows(data: Loaded) -> dict[str, str]:
     rows = list(itertools.islice(data.examples, STREAM_ROWS))
     texts, labels = ([read(row) for row in rows] for read in (_texts, _label))
     ids = [row["id"] for row in rows]
-    return {"id": f"first {len(rows)} rows", "texts": _digest([ids, texts]), "label": _digest(labels), "images": ""}
+    return {"id": f"first {len(rows)} rows", "texts": digest([ids, texts]), "label": digest(labels), "images": ""}
 
 
 def read_parts(
@@ -246,7 +241,7 @@ def read_parts(
 
 def _read_images(images: Sequence[Mapping[str, Any]]) -> str:
     digests = [digest_of(image) for image in images]
-    return "" if None in digests else _digest(digests)  # who opens it names a file that cannot be read
+    return "" if None in digests else digest(digests)  # who opens it names a file that cannot be read
 
 
 def _check_same(folder: str | Path, pairs: Sequence[tuple[Mapping[str, str], Mapping[str, str]]], hint: str) -> None:

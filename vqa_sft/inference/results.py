@@ -19,7 +19,8 @@ from vqa_sft.inference import shards
 from vqa_sft.predictions.calibration import OUT_OF_FOLD, RUN, VALIDATION
 from vqa_sft.predictions.ensemble import combine
 from vqa_sft.predictions.file import Predictions, read_predictions, write_predictions
-from vqa_sft.predictions.submission import Style, write
+from vqa_sft.predictions.style import Style
+from vqa_sft.predictions.submission import write
 
 # What a run folder holds of its own, and what is there where it does.
 OWN_FILES = {VALIDATION: RUN, OUT_OF_FOLD: "out_of_fold.json"}

@@ -20,9 +20,11 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.batch.template import check_texts
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.errors import InputError
-from vqa_sft.models import load as models, processes as launch, scoring
+from vqa_sft.models import load as models, processes, scoring
 from vqa_sft.models.adapters import Adapters, kind_of
-from vqa_sft.models.fast import feature_store as cache, speedups as speed
+from vqa_sft.models.fast import speedups
+from vqa_sft.models.fast.feature_store import FeatureStore, open_store
+from vqa_sft.models.fast.fill_store import fill_store
 from vqa_sft.models.fast.packing import Packer
 from vqa_sft.runs.folder import Run
 
@@ -64,7 +66,7 @@ class Scorer:
     precision: str
     packer: Packer | None
     adapters: Adapters | None
-    store: cache.FeatureStore | None
+    store: FeatureStore | None
 
     def collators(
         self, views: str | int = "identity", scales: Sequence[float] = (1.0,), blank: Mapping | None = None
@@ -82,7 +84,7 @@ class Scorer:
         """Compute the features of the rows' images that are not stored yet, where the runs cache them."""
         for collator in collators:
             if collator.features is not None:
-                cache.fill_store(self.model, collator, [examples], self.precision, batch_size, num_workers)
+                fill_store(self.model, collator, [examples], self.precision, batch_size, num_workers)
 
 
 def load(
@@ -109,16 +111,16 @@ def load(
     letter_ids = find_ids(processor, num_letters, run.prompts)
     if examples is not None:
         check_texts(processor, examples, run.prompts)
-    model = models.load_trained(run.folder or "none", model_args, precision, device_map=launch.device_map(), **trust)
+    model = models.load_trained(run.folder or "none", model_args, precision, device_map=processes.device_map(), **trust)
     model.to(PartialState().device).eval().requires_grad_(False)
     packer = store = None
     adapters = Adapters(model, [other.folder for other in runs]) if len(runs) > 1 else None
     if run.recipe.get("fast", True):
-        packer = speed.pack_rows(model, precision)
+        packer = speedups.pack_rows(model, precision)
         if run.recipe.get("cache_image_features"):
-            store = cache.open_store(model, processor, packer, precision)
+            store = open_store(model, processor, packer, precision)
         num_views = len(examples or ()) * views_a_row * len(runs)
-        speed.speed_up(model, compile_layers=speed.pays_compilation(num_views, compile_layers))
+        speedups.speed_up(model, compile_layers=speedups.pays_compilation(num_views, compile_layers))
     return Scorer(
         model=model,
         processor=processor,

@@ -188,6 +188,7 @@ def train_naive(values: dict[str, Any]) -> None:
     from vqa_sft.data.split import TRAIN, choose_parts, select
     from vqa_sft.letters import LETTERS, identity_order
     from vqa_sft.models import load as models
+    from vqa_sft.models.lora import lora_config
     from vqa_sft.runs import folder as run_folder
     from vqa_sft.training import curves
 
@@ -229,7 +230,7 @@ def train_naive(values: dict[str, Any]) -> None:
         ),
         train_dataset=dataset,
         processing_class=processor,
-        peft_config=models.lora_config(recipe.model_args(), model),
+        peft_config=lora_config(recipe.model_args(), model),
         callbacks=[curves.WriteCurves()],
     )
     run_folder.start(values["output_dir"], recipe.values, overwrite=True)

@@ -1,7 +1,7 @@
 """Adapters of several runs that take turns in one model: the base is loaded once.
 
 Each run's weights lie on the device and are copied into the one adapter that the model has, so whatever was done to the
-model (packed rows, MLPs that ride on the base, compiled layers) holds for all of them. 80 MB for rank 16 of a 7B model
+model (packed rows, fused MLPs, compiled layers) holds for all of them. 80 MB for rank 16 of a 7B model
 in bf16, which a GPU copies in far less than a forward takes.
 """
 
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from vqa_sft.errors import InputError
-from vqa_sft.models.load import names_beside_decoder
+from vqa_sft.models.parts import names_beside_decoder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What says where an adapter comes from, not what it is.

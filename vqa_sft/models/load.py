@@ -1,8 +1,6 @@
 """Loads processor, model and adapter; nothing else."""
 
-import difflib
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -23,11 +21,12 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.integrations import deepspeed, sdpa_attention
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
 from vqa_sft.batch.pixels import limit_pixels
 from vqa_sft.errors import InputError, explains
 from vqa_sft.models import quantized
+from vqa_sft.models.parts import decoder_name, names_beside_decoder
 
 # What transformers, peft and safetensors raise for a folder that is wrong, damaged or of another model.
 LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, SafetensorError)
@@ -228,116 +227,6 @@ def _is_apart(weight: str, model: PreTrainedModel) -> bool:
 
 def _first(names: list[str], num: int = 3) -> str:
     return ", ".join(names[:num]) + (", ..." if len(names) > num else "")
-
-
-def decoder_name(model: PreTrainedModel) -> str:
-    """Where the language model stands in this family: "model.language_model", "model.text_model", ..."""
-    decoder = model.get_decoder()
-    return next(name for name, module in model.named_modules() if module is decoder)
-
-
-def names_beside_decoder(model: PreTrainedModel) -> list[str]:
-    """The vision tower and what connects it: everything that stands beside the language model."""
-    parent, _, name = decoder_name(model).rpartition(".")
-    children = [child for child, _ in model.get_submodule(parent).named_children() if child not in (name, "lm_head")]
-    return [f"{parent}.{child}".lstrip(".") for child in children]
-
-
-def vision_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """All weights outside the language model."""
-    return [weight for part in names_beside_decoder(model) for weight in model.get_submodule(part).parameters()]
-
-
-def vision_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
-    """Names of the linear layers of the vision tower's blocks, and of what leads from them to the language model: a
-    projector, or the mergers that stand inside the tower (Qwen-VL)."""
-    beside = {part: dict(model.get_submodule(part).named_modules(prefix=part)) for part in names_beside_decoder(model)}
-    modules = {name: module for part in beside.values() for name, module in part.items()}
-    linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
-    lists = [name for name, module in modules.items() if isinstance(module, torch.nn.ModuleList)]
-    if not lists:
-        return [], []
-    blocks = max(lists, key=lambda blocks: sum(name.startswith(f"{blocks}.") for name in linear))
-    tower = [name for name in linear if name.startswith(f"{blocks}.")]
-    # A tower may have a head of its own that nothing reads; where there is a projector it is that.
-    home = next(part for part in beside if f"{blocks}.".startswith(f"{part}."))
-    projector = [name for name in linear if name not in beside[home]]
-    return tower, projector or [name for name in linear if name not in tower]
-
-
-def lora_config(
-    model_args: ModelConfig, model: PreTrainedModel, *, adapt_tower: bool = False, adapt_merger: bool = False
-) -> LoraConfig | None:
-    """TRL's LoRA settings; by default every linear layer of the language model is adapted, routers of experts left out
-    (experts that are no linear layers of their own, as in Qwen3-VL-MoE, are not adapted either), and if asked for
-    those of the vision tower's blocks and of its merger or projector.
-
-    The usual bare names (q_proj, ..., down_proj) would also hit the vision tower's MLP in Qwen2.5-VL, which costs
-    its backward pass and makes its output change during training.
-    """
-    config = get_peft_config(model_args)
-    if config is None:
-        if own := quantized.quantization_of(model.config):
-            raise InputError(
-                f"the base is quantised ({quantized.describe(own)}) and can only be trained through an adapter; set "
-                "use_peft: true."
-            )
-        return None
-    _check_names(config, model)
-    if config.target_modules is None:
-        layers = {
-            name.rpartition(".")[2]
-            for name, module in model.get_decoder().named_modules()
-            if isinstance(module, torch.nn.Linear)
-        } - {"lm_head", "router", "gate", "shared_expert_gate"}
-        config.target_modules = re.escape(decoder_name(model)) + rf"\..*\.({'|'.join(sorted(layers))})"
-        asked = {"adapt_tower": adapt_tower, "adapt_merger": adapt_merger}
-        for (field, is_asked), names in zip(asked.items(), vision_layers(model), strict=True):
-            if is_asked and not names:
-                raise InputError(f"{field}: no such linear layers are found in {type(model).__name__}. Remove it.")
-            config.target_modules = "|".join([config.target_modules, *map(re.escape, names * is_asked)])
-    return config
-
-
-def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
-    """Raises InputError, with the nearest names, for a name of the recipe that no module or parameter of the model
-    has: PEFT leaves out what it does not find, as long as it finds another. A name is a module's whole name or the end
-    of one (q_proj, self_attn.q_proj); a single one may be a regular expression of whole names."""
-    modules = [name for name, _ in model.named_modules() if name]
-    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
-        # TRL makes a text of a list of one.
-        if _is_name(config.target_modules):
-            config.target_modules = {config.target_modules}
-        elif not any(_matches(config.target_modules, name) for name in modules):
-            raise InputError(f"lora_target_modules: no module of the model matches {config.target_modules!r}.")
-    asked = {
-        "lora_target_modules": (config.target_modules, modules),
-        "lora_modules_to_save": (config.modules_to_save, modules),
-        "lora_target_parameters": (config.target_parameters, [name for name, _ in model.named_parameters()]),
-    }
-    for field, (names, known) in asked.items():
-        if not names or isinstance(names, str):
-            continue
-        unknown = [name for name in names if not any(f".{path}".endswith(f".{name}") for path in known)]
-        if unknown:
-            said = "; ".join(f"{name!r} (nearest: {', '.join(_nearest(name, known))})" for name in sorted(unknown))
-            raise InputError(f"{field}: {type(model).__name__} has no {said}.")
-
-
-def _is_name(text: str) -> bool:
-    return re.fullmatch(r"\w+(\.\w+)*", text) is not None
-
-
-def _matches(pattern: str, name: str) -> bool:
-    with explains(re.error, f"lora_target_modules: {pattern!r} is no regular expression"):
-        return re.fullmatch(pattern, name) is not None
-
-
-def _nearest(name: str, known: list[str], num: int = 3) -> list[str]:
-    """The ends of the `known` names, as long as `name` is in dots, that are most like it."""
-    length = name.count(".") + 1
-    ends = {".".join(path.split(".")[-length:]) for path in known}
-    return difflib.get_close_matches(name, sorted(end for end in ends if not end.isdecimal()), num, cutoff=0)
 
 
 def load_trained(

@@ -20,8 +20,8 @@ from vqa_sft.data.references import count_free
 from vqa_sft.errors import InputError, explains
 from vqa_sft.letters import LETTERS, view_orders
 from vqa_sft.models.adapters import Adapters
-from vqa_sft.models.fast.feature_store import encoder_outputs, run_tower, vision_inputs
 from vqa_sft.models.fast.packing import supervised_positions
+from vqa_sft.models.fast.vision import encoder_outputs, run_tower, vision_inputs
 from vqa_sft.models.load import DTYPES
 
 

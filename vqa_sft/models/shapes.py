@@ -1,6 +1,8 @@
 """The published shapes of the models our recipes name, for random weights and for counting without any."""
 
-from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import PreTrainedConfig
+
+from vqa_sft.models.families import FAMILIES
 
 # Published configurations of the models, as far as they set a shape.
 SHAPES = {
@@ -35,13 +37,10 @@ SHAPES = {
 
 def shape_config(name: str, pad_token_id: int | None = None, **token_ids: int) -> PreTrainedConfig:
     """The configuration of `name` from its published shape."""
-    family, text, vision = SHAPES[name]
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    if family == "qwen3_vl":
-        rope |= {"rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True}
-    kind = Qwen2_5_VLConfig if family == "qwen2_5_vl" else Qwen3VLConfig
-    return kind(
-        text_config=text | {"rope_parameters": rope, "pad_token_id": pad_token_id},
+    model_type, text, vision = SHAPES[name]
+    family = FAMILIES[model_type]
+    return family.config_class(
+        text_config=text | {"rope_parameters": family.rope, "pad_token_id": pad_token_id},
         vision_config=vision,
         tie_word_embeddings=text["tie_word_embeddings"],
         **token_ids,

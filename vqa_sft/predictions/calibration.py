@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vqa_sft.console import table
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.files import write_whole
 from vqa_sft.predictions.file import Predictions, check_calibration, is_fold, read_predictions, shared_rows
@@ -24,7 +25,7 @@ from vqa_sft.predictions.fitting import (
     fitter_of,
     weigh_scales,
 )
-from vqa_sft.predictions.metrics import as_table, describe, softmax, with_intervals
+from vqa_sft.predictions.metrics import describe, softmax, with_intervals
 
 CALIBRATION = "calibration.json"
 AT_THE_END = "at_the_end_of_training"  # of an entry that nobody asked for
@@ -156,7 +157,7 @@ def calibrate_run(folder: str | Path, file: str | Path | None = None, *, at_the_
     if found == Calibration():
         bias += " (neither lowers the NLL of rows that it was not fitted on: probabilities stay as they are)"
     return (
-        f"{as_table(lines)}\n{_compare_weights(weighing)}\n{key}: temperature {found.temperature:.3f}, {bias}, from "
+        f"{table(lines)}\n{_compare_weights(weighing)}\n{key}: temperature {found.temperature:.3f}, {bias}, from "
         f"{len(answers):,} rows of {file}.\n"
         "`after` is cross-fitted: each row by a calibration from the other four folds of five, because on the\n"
         f"rows that it was fitted on any temperature looks good.\n{_compare(entries)}Wrote {folder / CALIBRATION}"
@@ -197,7 +198,7 @@ def _compare_weights(weighing: Weighing | None) -> str:
     for way, weights in weighing.weights.items():
         taken = " (taken)" if way == weighing.chosen else ""
         lines.append([way + taken, *(f"{weight:.2f}" for weight in weights.values()), f"{weighing.nll[way]:.4f}"])
-    return f"\n{as_table(lines)}\n"
+    return f"\n{table(lines)}\n"
 
 
 def _compare(entries: Mapping[str, Any]) -> str:
@@ -207,7 +208,7 @@ def _compare(entries: Mapping[str, Any]) -> str:
     if len(known) < 2:
         return ""
     lines = [["views", "rows", "NLL after"], *known]
-    return f"\nKnown of this run, the best first:\n{as_table(lines)}\n"
+    return f"\nKnown of this run, the best first:\n{table(lines)}\n"
 
 
 def _line_of(key: str, entry: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from vqa_sft.errors import InputError, name_rows
-from vqa_sft.files import write_whole
+from vqa_sft.files import begins_with, check_output, write_whole
 from vqa_sft.predictions.calibration import views_key
 from vqa_sft.predictions.file import (
     ANSWERS,
@@ -169,9 +169,10 @@ def write_ensemble(
         raise InputError(f"{twice[0]} is given twice. Give it once, and with --weights more of it.")
     if (weights == "learned") != bool(learn_on):
         raise InputError("--weights learned and --learn-on FILES belong together; one is missing.")
-    _check_output(Path(output), [*names, *learn_on])
+    check_output(output, suffix=".parquet", reads=[*names, *learn_on], is_ours=_is_ensemble, kind="ensemble")
     if save_weights is not None:
-        _check_weights_file(Path(save_weights))
+        how = {"is_ours": begins_with(WEIGHTS_START), "kind": "file of --save-weights"}
+        check_output(save_weights, suffix=".json", option="--save-weights", **how)
     files = align([read_predictions(name) for name in names], names)
     if weights == "learned":
         found, notes = _learned_weights(files, learn_on, average, names)
@@ -275,26 +276,9 @@ def _given_weights(text: str, names: Sequence[str], average: str) -> list[float]
     return [number / sum(numbers) for number in numbers]
 
 
-def _check_weights_file(path: Path) -> None:
-    if path.suffix != ".json":
-        raise InputError(f"--save-weights writes a .json file; got {path}.")
-    if path.exists() and not path.read_bytes().startswith(WEIGHTS_START):
-        raise InputError(f"{path} exists and is no file of --save-weights. Name another file.")
-
-
 def _save_weights(path: Path, weights: Sequence[float], names: Sequence[str], average: str) -> None:
     files = [{"file": str(name), "weight": weight} for name, weight in zip(names, weights, strict=True)]
     write_whole(path, json.dumps({"average": average, "files": files}, indent=2) + "\n")
-
-
-def _check_output(output: Path, inputs: Sequence[str]) -> None:
-    """Raises InputError where the ensemble would replace a file that is no ensemble."""
-    if output.suffix != ".parquet":
-        raise InputError(f"--output must end in .parquet; got {output}.")
-    if any(output.resolve() == Path(name).resolve() for name in inputs):
-        raise InputError(f"--output is one of the files that are read: {output}. Name another.")
-    if output.exists() and not _is_ensemble(output):
-        raise InputError(f"{output} exists and is no ensemble. Name another --output.")
 
 
 def _is_ensemble(path: Path) -> bool:

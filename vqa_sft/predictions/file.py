@@ -26,14 +26,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vqa_sft.data.answers import FORMATS
 from vqa_sft.data.columns import Columns
-from vqa_sft.data.examples import row_digest
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import whole
 from vqa_sft.letters import LETTERS
@@ -112,11 +110,6 @@ class Predictions:
                 "weight each; of the held-out rows it is not known what each of these says. Score them in the same way."
             )
         return replace(self, metadata=rest | ({CALIBRATION: own} if own else {}))
-
-
-def digests_of(examples: datasets.Dataset) -> list[str]:
-    """The digest of each row."""
-    return [row_digest(row) for row in examples.select_columns(["question", "choices", "images"])]
 
 
 def others_of(ids: Iterable[str], ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:

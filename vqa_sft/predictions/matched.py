@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from vqa_sft.data.answers import FORMATS, infer_format, read_answer
-from vqa_sft.data.columns import USUAL_NAMES, are_here, find_columns, find_usual
-from vqa_sft.data.examples import read_examples, text_of
+from vqa_sft.data.cells import text_of
+from vqa_sft.data.columns import USUAL_NAMES, are_here, find_usual
+from vqa_sft.data.digests import digests_of
+from vqa_sft.data.examples import read_examples
+from vqa_sft.data.find_columns import find_columns
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.sources import Source, open_source
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.letters import LETTERS
-from vqa_sft.predictions.file import ANSWERS, Predictions, check_same_rows, digests_of
+from vqa_sft.predictions.file import ANSWERS, Predictions, check_same_rows
 
 FIXED = ("fixed_question", "fixed_choices")
 HINT = f"Give --answer-format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
@@ -30,6 +33,14 @@ class Rows:
     choices: dict[str, list[str]]
     answers: dict[str, int | None]
     digests: dict[str, str] = field(default_factory=dict)
+
+    def check(self, path: str | Path, ids: Sequence[str], digests: Mapping[str, str], name: str | Path) -> None:
+        """Raises InputError where `path`, the file of these rows, lacks some of the ids, or has other rows under them;
+        `name` is that of the file with the ids and digests."""
+        missing = [row_id for row_id in ids if row_id not in self.choices]
+        if missing:
+            raise InputError(f"{path} lacks {name_rows(missing, len(ids))}. Give the data of {name}.")
+        check_same_rows(ids, digests, self.digests, [name, path])
 
 
 def read_rows(path: str | Path, own: Mapping[str, Any] | None, **options: Any) -> Rows:
@@ -58,10 +69,7 @@ def read_rows_of(path: str | Path, predictions: Predictions, name: str | Path, *
     """As `read_rows`. Raises InputError where the file lacks rows of the predictions, or holds others under their ids;
     `name` is that of the prediction file."""
     rows, ids = read_rows(path, predictions.metadata.get(ANSWERS), **options), predictions.ids
-    missing = [row_id for row_id in ids if row_id not in rows.choices]
-    if missing:
-        raise InputError(f"{path} lacks {name_rows(missing, len(ids))}. Give the data of the predictions.")
-    check_same_rows(ids, predictions.digest_of, rows.digests, [name, path])
+    rows.check(path, ids, predictions.digest_of, name)
     pairs = zip(ids, predictions.choice_logits, strict=True)
     differ = [row_id for row_id, logits in pairs if max(1, len(rows.choices[row_id])) != len(logits)]
     if differ:

@@ -140,12 +140,3 @@ def with_intervals(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> 
 def describe(values: dict[str, float | list[float]], names: Sequence[str]) -> list[str]:
     """Cells of a table from `with_intervals`: "0.5000 [0.400, 0.600]"."""
     return [f"{values[name]:.4f} [{values[f'{name}_95'][0]:.3f}, {values[f'{name}_95'][1]:.3f}]" for name in names]
-
-
-def as_table(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as text: the first column to the left, the others to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
-        for line in lines
-    )

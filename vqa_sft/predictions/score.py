@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vqa_sft.console import table
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.file import CALIBRATION, Predictions, read_predictions, with_answers
 from vqa_sft.predictions.matched import read_answers
-from vqa_sft.predictions.metrics import as_table, describe, softmax, with_intervals
+from vqa_sft.predictions.metrics import describe, softmax, with_intervals
 
 
 def read_named(item: str) -> tuple[str, Predictions]:
@@ -38,4 +39,4 @@ def score_table(files: Sequence[str], answers_file: str | None = None, data: str
             values = with_intervals(probs, predictions.answers)
             names = [key for key in values if not key.endswith("_95")]
             lines.append([name + kind, f"{len(predictions.ids):,}", *describe(values, names)])
-    return as_table([["", "rows", *names], *lines])
+    return table([["", "rows", *names], *lines])

@@ -1,4 +1,4 @@
-"""Which answers to doubt: margin, entropy, sets that hold the answer with a stated probability. No torch."""
+"""`vqa-sft uncertainty`: margin, entropy, conformal sets that hold the answer with a stated probability. No torch."""
 
 import math
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
+from vqa_sft.console import table
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.letters import LETTERS
 from vqa_sft.predictions.calibration import views_key
-from vqa_sft.predictions.file import CALIBRATION, Predictions, may_be_of_one_run, others_of, read_predictions, whole
-from vqa_sft.predictions.metrics import as_table
-from vqa_sft.predictions.submission import check_output, write_table
+from vqa_sft.predictions.file import CALIBRATION, Predictions, may_be_of_one_run, read_predictions, shared_rows
+from vqa_sft.predictions.submission_file import check_table, write_table
 
 HEADER = ("id", "best", "probability", "margin", "entropy", "agreement", "set")
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
@@ -20,9 +20,9 @@ SHOWN = 10
 
 
 @dataclass
-class Doubts:
-    """Of N rows: the best choice, its probability, how much more it has than the second, the entropy in nats, the
-    share of views that agree (None: unknown), and, where they were asked for, the choices of the conformal set."""
+class Uncertainty:
+    """Of N rows: the best choice, its probability, its margin over the second one, the entropy in nats, the share of
+    views that agree (None: unknown), and, with a coverage, the choices of the conformal set."""
 
     ids: list[str]
     best: list[int]
@@ -33,18 +33,18 @@ class Doubts:
     sets: list[list[int]] | None = None
 
 
-def find_doubts(predictions: Predictions) -> Doubts:
+def measure_uncertainty(predictions: Predictions) -> Uncertainty:
     probs = predictions.probs
     weights = (predictions.metadata.get(CALIBRATION) or {}).get("scale_weights") or {}
     counts_equally = max(weights.values(), default=0) - min(weights.values(), default=0) < 1e-9
     top_two = [np.sort(row)[::-1][:2] for row in probs]
-    return Doubts(
+    return Uncertainty(
         predictions.ids,
         predictions.best,
         np.array([row[0] for row in top_two]),
         np.array([row[0] - (row[1] if len(row) > 1 else 0) for row in top_two]),
         np.array([-sum(p * math.log(p) for p in row if p > 0) for row in probs]),
-        # Where scales have weights, that of equal ones says nothing of the best choice.
+        # Agreement counts scales equally: with other weights it is not about this best choice.
         (counts_equally and predictions.agreement) or [None] * len(probs),
     )
 
@@ -53,33 +53,33 @@ def conformal_threshold(held_out: Predictions, coverage: float) -> float:
     """The ceil((n + 1) coverage)-th smallest of the n held-out scores 1 - p(answer); infinite where there are too few
     rows for so high a coverage (Vovk et al. 2005; LAC: Sadinle, Lei and Wasserman 2019, arXiv 1609.00451)."""
     scores = sorted(1 - row[answer] for row, answer in zip(held_out.probs, held_out.answers, strict=True))
-    rank = math.ceil((len(scores) + 1) * coverage - 1e-9)  # 0.9 is a little more than nine tenths
+    rank = math.ceil((len(scores) + 1) * coverage - 1e-9)  # as a float, 0.9 is a little more than nine tenths
     return float(scores[rank - 1]) if rank <= len(scores) else math.inf
 
 
 def conformal_sets(predictions: Predictions, threshold: float) -> list[list[int]]:
-    """The choices with 1 - p at most the threshold: over rows like the held-out ones, they hold the answer with the
-    coverage asked for, on average and not for each kind of row. A set that would be empty holds the best choice, which
-    can only raise the coverage."""
+    """The choices with 1 - p at most the threshold. Over rows like the held-out ones they hold the answer with the
+    coverage asked for: on average, not for each kind of row. A set that would be empty holds the best choice, which can
+    only raise the coverage."""
     sets = [[i for i, p in enumerate(row) if 1 - p <= threshold] for row in predictions.probs]
     return [found or [best] for found, best in zip(sets, predictions.best, strict=True)]
 
 
 def risk_at(is_wrong: np.ndarray, certainty: np.ndarray) -> np.ndarray:
-    """Error rate (N,) of the 1, 2, ..., N most certain rows; of equally certain ones the first come first."""
+    """Error rate (N,) of the 1, 2, ..., N most certain rows; ties in their order."""
     order = np.argsort(-certainty, kind="stable")
     return np.cumsum(is_wrong[order]) / np.arange(1, len(order) + 1)
 
 
-def risk_coverage_table(predictions: Predictions, doubts: Doubts) -> str:
+def risk_coverage_table(predictions: Predictions, uncertainty: Uncertainty) -> str:
     """Error rates of the most certain rows, by margin and by entropy, and the area under each curve (its mean)."""
-    is_wrong = np.array([best != answer for best, answer in zip(doubts.best, predictions.answers, strict=True)])
-    curves = [risk_at(is_wrong, doubts.margin), risk_at(is_wrong, -doubts.entropy)]
+    is_wrong = np.array([best != answer for best, answer in zip(uncertainty.best, predictions.answers, strict=True)])
+    curves = [risk_at(is_wrong, uncertainty.margin), risk_at(is_wrong, -uncertainty.entropy)]
     lines = [["coverage", "rows", "error by margin", "error by entropy"]]
     for coverage in COVERAGES:
         num_rows = max(1, math.ceil(coverage * len(is_wrong) - 1e-9))
         lines.append([f"{coverage:.0%}", f"{num_rows:,}", *(f"{curve[num_rows - 1]:.4f}" for curve in curves)])
-    return as_table([*lines, ["area", "", *(f"{curve.mean():.4f}" for curve in curves)]])
+    return table([*lines, ["area", "", *(f"{curve.mean():.4f}" for curve in curves)]])
 
 
 def describe(
@@ -90,51 +90,47 @@ def describe(
     output: str | Path | None = None,
     overwrite: bool = False,
 ) -> str:
-    """`vqa-sft doubt`: the most doubtful rows, what doubts are worth where answers are known, and with a coverage the
-    sets; all rows go to `output`. Raises InputError before anything is written."""
+    """The least certain rows; where answers are known, error rates by coverage; with a `coverage`, conformal sets. All
+    rows go to `output`. Raises InputError before anything is written."""
     if (coverage is None) != (calibrate_on is None):
-        raise InputError("--coverage and --calibrate-on belong together: the sets are learnt on held-out rows.")
+        raise InputError("--coverage and --calibrate-on belong together: the sets are learned on held-out rows.")
     if coverage is not None and not 0 < coverage < 1:
         raise InputError(f"--coverage must be between 0 and 1; got {coverage}.")
     if output is not None:
-        check_output(output, HEADER, [file, calibrate_on], overwrite)
+        check_table(output, HEADER, [file, calibrate_on], overwrite)
     predictions = read_predictions(file)
-    doubts = find_doubts(predictions)
-    parts = [_most_doubtful(doubts)]
-    known = [i for i, answer in enumerate(predictions.answers) if answer is not None]
-    if len(known) == len(predictions.ids):
-        parts.append(risk_coverage_table(predictions, doubts))
+    uncertainty = measure_uncertainty(predictions)
+    parts = [_least_certain(uncertainty)]
+    if not predictions.unanswered:
+        parts.append(risk_coverage_table(predictions, uncertainty))
     if coverage is not None and calibrate_on is not None:
         held_out = _read_held_out(calibrate_on, file, predictions)
         parts += _beware(calibrate_on, file, held_out, predictions)
         threshold = conformal_threshold(held_out, coverage)
-        doubts.sets = conformal_sets(predictions, threshold)
-        parts.append(_describe_sets(doubts, predictions, coverage, threshold, len(held_out.ids)))
+        uncertainty.sets = conformal_sets(predictions, threshold)
+        parts.append(_describe_sets(uncertainty, predictions, coverage, threshold, len(held_out.ids)))
     if output is not None:
-        _write(output, doubts)
-        parts.append(f"Wrote {len(doubts.ids):,} rows to {output}.")
+        _write(output, uncertainty)
+        parts.append(f"Wrote {len(uncertainty.ids):,} rows to {output}.")
     return "\n\n".join(parts)
 
 
 def _read_held_out(path: str | Path, file: str | Path, predictions: Predictions) -> Predictions:
-    """The rows that the sets are learnt on, as sure as those that they are for."""
+    """The rows that the sets are learned on, with the calibration of the rows that the sets are for."""
     held_out = read_predictions(path)
-    unknown = [row_id for row_id, answer in zip(held_out.ids, held_out.answers, strict=True) if answer is None]
-    if unknown:
+    if unknown := held_out.unanswered:
         raise InputError(f"{path} has no answer in {name_rows(unknown, len(held_out.ids))}. Give rows with answers.")
-    shared = set(held_out.ids) & set(predictions.ids)
-    shared -= set(others_of(shared, held_out.digest_of, predictions.digest_of))
-    if shared:
+    if shared := shared_rows(held_out.ids, {*predictions.ids}, held_out.digest_of, predictions.digest_of):
         raise InputError(
-            f"{path} and {file} share {name_rows([i for i in held_out.ids if i in shared], len(held_out.ids))}. Sets "
-            "say nothing of the rows that they are learnt on. Give others: validation or out-of-fold rows."
+            f"{path} and {file} share {name_rows(shared, len(held_out.ids))}. Sets hold for rows that they were not "
+            "learned on. Give others: validation or out-of-fold rows."
         )
     ours, theirs = (_how(one) for one in (predictions, held_out))
     if ours != theirs:
         raise InputError(
-            f"{path} was scored with {theirs}, {file} with {ours}: the one's probabilities say nothing of the other's. "
-            "Score the held-out rows as these; for an ensemble of folds, which leave no rows that none has seen, take "
-            "one fold's file and out_of_fold.parquet."
+            f"{path} was scored with {theirs}, {file} with {ours}: their probabilities cannot be compared. Score the "
+            "held-out rows as these; for an ensemble of folds, where some fold has seen every row, take one fold's "
+            "file and out_of_fold.parquet."
         )
     return held_out.calibrated_as(predictions)
 
@@ -148,27 +144,25 @@ def _how(predictions: Predictions) -> str:
 
 
 def _beware(path: str | Path, file: str | Path, held_out: Predictions, predictions: Predictions) -> list[str]:
-    """Why the sets may not hold the answer as often as was asked, as far as the files tell: they may be of other runs.
-
-    No error, for a run may have been renamed or merged since.
-    """
+    """Why the coverage may be another than asked for: the files may be of different runs. No error, for a run may have
+    been renamed or merged since."""
     ours, theirs = (_makers(one) for one in (predictions, held_out))
     if len(ours) != len(theirs) or not all(map(may_be_of_one_run, ours, theirs)):
         return [
             f"Beware: {path} was scored by {_named(theirs)}, {file} by {_named(ours)}. If these are different runs, "
-            "the sets hold the answer more or less often than is said here."
+            "the sets hold the answer more or less often than stated here."
         ]
     if list(map(_mixing, ours)) != list(map(_mixing, theirs)):
         return [
             "Beware: the files of the two ensembles have other weights, views or temperatures, and the sets may hold "
-            "the answer more or less often than is said here. Held-out rows that predict.py scores as --data have the "
+            "the answer more or less often than stated here. Held-out rows that predict.py scores as --data have the "
             "same."
         ]
     return []
 
 
 def _makers(predictions: Predictions) -> list[Predictions]:
-    """Of an ensemble, its files in the order of their runs, of which only the metadata are known; else the file."""
+    """The files of an ensemble in the order of their runs, only with their metadata; else the file itself."""
     found = predictions.metadata.get("ensemble")
     if found is None:
         return [predictions]
@@ -178,7 +172,7 @@ def _makers(predictions: Predictions) -> list[Predictions]:
 
 
 def _mixing(predictions: Predictions) -> list:
-    """What of an ensemble's file decides how sure the ensemble is."""
+    """Of a file of an ensemble, what the probabilities of the ensemble depend on: weight, views, calibration."""
     metadata = predictions.metadata
     if (weight := metadata.get("weight")) is None:  # no file of an ensemble
         return []
@@ -191,17 +185,17 @@ def _named(makers: Sequence[Predictions]) -> str:
     return ", ".join(map(str, names)) or "an unknown run"
 
 
-def _most_doubtful(doubts: Doubts) -> str:
-    rows = np.argsort(doubts.margin, kind="stable")[:SHOWN]
+def _least_certain(uncertainty: Uncertainty) -> str:
+    rows = np.argsort(uncertainty.margin, kind="stable")[:SHOWN]
     lines = [["least margin", "best", "probability", "margin", "entropy"]]
-    lines += [[printable(row[0]), *row[1:5]] for row in (_cells(doubts, i) for i in rows)]
-    return as_table(lines)
+    lines += [[printable(row[0]), *row[1:5]] for row in (_cells(uncertainty, i) for i in rows)]
+    return table(lines)
 
 
 def _describe_sets(
-    doubts: Doubts, predictions: Predictions, coverage: float, threshold: float, num_held_out: int
+    uncertainty: Uncertainty, predictions: Predictions, coverage: float, threshold: float, num_held_out: int
 ) -> str:
-    sets = doubts.sets or []
+    sets = uncertainty.sets or []
     sizes = np.array([len(found) for found in sets])
     least = f"choices with a probability of at least {1 - threshold:.4f}" if math.isfinite(threshold) else "all choices"
     said = (
@@ -216,14 +210,13 @@ def _describe_sets(
     return f"{said} They hold the answer in {share:.2%} of {len(held):,} rows (standard error {error:.2%})."
 
 
-def _cells(doubts: Doubts, i: int) -> list[str]:
-    numbers = [f"{values[i]:.6f}" for values in (doubts.probability, doubts.margin, doubts.entropy)]
-    agreement = doubts.agreement[i]
-    letters = "".join(LETTERS[choice] for choice in doubts.sets[i]) if doubts.sets else ""
+def _cells(uncertainty: Uncertainty, i: int) -> list[str]:
+    numbers = [f"{values[i]:.6f}" for values in (uncertainty.probability, uncertainty.margin, uncertainty.entropy)]
+    agreement = uncertainty.agreement[i]
+    letters = "".join(LETTERS[choice] for choice in uncertainty.sets[i]) if uncertainty.sets else ""
     shown = "" if agreement is None else f"{agreement:.4f}"
-    return [doubts.ids[i], LETTERS[doubts.best[i]], *numbers, shown, letters]
+    return [uncertainty.ids[i], LETTERS[uncertainty.best[i]], *numbers, shown, letters]
 
 
-def _write(path: str | Path, doubts: Doubts) -> None:
-    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        write_table(file, HEADER, (_cells(doubts, i) for i in range(len(doubts.ids))))
+def _write(path: str | Path, uncertainty: Uncertainty) -> None:
+    write_table(path, HEADER, (_cells(uncertainty, i) for i in range(len(uncertainty.ids))))

@@ -13,11 +13,15 @@ from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
 from vqa_sft.batch.template import check_texts
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.errors import explains
-from vqa_sft.models import load as models, processes
+from vqa_sft.models import processes
 from vqa_sft.models.fast import speedups
-from vqa_sft.models.fast.feature_store import fill_store, open_store
+from vqa_sft.models.fast.feature_store import open_store
+from vqa_sft.models.fast.fill_store import fill_store
+from vqa_sft.models.load import build_skeleton, load_processor
+from vqa_sft.models.lora import lora_config
 from vqa_sft.models.memory.plan import Plan, read_needs
 from vqa_sft.models.memory.shape import Shape
+from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
 from vqa_sft.runs.checkpoints import SaveAndStop
 from vqa_sft.training.averaging import AdapterAverage
@@ -43,16 +47,16 @@ def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precisio
     loading a weight."""
     args, model_args, prompts = recipe.arguments, recipe.model_args(), recipe.arguments.prompts
     trust = {"trust_remote_code": training_args.trust_remote_code}
-    processor = models.load_processor(
+    processor = load_processor(
         model_args.model_name_or_path,
         min_pixels=args.min_pixels,
         max_pixels=args.max_pixels,
         revision=model_args.model_revision,
         **trust,
     )
-    skeleton, adapter = models.build_skeleton(model_args, device_map=processes.device_map(), **trust), None
+    skeleton, adapter = build_skeleton(model_args, device_map=processes.device_map(), **trust), None
     if args.init_adapter is None:
-        adapter = models.lora_config(model_args, skeleton, **args.adapted_parts)
+        adapter = lora_config(model_args, skeleton, **args.adapted_parts)
     loss = LossSettings(
         letter_ids=find_letter_ids(processor, rows.num_letters, prompts),
         vocabulary_weight=args.vocabulary_weight,
@@ -114,7 +118,7 @@ def build_trainer(
             stop=stop,
             callbacks=callbacks,
         )
-    vision = models.vision_parameters(speedups.base_of(trainer.model))
+    vision = vision_parameters(speedups.base_of(trainer.model))
     processes.check_images(rows.counted, trains_vision=any(weight.requires_grad for weight in vision))
     if args.fast:
         _speed_up(trainer, recipe, rows.num_seen(training_args))

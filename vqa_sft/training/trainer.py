@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from vqa_sft.batch.collator import AnswerCollator, TrainCollator
 from vqa_sft.errors import InputError, printable
 from vqa_sft.models.fast.speedups import base_of
-from vqa_sft.models.load import vision_parameters
+from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import supervised_logits
 from vqa_sft.runs.checkpoints import MARKER, MarkWholeCheckpoints, SaveAndStop, goes_on, keep_worker
 from vqa_sft.training import averaging

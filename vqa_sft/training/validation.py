@@ -4,8 +4,9 @@ import datasets
 import torch
 
 from vqa_sft.console import note
+from vqa_sft.data.digests import digests_of
 from vqa_sft.models.scoring import to_choice_logits
-from vqa_sft.predictions.file import Predictions, digests_of
+from vqa_sft.predictions.file import Predictions
 from vqa_sft.training.averaging import put, swapped
 from vqa_sft.training.metrics import METRICS
 from vqa_sft.training.trainer import AnswerTrainer

@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script, write_csv
+from contest import rows_of, write_csv
 from datasets import Dataset
 from families import save_family
+from gradients import assert_same, gradients_of
 from PIL import Image
 from safetensors.torch import load_file
-from test_examples import rows_of
-from test_speedups import assert_same, gradients_of, road  # noqa: F401  a fixture
+from scripts import run_script
 
 from vqa_sft.batch import collator as collators
 from vqa_sft.batch.collator import AnswerCollator, TrainCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.examples import FEATURES
-from vqa_sft.models.fast import feature_store as cache, speedups as speed
+from vqa_sft.models.families import FAMILIES
+from vqa_sft.models.fast import feature_store, fill_store, speedups, vision
 from vqa_sft.models.load import load_processor
 from vqa_sft.models.scoring import answer_logits
 from vqa_sft.predictions.file import read_predictions
@@ -27,7 +28,7 @@ from vqa_sft.predictions.file import read_predictions
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     """The cache of this test alone."""
-    monkeypatch.setattr(cache, "cache_path", lambda: tmp_path / "home" / "images.sqlite")
+    monkeypatch.setattr(feature_store, "cache_path", lambda: tmp_path / "home" / "images.sqlite")
     return tmp_path / "home" / "features"
 
 
@@ -46,14 +47,14 @@ def files(home):
 
 def collators_of(model, processor, precision="fp32", blank=None):
     """A collator that opens images and one that has a store, still empty; the tower is sped up and frozen."""
-    packer = speed.pack_rows(model.get_base_model(), precision)
-    store = cache.open_store(model, processor, packer, precision)
-    speed.speed_up(model)
+    packer = speedups.pack_rows(model.get_base_model(), precision)
+    store = feature_store.open_store(model, processor, packer, precision)
+    speedups.speed_up(model)
     return [AnswerCollator(processor, Prompts(), 4, blank, packer, features) for features in (None, store)]
 
 
 def fill(model, collator, rows, precision="fp32", batch_size=2, num_workers=0):
-    cache.fill_store(model, collator, [Dataset.from_list(rows, FEATURES)], precision, batch_size, num_workers)
+    fill_store.fill_store(model, collator, [Dataset.from_list(rows, FEATURES)], precision, batch_size, num_workers)
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def contest(contest):
     return contest
 
 
-def test_features_from_disk_give_the_logits_and_gradients_of_images(road, opened):  # noqa: F811
+def test_features_from_disk_give_the_logits_and_gradients_of_images(road, opened):
     model, processor, letter_ids, rows = road
     by_pixels, by_features = collators_of(model, processor)
     fill(model, by_features, rows)
@@ -84,7 +85,7 @@ def test_features_from_disk_give_the_logits_and_gradients_of_images(road, opened
     assert torch.equal(by_features(text_only)["input_ids"], by_pixels(text_only)["input_ids"])
 
 
-def test_features_in_half_precision_are_those_that_the_tower_gives(road):  # noqa: F811
+def test_features_in_half_precision_are_those_that_the_tower_gives(road):
     model, processor, _, rows = road
     by_pixels, by_features = collators_of(model.bfloat16(), processor, "bf16")
     fill(model, by_features, rows, "bf16", batch_size=8)
@@ -94,12 +95,12 @@ def test_features_in_half_precision_are_those_that_the_tower_gives(road):  # noq
         ours, theirs = answer_logits(model, features), answer_logits(model, pixels)
     torch.testing.assert_close(ours, theirs, atol=0.05, rtol=0.05)
     images = {name: value for name, value in pixels.items() if name == "pixel_values" or name.startswith("image_")}
-    by_tower = cache.run_tower(model.get_base_model(), images, "bf16")
+    by_tower = vision.run_tower(model.get_base_model(), images, "bf16")
     # Which images share a batch changes how a product is cut into blocks, and so the last bit.
     torch.testing.assert_close(features["image_features"], by_tower, atol=0.02, rtol=0.02)
 
 
-def test_training_orders_and_left_padding_stay_as_they_are(road):  # noqa: F811
+def test_training_orders_and_left_padding_stay_as_they_are(road):
     model, processor, _, rows = road
     processor.tokenizer.padding_side = "left"
     by_pixels, by_features = collators_of(model, processor)
@@ -113,12 +114,12 @@ def test_training_orders_and_left_padding_stay_as_they_are(road):  # noqa: F811
         assert torch.equal(plain(rows)[name], stored(rows)[name])
 
 
-def test_a_second_run_computes_nothing_and_opens_no_image(road, opened, capsys, monkeypatch):  # noqa: F811
+def test_a_second_run_computes_nothing_and_opens_no_image(road, opened, capsys, monkeypatch):
     model, processor, _, rows = road
     _, collator = collators_of(model, processor)
     fill(model, collator, rows, num_workers=2)
     assert "features of 4 images, 4 computed, 0 found" in capsys.readouterr().out
-    monkeypatch.setattr(cache, "run_tower", lambda *args: pytest.fail("the tower ran"))
+    monkeypatch.setattr(fill_store, "run_tower", lambda *args: pytest.fail("the tower ran"))
     _, again = collators_of(model, processor)
     assert again.features.folder == collator.features.folder
     again(rows)
@@ -134,7 +135,7 @@ def test_a_second_run_computes_nothing_and_opens_no_image(road, opened, capsys, 
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "other bytes", "another image's", "gone"])
-def test_a_damaged_file_is_noticed_and_computed_again(road, home, opened, capsys, damage):  # noqa: F811
+def test_a_damaged_file_is_noticed_and_computed_again(road, home, opened, capsys, damage):
     model, processor, _, rows = road
     by_pixels, collator = collators_of(model, processor)
     fill(model, collator, rows, batch_size=1)  # so that the same bits come again
@@ -157,7 +158,7 @@ def test_a_damaged_file_is_noticed_and_computed_again(road, home, opened, capsys
     assert torch.equal(collator(rows)["image_features"], expected["image_features"])
 
 
-def test_a_disk_that_does_not_answer_now_loses_nothing(road, home, monkeypatch):  # noqa: F811
+def test_a_disk_that_does_not_answer_now_loses_nothing(road, home, monkeypatch):
     model, processor, _, rows = road
     _, collator = collators_of(model, processor)
     fill(model, collator, rows)
@@ -166,12 +167,12 @@ def test_a_disk_that_does_not_answer_now_loses_nothing(road, home, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(cache, "safe_open", fails)
+    monkeypatch.setattr(feature_store, "safe_open", fails)
     assert "image_features" not in collator(rows)
     assert files(home) == stored
 
 
-def test_a_start_finds_files_that_are_cut_off_or_stand_in_the_wrong_place(road, home, capsys):  # noqa: F811
+def test_a_start_finds_files_that_are_cut_off_or_stand_in_the_wrong_place(road, home, capsys):
     model, processor, _, rows = road
     _, collator = collators_of(model, processor)
     fill(model, collator, rows, batch_size=1)
@@ -187,12 +188,12 @@ def test_a_start_finds_files_that_are_cut_off_or_stand_in_the_wrong_place(road, 
 
 
 def test_a_writer_that_is_killed_leaves_nothing_half(home, monkeypatch):
-    store = cache.FeatureStore(home / "tower")
+    store = feature_store.FeatureStore(home / "tower")
 
     def killed(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cache.os, "replace", killed)
+    monkeypatch.setattr(feature_store.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         store.write("ab12", torch.ones(4, 8), torch.tensor([1, 4, 4]))
     assert not files(home) and store.num_bytes("ab12") == 0
@@ -202,10 +203,10 @@ def test_weights_limits_and_precision_have_folders_of_their_own(families, tmp_pa
     folders = [families("qwen2_5_vl"), save_family("qwen2_5_vl", tmp_path / "other", seed=1)]
     models = [cache_model(folder) for folder in folders]
     processor, small = load_processor(folders[0]), load_processor(folders[0], min_pixels=784, max_pixels=3136)
-    keys = [cache.tower_key(*how) for how in ((models[0], processor, "fp32"), (models[1], processor, "fp32"))]
-    keys += [cache.tower_key(models[0], small, "fp32"), cache.tower_key(models[0], processor, "bf16")]
+    keys = [feature_store.tower_key(*how) for how in ((models[0], processor, "fp32"), (models[1], processor, "fp32"))]
+    keys += [feature_store.tower_key(models[0], small, "fp32"), feature_store.tower_key(models[0], processor, "bf16")]
     assert len(set(keys)) == 4
-    assert cache.tower_key(cache_model(folders[0]), load_processor(folders[0]), "fp32") == keys[0]
+    assert feature_store.tower_key(cache_model(folders[0]), load_processor(folders[0]), "fp32") == keys[0]
 
 
 def cache_model(folder):
@@ -216,7 +217,7 @@ def cache_model(folder):
     return load_model(ModelConfig(model_name_or_path=str(folder), dtype=None), "fp32")
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_training_and_prediction_with_features_end_as_without(
     families, contest, sft, tmp_path, home, opened, capsys, family
 ):
@@ -277,7 +278,7 @@ def test_a_disk_that_takes_no_features_costs_time_and_no_run(
 
         monkeypatch.setattr(Path, "write_bytes", full)
     elif trouble == "full before":
-        monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**30 + 100}))
+        monkeypatch.setattr(fill_store.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**30 + 100}))
     else:
         home.parent.mkdir()
         home.write_text("a file where the folder should be")
@@ -311,16 +312,16 @@ def test_images_are_computed_once_however_many_rows_show_them(families, contest,
     assert len(opened) == len(files(home)) == 4
 
 
-def test_the_estimate_of_the_disk_space_is_what_the_features_take(road, home, capsys):  # noqa: F811
+def test_the_estimate_of_the_disk_space_is_what_the_features_take(road, home, capsys):
     model, processor, _, rows = road
     _, collator = collators_of(model, processor)
     data = Dataset.from_list(rows, FEATURES).select_columns(["id", "images"])
     rows = torch.utils.data.ConcatDataset([data])
-    config = model.get_base_model().config.vision_config
-    cache.fill_store(model, collator, [data], "fp32", 4, 0)
-    for digest, place in cache._plan(collator, config, rows, "fp32")[0].items():
+    config = model.get_base_model().config
+    fill_store.fill_store(model, collator, [data], "fp32", 4, 0)
+    for digest, place in fill_store._plan(collator, config, rows, "fp32")[0].items():
         features, _ = collator.features.read(digest)
-        assert cache._num_values(collator, config, rows, place) == features.numel()
+        assert fill_store._num_values(collator, config, rows, place) == features.numel()
 
 
 def test_a_image_that_nobody_checked_is_named_when_it_cannot_be_read(families, contest, sft, tmp_path, capsys):

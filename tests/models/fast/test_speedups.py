@@ -4,62 +4,25 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
+from gradients import assert_same, gradients_of
 from peft import get_peft_model
-from torch import nn
 from trl import ModelConfig
 
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.batch.template import render_prompt
-from vqa_sft.data.examples import load_examples
-from vqa_sft.models.fast import fused_lora as lora, speedups as speed, vision
-from vqa_sft.models.load import load_model, load_processor, lora_config
-from vqa_sft.models.scoring import answer_logits, find_letter_ids
-
-PACKED = ("qwen2_5_vl", "qwen3_vl")
-
-
-@pytest.fixture(params=PACKED)
-def road(request, families, contest):
-    """A model with a LoRA that does something, its processor, letter ids, and rows of many lengths and images."""
-    folder = families(request.param)
-    examples, _ = load_examples(str(contest / "train.csv"))
-    rows = [examples[i] for i in range(5)]
-    rows[1] = rows[1] | {"question": "Which of these is the colour of the square that stands in the image?"}
-    rows[2] = rows[2] | {"images": []}
-    rows[3] = rows[3] | {"images": rows[3]["images"] + rows[0]["images"]}
-    processor = load_processor(folder)
-    args = ModelConfig(model_name_or_path=folder, dtype=None, use_peft=True, lora_r=4, lora_dropout=0.0)
-    base = load_model(args, "fp32")
-    model = get_peft_model(base, lora_config(args, base))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return model, processor, find_letter_ids(processor, 4), rows
-
-
-def gradients_of(model, batch, letter_ids):
-    """Answer logits (B, V), and the gradient of every trained weight."""
-    model.zero_grad()
-    logits = answer_logits(model, batch)
-    F.cross_entropy(logits, letter_ids[batch["answers"]], reduction="sum").backward()
-    return logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(ours, theirs):
-    torch.testing.assert_close(ours[0], theirs[0], atol=2e-5, rtol=1e-5)
-    assert ours[1].keys() == theirs[1].keys() and len(theirs[1]) > 10
-    for name, expected in theirs[1].items():
-        scale = expected.abs().max().item()
-        torch.testing.assert_close(ours[1][name], expected, atol=2e-5 * max(scale, 1), rtol=1e-4, msg=name)
+from vqa_sft.models.families import FAMILIES, tower_of
+from vqa_sft.models.fast import fused_lora, speedups, vision
+from vqa_sft.models.load import load_model
+from vqa_sft.models.lora import lora_config
+from vqa_sft.models.scoring import answer_logits
 
 
 @pytest.mark.parametrize("answers_only", [False, True], ids=["whole last layer", "last layer at the answers"])
 def test_packed_rows_give_the_logits_and_gradients_of_padded_rows(road, answers_only):
     model, processor, letter_ids, rows = road
     plain = gradients_of(model, AnswerCollator(processor, Prompts(), 4)(rows), letter_ids)
-    packer = speed.pack_rows(model.get_base_model(), "fp32", answers_only=answers_only)
+    packer = speedups.pack_rows(model.get_base_model(), "fp32", answers_only=answers_only)
     batch = AnswerCollator(processor, Prompts(), 4, packer=packer)(rows)
     assert batch["input_ids"].shape[0] == 1 and "attention_mask" not in batch
     assert_same(gradients_of(model, batch, letter_ids), plain)
@@ -68,7 +31,7 @@ def test_packed_rows_give_the_logits_and_gradients_of_padded_rows(road, answers_
 def test_tokens_that_all_rows_begin_with_stand_once(road):
     model, processor, letter_ids, rows = road
     plain = AnswerCollator(processor, Prompts(), 4)
-    packed = AnswerCollator(processor, Prompts(), 4, packer=speed.pack_rows(model.get_base_model(), "fp32"))
+    packed = AnswerCollator(processor, Prompts(), 4, packer=speedups.pack_rows(model.get_base_model(), "fp32"))
     system = processor.tokenizer(render_prompt(processor, rows[2], range(4), Prompts()).split(rows[2]["question"])[0])
     packed.shares_images = False  # as in training
     batch = packed(rows)
@@ -88,24 +51,25 @@ def test_tokens_that_all_rows_begin_with_stand_once(road):
 
 def test_a_padded_mlp_gives_the_features_of_its_own_width(road):
     model, processor, _, rows = road
-    tower = model.get_base_model().model.visual
+    base = model.get_base_model()
+    tower, mlp = tower_of(base), FAMILIES[base.config.model_type].tower_mlp
     batch = AnswerCollator(processor, Prompts(), 4)(rows)
     images = batch["pixel_values"], batch["image_grid_thw"]
     with torch.no_grad():
         expected = tower(*images).pooler_output
-        widths = [vision.pad_mlp(module) for module in tower.modules()]
+        widths = [vision.pad_mlp(module, mlp) for module in tower.modules()]
         assert {None, (52, 64)} >= set(widths) and vision.embed_patches_by_product(tower)
         torch.testing.assert_close(tower(*images).pooler_output, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "traced"])
-def test_adapters_that_ride_on_the_base_give_its_logits_and_gradients(road, compiled):
+def test_fused_adapters_give_the_logits_and_gradients_of_separate_ones(road, compiled):
     model, processor, letter_ids, rows = road
     batch = AnswerCollator(processor, Prompts(), 4)(rows)
     plain = gradients_of(model, batch, letter_ids)
     decoder = model.get_base_model().get_decoder()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert lora.ride_on_base(decoder) == len(decoder.layers)
+    assert fused_lora.fuse(decoder) == len(decoder.layers)
     for layer in decoder.layers if compiled else []:
         layer.forward = torch.compile(layer.forward, dynamic=True, backend="aot_eager")
     assert_same(gradients_of(model, batch, letter_ids), plain)
@@ -128,7 +92,7 @@ def test_adapters_of_another_kind_stay_as_they_are(families, how):
     how = {"use_peft": True, "lora_dropout": 0.0} | how
     args = ModelConfig(model_name_or_path=families("qwen2_5_vl"), dtype=None, **how)
     base = load_model(args, "fp32")
-    assert lora.ride_on_base(get_peft_model(base, lora_config(args, base)).get_base_model().get_decoder()) == 0
+    assert fused_lora.fuse(get_peft_model(base, lora_config(args, base)).get_base_model().get_decoder()) == 0
 
 
 def test_a_model_in_training_is_not_walked_over_again(families):
@@ -136,7 +100,7 @@ def test_a_model_in_training_is_not_walked_over_again(families):
     base = load_model(args, "fp32")
     model = get_peft_model(base, lora_config(args, base))
     assert model.training and not base.training
-    speed.stay_in_training(model)
+    speedups.stay_in_training(model)
     for mode in (True, False, True):
         assert model.train(mode) is model
         assert {module.training for module in model.modules()} == {mode}
@@ -151,8 +115,8 @@ def test_a_model_in_training_is_not_walked_over_again(families):
 def test_layers_that_are_not_compiled_say_why(families, family, capsys):
     args = ModelConfig(model_name_or_path=families(family), dtype=None)
     model = load_model(args, "fp32")
-    speed.pack_rows(model, "fp32")
-    speed.speed_up(model, compile_layers=True)
+    speedups.pack_rows(model, "fp32")
+    speedups.speed_up(model, compile_layers=True)
     said = {"qwen2_5_vl": "needs a GPU of compute capability 8.0", "llava": "not known for llava"}
     assert f"layers are not compiled: that {'is ' * (family == 'llava')}{said[family]}" in capsys.readouterr().out
 
@@ -160,8 +124,8 @@ def test_layers_that_are_not_compiled_say_why(families, family, capsys):
 def test_everything_together_gives_the_logits_and_gradients_of_the_library(road):
     model, processor, letter_ids, rows = road
     plain = gradients_of(model, AnswerCollator(processor, Prompts(), 4)(rows), letter_ids)
-    packer = speed.pack_rows(model.get_base_model(), "fp32")
-    speed.speed_up(model)
+    packer = speedups.pack_rows(model.get_base_model(), "fp32")
+    speedups.speed_up(model)
     batch = AnswerCollator(processor, Prompts(), 4, packer=packer)(rows)
     assert_same(gradients_of(model, batch, letter_ids), plain)
     model.gradient_checkpointing_enable({"use_reentrant": False})

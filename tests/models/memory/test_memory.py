@@ -12,17 +12,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import RECIPES
 from peft import get_peft_model
 from quantised import FP8, KINDS, OTHERS
-from test_cli import run  # noqa: F401  a fixture
+from scripts import RECIPES
 from transformers import AttentionInterface, AutoModelForImageTextToText
 from trl import ModelConfig, SFTConfig
 
 from vqa_sft.errors import InputError
 from vqa_sft.models import shapes
-from vqa_sft.models.fast import fused_lora as lora
-from vqa_sft.models.load import load_model, lora_config
+from vqa_sft.models.families import FAMILIES
+from vqa_sft.models.fast import fused_lora
+from vqa_sft.models.load import load_model
+from vqa_sft.models.lora import lora_config
 from vqa_sft.models.memory import estimate as estimates, fit, out_of_memory
 from vqa_sft.models.memory.estimate import estimate, kept_by_layer, need_gib, num_tokens, scoring_gib, trained_bytes
 from vqa_sft.models.memory.fit import MARGIN, largest_max_pixels, largest_micro_batch, remedies
@@ -134,7 +135,7 @@ def test_parameters_are_those_of_the_published_models():
     assert shape_of(B7).trained == layers and 2 * shape_of(B7, rank=16).trained == layers
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_those_of_a_loaded_model(families, family):
     for values in ({}, {"lora_target_modules": ["q_proj", "down_proj"]}, {"use_peft": False}):
         args = ModelConfig(model_name_or_path=families(family), use_peft=True, lora_r=4, dtype=None)
@@ -197,7 +198,7 @@ def attend_like_flash(module, query, key, value, *args, **kwargs):
 AttentionInterface.register("keeps_like_flash", attend_like_flash)
 
 
-@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl"])
+@pytest.fixture(params=FAMILIES)
 def small(request, monkeypatch):
     """The name of a shape whose widths are all different, small enough for a CPU."""
     text = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
@@ -219,7 +220,7 @@ def saved_bytes(name, how, num_tokens=40, *, fused=False):
     if adapter is not None:
         get_peft_model(model, adapter)
     if fused:
-        assert lora.ride_on_base(model.get_decoder())
+        assert fused_lora.fuse(model.get_decoder())
     layer, text = model.get_decoder().layers[1], model.config.text_config
     text._attn_implementation = "keeps_like_flash"
     hidden = torch.randn(1, num_tokens, text.hidden_size, dtype=torch.bfloat16, requires_grad=True)
@@ -349,7 +350,7 @@ def test_every_remedy_is_enough(name, compiled):
 # --- vqa-sft memory ---------------------------------------------------------------------------------------------------
 
 
-def test_every_recipe_has_a_table_within_seconds(run):  # noqa: F811
+def test_every_recipe_has_a_table_within_seconds(run):
     for path in sorted(RECIPES.glob("*.yaml")):
         start = time.monotonic()
         code, out, err = run("memory", path)
@@ -360,7 +361,7 @@ def test_every_recipe_has_a_table_within_seconds(run):  # noqa: F811
         assert math.isclose(sum(map(float, parts)), float(peak), abs_tol=0.05)
 
 
-def test_fields_of_the_recipe_may_be_given_again(run):  # noqa: F811
+def test_fields_of_the_recipe_may_be_given_again(run):
     peaks = []
     for more in ((), ("--max_pixels", 50176), ("--text-tokens", 20), ("--gradient_checkpointing", "true")):
         _, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--compile_layers", "false", *more)
@@ -368,7 +369,7 @@ def test_fields_of_the_recipe_may_be_given_again(run):  # noqa: F811
     assert max(peaks[1:]) < peaks[0]
 
 
-def test_a_gpu_that_is_large_enough_and_one_that_is_not(run):  # noqa: F811
+def test_a_gpu_that_is_large_enough_and_one_that_is_not(run):
     code, out, _ = run("memory", RECIPES / "qwen3b_t4.yaml", "--gpu-gib", 14)
     assert code == 0 and "It fits:" in out and "Largest micro-batch" in out and "Largest max_pixels" in out
     code, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--gpu-gib", 24)
@@ -383,13 +384,13 @@ def test_a_gpu_that_is_large_enough_and_one_that_is_not(run):  # noqa: F811
     assert code == 1 and "Nothing known makes it fit" in out
 
 
-def test_a_recipe_that_states_accumulation_is_told_it_too(run):  # noqa: F811
+def test_a_recipe_that_states_accumulation_is_told_it_too(run):
     options = ("--global_batch_size", "null", "--gradient_accumulation_steps", 1, "--per_device_train_batch_size", 16)
     _, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--gpu-gib", 40, *options)
     assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4" in out
 
 
-def test_what_cannot_be_said_ends_with_exit_code_2(run, families, tmp_path):  # noqa: F811
+def test_what_cannot_be_said_ends_with_exit_code_2(run, families, tmp_path):
     recipe = RECIPES / "qwen7b.yaml"
     for arguments, says in (
         ((tmp_path / "none.yaml",), "no such yaml"),
@@ -427,7 +428,7 @@ def published(folder, name, own):
         ({"quant_method": "modelopt"}, "(modelopt); what its weights take is not known", 2),
     ],
 )
-def test_the_weights_of_a_quantised_base_are_counted_as_they_are_stored(run, tmp_path, own, says, bytes_a_weight):  # noqa: F811
+def test_the_weights_of_a_quantised_base_are_counted_as_they_are_stored(run, tmp_path, own, says, bytes_a_weight):
     base = published(tmp_path / "base", B7, own)
     code, out, err = run("memory", RECIPES / "qwen7b.yaml", "--model_name_or_path", base, "--gpu-gib", 12)
     shape = shape_of(B7)

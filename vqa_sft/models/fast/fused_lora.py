@@ -1,11 +1,11 @@
-"""The products of an MLP's adapters inside those of its frozen base: each layer W + s B A, with x (T, K), W (N, K).
+"""MLPs whose adapters are fused into the products of their frozen base: each layer W + s B A, with x (T, K), W (N, K).
 
     as PEFT has it    y = x Wᵀ + s (x Aᵀ) Bᵀ       two wide tensors (T, N), and a third for their sum
     here              y = [x, x Aᵀ] [W, s B]ᵀ       one; the rank is a few more columns of one product
 
 Wide tensors are what LoRA costs: on an H200 the MLP of Qwen2.5-VL-7B takes 5 to 7% longer with three of them. gate and
-up ride that way forward, down backward, whose wide tensor is the gradient of its input. W lies in one buffer with its
-adapter's columns or rows, which are written anew before every forward; the layer's own weight is a view of it.
+up are fused forward, down backward, whose wide tensor is the gradient of its input. W lies in one buffer with its
+adapter's columns or rows, which are written again before every forward; the layer's own weight is a view of it.
 
 Exact: the same sum in another order. For MLPs of gate, up and down whose three layers have one plain adapter (no
 dropout, no bias, no DoRA or other variant) on a base that is neither quantised nor trained; others stay as they are.
@@ -25,16 +25,16 @@ from vqa_sft.models.fast import vision
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
-def ride_on_base(decoder: nn.Module) -> int:
-    """Change the MLPs of a decoder's layers in place; how many. Nothing of it is saved."""
-    num_changed = 0
+def fuse(decoder: nn.Module) -> int:
+    """Fuse the MLPs of a decoder's layers in place; how many. Nothing of it is saved."""
+    num_fused = 0
     for layer in decoder.layers:
-        num_changed += hasattr(layer, "mlp") and widen(layer.mlp)
+        num_fused += hasattr(layer, "mlp") and widen(layer.mlp)
         # Buffers are a little larger than the weights whose place the allocator would else keep for others.
         torch.cuda.empty_cache()
-    if num_changed:
+    if num_fused:
         decoder.register_forward_pre_hook(refresh)
-    return num_changed
+    return num_fused
 
 
 def widen(mlp: nn.Module) -> bool:

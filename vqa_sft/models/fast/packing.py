@@ -14,8 +14,7 @@ orders of a row, the image of several questions about it. Such a batch is for sc
 which there are no gradients.
 
 Attention alone sees the rows written out (attention.py), for which `cu_seq_lens_q` holds. Made in the data loader's
-workers, by the library's own functions, so that neither a forward nor a copy waits for the GPU. For Qwen2.5-VL and
-Qwen3-VL.
+workers, by the library's own functions, so that neither a forward nor a copy waits for the GPU. For families.py.
 """
 
 from collections.abc import Callable
@@ -26,23 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
-from transformers.vision_utils import (
-    get_vision_cu_seqlens,
-    get_vision_interpolation_indices_and_weights,
-    get_vision_position_ids,
-    get_vision_window_index,
-)
 
-MODELS = {"qwen2_5_vl": Qwen2_5_VLModel, "qwen3_vl": Qwen3VLModel}
+from vqa_sft.models.families import FAMILIES
+from vqa_sft.models.fast.tower_inputs import round_up
+
 # What the packed row makes needless.
 DROPPED = ("attention_mask", "mm_token_type_ids", "grids_of_rows", "leaders")
 
 
 def why_not(config: PreTrainedConfig) -> str | None:
     """Why rows of this model cannot be packed, if they cannot."""
-    if config.model_type not in MODELS:
+    if config.model_type not in FAMILIES:
         return f"packing is not known for {config.model_type}"
     if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
         return "packed rows know no sliding windows, which this model has"
@@ -59,12 +52,12 @@ class Packer:
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, *, keeps_answers: bool = False) -> None:
         # Only what `get_rope_index` asks of a model: no weights.
-        model_class = MODELS[config.model_type]
-        shell = model_class.__new__(model_class)
+        family = FAMILIES[config.model_type]
+        shell = family.model_class.__new__(family.model_class)
         nn.Module.__init__(shell)
         shell.config = config
         self.rope_index: Callable = shell.get_rope_index
-        self.tower_inputs = partial(_TOWER_INPUTS[config.model_type], config.vision_config)
+        self.tower_inputs = partial(family.tower_inputs, config.vision_config)
         self.dtype = dtype
         self.keeps_answers = keeps_answers
         self.image_token_id = config.image_token_id
@@ -158,50 +151,5 @@ def _shared_prefix(
     return place[is_token], written[kept], copies[:0] if begins.any() else copies
 
 
-def round_up(length: int) -> int:
-    """The next power of two: kernels take any number that is large enough, and compiled code is made for few."""
-    return max(64, 1 << (length - 1).bit_length())
-
-
 def _edges(lengths: torch.Tensor) -> torch.Tensor:
     return F.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
-
-
-def _longest(cu_seqlens: torch.Tensor) -> int:
-    return round_up(int(cu_seqlens.diff().max()))
-
-
-def _qwen2_5_tower_inputs(config: PreTrainedConfig, grid: torch.Tensor) -> dict[str, Any]:
-    cu_seqlens = get_vision_cu_seqlens(grid)
-    window_index, cu_window_seqlens = get_vision_window_index(
-        grid, config.spatial_merge_size, config.window_size, config.patch_size
-    )
-    return {
-        "position_ids": get_vision_position_ids(grid, config.spatial_merge_size),
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": _longest(cu_seqlens),
-        "window_index": window_index,
-        "cu_window_seqlens": cu_window_seqlens,
-        "max_window_seqlen": _longest(cu_window_seqlens),
-    }
-
-
-def _qwen3_tower_inputs(config: PreTrainedConfig, grid: torch.Tensor) -> dict[str, Any]:
-    cu_seqlens = get_vision_cu_seqlens(grid)
-    indices, weights = get_vision_interpolation_indices_and_weights(
-        grid,
-        num_grid_per_side=int(config.num_position_embeddings**0.5),
-        mode="bilinear",
-        align_corners=True,
-        spatial_merge_size=config.spatial_merge_size,
-    )
-    return {
-        "interp_indices": indices,
-        "interp_weights": weights,
-        "position_ids": get_vision_position_ids(grid, config.spatial_merge_size),
-        "cu_seqlens": cu_seqlens,
-        "max_seqlen": _longest(cu_seqlens),
-    }
-
-
-_TOWER_INPUTS = {"qwen2_5_vl": _qwen2_5_tower_inputs, "qwen3_vl": _qwen3_tower_inputs}

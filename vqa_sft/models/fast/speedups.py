@@ -16,8 +16,9 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
-from vqa_sft.models import processes as launch
-from vqa_sft.models.fast import attention, fused_lora as lora, packing, vision
+from vqa_sft.models import processes
+from vqa_sft.models.families import FAMILIES, head_dim, num_deepstack, tower_of
+from vqa_sft.models.fast import attention, fused_lora, packing, vision
 from vqa_sft.models.load import DTYPES
 
 # Graphs of one layer: with and without gradients, first layer (its input has none) and others, training and scoring.
@@ -48,9 +49,8 @@ def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) ->
             module.use_varlen = use_varlen
     layers = model.get_decoder().layers
     # Qwen3-VL adds image features after its first layers, at every place.
-    num_deepstack = len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
-    keeps = answers_only and num_deepstack < len(layers) and keep_only_answers(layers[-1])
-    return packing.Packer(config, model.model.visual.dtype, keeps_answers=keeps)
+    keeps = answers_only and num_deepstack(config) < len(layers) and keep_only_answers(layers[-1])
+    return packing.Packer(config, tower_of(model).dtype, keeps_answers=keeps)
 
 
 def keep_only_answers(layer: nn.Module) -> bool:
@@ -81,22 +81,23 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
     """Speed up the vision tower, and compile its blocks and the decoder's layers if asked and able. Of what a compiled
     layer would keep for its backward pass, it keeps the share `memory_budget` and computes again what is cheapest."""
     base = base_of(model)
-    if base.config.model_type not in packing.MODELS:
+    family = FAMILIES.get(base.config.model_type)
+    if family is None:
         if compile_layers:
             say(f"layers are not compiled: that is not known for {base.config.model_type}")
         return
-    tower = base.model.visual
-    if done := vision.speed_up_tower(tower):
+    tower = tower_of(base)
+    if done := vision.speed_up_tower(tower, family.tower_mlp):
         say("vision tower: " + ", ".join(done))
     # On a CPU the wide tensors are not what takes the time.
-    if tower.device.type == "cuda" and (num_mlps := lora.ride_on_base(base.get_decoder())):
+    if tower.device.type == "cuda" and (num_mlps := fused_lora.fuse(base.get_decoder())):
         say(f"{num_mlps} MLPs have their adapters inside the base's products")
     if not compile_layers:
         return
     if getattr(base, "is_quantized", False):
         say("layers are not compiled: the base is quantised")
     elif not any(getattr(module, "use_varlen", False) for module in base.modules()):
-        # Row by row, every mixture of lengths would be compiled anew.
+        # Row by row, every mixture of lengths would be compiled again.
         say("layers are not compiled: that needs a GPU of compute capability 8.0 or newer, and half precision")
     elif can_compile():
         torch._dynamo.config.recompile_limit = MAX_GRAPHS
@@ -113,7 +114,7 @@ def speed_up_training(
     trainer: Trainer, num_rows: int, *, compile_layers: bool | None, memory_budget: float = 1.0
 ) -> None:
     """`speed_up` of a trainer's model, as far as its weights stand whole on every process."""
-    if launch.shards_weights():
+    if processes.shards_weights():
         say("vision tower and layers stay the library's: their weights are spread over processes")
         return
     compiles = pays_compilation(num_rows, compile_layers)
@@ -146,9 +147,7 @@ def base_of(model: nn.Module) -> PreTrainedModel:
 
 def head_dims_of(config: PreTrainedConfig) -> set[int]:
     """Of the language model and of the vision tower."""
-    text, tower = config.text_config, config.vision_config
-    decoder = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return {decoder, tower.hidden_size // tower.num_heads}
+    return {head_dim(config.text_config), config.vision_config.hidden_size // config.vision_config.num_heads}
 
 
 @functools.cache

@@ -6,16 +6,22 @@
 | MLP width a multiple of 64, padded with zeros | Qwen2.5-VL's 3,420 is none of 8: a third of the speed on an H200 |
 | no gradients where nothing is trained | PEFT's hook on the embeddings would make the whole tower run backward |
 
-For Qwen2.5-VL and Qwen3-VL; each step looks at what it changes and leaves alone what it does not know. Windows of equal
-length in one call: attention.py. Positions and windows computed in the workers: packing.py.
+For towers of families.py; each step looks at what it changes and leaves alone what it does not know. Windows of equal
+length in one call: attention.py. Positions and windows computed in the workers: tower_inputs.py.
 """
 
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+from vqa_sft.models.load import DTYPES
 
 MULTIPLE = 64
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -25,8 +31,8 @@ def is_frozen(tower: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in tower.parameters())
 
 
-def speed_up_tower(tower: nn.Module) -> list[str]:
-    """Change a frozen `tower` in place; what was done, in words.
+def speed_up_tower(tower: nn.Module, mlp: Sequence[str]) -> list[str]:
+    """Change a frozen `tower` in place, the linear layers of whose MLPs are named `mlp`; what was done, in words.
 
     A tower that is trained keeps its shapes, for its weights will be saved.
     """
@@ -36,7 +42,7 @@ def speed_up_tower(tower: nn.Module) -> list[str]:
     if not is_frozen(tower):
         return done
     on_gpu = next(tower.parameters()).device.type == "cuda"  # elsewhere a multiple of 64 is only more work
-    widths = {pad_mlp(module) for module in tower.modules()} - {None} if on_gpu else set()
+    widths = {pad_mlp(module, mlp) for module in tower.modules()} - {None} if on_gpu else set()
     if widths:
         done.append("MLP padded from " + ", ".join(f"{old:,} to {new:,}" for old, new in sorted(widths)))
     tower.forward = types.MethodType(without_gradients, tower)
@@ -61,16 +67,14 @@ def _embed_by_product(embed: nn.Module, hidden_states: torch.Tensor) -> torch.Te
     return F.linear(hidden_states.to(weight.dtype), weight.view(weight.shape[0], -1), embed.proj.bias)
 
 
-def pad_mlp(module: nn.Module) -> tuple[int, int] | None:
-    """Widen an MLP with zeros; its old and new width, or None where it stays.
+def pad_mlp(module: nn.Module, names: Sequence[str]) -> tuple[int, int] | None:
+    """Widen an MLP with zeros; its old and new width, or None where it stays. The last of its layers `names` takes what
+    the others give: down(act(gate(x)) * up(x)), or fc2(act(fc1(x))).
 
     The new columns give act(0) * 0 or act(0) = 0, and meet rows of zeros: the result is the same sum with zeros in it.
     """
-    gate, up, down = (getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj"))
-    if gate is None:  # Qwen3-VL: act(fc1(x)) -> fc2
-        up, down = (getattr(module, name, None) for name in ("linear_fc1", "linear_fc2"))
-    ins = [layer for layer in (gate, up) if layer is not None]
-    if down is None or not ins or not all(map(is_plain, [*ins, down])):
+    *ins, down = (getattr(module, name, None) for name in names)
+    if not all(map(is_plain, [*ins, down])):
         return None
     old = down.in_features
     new = -(-old // MULTIPLE) * MULTIPLE
@@ -109,3 +113,33 @@ def without_gradients(
     """The tower's own forward; two arguments are meant for the language model and reach every module."""
     with torch.no_grad():
         return type(tower).forward(tower, *args, **kwargs)
+
+
+def vision_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a packed batch goes to the vision tower."""
+    return {name: value for name, value in batch.items() if name == "pixel_values" or name.startswith("image_")}
+
+
+@torch.no_grad()
+def run_tower(base: PreTrainedModel, inputs: dict[str, Any], precision: str) -> torch.Tensor:
+    """Features (tokens of all images, D) or (1 + deepstack layers, tokens, D), as a forward of the model computes
+    them."""
+    with torch.autocast(inputs["pixel_values"].device.type, DTYPES[precision], enabled=precision != "fp32"):
+        outputs = base.model.get_image_features(**inputs, return_dict=True)
+    features = torch.cat(outputs.pooler_output)
+    if "deepstack_features" in outputs:
+        features = torch.stack([features, *map(torch.cat, outputs.deepstack_features)])
+    return features
+
+
+def encoder_outputs(features: torch.Tensor) -> BaseModelOutputWithPooling:
+    """What the model's own `get_image_features` would have returned for all images of a batch.
+
+    `features` (tokens, D) for Qwen2.5-VL, (1 + deepstack layers, tokens, D) for Qwen3-VL.
+    """
+    if features.ndim == 2:
+        return BaseModelOutputWithPooling(pooler_output=(features,))
+    pooled, *deepstack = features
+    return BaseModelOutputWithDeepstackFeatures(
+        pooler_output=(pooled,), deepstack_features=[(level,) for level in deepstack]
+    )

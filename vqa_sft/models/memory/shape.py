@@ -9,8 +9,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConf
 from trl import ModelConfig
 
 from vqa_sft.errors import InputError, explains
-from vqa_sft.models.fast import packing
-from vqa_sft.models.load import LOADING_ERRORS, decoder_name, lora_config
+from vqa_sft.models.families import FAMILIES, head_dim, tower_of
+from vqa_sft.models.load import LOADING_ERRORS
+from vqa_sft.models.lora import lora_config
+from vqa_sft.models.parts import decoder_name
 from vqa_sft.models.shapes import SHAPES, shape_config
 
 
@@ -59,17 +61,17 @@ def read_config(model_args: ModelConfig, *, trust_remote_code: bool = False) -> 
 def read_shape(model_args: ModelConfig, config: PreTrainedConfig, **adapted_parts: bool) -> Shape:
     """Count the model's parameters, those of its adapter included, on the meta device; `adapted_parts` are those of
     `lora_config`."""
-    if config.model_type not in packing.MODELS:
-        known = " and ".join(packing.MODELS)
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        known = " and ".join(FAMILIES)
         raise InputError(f"the memory of {config.model_type} cannot be estimated; {known} can.")
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     text, vision, decoder = config.text_config, config.vision_config, decoder_name(model)
     linear = [module for module in model.get_submodule(decoder).modules() if type(module) is torch.nn.Linear]
     num_linear = sum(layer.weight.numel() for layer in linear)
-    num_tower = sum(parameter.numel() for parameter in model.model.visual.parameters())
+    num_tower = sum(parameter.numel() for parameter in tower_of(model).parameters())
     num_all = sum(parameter.numel() for parameter in model.parameters())
-    gated = hasattr(model.model.visual.blocks[0].mlp, "gate_proj")
     adapter = lora_config(model_args, model, **adapted_parts)
     if adapter is not None:
         with explains(ValueError, "the recipe does not fit the model"), torch.device("meta"):
@@ -81,14 +83,14 @@ def read_shape(model_args: ModelConfig, config: PreTrainedConfig, **adapted_part
         hidden=text.hidden_size,
         heads=text.num_attention_heads,
         key_heads=text.num_key_value_heads,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        head_dim=head_dim(text),
         intermediate=text.intermediate_size,
         vocabulary=text.vocab_size,
         normalises_heads=hasattr(first.self_attn, "q_norm"),
         tower_layers=vision.depth,
         tower_hidden=vision.hidden_size,
         tower_intermediate=vision.intermediate_size,
-        tower_gated=gated,
+        tower_gated=len(family.tower_mlp) == 3,
         patch_px=vision.patch_size,
         merge=vision.spatial_merge_size,
         decoder_linear=num_linear,
@@ -98,6 +100,6 @@ def read_shape(model_args: ModelConfig, config: PreTrainedConfig, **adapted_part
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         rank=model_args.lora_r,
         adapted=frozenset(named),
-        trains_tower=any(parameter.requires_grad for parameter in model.model.visual.parameters()),
+        trains_tower=any(parameter.requires_grad for parameter in tower_of(model).parameters()),
         trains_base=adapter is None,
     )

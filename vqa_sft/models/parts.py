@@ -1,0 +1,39 @@
+"""Where a model of any family has its language model, its vision tower, and what leads from one to the other."""
+
+import torch
+from transformers import PreTrainedModel
+
+
+def decoder_name(model: PreTrainedModel) -> str:
+    """Where the language model stands in this family: "model.language_model", "model.text_model", ..."""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def names_beside_decoder(model: PreTrainedModel) -> list[str]:
+    """The vision tower and what connects it: everything that stands beside the language model."""
+    parent, _, name = decoder_name(model).rpartition(".")
+    children = [child for child, _ in model.get_submodule(parent).named_children() if child not in (name, "lm_head")]
+    return [f"{parent}.{child}".lstrip(".") for child in children]
+
+
+def vision_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """All weights outside the language model."""
+    return [weight for part in names_beside_decoder(model) for weight in model.get_submodule(part).parameters()]
+
+
+def vision_layers(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Names of the linear layers of the vision tower's blocks, and of what leads from them to the language model: a
+    projector, or the mergers that stand inside the tower (Qwen-VL)."""
+    beside = {part: dict(model.get_submodule(part).named_modules(prefix=part)) for part in names_beside_decoder(model)}
+    modules = {name: module for part in beside.values() for name, module in part.items()}
+    linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+    lists = [name for name, module in modules.items() if isinstance(module, torch.nn.ModuleList)]
+    if not lists:
+        return [], []
+    blocks = max(lists, key=lambda blocks: sum(name.startswith(f"{blocks}.") for name in linear))
+    tower = [name for name in linear if name.startswith(f"{blocks}.")]
+    # A tower may have a head of its own that nothing reads; where there is a projector it is that.
+    home = next(part for part in beside if f"{blocks}.".startswith(f"{part}."))
+    projector = [name for name in linear if name not in beside[home]]
+    return tower, projector or [name for name in linear if name not in tower]
