@@ -27,6 +27,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -326,8 +327,9 @@ def compare(name: str, old: Path, new: Path) -> tuple[str, str]:
     has_words = Path(name).suffix in TEXTS or name == "out/check.json"
     has_layout = Path(name).suffix in (".html", ".err")  # whose numbers may be those of a style, or of a traceback
     same_numbers = has_layout or numbers_of(before) == numbers_of(after)
-    diff = [line for line in difflib.unified_diff(before, after, lineterm="", n=0)][2:]
-    diff = [line[:SHOWN_CHARACTERS] for line in diff if not line.startswith("@@")]
+    diff = [line[:SHOWN_CHARACTERS] for line in list(difflib.unified_diff(before, after, lineterm="", n=0))[2:]]
+    sides = [line for line in diff if line[0] == "-"], [line for line in diff if line[0] == "+"]
+    diff = [line for pair in zip_longest(*sides) for line in pair if line is not None]
     more = [f"... and {len(diff) - SHOWN_LINES} lines more"] if len(diff) > SHOWN_LINES else []
     return "reworded" if has_words and same_numbers else "differs", "\n".join(diff[:SHOWN_LINES] + more)
 

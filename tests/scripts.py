@@ -1,10 +1,40 @@
 """The scripts of recipes/, run in this process: the same code as a launch, without ten seconds of imports."""
 
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+# Runs commands one after another, each in a process of its own, and prints their exit codes. Imports once for all.
+FORKS = """
+import json, os, runpy, sys, traceback
+from vqa_sft.environment import set_library_defaults
+
+set_library_defaults()
+import vqa_sft.inference.scorer
+
+for number, (command, environment) in enumerate(json.loads(sys.argv[1])):
+    if pid := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
+    for output in (1, 2):
+        os.dup2(os.open(f"{sys.argv[2]}/{number}-{output}.txt", os.O_WRONLY | os.O_CREAT), output)
+    os.environ.update(environment)
+    sys.argv, code = command, 0
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+"""
 
 
 def run_script(name, *arguments):
@@ -19,6 +49,19 @@ def run_script(name, *arguments):
         module.main()
     finally:
         sys.argv = before
+
+
+def run_forked(commands, folder):
+    """Of every command, `(["recipes/predict.py", ...], {"RANK": "1"})`, its exit code, output and errors."""
+    root = RECIPES.parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    given = json.dumps([([*map(str, command)], variables) for command, variables in commands])
+    process = [sys.executable, "-c", FORKS, given, str(folder)]
+    done = subprocess.run(process, stdout=subprocess.PIPE, text=True, cwd=root, env=environment, check=True)
+    return [
+        (int(code), *((folder / f"{number}-{output}.txt").read_text() for output in (1, 2)))
+        for number, code in enumerate(done.stdout.split())
+    ]
 
 
 def train(**values):

@@ -10,7 +10,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import ParamSpec, TypeVar
 
+P, R = ParamSpec("P"), TypeVar("R")
 # A name that is too long, no right to write, a full disk, a folder for a file: the message says it all.
 MACHINE_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR)
 
@@ -92,7 +94,7 @@ def explains_breakdown(where: str, then: Callable[[], str]) -> Iterator[None]:
         raise ProcessError(f"{said} The same command {then()}") from error
 
 
-def exits_with_message(main: Callable[[], None]) -> Callable[[], None]:
+def exits_with_message(main: Callable[P, R]) -> Callable[P, R]:
     """End with exit code 2 and the message, without a traceback, when `main` raises an InputError.
 
     So it does for what the machine does (`breakdown`, MACHINE_ERRORS). Under a launcher every process meets the same
@@ -101,9 +103,9 @@ def exits_with_message(main: Callable[[], None]) -> Callable[[], None]:
     """
 
     @functools.wraps(main)
-    def run() -> None:
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            main()
+            return main(*args, **kwargs)
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":
                 print("Interrupted.", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Letters and orders; `scoring.to_choice_logits` undoes an order. Standard library only.
+"""Letters, orders and views; `scoring.to_choice_logits` undoes an order. Standard library only.
 
 An order says which choice stands under which letter: ``order[i]`` is the index of the choice shown under
 letter ``i``. With the choices ``["cat", "dog", "fox"]`` and the order ``(2, 0, 1)`` the model reads
@@ -18,6 +18,10 @@ import math
 import random
 import string
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vqa_sft.errors import InputError, printable
 
 LETTERS = string.ascii_uppercase
 MOST_ORDERS = 120  # in which a row is scored; all of five choices
@@ -70,3 +74,49 @@ def choices_to_letters(values: Sequence, order: Sequence[int]) -> list:
 def choice_to_letter(choice: int, order: Sequence[int]) -> int:
     """The index of the letter under which ``choice`` is shown."""
     return list(order).index(choice)
+
+
+@dataclass(frozen=True)
+class Views:
+    """The views of a row that are scored, each of `orders` (see `view_orders`) at each of `scales` of the images'
+    sides, and how they are averaged: their probabilities ("mean"), or the logarithms of these ("log")."""
+
+    orders: str | int = "identity"
+    scales: Sequence[float] = (1.0,)
+    average: str = "mean"
+
+    def __post_init__(self) -> None:
+        is_number = type(self.orders) is int and 1 <= self.orders <= MOST_ORDERS
+        if not is_number and self.orders not in ("identity", "rotations", "all"):
+            known = f"identity, rotations, all or a number from 1 to {MOST_ORDERS}"
+            raise InputError(f"orders must be {known}; got {describe_value(self.orders)}.")
+        scales = self.scales if isinstance(self.scales, list | tuple) else ()
+        if not scales or not all(type(scale) in (int, float) and 0.25 <= scale <= 4 for scale in scales):
+            known = "a list of numbers from 0.25 to 4, such as 0.9,1.0,1.1"
+            raise InputError(f"scales must be {known}; got {describe_value(self.scales)}.")
+        if len({*scales}) < len(scales):
+            raise InputError(f"scales must be different numbers; got {describe_value(self.scales)}.")
+        if self.average not in ("mean", "log"):
+            raise InputError(f"average must be mean or log; got {describe_value(self.average)}.")
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a prediction file says of its views."""
+        return {"orders": self.orders, "scales": [*self.scales], "average": self.average}
+
+    def num_of(self, num_choices: int) -> int:
+        """How many views a row of so many choices has."""
+        return len(view_orders(num_choices, self.orders)) * len(self.scales)
+
+    def check(self, num_choices: int) -> None:
+        """Raises InputError where rows of so many choices have more orders than are scored."""
+        num_orders = math.factorial(num_choices)
+        if self.orders == "all" and num_orders > MOST_ORDERS:
+            raise InputError(
+                f"orders all: rows of {num_choices} choices have {num_orders:,} orders. Give rotations, or a number."
+            )
+
+
+def describe_value(value: Any) -> str:
+    """A value of the wrong kind in a message."""
+    return f"{printable(repr(value), 60)} ({type(value).__name__})"

@@ -1,11 +1,14 @@
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from contest import noise, rows_of, write_contest, write_csv
 from prediction_rows import drawn
 
+from vqa_sft.cli.main import one_value_each
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.folds import read_folds
 from vqa_sft.predictions.calibration import read_calibration
@@ -80,7 +83,7 @@ def test_nothing_of_others_is_overwritten(faulty, run):
         code, _, err = run("check", faulty / "train.csv", option, faulty / name)
         assert code == 2 and "is no report of `vqa-sft check`" in err and (faulty / name).read_text() == before
     code, _, err = run("check", faulty / "train.csv", "--json", faulty / "train.csv")
-    assert code == 2 and "--json writes a .json file" in err
+    assert code == 2 and "--json must end in .json" in err
     code, _, err = run("check", faulty / "train.csv", "--fix", faulty / "train.csv")
     assert code == 2 and "nothing is overwritten" in err
 
@@ -213,7 +216,7 @@ def test_rows_with_errors_get_no_folds(faulty, run):
 
 
 def test_folds_do_not_replace_what_is_none(clean, run):
-    for name, says in (("train.csv", "is no file of `vqa-sft folds`"), ("folds.txt", "folds are written as .csv")):
+    for name, says in (("train.csv", "is no file of `vqa-sft folds`"), ("folds.txt", "--output must end in .csv")):
         options = ("--num-folds", 2, "--output", clean / name, "--overwrite")
         code, _, err = run("folds", clean / "train.csv", *options)
         assert code == 2 and says in err
@@ -225,29 +228,71 @@ def test_folds_do_not_replace_what_is_none(clean, run):
 def test_a_command_refuses_options_that_it_does_not_have(tmp_path, run):
     write_contest(tmp_path, num_rows=2)
     code, _, err = run("score", "a.parquet", "--fast")
-    assert code == 2 and "unrecognized arguments: --fast" in err
+    assert code == 2 and err == (
+        "error: No such option: --fast (Possible options: --data, --split). See `vqa-sft score --help`.\n"
+    )
+
+
+def test_a_wrong_use_is_told_in_one_line(run):
+    for arguments, says in (
+        ((), "Missing command. See `vqa-sft --help`."),
+        (("chekc", "train.csv"), "Did you mean 'check'"),
+        (("score",), "Missing argument 'FILE'. See `vqa-sft score --help`."),
+        (("ensemble", "a", "b", "--output"), "Option '--output' requires an argument."),
+        (("merge", "a", "b", "--dtype", "fp8"), "'fp8' is not one of 'bf16', 'fp16', 'fp32'"),
+        (("folds", "train.csv", "--output", "f.csv"), "give --num-folds N or --holdout SHARE"),
+        (("memory", "recipe.yaml", "--images", 0), "--images must be above 0; got 0"),
+    ):
+        code, out, err = run(*arguments)
+        assert code == 2 and not out and err.startswith("error: ") and says in err and err.count("\n") == 1, err
+
+
+def test_options_are_spelt_with_hyphens_or_underscores_and_take_several_values():
+    names, several = {"--learn-on", "--output", "--json", "--max-length"}, {"--learn-on"}
+    for given, plain in (
+        ("--learn_on a b --output c", "--learn-on=a --learn-on=b --output c"),
+        ("x --learn-on=a b", "x --learn-on=a b"),
+        ("--json --max_length=3", "--json=- --max-length=3"),
+        ("--json", "--json=-"),
+        ("--json - --json a_b.json", "--json - --json a_b.json"),
+        ("--max_pixels 3 --keep_rows={a_b: --c_d}", "--max_pixels 3 --keep_rows={a_b: --c_d}"),
+        ("--learn-on --output", "--learn-on --output"),
+    ):
+        assert one_value_each(given.split(" "), names, several) == plain.split(" ")
+
+
+def test_the_help_and_every_command_of_it_import_no_package_that_they_do_not_need(run):
+    code, out, _ = run("--help")
+    commands = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
+    assert code == 0 and len(commands) == 14 and {"train", "uncertainty", "memory"} <= {*commands}
+    check = "import sys; from vqa_sft.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
+    check += "sys.exit(str([m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'datasets', 'rich')]))"
+    for command in ("score", "check"):
+        done = subprocess.run([sys.executable, "-c", check, command, "--help"], capture_output=True, text=True)
+        assert done.stderr == "[]\n" and f"Usage: vqa-sft {command}" in done.stdout
 
 
 # --- after predicting -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["score", "calibrate", "ensemble", "submit", "diff", "doubt"])
+@pytest.mark.parametrize("command", ["score", "calibrate", "ensemble", "submit", "diff", "uncertainty"])
 def test_help_says_what_a_command_does_with_an_example(command, run):
     code, out, _ = run(command, "--help")
     assert code == 0 and f"Example: vqa-sft {command} " in " ".join(out.split()) and "%%" not in out
 
 
 def test_every_command_of_the_docs_exists_with_its_options(run):
-    text = (Path(__file__).parents[2] / "docs" / "prediction.md").read_text(encoding="utf-8").replace("\\\n", " ")
-    commands = [line.split() for line in text.splitlines() if line.startswith("    vqa-sft ")]
-    assert {words[1] for words in commands} == {"score", "calibrate", "ensemble", "submit", "diff", "doubt", "merge"}
+    texts = [path.read_text(encoding="utf-8") for path in (Path(__file__).parents[2] / "docs").rglob("*.md")]
+    lines = [line.strip() for text in texts for line in text.replace("\\\n", " ").splitlines()]
+    commands = [line.split() for line in lines if line.startswith("vqa-sft ") and line.split()[1] != "COMMAND"]
+    assert {"score", "calibrate", "ensemble", "submit", "diff", "uncertainty", "merge"} <= {w[1] for w in commands}
     for words in commands:
         _, shown, _ = run(words[1], "--help")
         assert all(word in shown for word in words if word.startswith("--")), words
 
 
 def test_from_validation_to_submission(tmp_path, run):
-    """Calibrate, ensemble, submit, diff and doubt, each on what the one before it wrote."""
+    """Calibrate, ensemble, submit, diff and uncertainty, each on what the one before it wrote."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.json").write_text("{}")
@@ -270,7 +315,7 @@ def test_from_validation_to_submission(tmp_path, run):
     code, out, _ = run("diff", a, both, "--all")
     assert code == 0 and "Largest change of a probability" in out
     options = ("--coverage", 0.8, "--calibrate-on", folder / "validation.parquet", "--output", tmp_path / "d.csv")
-    code, out, _ = run("doubt", a, *options)
+    code, out, _ = run("uncertainty", a, *options)
     assert code == 0 and "Sets for a coverage of 80%" in out and len((tmp_path / "d.csv").read_text().split()) == 101
 
 
@@ -282,7 +327,7 @@ def test_from_validation_to_submission(tmp_path, run):
         ("ensemble", "nowhere.parquet", "nothing.parquet", "--output", "out.parquet"),
         ("submit", "nowhere.parquet", "--output", "s.csv"),
         ("diff", "nowhere.csv", "nowhere.csv"),
-        ("doubt", "nowhere.parquet"),
+        ("uncertainty", "nowhere.parquet"),
     ],
 )
 def test_what_is_not_there_is_said_in_one_line(tmp_path, monkeypatch, run, arguments):

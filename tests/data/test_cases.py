@@ -1,6 +1,5 @@
 """The table of cases.py: each input is read as it is right, and by all three loaders alike."""
 
-import argparse
 import importlib.util
 from pathlib import Path
 
@@ -11,11 +10,14 @@ from cases import CASES
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scripts import RECIPES
 
-from vqa_sft.cli.main import _read_data
+from vqa_sft.cli.data import read_data
+from vqa_sft.config.prediction import PredictionArguments
 from vqa_sft.config.recipe import read_recipe
 from vqa_sft.config.training import RecipeArguments
 from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.errors import InputError
+from vqa_sft.inference.plan import find_runs
+from vqa_sft.inference.rows import read_rows
 
 
 def script(name):
@@ -25,7 +27,7 @@ def script(name):
     return module
 
 
-SFT, PREDICT = script("sft"), script("predict")
+SFT = script("sft")
 
 
 def options_of(case):
@@ -50,15 +52,14 @@ def by_training(path, case):
 
 
 def by_prediction(path, case):
-    given = {"part": "all", "streaming": False, "split": "test", "data_config": None, "limit": None}
-    given |= {"image_root": None, "data": str(path), "model": "none", "min_pixels": None, "max_pixels": None}
     names = ("columns", "keep_rows", "encoding", "answer_format", "fixed_question", "fixed_choices")
-    args = argparse.Namespace(**given, on_bad_row="error", **{name: case.options.get(name) for name in names})
-    return found(lambda: PREDICT.read_data(args, [PREDICT.base_run(args)]).loaded[0])
+    options = {name: case.options.get(name) for name in names}
+    args = PredictionArguments(run="none", output="out.csv", model="none", data=str(path), **options)
+    return found(lambda: read_rows(args, find_runs(args)).sources[0])
 
 
 def by_check(path, case):
-    return found(lambda: _read_data(RecipeArguments(train_data=str(path), **case.options))[0][1])
+    return found(lambda: read_data(RecipeArguments(train_data=str(path), **case.options))[0][1])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -75,7 +76,7 @@ def test_each_input_is_read_as_it_is_right_or_refused(name, tmp_path):
     loaded.problems.raise_if_any(loaded.name)
     assert loaded.examples["answer"][:] == case.answers
     assert case.choices is None or loaded.examples["choices"][0] == case.choices
-    warned = " ".join(f"{kind.what} {kind.mend} {labels}" for _, kind, labels in loaded.problems)
+    warned = " ".join(f"{kind.what} {kind.fix} {labels}" for _, kind, labels in loaded.problems)
     assert all(word in warned for word in case.warns), warned
     assert all(any(word in note for note in loaded.notes) for word in case.notes), loaded.notes
 

@@ -196,7 +196,7 @@ def test_frames_of_a_film_are_one_group_although_its_ends_differ():
 
 def test_rows_are_joined_by_any_image_and_numbered_as_they_come():
     a, b, c, d = map(scene, range(4))
-    bad = ImageFacts("not_a_image", digest=b"x" * 32)
+    bad = ImageFacts("not_an_image", digest=b"x" * 32)
     scan = scan_of([a], [], [b, c], [d], [saved_again(c, "JPEG", 60), d], [], [bad], [bad, a], [bad])
     assert row_groups(scan, DISTANCE) == [0, 1, 2, 2, 2, 3, 4, 0, 5]
     assert row_groups(scan, None) == [0, 1, 2, 3, 3, 4, 5, 0, 6]

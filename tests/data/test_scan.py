@@ -91,7 +91,7 @@ def test_problems_are_told_by_row_with_the_name_of_the_file(tmp_path):
     scan.add_problems(problems, [f"row_{i}" for i in range(6)], rows=[10, 11, 12, 13, 14, 15])
     assert [(key, labels) for key, _, labels in problems] == [
         ("missing_image", ["row_1 (images/007.png)", "row_4 (images/007.png, images/007.png)"]),
-        ("not_a_image", ["row_5"]),
+        ("not_an_image", ["row_5"]),
         ("tiny_image", ["row_2 (images/tiny.jpg)"]),
     ]
     assert problems.bad_rows() == [11, 14, 15]

@@ -16,7 +16,14 @@ from vqa_sft.data.examples import load_examples
 from vqa_sft.letters import choices_to_letters, view_orders
 from vqa_sft.models.fast import speedups as speed
 from vqa_sft.models.load import load_model, load_processor
-from vqa_sft.models.scoring import average_views, find_letter_ids, plan_batches, score_batches, to_choice_logits
+from vqa_sft.models.scoring import (
+    LetterModel,
+    average_views,
+    find_letter_ids,
+    plan_batches,
+    score_batches,
+    to_choice_logits,
+)
 
 PACKED = ("qwen2_5_vl", "qwen3_vl")
 
@@ -63,7 +70,7 @@ def score(road, collator, batch_size=8):
     model, _, letter_ids, rows, _ = road
     PartialState(cpu=True)
     batches = plan_batches(Rows(rows), collator.views, batch_size)
-    scored = score_batches(model, Rows(rows), batches, [collator], letter_ids, precision="fp32", num_workers=0)
+    scored = score_batches(LetterModel(model, letter_ids, "fp32"), Rows(rows), batches, [collator])
     found = {row: of_runs[0] for batch in scored for row, of_runs in zip(batch.rows, batch.choice_logits, strict=True)}
     return [found[row] for row in range(len(rows))]
 

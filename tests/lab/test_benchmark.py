@@ -60,6 +60,7 @@ def test_needed_work_is_that_of_the_weights_a_token_meets():
     assert with_image - decoder == pytest.approx(64 * per_patch, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_every_kind_of_case_runs_on_a_cpu(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("sys.argv", ["benchmark", "--tiny", "--steps", "2", "--work", str(tmp_path)])
     benchmark.main()

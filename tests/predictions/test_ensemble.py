@@ -167,7 +167,7 @@ def test_the_order_of_rows_of_the_second_file_changes_nothing(files, tmp_path):
     ("change", "part"),
     [
         ({"ids": ["z1", *[f"r{i}" for i in range(1, 60)]]}, "lacks row r0 (1 of 60)"),
-        ({"ids": ["r1", *[f"r{i}" for i in range(1, 60)]]}, "more than once, of row r1"),
+        ({"ids": ["r1", *[f"r{i}" for i in range(1, 60)]]}, "ids are not unique: row r1"),
         ({"choice_logits": [[-0.1] * 7] * 60}, "other numbers of choices in rows r0, r1"),
         ({"answers": [1, *[None] * 59]}, "other answers than the files before it in row r0"),
     ],

@@ -115,7 +115,7 @@ def test_agreement_is_kept_and_a_file_from_before_it_is_read(tmp_path):
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        ({"ids": ["x", "y", "x"]}, "more than once, of row x"),
+        ({"ids": ["x", "y", "x"]}, "ids are not unique: row x"),
         ({"choice_logits": [[-0.5, -1.0], [float("nan"), 0.0], [0.0, 0.0]]}, "is damaged: row y"),
         ({"choice_logits": [[-0.5, -1.0], [0.0] * 27, [0.0, 0.0]]}, "is damaged: row y"),
         ({"ids": ["x", None, "z"]}, "1 of 3 rows have no id"),

@@ -52,7 +52,7 @@ def arguments(tmp_path_factory):
 def whole(arguments, tmp_path_factory):
     """A run of all folds that was not disturbed."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    subprocess.run([sys.executable, RECIPES / "sft.py", *arguments(run)], check=True, env=ENVIRONMENT)
+    run_script("sft", *arguments(run))
     return run
 
 
@@ -94,9 +94,10 @@ def num_steps(run):
     return sum(int(path.rpartition("-")[2]) for path in saved if path)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_folds_that_are_killed_and_started_again_end_as_if_they_had_not_been(arguments, whole, tmp_path, request):
-    """Ten times: `pytest tests/test_folds_run.py -s -k killed --kills 10`."""
+    """Ten times: `pytest tests/recipes/test_folds_run.py -s -k killed --kills 10`."""
     run, rng, num_kills = tmp_path / "run", random.Random(0), request.config.getoption("kills")
     command = [sys.executable, str(RECIPES / "sft.py"), *arguments(run)]
     for kill in range(num_kills):
@@ -109,7 +110,7 @@ def test_folds_that_are_killed_and_started_again_end_as_if_they_had_not_been(arg
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         print(f"\nKilled with {num_steps(run)} of {num_steps(whole)} steps saved.")
-    subprocess.run(command, env=ENVIRONMENT, check=True)
+    run_script("sft", *arguments(run))
     assert results(run) == results(whole)
 
 

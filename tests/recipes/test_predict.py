@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from contest import write_csv
 from PIL import Image
-from scripts import RECIPES, run_script
+from scripts import RECIPES, run_forked, run_script
 
 from vqa_sft import Predictor
 from vqa_sft.data import examples as data
@@ -182,7 +182,7 @@ def test_a_prediction_that_was_broken_off_goes_on_where_it_stopped(three, tmp_pa
         sizes = count_batches(patched)
         predict(run, tmp_path / "out.csv", *test)
     assert sizes == [4, 4, 4]  # and not six
-    assert "Going on with what" in capsys.readouterr().out
+    assert "Resuming with what" in capsys.readouterr().out
     for suffix in (".csv", ".parquet", ".fold1.parquet"):
         found, expected = ((tmp_path / f"{name}{suffix}").read_bytes() for name in ("out", "whole"))
         assert found == expected
@@ -241,25 +241,30 @@ def test_a_broken_block_of_a_lost_machine_is_scored_again(three, tmp_path, monke
     assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("given", "part"),
-    [
-        ({"RANK": "1"}, "the environment says RANK=1, which no launcher does"),
-        ({"RANK": "x"}, "the environment says RANK=x"),
-        ({"WORLD_SIZE": "abc"}, "the environment says WORLD_SIZE=abc"),
-        (
-            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"},
-            "the environment says RANK=0, LOCAL_RANK=0, WORLD_SIZE=0",
-        ),
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "the processes do not find each other"),
-    ],
-)
-def test_an_environment_that_no_launcher_makes_is_an_error(three, tmp_path, given, part):
-    command = [sys.executable, RECIPES / "predict.py", "--run", three[1] / "fold0", "--data", three[0] / "test.csv"]
-    command += ["--output", tmp_path / "s.csv", "--use_cpu", "--num_workers", "0"]
-    done = subprocess.run([*map(str, command)], env=ENVIRONMENT | given, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("error: ") == 1 and part in done.stderr
-    assert "Traceback" not in done.stderr
+# What the environment says, and what is said of it.
+NO_LAUNCHER = [
+    ({"RANK": "1"}, "the environment says RANK=1, which no launcher does"),
+    ({"RANK": "x"}, "the environment says RANK=x"),
+    ({"WORLD_SIZE": "abc"}, "the environment says WORLD_SIZE=abc"),
+    ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "0"}, "the environment says RANK=0, LOCAL_RANK=0, WORLD_SIZE=0"),
+    ({"RANK": "0", "WORLD_SIZE": "2"}, "the processes do not find each other"),
+]
+
+
+@pytest.fixture(scope="module")
+def launched_by_nobody(three, tmp_path_factory):
+    """Exit code, output and errors under each environment of NO_LAUNCHER."""
+    folder = tmp_path_factory.mktemp("launched_by_nobody")
+    command = ["recipes/predict.py", "--run", three[1] / "fold0", "--data", three[0] / "test.csv"]
+    command += ["--output", folder / "s.csv", "--use_cpu", "--num_workers", "0"]
+    return run_forked([(command, environment) for environment, _ in NO_LAUNCHER], folder)
+
+
+@pytest.mark.parametrize("number", range(len(NO_LAUNCHER)))
+def test_an_environment_that_no_launcher_makes_is_an_error(launched_by_nobody, number):
+    code, _, error = launched_by_nobody[number]
+    assert code == 2 and error.count("error: ") == 1 and NO_LAUNCHER[number][1] in error
+    assert "Traceback" not in error
 
 
 def test_a_folder_that_is_in_the_way_is_left_alone(three, tmp_path, capsys):
@@ -296,10 +301,10 @@ def test_what_is_no_submission_of_ours_is_never_replaced(three, capsys, output, 
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (["--orders", "121"], "identity, rotations, all or a number from 1 to 120 is needed; got '121'"),
-        (["--scales", "1,1"], "different numbers from 0.25 to 4"),
-        (["--scales", "abc"], "are needed; got 'abc'"),
-        (["--columns", "{"], "a mapping such as '{id: key}' is needed; got '{'"),
+        (["--orders", "121"], "orders must be identity, rotations, all or a number from 1 to 120; got 121"),
+        (["--scales", "1,1"], "scales must be different numbers; got [1.0, 1.0]"),
+        (["--scales", "abc"], "scales must be a list of numbers from 0.25 to 4, such as 0.9,1.0,1.1; got 'abc'"),
+        (["--columns", "{"], "`columns` must be a mapping; got '{'"),
     ],
 )
 def test_an_option_that_means_nothing_is_told_what_is_needed(three, tmp_path, capsys, options, part):
@@ -355,6 +360,7 @@ def num_done(folder):
     return sum(len(pq.read_table(path)) for path in (folder / "out.csv.parts").glob("pass*-block0/*.parquet"))
 
 
+@pytest.mark.slow
 def test_a_prediction_killed_at_any_moment_gives_the_same_bytes(three, tmp_path, pytestconfig):
     contest, run = three
     many = tmp_path / "many"

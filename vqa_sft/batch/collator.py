@@ -97,17 +97,12 @@ class AnswerCollator:
         return view_orders(len(row["choices"]), self.views, row["id"], count_free(row["question"], row["choices"]))
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        for row in rows:  # those of a stream were not checked before
-            if has_control_token(self.processor, row):
-                raise InputError(f"the texts of row {row['id']} hold a control token of this model. Take it out.")
+        self.check(rows)
         shown = [(number, order) for number, row in enumerate(rows) for order in self.orders(row)]
         groups, orders = map(list, zip(*shown, strict=True))
         views = [(rows[number], order) for number, order in shown]
-        texts = [render_prompt(self.processor, row, order, self.prompts) for row, order in views]
         letters = [self.answer_letter(row, order) for row, order in views]
-        if self.supervises_end:
-            spaces = answer_prefix(self.processor)[1]
-            texts = [text + spaces + LETTERS[letter] for text, letter in zip(texts, letters, strict=True)]
+        texts = self.texts(views, letters)
         first = [groups.index(number) for number in range(len(rows))]  # of the orders of each row
         roots = self.roots(rows, [texts[place] for place in first])
         is_shared = self.packer is not None and len(set(roots)) < len(groups)
@@ -133,6 +128,20 @@ class AnswerCollator:
             leads = [first[roots[n] if place == first[n] else n] for place, n in enumerate(groups)]
             batch["leaders"] = torch.tensor(leads)
         return self.packer(batch) if self.packer else batch
+
+    def check(self, rows: list[dict]) -> None:
+        """Raises InputError for a control token in a text: rows of a stream were not checked before."""
+        for row in rows:
+            if has_control_token(self.processor, row):
+                raise InputError(f"the texts of row {row['id']} hold a control token of this model. Take it out.")
+
+    def texts(self, views: list[tuple[dict, tuple[int, ...]]], letters: list[int]) -> list[str]:
+        """The prompts, with their letters where the end of the turn is supervised."""
+        texts = [render_prompt(self.processor, row, order, self.prompts) for row, order in views]
+        if not self.supervises_end:
+            return texts
+        spaces = answer_prefix(self.processor)[1]
+        return [text + spaces + LETTERS[letter] for text, letter in zip(texts, letters, strict=True)]
 
     def model_inputs(
         self, rows: list[dict], texts: list[str], groups: list[int], roots: list[int], is_shared: bool

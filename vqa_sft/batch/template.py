@@ -71,12 +71,17 @@ def has_control_token(processor: ProcessorMixin, row: dict) -> bool:
     return bool(control_tokens(processor).search("\n".join([row["context"], row["question"], *row["choices"]])))
 
 
-def check_texts(processor: ProcessorMixin, examples: datasets.Dataset, prompts: Prompts) -> None:
-    """Raises InputError for texts that hold a control token of this model ("<|image_pad|>", "<image>", "<|im_end|>"):
-    the tokenizer would take it for the real one, and the row would be another prompt or none."""
+def check_prompts(processor: ProcessorMixin, prompts: Prompts) -> None:
+    """Raises InputError for prompts that hold a control token of this model."""
     own = control_tokens(processor).search(prompts.all_texts)
     if own:
         raise InputError(f"the prompt holds {own.group()!r}, a control token of this model. Take it out.")
+
+
+def check_texts(processor: ProcessorMixin, examples: datasets.Dataset, prompts: Prompts) -> None:
+    """Raises InputError for texts that hold a control token of this model ("<|image_pad|>", "<image>", "<|im_end|>"):
+    the tokenizer would take it for the real one, and the row would be another prompt or none."""
+    check_prompts(processor, prompts)
     rows = examples.select_columns(["id", "question", "context", "choices"])
     found = [row["id"] for row in rows if has_control_token(processor, row)]
     if found:

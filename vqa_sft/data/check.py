@@ -1,52 +1,33 @@
-"""Everything that can be said about a data set before a GPU is touched. No torch, unless tokens are counted.
+"""Everything that can be said about a data set before a GPU is touched. No torch.
 
-`as_dict` makes the object that `vqa-sft check --json` writes:
-
-    clean                   true when no row has an error
-    data                    one object for the training rows, and for the validation and test rows where there are any:
-      role, name, notes     "training" | "validation" | "test"; the source; facts about how it was read
-      columns               which column was taken for what
-      rows, usable_rows
-      answers               null without answers, else counts {letter: rows}, expected {letter: rows if no letter were
-                            preferred}, largest {letter, share, expected_share}, p_value (null: too few rows), skewed
-      choices               {number of choices: rows}
-      question_types        {type: rows}
-      images_per_row      {number of images: rows}
-      images              distinct, near_groups, near_images (how many stand in these groups; null: not looked for),
-                            formats {name: images}, and width_px, height_px, megapixels: quantiles {min, p5, p25,
-                            median, p75, p95, max} or null
-      tokens                null where they were not counted (tokens_note says why), else quantiles, rows, and with a
-                            max_length: max_length, cut_rows, cut_share
-      problems              [{kind, severity, what, mend, count, rows: [{row, id, label}]}], errors first; `row` counts
-                            the rows of the source from 0, `label` is the id with the evidence
+Problems between rows are found here: equal questions with other answers, images of the training set in a test set.
+What is wrong with one row is found where it is read (check_row.py), with an image where it is scanned (scan.py).
 """
 
 import hashlib
+import re
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
 from scipy.special import chdtrc
 
-from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.duplicates import near_pairs, row_groups
 from vqa_sft.data.examples import Loaded
 from vqa_sft.data.images import ImageFacts
 from vqa_sft.data.scan import Scan, scan_images
-from vqa_sft.letters import LETTERS, identity_order
-
-if TYPE_CHECKING:
-    from transformers import ProcessorMixin
+from vqa_sft.letters import LETTERS
 
 TRAINING, VALIDATION, TEST = "training", "validation", "test"
 QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 _SKEWED = 0.01  # below this p-value the answers are called skewed
 _FEW = 5  # expected rows below which a chi-square test is not to be trusted
 _BATCH = 1_000
+# (rows, width and height of the images of each) -> how many tokens each row's prompt has
+CountTokens = Callable[[datasets.Dataset, Sequence[Sequence[tuple[int, int]]]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -75,7 +56,7 @@ class Found:
     kind: str
     severity: str
     what: str
-    mend: str
+    fix: str
     rows: list[tuple[int, str, str]]
 
 
@@ -106,27 +87,38 @@ class Report:
         """Rows with an error."""
         return len(self.loaded.problems.bad_rows())
 
+    @property
+    def num_cut(self) -> int:
+        """Rows whose prompt has more tokens than `max_length`."""
+        return int((self.tokens > self.max_length).sum())
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """How many of the images have each format, the commonest first."""
+        return dict(Counter(image.format for image in self.images if image.format).most_common())
+
+    @property
+    def sizes(self) -> dict[str, np.ndarray]:
+        """Width, height and megapixels of the images that can be decoded."""
+        whole = [image for image in self.images if image.width]
+        width, height = (np.array([getattr(image, side) for image in whole], dtype=int) for side in ("width", "height"))
+        return {"width_px": width, "height_px": height, "megapixels": width * height / 1e6}
+
 
 def check(
     data: Sequence[tuple[str, Loaded]],
     *,
     distance: int | None,
-    prompts: Prompts,
-    processor: "ProcessorMixin | None" = None,
+    count_tokens: CountTokens | None = None,
+    control_tokens: re.Pattern | None = None,
     tokens_note: str = "",
     max_length: int | None = None,
 ) -> list[Report]:
     """Reports on (role, rows); the training rows come first. Every image is decoded once.
 
-    `distance` is that of near-duplicates. Tokens are counted as `processor` makes them of `prompts`; without one,
-    `tokens_note` says why they are not. `max_length` is a length of prompts whose cut is to be counted.
-
-    Raises InputError where the prompts themselves hold a control token of the model.
+    `distance` is that of near-duplicates. Without `count_tokens`, `tokens_note` says why tokens are not counted.
+    `control_tokens` matches those of the model. `max_length` is a length of prompts whose cut is to be counted.
     """
-    if processor is not None:
-        from vqa_sft.batch.template import check_texts
-
-        check_texts(processor, data[0][1].examples.select([]), prompts)
     reports = []
     for role, loaded in data:
         scan = scan_images(loaded.examples)
@@ -134,9 +126,9 @@ def check(
         _find_different_answers(loaded, scan)
         if reports:
             _find_in_training(loaded, scan, reports[0].loaded, reports[0].scan, distance)
-        if processor is not None:
-            _find_control_tokens(loaded, processor)
-        tokens = None if processor is None else _tokens_of(loaded, scan, processor, prompts)
+        if control_tokens is not None:
+            _find_control_tokens(loaded, control_tokens)
+        tokens = None if count_tokens is None else _tokens_of(loaded, scan, count_tokens)
         counted = {"tokens": tokens, "tokens_note": tokens_note, "max_length": max_length}
         reports.append(_report(role, loaded, scan, distance, **counted))
     return reports
@@ -210,7 +202,7 @@ def _list_problems(loaded: Loaded) -> Iterator[Found]:
     ids = dict(zip(loaded.numbers, loaded.examples["id"], strict=True))
     for key, kind, _ in loaded.problems:
         rows = [(row, ids[row], label) for label, row in loaded.problems.found(key)]
-        yield Found(key, kind.severity, kind.what, loaded.problems.remedy(key), rows)
+        yield Found(key, kind.severity, kind.what, loaded.problems.fix(key), rows)
 
 
 # --- Problems between rows --------------------------------------------------------------------------------------------
@@ -266,73 +258,21 @@ def _find_in_training(loaded: Loaded, scan: Scan, training: Loaded, training_sca
             loaded.problems.add(kind, ids[row], loaded.numbers[row], f"{training_ids[row_of[other]]} there")
 
 
-# --- Tokens -----------------------------------------------------------------------------------------------------------
-
-
-def _find_control_tokens(loaded: Loaded, processor: "ProcessorMixin") -> None:
-    from vqa_sft.batch.template import control_tokens
-
-    control = control_tokens(processor)
-    for row, (row_id, question, context, choices) in enumerate(
-        _columns(loaded.examples, "id", "question", "context", "choices")
-    ):
-        found = control.search("\n".join([context, question, *choices]))
+def _find_control_tokens(loaded: Loaded, control_tokens: re.Pattern) -> None:
+    names = ("id", "question", "context", "choices")
+    for row, (row_id, question, context, choices) in enumerate(_columns(loaded.examples, *names)):
+        found = control_tokens.search("\n".join([context, question, *choices]))
         if found:
             loaded.problems.add("control_token", row_id, loaded.numbers[row], found.group())
 
 
-def _tokens_of(loaded: Loaded, scan: Scan, processor: "ProcessorMixin", prompts: Prompts) -> np.ndarray:
+def _tokens_of(loaded: Loaded, scan: Scan, count_tokens: CountTokens) -> np.ndarray:
+    """Of every row that can be used."""
     bad = set(loaded.problems.bad_rows())
     rows = [row for row, number in enumerate(loaded.numbers) if number not in bad]
-    sizes = [[(scan.images[p].width, scan.images[p].height) for p in scan.of_row[row]] for row in rows]
-    return count_tokens(processor, loaded.examples.select(rows), sizes, prompts)
-
-
-def count_tokens(
-    processor: "ProcessorMixin",
-    examples: datasets.Dataset,
-    sizes: Sequence[Sequence[tuple[int, int]]],
-    prompts: Prompts,
-) -> np.ndarray:
-    """How many tokens the collator makes of every row; `sizes` holds the (width, height) of its images."""
-    from vqa_sft.batch.template import render_prompt
-
-    added = _image_tokens(processor, sorted({size for row_sizes in sizes for size in row_sizes}))
-    bos = processor.tokenizer.bos_token
-    names = ("question", "choices", "context", "question_type")
-    counts = []
-    for start in range(0, len(sizes), _BATCH):
-        batch = sizes[start : start + _BATCH]
-        columns_of = examples.select_columns(list(names))[start : start + _BATCH]
-        texts = []
-        for values, row_sizes in zip(zip(*(columns_of[name] for name in names), strict=True), batch, strict=True):
-            row = dict(zip(names, values, strict=True)) | {"images": row_sizes}
-            texts.append(render_prompt(processor, row, identity_order(len(row["choices"])), prompts))
-        tokens = processor.tokenizer(
-            texts, add_special_tokens=not (bos and texts[0].startswith(bos)), verbose=False
-        ).input_ids
-        counts += [len(ids) + sum(added[s] for s in row_sizes) for ids, row_sizes in zip(tokens, batch, strict=True)]
-    return np.array(counts, dtype=int)
-
-
-def _image_tokens(processor: "ProcessorMixin", sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """How many tokens an image of each (width, height) adds to its placeholder."""
-    if not sizes:
-        return {}
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
-    prompt = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-    without = len(processor.tokenizer(prompt).input_ids)
-
-    def added(size: tuple[int, int]) -> int:
-        return len(processor(text=[prompt], images=[[Image.new("RGB", size)]])["input_ids"][0]) - without
-
-    # transformers 5.23 has this for vLLM, for most families and without a promise, so it is compared once.
-    count = getattr(processor, "_get_num_multimodal_tokens", None)
-    if count is not None:
-        numbers = count(image_sizes=[(height, width) for width, height in sizes])["num_image_tokens"]
-        if numbers[0] - 1 == added(sizes[0]):
-            return {size: number - 1 for size, number in zip(sizes, numbers, strict=True)}
-    return {size: added(size) for size in sizes}
+    images = [[scan.images[number] for number in scan.of_row[row]] for row in rows]
+    sizes = [[(image.width, image.height) for image in of_row] for of_row in images]
+    return count_tokens(loaded.examples.select(rows), sizes)
 
 
 def _columns(examples: datasets.Dataset, *names: str) -> Iterator[tuple]:
@@ -341,91 +281,8 @@ def _columns(examples: datasets.Dataset, *names: str) -> Iterator[tuple]:
         yield from zip(*(batch[name] for name in names), strict=True)
 
 
-# --- JSON -------------------------------------------------------------------------------------------------------------
-
-
-def as_dict(reports: Sequence[Report]) -> dict[str, Any]:
-    """The object described at the top."""
-    return {"clean": not any(report.num_bad for report in reports), "data": [_as_dict(report) for report in reports]}
-
-
-def _as_dict(report: Report) -> dict[str, Any]:
-    return {
-        "role": report.role,
-        "name": report.loaded.name,
-        "notes": report.loaded.notes,
-        "columns": vars(report.loaded.columns),
-        "rows": report.num_rows,
-        "usable_rows": report.num_rows - report.num_bad,
-        "answers": _skew_as_dict(report.skew),
-        "choices": {str(number): count for number, count in report.num_choices.items()},
-        "question_types": report.question_types,
-        "images_per_row": {str(number): count for number, count in report.images_per_row.items()},
-        "images": {
-            "distinct": len(report.images),
-            "near_groups": None if report.near_groups is None else len(report.near_groups),
-            "near_images": None if report.near_groups is None else sum(report.near_groups),
-            "formats": formats(report.images),
-            **{name: quantiles(values) for name, values in sizes(report.images).items()},
-        },
-        "tokens": _tokens_as_dict(report),
-        "tokens_note": report.tokens_note,
-        "problems": [
-            {
-                "kind": found.kind,
-                "severity": found.severity,
-                "what": found.what,
-                "mend": found.mend,
-                "count": len(found.rows),
-                "rows": [{"row": row, "id": row_id, "label": label} for row, row_id, label in found.rows],
-            }
-            for found in report.problems
-        ],
-    }
-
-
-def _skew_as_dict(skew: Skew | None) -> dict[str, Any] | None:
-    if skew is None:
-        return None
-    return {
-        "counts": dict(zip(LETTERS, skew.counts, strict=False)),
-        "expected": dict(zip(LETTERS, skew.expected, strict=False)),
-        "largest": dict(zip(("letter", "share", "expected_share"), skew.largest, strict=True)),
-        "p_value": skew.p_value,
-        "skewed": skew.skewed,
-    }
-
-
-def _tokens_as_dict(report: Report) -> dict[str, Any] | None:
-    if report.tokens is None:
-        return None
-    found = {"rows": len(report.tokens), **(quantiles(report.tokens) or {})}
-    if report.max_length is not None:
-        num_cut = count_cut(report)
-        found |= {"max_length": report.max_length, "cut_rows": num_cut}
-        found["cut_share"] = num_cut / max(1, len(report.tokens))
-    return found
-
-
-def count_cut(report: Report) -> int:
-    """Rows whose prompt has more tokens than `max_length`."""
-    return int((report.tokens > report.max_length).sum())
-
-
-def sizes(images: Sequence[ImageFacts]) -> dict[str, np.ndarray]:
-    """Width, height and megapixels of the images that can be decoded."""
-    whole = [image for image in images if image.width]
-    width = np.array([image.width for image in whole], dtype=int)
-    height = np.array([image.height for image in whole], dtype=int)
-    return {"width_px": width, "height_px": height, "megapixels": width * height / 1e6}
-
-
-def formats(images: Sequence[ImageFacts]) -> dict[str, int]:
-    """How many of the images have each format, the commonest first."""
-    return dict(Counter(image.format for image in images if image.format).most_common())
-
-
 def quantiles(values: np.ndarray) -> dict[str, float] | None:
+    """Those of QUANTILES, by name; None for no values."""
     if not len(values):
         return None
     # Of the values themselves, so that an image of that width is there.

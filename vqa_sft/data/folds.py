@@ -11,6 +11,7 @@ machine adds them.
 
 import csv
 import re
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from contextlib import suppress
@@ -23,13 +24,15 @@ from scipy import sparse
 
 from vqa_sft.data.sources import Source, open_source
 from vqa_sft.errors import InputError, name_rows
-from vqa_sft.files import whole
+from vqa_sft.files import begins_with, check_output, whole
 
 ENCODINGS = ("cp949", "gb18030", "big5", "cp932", "euc_jp", "cp1252", "latin-1")  # in which spreadsheets save
 # What the square of a row too many costs: among all rows, in its stratum, in each part of the stratum alone.
 # Measured: with less on strata, rare ones are more than a row off; with less on parts, a hold-out rounds too many rare
 # strata the same way.
 WEIGHTS = (100, 10, 3)
+MAX_COMPARED = 20_000  # rows for which scikit-learn's folds are made too; it needs seconds
+FOLDS_START = '"id","fold"'  # how a folds file begins
 MAX_CANDIDATES = 300  # groups of each of two folds that are tried against each other at a time
 MAX_ROUNDS = 200  # a bound; it took 2 to 14
 
@@ -160,13 +163,43 @@ def _number(values: Iterable[Hashable]) -> np.ndarray:
     return np.array([numbers.setdefault(value, len(numbers)) for value in values])
 
 
-def write_folds(path: str | Path, ids: Sequence[str], folds: Sequence[int]) -> None:
+def stratified_deviation(strata: Sequence[tuple], groups: Sequence[int], num_folds: int, seed: int) -> Deviation | None:
+    """That of scikit-learn's folds of the same rows, for comparison; None where they cannot be made or take long."""
+    if len(strata) > MAX_COMPARED:
+        return None
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    numbers: dict[tuple, int] = {}
+    labels = [numbers.setdefault(stratum, len(numbers)) for stratum in strata]
+    folds = [0] * len(strata)
+    splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=seed)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # strata with fewer rows than folds
+            for fold, (_, rows) in enumerate(splitter.split(labels, labels, groups)):
+                for row in rows:
+                    folds[row] = fold
+    except ValueError:  # no stratum has as many rows as there are folds
+        return None
+    return max_deviation(strata, folds, [1 / num_folds] * num_folds)
+
+
+def check_folds_file(path: str | Path) -> None:
+    """Raises InputError where `vqa-sft folds` cannot write this file, or must not."""
+    check_output(path, suffix=".csv", is_ours=begins_with(FOLDS_START), kind="file of `vqa-sft folds`")
+
+
+def write_folds(path: str | Path, ids: Sequence[str], folds: Sequence[int], overwrite: bool = True) -> None:
     """Write a CSV of id and fold, whole or not at all; fold -1: always trained on."""
     with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
         # Ids in quotes: csv would leave a lone carriage return in one bare, and read it as the end of the row.
         writer = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
         writer.writerow(("id", "fold"))
         writer.writerows(zip(ids, folds, strict=True))
+        file.flush()
+        if Path(path).exists() and not overwrite and Path(path).read_bytes() != unfinished.read_bytes():
+            raise InputError(
+                f"{path} holds other folds, which runs may rely on. Name another file, or give --overwrite."
+            )
 
 
 def read_folds(path: str | Path, ids: Sequence[str], whole: bool = True) -> list[int]:

@@ -225,5 +225,5 @@ def _name_problem(error: Exception, data: bytes) -> str:
     if is_short or isinstance(error, EOFError) or "truncated" in str(error).lower():
         return "truncated_image"
     if isinstance(error, UnidentifiedImageError) and not BEGINNINGS.match(data):
-        return "not_a_image"
+        return "not_an_image"
     return "broken_image"

@@ -13,11 +13,11 @@ from vqa_sft.errors import InputError, name_rows
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of problem: how bad it is, what it is in words, and how to mend it."""
+    """One kind of problem: how bad it is, what it is in words, and how to fix it."""
 
     severity: Literal["error", "warning"]
     what: str
-    mend: str
+    fix: str
 
 
 KINDS = {
@@ -71,9 +71,9 @@ KINDS = {
     "missing_image": Kind("error", "the image is missing", "Check the path; it is relative to image_root."),
     "unreadable_image": Kind("error", "the image file cannot be opened", "Check its permissions and the disk."),
     "empty_image": Kind("error", "the image file is empty", "Copy or download it again."),
-    "not_a_image": Kind("error", "the file is no image that can be read", "It may be an error page, SVG or HEIC."),
+    "not_an_image": Kind("error", "the file is no image that can be read", "It may be an error page, SVG or HEIC."),
     "truncated_image": Kind("error", "the image is cut off", "Copy or download it again."),
-    "broken_image": Kind("error", "the image cannot be decoded", "Download it again, or save it anew as PNG."),
+    "broken_image": Kind("error", "the image cannot be decoded", "Download it again, or save it again as PNG."),
     "large_file": Kind("error", "the image file is larger than 512 MiB", "Save it smaller."),
     "image_bomb": Kind("error", "the image has too many pixels", "Make it smaller; Pillow refuses such sizes."),
     "long_image": Kind("error", "the image is more than 200 times as long as wide", "Crop it; models refuse it."),
@@ -98,18 +98,18 @@ TRAINING_HINT = "`on_bad_row: skip` trains without such rows. " + STREAM_HINT
 PREDICTION_HINT = "`--on_bad_row guess` answers such rows all the same, and marks those that are guessed."
 IDS = ("empty_id", "duplicate_id")  # by which rows are told apart in folds, submissions, ensembles
 # Errors with which a row of a test set can be answered all the same.
-IMAGES = ("image_address", "path_outside", "missing_image", "unreadable_image", "empty_image", "not_a_image")
+IMAGES = ("image_address", "path_outside", "missing_image", "unreadable_image", "empty_image", "not_an_image")
 IMAGES += ("truncated_image", "broken_image", "large_file", "image_bomb", "long_image")
 GUESSED = ("empty_question", "bad_choices", "no_choices_in_question", "few_choices", "same_choices", *IMAGES)
 ANSWERABLE = (*GUESSED, "bad_answer", "bad_text")  # the last two are no guess: nothing is missing from the prompt
 
 
 class Problems:
-    """What is wrong with which rows, in the order in which it was found; collected first, reported together."""
+    """What is wrong with which rows, in the order of finding; collected first, reported together."""
 
     def __init__(self, total: int = 0) -> None:
         self.total = total
-        self.hints: dict[str, str] = {}  # by kind, what mends it in these data
+        self.hints: dict[str, str] = {}  # by kind, how to fix it in these data
         self._found: dict[str, list[tuple[str, int]]] = {}
 
     def add(self, kind: str, row_id: str, row: int, detail: str = "") -> None:
@@ -146,9 +146,9 @@ class Problems:
         """(label, number) of the rows with one kind of problem, in the order in which they were found."""
         return self._found.get(key, [])
 
-    def remedy(self, key: str) -> str:
-        """How to mend one kind of problem in these data."""
-        return f"{KINDS[key].mend} {self.hints.get(key, '')}".rstrip()
+    def fix(self, key: str) -> str:
+        """How to fix one kind of problem in these data."""
+        return f"{KINDS[key].fix} {self.hints.get(key, '')}".rstrip()
 
     def raise_if_any(self, source: str, on_bad_row: str = "error", hint: str = TRAINING_HINT) -> None:
         """Raises InputError with every error, five rows of each kind; warnings do not raise.
@@ -162,7 +162,7 @@ class Problems:
             errors = [error for error in errors if error[0] not in ANSWERABLE]
         if not errors:
             return
-        lines = [f"{kind.what}: {name_rows(labels, self.total)}. {self.remedy(key)}" for key, kind, labels in errors]
+        lines = [f"{kind.what}: {name_rows(labels, self.total)}. {self.fix(key)}" for key, kind, labels in errors]
         helped = {PREDICTION_HINT: {*ANSWERABLE}, TRAINING_HINT: KINDS.keys() - {*IDS}}
         if any(key in helped.get(hint, KINDS) for key, _, _ in errors):
             lines.append(hint)

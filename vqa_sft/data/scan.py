@@ -24,7 +24,7 @@ from vqa_sft.data.paths import describe_missing
 from vqa_sft.data.problems import Problems
 
 # Count up when the columns, or what `examine` and `make_miniature` find, change; another Pillow may read other files.
-TABLE = "images_2"
+TABLE = "images_3"
 VERSION = f"{TABLE} {PIL.__version__}"
 BLOCK_ROWS = 32
 BLOCKS_IN_FLIGHT = 3

@@ -7,31 +7,138 @@ Block by block (shards.py), so that memory does not grow with the rows of a stre
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from vqa_sft.errors import InputError
+from vqa_sft.config.prediction import PredictionArguments
+from vqa_sft.data.answers import FORMATS
+from vqa_sft.errors import InputError, name_rows
 from vqa_sft.inference import shards
-from vqa_sft.predictions.calibration import OUT_OF_FOLD, RUN, VALIDATION
+from vqa_sft.inference.rows import Rows
+from vqa_sft.predictions.calibration import OUT_OF_FOLD, RUN, VALIDATION, read_calibration, views_key
 from vqa_sft.predictions.ensemble import combine
-from vqa_sft.predictions.file import Predictions, read_predictions, write_predictions
+from vqa_sft.predictions.file import Predictions, answers_as, read_predictions, write_predictions
 from vqa_sft.predictions.style import Style
 from vqa_sft.predictions.submission import write
 
+if TYPE_CHECKING:  # it loads torch
+    from vqa_sft.runs.folder import Run
+
 # What a run folder holds of its own, and what is there where it does.
 OWN_FILES = {VALIDATION: RUN, OUT_OF_FOLD: "out_of_fold.json"}
+
+
+def describe_run(args: PredictionArguments, run: "Run") -> dict[str, Any]:
+    """The metadata of a run's prediction file, with the calibration that is known for it and these views. Raises
+    InputError for a damaged one."""
+    metadata = args.views.metadata
+    about = {"base_model": run.base_model, "run": run.folder, "prompts_digest": run.prompts.digest}
+    # A temperature is fitted on validation rows as they were scored.
+    uses_calibration = run.folder is not None and args.part == "all"
+    found = read_calibration(run.folder, metadata) if uses_calibration else None
+    return metadata | about | ({"calibration": found.as_dict} if found else {})
+
+
+def style_of(args: PredictionArguments, rows: Rows) -> Style:
+    """How the submission is written: as the template, else in the names and the answer format of the data, or those of
+    training where the data have no answers. Raises InputError for a template of other rows."""
+    answers = describe_answers(args, rows)
+    if not args.template:
+        return Style.plain(args.answer_format, rows.num_choices, answers)
+    examples = rows.sources[0].examples
+    counts, choices = list(map(len, examples["choices"])), examples["choices"][:]
+    return Style.from_template(args.template, examples["id"][:], counts, args.answer_format, choices, answers)
+
+
+def describe_answers(args: PredictionArguments, rows: Rows) -> dict[str, Any]:
+    """The names and the answer format of a submission: the data's own, or those of training where it has no answers."""
+    columns, trained = rows.sources[0].columns, rows.trained
+    how = {"id": columns.id or "id", "answer": columns.answer or (trained and trained.answer) or "answer"}
+    if columns.answer_format is None and trained is not None:  # no row has an answer
+        how |= {"answer_format": trained.answer_format, "answers_are_upper": trained.answers_are_upper}
+    if args.answer_format in FORMATS:
+        how["answer_format"] = args.answer_format
+    return answers_as(replace(columns, **how))
+
+
+def write_results(
+    args: PredictionArguments, rows: Rows, style: Style, about: Sequence[dict[str, Any]], parts: Path, num_passes: int
+) -> str:
+    """Write all files, each whole or not at all; what was done, in words. `about` holds the metadata of each run."""
+    blocks = _blocks_of_runs(parts, num_passes)
+    if args.part == "validation":
+        blocks = _block_of_parts(parts, num_passes, rows.ids)
+        split = "validation" if len(about) == 1 else "out-of-fold"
+        about = [metadata | {"split": split} for metadata in about]
+    output, written, num_rows, blanked = Path(args.output), _Pieces(parts), 0, []
+    for block in blocks:
+        _write_block(block, output, about, style, args.average_runs, written)
+        num_rows += len(block.ids)
+        blanked += [row_id for row_id, is_blank in zip(block.ids, block.blanked, strict=True) if is_blank]
+    written.join()
+    lines = [f"Wrote {num_rows:,} answers to {output}"]
+    if blanked:
+        lines.append(f"Guessed, because something of them could not be used: {name_rows(blanked, num_rows)}")
+    bare = [metadata for metadata in about if "calibration" not in metadata and metadata["run"] is not None]
+    if bare and args.part == "all":
+        lines.append(
+            f"Probabilities are as they were scored: no temperature is known of {', '.join(m['run'] for m in bare)} "
+            f"for {views_key(bare[0])}. To find one: --part validation with the same views, then vqa-sft calibrate."
+        )
+    return "\n".join(lines)
+
+
+class _Pieces:
+    """Files that are written a block at a time into the folder `parts`."""
+
+    def __init__(self, parts: Path) -> None:
+        self.parts = parts
+        self.pieces: dict[Path, list[Path]] = {}
+
+    def add(self, path: Path, save: Callable, *content: Any) -> None:
+        pieces = self.pieces.setdefault(path, [])
+        pieces.append(self.parts / f"{len(pieces)}-{path.name}")
+        save(pieces[-1], *content)
+
+    def join(self) -> None:
+        for path, pieces in self.pieces.items():
+            shards.join_files(pieces, path)
+
+
+def _write_block(
+    block: "Block", output: Path, about: Sequence[dict[str, Any]], style: Style, average_runs: str, written: _Pieces
+) -> None:
+    """Write the rows of a block. Of several runs the metadata of all together are those that they share, and the folder
+    that holds them all."""
+    folders, together = [metadata["run"] for metadata in about], dict(about[0])
+    alone = [
+        Predictions(
+            *(block.ids, logits, block.answers, metadata, block.blanked, agreement, [*filter(None, scales)]),
+            block.digests,
+        )
+        for (logits, agreement, scales), metadata in zip(block.of_runs, about, strict=False)
+    ]
+    mean = alone[0]
+    if len(about) > 1:
+        together["run"] = os.path.commonpath(list(map(os.path.abspath, folders)))
+        together.pop("calibration", None)  # each run has its own, and all together none
+    if len(alone) > 1:
+        mean = combine(alone, folders, [1 / len(folders)] * len(folders), average_runs)
+        for folder, predictions in zip(folders, alone, strict=True):
+            written.add(path_of_run(output, folder, folders), write_predictions, predictions)
+    mean = replace(mean, metadata=mean.metadata | together)
+    written.add(output.with_suffix(".parquet"), write_predictions, mean)
+    written.add(output, write, mean, style, block.choices)
 
 
 @dataclass
 class Block:
     """Rows in the order of the data, and what each run says of them: choice logits, agreement and scale logits of every
     row."""
-
-    COLUMNS: ClassVar = ("id", "answer", "choices", "blanked", "digest")  # of its file, beside what the runs say
 
     ids: list[str]
     answers: list[int | None]
@@ -41,13 +148,13 @@ class Block:
     of_runs: list[tuple[Sequence, Sequence, Sequence]]
 
 
-def blocks_of_runs(parts: Path, num_passes: int) -> Iterator[Block]:
+def _blocks_of_runs(parts: Path, num_passes: int) -> Iterator[Block]:
     """The same rows scored by the runs of all passes, which stand in the order of the passes."""
     for tables in zip(*(shards.read_blocks(parts, number) for number in range(num_passes)), strict=True):
         yield _block(tables[0], [of_run for table in tables for of_run in _of_runs(table)])
 
 
-def block_of_parts(parts: Path, num_passes: int, ids: Sequence[str]) -> Iterator[Block]:
+def _block_of_parts(parts: Path, num_passes: int, ids: Sequence[str]) -> Iterator[Block]:
     """All rows at once, each scored in one of the passes, in the order of `ids`."""
     table = pa.concat_tables([table for i in range(num_passes) for table in shards.read_blocks(parts, i)])
     place = {row_id: number for number, row_id in enumerate(ids)}
@@ -57,7 +164,7 @@ def block_of_parts(parts: Path, num_passes: int, ids: Sequence[str]) -> Iterator
 
 
 def _block(table: pa.Table, of_runs: list[tuple[Sequence, Sequence, Sequence]]) -> Block:
-    return Block(*(table[name].to_pylist() for name in Block.COLUMNS), of_runs)
+    return Block(*(table[name].to_pylist() for name in shards.BLOCK_COLUMNS), of_runs)
 
 
 def _of_runs(table: pa.Table) -> list[tuple[Sequence, Sequence, Sequence]]:
@@ -65,55 +172,13 @@ def _of_runs(table: pa.Table) -> list[tuple[Sequence, Sequence, Sequence]]:
     return list(zip(*(zip(*column, strict=True) for column in columns), strict=True))
 
 
-def write_results(
-    output: Path, parts: Path, blocks: Iterator[Block], about: Mapping[str, dict], style: Style, average_runs: str
-) -> tuple[int, list[str]]:
-    """Write all files, each whole or not at all; how many rows there are, and which were answered without an image.
-
-    `about` holds the metadata of each run; of all together those that they share, and the folder that holds them all.
-    """
-    folders = [*about]
-    together = dict(about[folders[0]])
-    if len(folders) > 1:
-        together["run"] = os.path.commonpath(list(map(os.path.abspath, folders)))
-        together.pop("calibration", None)  # each run has its own, and all together none
-    written: dict[Path, list[Path]] = {}
-
-    def put(path: Path, save: Callable, *what: Any) -> None:
-        part = parts / f"{len(written.setdefault(path, []))}-{path.name}"
-        save(part, *what)
-        written[path].append(part)
-
-    num_rows, blanked = 0, []
-    for block in blocks:
-        alone = [
-            Predictions(
-                *(block.ids, logits, block.answers, metadata, block.blanked, agreement, [*filter(None, scales)]),
-                block.digests,
-            )
-            for (logits, agreement, scales), metadata in zip(block.of_runs, about.values(), strict=False)
-        ]
-        mean = alone[0]
-        if len(alone) > 1:
-            mean = combine(alone, folders, [1 / len(folders)] * len(folders), average_runs)
-            for folder, predictions in zip(folders, alone, strict=True):
-                put(path_of_run(output, folder, folders), write_predictions, predictions)
-        mean = replace(mean, metadata=mean.metadata | together)
-        put(output.with_suffix(".parquet"), write_predictions, mean)
-        put(output, write, mean, style, block.choices)
-        num_rows += len(block.ids)
-        blanked += [row_id for row_id, is_blank in zip(block.ids, block.blanked, strict=True) if is_blank]
-    for path, pieces in written.items():
-        shards.join_files(pieces, path)
-    return num_rows, blanked
-
-
-def check_outputs(output: Path, inputs: Mapping[str, str | None], folders: Sequence[str]) -> None:
-    """Raises InputError where a file cannot be written, or would replace an input (`--option` -> file), a run's own
-    predictions, or what we did not write."""
+def check_outputs(args: PredictionArguments, runs: Sequence["Run"]) -> None:
+    """Raises InputError where a file cannot be written, or would replace an input, a run's own predictions, or what we
+    did not write."""
+    output, folders = Path(args.output), [run.folder for run in runs]
     if output.suffix != ".csv":
         raise InputError(f"--output must end in .csv; got {output if str(output) != '.' else 'nothing'}.")
-    for option, path in inputs.items():
+    for option, path in {"--data": args.data, "--template": args.template}.items():
         if path is not None and output.resolve() == Path(path).resolve():
             raise InputError(f"--output is {option} ({path}). Name another --output.")
     if output.is_dir():
@@ -123,7 +188,7 @@ def check_outputs(output: Path, inputs: Mapping[str, str | None], folders: Seque
         raise InputError(f"{parquet} holds the run's own validation predictions. Name another --output.")
     if output.exists() and not _is_ours(parquet) or parquet.exists() and not _is_ours(parquet):
         raise InputError(f"{output} or {parquet} exists and is none of our submissions. Name another --output.")
-    for path in [path_of_run(output, folder, folders) for folder in folders] * (len(folders) > 1):
+    for path in [path_of_run(output, folder, folders) for folder in folders] if len(folders) > 1 else []:
         if path.exists() and not _is_ours(path):
             raise InputError(f"{path} exists and is no prediction file. Name another --output.")
     try:

@@ -1,4 +1,4 @@
-"""One model that scores rows as the runs on it do: what predict.py and `vqa_sft.Predictor` load.
+"""One model that scores rows as the runs on it do: what score.py and `vqa_sft.Predictor` load.
 
 base model            loaded once
 adapters of R runs    take turns in it (adapters.py), where they are of one kind
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-import torch
 from accelerate import PartialState
 from transformers import ProcessorMixin
 
@@ -34,38 +33,41 @@ _OF_BASE += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "trust_remote_code",
 _OF_IMAGES = ("*processor*.json", "chat_template*")
 
 
-def groups_of(runs: Sequence[Run]) -> list[list[Run]]:
-    """The runs, those together that one model can score at once: same base, prompts, letters, images, precision and
-    kind of adapter."""
+@dataclass
+class Group:
+    """Runs that one model can score at once, in this precision."""
+
+    runs: list[Run]
+    precision: str
+
+
+def groups_of(runs: Sequence[Run], use_cpu: bool) -> list[Group]:
+    """The runs, those together that have the same base, prompts, letters, images, precision and kind of adapter."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        parts = [run.folder and kind_of(run.folder) or run.folder, run.num_letters, vars(run.prompts), run.precision]
-        parts += [run.recipe.get(name) for name in _OF_BASE]
+        parts = [run.num_letters, vars(run.prompts), run.precision, *(run.recipe.get(name) for name in _OF_BASE)]
         if run.folder is not None:
+            parts.append(kind_of(run.folder) or run.folder)
             files = [path for pattern in _OF_IMAGES for path in sorted(Path(run.folder).glob(pattern))]
             # Damaged ones are found where they are loaded.
             parts += [path.read_text("utf-8", "replace") for path in files if path.is_file()]
         groups.setdefault(json.dumps(parts, sort_keys=True, default=str), []).append(run)
-    return [*groups.values()]
+    return [Group(of_group, _precision_of(of_group[0], use_cpu)) for of_group in groups.values()]
 
 
-def precision_of(run: Run, use_cpu: bool) -> str:
+def _precision_of(run: Run, use_cpu: bool) -> str:
     """That of the training where this device computes in it."""
     return models.choose_precision(run.recipe | {"use_cpu": use_cpu}, trained=run.precision)
 
 
-@dataclass
-class Scorer:
-    """The model of one of the groups; `runs` of it are scored at once, in the order of its folders."""
+@dataclass(kw_only=True)
+class Scorer(scoring.LetterModel):
+    """The model of a group of runs, and what makes batches for it."""
 
-    model: torch.nn.Module
     processor: ProcessorMixin
     prompts: Prompts
     num_letters: int
-    letter_ids: torch.Tensor
-    precision: str
     packer: Packer | None
-    adapters: Adapters | None
     store: FeatureStore | None
 
     def collators(
@@ -88,18 +90,18 @@ class Scorer:
 
 
 def load(
-    runs: Sequence[Run],
+    group: Group,
     *,
-    precision: str,
     most_choices: int,
     examples: datasets.Dataset | None = None,
     views_a_row: int = 1,
     compile_layers: bool | None = None,
 ) -> Scorer:
-    """The scorer of runs of one group, or of a base model, for rows of `most_choices`. The texts of `examples` are
+    """The scorer of a group of runs, or of a base model, for rows of `most_choices`. The texts of `examples` are
     checked before weights are loaded, and their number says whether compilation pays, where `compile_layers` does not.
     Raises InputError.
     """
+    runs, precision = group.runs, group.precision
     run, is_base = runs[0], runs[0].folder is None
     num_letters = max(run.num_letters or 0, most_choices)
     model_args = Recipe(run.recipe, arguments=None).model_args()
@@ -126,7 +128,7 @@ def load(
         processor=processor,
         prompts=run.prompts,
         num_letters=num_letters,
-        letter_ids=letter_ids,
+        letter_ids=letter_ids.to(PartialState().device),
         precision=precision,
         packer=packer,
         adapters=adapters,

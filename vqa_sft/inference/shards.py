@@ -28,6 +28,7 @@ from vqa_sft.files import whole, write_whole
 
 EVERY_S = 20.0  # between two shards of a process
 BLOCK_ROWS = 10_000  # of a stream
+BLOCK_COLUMNS = ("id", "answer", "choices", "blanked", "digest")  # of its file, beside what the runs say
 PLAN = "plan.json"
 OURS = re.compile(r"plan\.json|pass\d+-block\d+|\d+-")  # how the names in the folder begin
 SCHEMA = pa.schema(
@@ -169,7 +170,7 @@ def join_files(parts: Sequence[Path], output: Path) -> None:
                 for number, part in enumerate(parts):
                     with part.open("rb") as lines:
                         header = lines.readline()
-                        file.write(header * (number == 0))
+                        file.write(header if number == 0 else b"")
                         shutil.copyfileobj(lines, file)
     for part in parts:
         part.unlink()

@@ -423,16 +423,16 @@ def run_inside(argv: list[str]) -> None:
 
 
 def _watch_scoring(watch: Watch) -> None:
-    from vqa_sft.models import scoring
+    from vqa_sft.models.scoring import LetterModel
 
-    score = scoring.letter_logits_of_runs
+    score = LetterModel.letter_logits
 
-    def score_watched(model: Any, batch: dict, *args: Any) -> Any:
+    def score_watched(model: LetterModel, batch: dict, *args: Any) -> Any:
         logits = score(model, batch, *args)
         watch.tick(len(batch["groups"].unique()) if "groups" in batch else len(batch["answers"]))
         return logits
 
-    scoring.letter_logits_of_runs = score_watched
+    LetterModel.letter_logits = score_watched
 
 
 def run_predictor(watch: Watch, run: str, data: str, use_cpu: str) -> None:

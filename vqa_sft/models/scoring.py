@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -10,12 +11,12 @@ from accelerate import PartialState
 from accelerate.utils import send_to_device
 from jinja2 import TemplateError
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import ProcessorMixin
 
 from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.batch.template import answer_prefix, answer_suffix, control_tokens, render_prompt
+from vqa_sft.console import progress
 from vqa_sft.data.references import count_free
 from vqa_sft.errors import InputError, explains
 from vqa_sft.letters import LETTERS, view_orders
@@ -182,92 +183,88 @@ def same_images_together(examples: datasets.Dataset) -> list[int]:
     return sorted(range(len(places)), key=places.__getitem__)
 
 
-class Views:
-    """Rows -> a batch from each of several collators: the scales of their images."""
+@dataclass
+class LetterModel:
+    """A model whose letters are scored; of several runs the `adapters` take turns in it."""
 
-    def __init__(self, collators: Sequence[AnswerCollator]) -> None:
-        self.collators = collators
+    model: torch.nn.Module
+    letter_ids: torch.Tensor  # (L,), or (L, S) of letters with several spellings; on the model's device
+    precision: str
+    adapters: Adapters | None = None
 
-    def __call__(self, rows: list[dict]) -> list[dict[str, Any]]:
-        return [collator(rows) for collator in self.collators]
+    def letter_logits(self, batch: dict[str, Any], runs: Sequence[int]) -> list[torch.Tensor]:
+        """(B, L) by each of the runs with these numbers; images go through a tower that they share once."""
+        is_packed = "cu_seq_lens_q" in batch and "pixel_values" in batch
+        if is_packed and self.adapters is not None and len(runs) > 1 and self.adapters.share_tower:
+            inputs = vision_inputs(batch)
+            batch = {name: value for name, value in batch.items() if name not in inputs}
+            batch["image_features"] = run_tower(self.adapters.base, inputs, self.precision)
+            batch["image_grid_thw"] = inputs["image_grid_thw"]
+        found = []
+        device = batch["orders"].device
+        for run in runs:
+            if self.adapters is not None:
+                self.adapters.use(run)
+            with torch.autocast(device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
+                found.append(letter_logits(self.model, batch, self.letter_ids))
+        return found
 
 
 @torch.no_grad()
 def score_batches(
-    model: torch.nn.Module,
+    scorer: LetterModel,
     examples: datasets.Dataset,
     batches: Sequence[Sequence[int]],
     collators: Sequence[AnswerCollator],
-    letter_ids: torch.Tensor,
     *,
-    precision: str,
-    num_workers: int,
     average: str = "mean",
-    adapters: Adapters | None = None,
+    num_workers: int = 0,
     runs: Sequence[int] = (0,),
 ) -> Iterator[Scored]:
-    """What this process scores of the `batches` of row numbers, each as soon as the device has it; `runs` are those of
-    the `adapters` that take turns. Batches are cut before they are dealt out, so any number of processes scores the
-    same ones."""
+    """What this process scores of the `batches` of row numbers, each as soon as the device has it. Each of the
+    `collators` shows the images at one scale. Batches are cut before they are dealt to processes, so any number of
+    processes scores the same ones."""
     state = PartialState()
     own = batches[state.process_index :: state.num_processes]
-    on_gpu = state.device.type == "cuda"
     loader = DataLoader(
         examples,
         batch_sampler=own,
-        collate_fn=Views(collators),
+        collate_fn=partial(_collate_all, collators),
         num_workers=num_workers,
-        pin_memory=on_gpu,
+        pin_memory=state.device.type == "cuda",
     )
-    letter_ids = letter_ids.to(state.device)
     waiting: list[tuple] = []
-    progress = tqdm(total=sum(map(len, batches)), desc="Scoring", unit=" questions", disable=not state.is_main_process)
+    bar = progress(total=sum(map(len, batches)), desc="Scoring", unit=" questions", in_logs=True)
     for rows, of_scales in zip(own, loader, strict=True):
-        scales = []
-        for batch in of_scales:
-            groups = batch.get("groups", torch.arange(len(batch["answers"]))).tolist()
-            batch = send_to_device(batch, state.device, non_blocking=on_gpu)
-            logits = letter_logits_of_runs(model, batch, letter_ids, precision, adapters, runs)
-            scales.append((groups, logits, batch["orders"], batch["num_choices"]))
-        waiting.append((rows, scales))
+        waiting.append((rows, score_scales(scorer, of_scales, runs)))
         # The last batches are computed while the next is made ready.
         if len(waiting) > 2:
             yield undo_orders(*waiting.pop(0), average)
-        progress.update(min(len(rows) * state.num_processes, progress.total - progress.n))
+        bar.update(min(len(rows) * state.num_processes, bar.total - bar.n))
     for left in waiting:
         yield undo_orders(*left, average)
-    progress.close()
+    bar.close()
 
 
-def letter_logits_of_runs(
-    model: torch.nn.Module,
-    batch: dict[str, Any],
-    letter_ids: torch.Tensor,
-    precision: str,
-    adapters: Adapters | None,
-    runs: Sequence[int],
-) -> list[torch.Tensor]:
-    """(B, L) by each run; images go through a tower that they share once."""
-    is_packed = "cu_seq_lens_q" in batch and "pixel_values" in batch
-    if is_packed and adapters is not None and len(runs) > 1 and adapters.share_tower:
-        inputs = vision_inputs(batch)
-        batch = {name: value for name, value in batch.items() if name not in inputs}
-        batch["image_features"] = run_tower(adapters.base, inputs, precision)
-        batch["image_grid_thw"] = inputs["image_grid_thw"]
-    found = []
-    device = batch["orders"].device
-    for run in runs:
-        if adapters is not None:
-            adapters.use(run)
-        with torch.autocast(device.type, DTYPES[precision], enabled=precision != "fp32"):
-            found.append(letter_logits(model, batch, letter_ids))
-    return found
+def _collate_all(collators: Sequence[AnswerCollator], rows: list[dict]) -> list[dict[str, Any]]:
+    return [collator(rows) for collator in collators]
+
+
+def score_scales(scorer: LetterModel, of_scales: Sequence[dict[str, Any]], runs: Sequence[int]) -> list[tuple]:
+    """Of rows that were collated at several scales, as `undo_orders` takes them: to which row each view belongs, its
+    letter logits by each of the runs, its order and its number of choices. Nothing waits for the device."""
+    device, scales = PartialState().device, []
+    for batch in of_scales:
+        groups = batch.get("groups", torch.arange(len(batch["answers"]))).tolist()
+        batch = send_to_device(batch, device, non_blocking=device.type == "cuda")
+        scales.append((groups, scorer.letter_logits(batch, runs), batch["orders"], batch["num_choices"]))
+    return scales
 
 
 def undo_orders(rows: Sequence[int], scales: list[tuple], average: str) -> Scored:
     """Undo the orders, and average over the views of each row."""
     num_runs = len(scales[0][1])
-    choice_logits, agreement, scale_logits = ([[] for _ in rows] for _ in "abc")
+    choice_logits, agreement, scale_logits = [[] for _ in rows], [[] for _ in rows], [[] for _ in rows]
     for run in range(num_runs):
         views: list[list[list[list[float]]]] = [[[] for _ in scales] for _ in rows]
         for number, (groups, logits, orders, num_choices) in enumerate(scales):

@@ -55,12 +55,16 @@ def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Prediction
         missing = [row_id for row_id in first.ids if row_id not in row_of]
         known = set(first.ids)
         foreign = [row_id for row_id in file.ids if row_id not in known]
-        for what, ids, total in (("lacks", missing, len(first.ids)), ("also has", foreign, len(file.ids))):
-            if ids:
-                raise InputError(
-                    f"{name} {what} {name_rows(ids, total)}, and {names[0]} has "
-                    f"{'them' if what == 'lacks' else 'not'}. Give predictions for the same rows."
-                )
+        if missing:
+            raise InputError(
+                f"{name} lacks {name_rows(missing, len(first.ids))}, and {names[0]} has them. Give predictions for the "
+                "same rows."
+            )
+        if foreign:
+            raise InputError(
+                f"{name} also has {name_rows(foreign, len(file.ids))}, and {names[0]} has not. Give predictions for "
+                "the same rows."
+            )
         check_same_rows(first.ids, first.digest_of, file.digest_of, [names[0], name])
         rows = [row_of[row_id] for row_id in first.ids]
         aligned.append(_take(file, rows))

@@ -4,7 +4,7 @@ A prediction file is Parquet, in the row order of the data:
 
     id             of the row
     choice_logits  log-probabilities of the row's own choices, averaged over views; dataset order, ragged, no -inf.
-                   Never tempered: what the model said, whatever is made of it later
+                   As scored: no temperature and no bias is in them
     answer         null where unknown
     blanked        answered without an image that could not be used
     agreement      share of the row's views whose best choice is the averaged best one (of an ensemble: the share of the
@@ -12,11 +12,11 @@ A prediction file is Parquet, in the row order of the data:
     digest         of the row's question, choices and images (`digests_of`), whatever its id: rows of two files are the
                    same where id and digest agree; null where unknown, and files without the column are read too
     scale_logits   only where images were scored at several scales by one run: of each scale, in the order of `scales`
-                   in the metadata, what `choice_logits` are of all. Those weigh the scales equally
+                   in the metadata, its own log-probabilities. `choice_logits` weight the scales equally
 
-Its metadata say what made it. Under "answers" they say how the data of the run write their answers (`answers_as`): a
-submission is written so. Under "calibration" they hold the temperature, and perhaps a bias and weights of the
-scales, that were found for the run and these views: `Predictions.probs` applies them.
+Its metadata say what made it. "answers" says how the data of the run write their answers (`answers_as`), for the
+submission. "calibration" holds the run's temperature for these views, and perhaps a bias and weights of the scales:
+`Predictions.probs` applies them.
 """
 
 import json
@@ -95,25 +95,25 @@ class Predictions:
 
     @property
     def best(self) -> list[int]:
-        """The likeliest choice of each row; ties go to the first."""
+        """The most probable choice of each row; ties go to the first."""
         return [int(np.argmax(row)) for row in self.probs]
 
     def calibrated_as(self, other: "Predictions") -> "Predictions":
-        """The same rows with the calibration of `other`, or with none: what is learnt on held-out rows must be learnt
-        on such probabilities as it will be used on."""
+        """The same rows with the calibration of `other`, or with none: weights and conformal sets must be learned on
+        held-out rows with the calibration of the rows that they are for."""
         rest = {key: value for key, value in self.metadata.items() if key != CALIBRATION}
         own = other.metadata.get(CALIBRATION)
         weights = (own or {}).get("scale_weights")
         if weights and (not self.scale_logits or weights.keys() != scale_names(self.metadata["scales"]).keys()):
             raise InputError(
                 f"the rows that these held-out ones stand for were scored at the scales {', '.join(weights)}, with a "
-                "weight each; of the held-out rows it is not known what each of these says. Score them in the same way."
+                "weight each; the held-out file does not have the logits of each. Score them in the same way."
             )
         return replace(self, metadata=rest | ({CALIBRATION: own} if own else {}))
 
 
 def others_of(ids: Iterable[str], ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
-    """Those of the ids under which two files hold different rows, as far as both know their digests."""
+    """The ids under which two files hold different rows, as far as both know their digests."""
     return [i for i in ids if i in ours and i in theirs and ours[i] != theirs[i]]
 
 
@@ -128,7 +128,7 @@ def shared_rows(
 def check_same_rows(
     ids: Sequence[str], ours: Mapping[str, str], theirs: Mapping[str, str], names: Sequence[str | Path]
 ) -> None:
-    """Raises InputError where two files, which have these names, hold other rows under the same ids."""
+    """Raises InputError where two files with these names hold different rows under the same ids."""
     differ = others_of(ids, ours, theirs)
     if differ:
         raise InputError(
@@ -139,8 +139,8 @@ def check_same_rows(
 
 
 def answers_as(columns: Columns) -> dict[str, Any]:
-    """What stands under "answers" in the metadata: how the data with these columns name and write their answers.
-    The format is None where no row says it."""
+    """The value of "answers" in the metadata: how the data with these columns name and write their answers. The format
+    is None where no row tells it."""
     return {
         "id": columns.id or "id",
         "column": columns.answer or "answer",
@@ -154,8 +154,8 @@ def answers_as(columns: Columns) -> dict[str, Any]:
 
 
 def may_be_of_one_run(one: Predictions, other: Predictions) -> bool:
-    """False where the metadata of both say otherwise: other prompts, another base model, another run. A fold and the
-    folder of its folds are one run; of a folder that was moved the name stays."""
+    """False where the metadata differ in prompts, base model or run. A fold and the folder of all folds are one run; a
+    folder that was moved is known by its name."""
     ours, theirs = one.metadata, other.metadata
     if None not in (digests := [ours.get("prompts_digest"), theirs.get("prompts_digest")]) and digests[0] != digests[1]:
         return False
@@ -216,40 +216,59 @@ def read_predictions(path: str | Path) -> Predictions:
 
 
 def _check(path: str | Path, predictions: Predictions) -> None:
-    """Raises InputError for what the code after it cannot bear."""
+    """Raises InputError for a file whose values would fail later, or silently give wrong results."""
+    if (
+        fault := _fault_of_rows(predictions)
+        or _fault_of_metadata(predictions.metadata)
+        or _fault_of_scales(predictions)
+    ):
+        raise InputError(f"{path} is damaged: {fault}.")
+    scales, calibration = predictions.metadata.get("scales") or [], predictions.metadata.get(CALIBRATION)
+    if calibration is not None:
+        check_calibration(calibration, f"the calibration in {path}", scales)
+        if calibration.get("scale_weights") and not predictions.scale_logits:
+            raise InputError(f"{path} is damaged: it has weights of its scales, and no scale_logits.")
+
+
+def _fault_of_rows(predictions: Predictions) -> str:
     ids = predictions.ids
+    if not ids:
+        return "no rows"
     if None in ids:
-        raise InputError(f"{path} is damaged: {ids.count(None):,} of {len(ids):,} rows have no id.")
+        return f"{ids.count(None):,} of {len(ids):,} rows have no id"
     bad = [
         row_id
         for row_id, logits, answer in zip(ids, predictions.choice_logits, predictions.answers, strict=True)
-        if not logits or len(logits) > len(LETTERS) or None in logits or not np.isfinite(logits).all()
+        if not _are_finite(logits) or not 1 <= len(logits) <= len(LETTERS)
         or not (answer is None or 0 <= answer < len(logits))
     ]  # fmt: skip
-    if bad or not ids:
-        raise InputError(f"{path} is damaged: " + (name_rows(bad, len(ids)) if bad else "no rows") + ".")
     twice = [row_id for row_id, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise InputError(f"{path} is damaged: ids stand in it more than once, of {name_rows(twice, len(ids))}.")
-    if not isinstance(predictions.metadata, dict):
-        raise InputError(f"{path} is damaged: its metadata are no mapping.")
-    scales, run = predictions.metadata.get("scales") or [], predictions.metadata.get("run")
+    if bad:
+        return name_rows(bad, len(ids))
+    return f"ids are not unique: {name_rows(twice, len(ids))}" if twice else ""
+
+
+def _fault_of_metadata(metadata: object) -> str:
+    if not isinstance(metadata, dict):
+        return "its metadata are no mapping"
+    scales, run = metadata.get("scales") or [], metadata.get("run")
     are_scales = isinstance(scales, list) and all(_is_number(scale) and scale > 0 for scale in scales)
     if not are_scales or len(scale_names(scales)) < len(scales):
-        raise InputError(f"{path} is damaged: `scales` in its metadata are no different numbers above 0.")
+        return "`scales` in its metadata are not distinct numbers above 0"
     if not (run is None or isinstance(run, str)):
-        raise InputError(f"{path} is damaged: `run` in its metadata is no folder.")
-    pairs = zip(ids, predictions.choice_logits, predictions.scale_logits, strict=bool(predictions.scale_logits))
-    bad = [row_id for row_id, logits, of_scales in pairs if not _are_like(of_scales, len(scales), len(logits))]
-    if bad or predictions.scale_logits and len(scales) < 2:
-        raise InputError(f"{path} is damaged: scale_logits are not those of {len(scales)} scales.")
-    if not _says_how_to_write(predictions.metadata.get(ANSWERS)):
-        raise InputError(f"{path} is damaged: `answers` in its metadata do not say how answers are written.")
-    found = predictions.metadata.get(CALIBRATION)
-    if found is not None:
-        check_calibration(found, f"the calibration in {path}", scales)
-        if found.get("scale_weights") and not predictions.scale_logits:
-            raise InputError(f"{path} is damaged: it has weights of its scales, and no scale_logits.")
+        return "`run` in its metadata is no folder"
+    if not _says_how_to_write(metadata.get(ANSWERS)):
+        return "`answers` in its metadata do not say how answers are written"
+    return ""
+
+
+def _fault_of_scales(predictions: Predictions) -> str:
+    if not predictions.scale_logits:
+        return ""
+    num_scales = len(predictions.metadata.get("scales") or [])
+    pairs = zip(predictions.choice_logits, predictions.scale_logits, strict=True)
+    are_like = all(_are_like(of_scales, num_scales, len(logits)) for logits, of_scales in pairs)
+    return "" if are_like and num_scales > 1 else f"scale_logits are not those of {num_scales} scales"
 
 
 def _says_how_to_write(known: object) -> bool:
@@ -264,10 +283,12 @@ def _says_how_to_write(known: object) -> bool:
 
 def _are_like(of_scales: list | None, num_scales: int, num_choices: int) -> bool:
     """Whether they are `num_scales` lists of so many finite numbers."""
-    rows = [row or [] for row in of_scales or []]
-    return len(rows) == num_scales and all(
-        len(row) == num_choices and None not in row and np.isfinite(row).all() for row in rows
-    )
+    rows = of_scales or []
+    return len(rows) == num_scales and all(_are_finite(row) and len(row) == num_choices for row in rows)
+
+
+def _are_finite(numbers: list[float | None] | None) -> bool:
+    return numbers is not None and None not in numbers and bool(np.isfinite(numbers).all())
 
 
 def check_calibration(values: object, what: str, scales: Sequence[float] | None = None) -> None:
@@ -300,7 +321,7 @@ def _is_number(value: object) -> bool:
 
 
 def scale_names(scales: Sequence[float]) -> dict[str, float]:
-    """Under which names the weights of scales stand in a file, in the order of the scales."""
+    """The names that scales have in `scale_weights`, in the order of the scales."""
     return {str(float(scale)): float(scale) for scale in scales}
 
 

@@ -18,12 +18,12 @@ from scipy.optimize import minimize, minimize_scalar
 
 from vqa_sft.predictions.file import Predictions, scale_names
 from vqa_sft.predictions.metrics import losses_of, softmax
-from vqa_sft.predictions.pooling import experts_of_scales, learn_weights, log_rows, pool
+from vqa_sft.predictions.pooling import experts_of_scales, learn_weights, log_rows, own_choices, pool
 
 LOWEST, HIGHEST = 0.05, 20.0  # temperature
 NUM_FOLDS = 5
 MIN_ROWS = 20
-MIN_WRONG = 10  # rows whose likeliest choice is wrong, for a temperature below 1
+MIN_WRONG = 10  # rows whose most probable choice is wrong, for a temperature below 1
 
 Logits = Sequence[Sequence[float]]
 
@@ -125,8 +125,8 @@ def is_lower(losses: np.ndarray, others: np.ndarray, num_errors: float) -> bool:
 
 def _pad(logits: Logits) -> np.ndarray:
     """(N, C) with -inf where a row has fewer choices; the largest of each row is 0."""
-    lengths = np.array([len(row) for row in logits])
-    is_own = np.arange(lengths.max()) < lengths[:, None]
+    lengths = [len(row) for row in logits]
+    is_own = own_choices(lengths)
     padded = np.full(is_own.shape, -np.inf)
     padded[is_own] = np.concatenate([np.asarray(row, dtype=np.float64) for row in logits])
     return padded - padded.max(axis=1, keepdims=True)

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def accuracy(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> float:
-    """Share of rows whose likeliest choice is the answer; ties go to the first choice. Rows may differ in length."""
+    """Share of rows whose most probable choice is the answer; ties go to the first one. Rows may differ in length."""
     return float(np.mean([int(np.argmax(row)) == answer for row, answer in zip(probs, answers, strict=True)]))
 
 
@@ -37,7 +37,7 @@ def ece_of(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15) -> f
     """The same from the top probability of each row, and whether that choice is the answer."""
     # Bins are (low, high]: a confidence of exactly 1 belongs to the last one.
     bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
-    gaps = np.bincount(bins, weights=confidence - correct, minlength=num_bins)  # sums, of which the means differ so
+    gaps = np.bincount(bins, weights=confidence - correct, minlength=num_bins)  # mean gap x rows of each bin
     return float(np.abs(gaps).sum() / len(confidence))
 
 
@@ -84,12 +84,12 @@ def softmax(
 
 
 def all_metrics(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> dict[str, float]:
-    """What training logs."""
+    """The metrics that training logs."""
     return {"accuracy": accuracy(probs, answers), "nll": nll(probs, answers), "ece": ece(probs, answers)}
 
 
 def full_metrics(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> dict[str, float]:
-    """Everything that is known of probabilities: accuracy, nll, brier, ece, ece_equal_mass."""
+    """accuracy, nll, brier, ece and ece_equal_mass."""
     functions = (accuracy, nll, brier, ece, ece_equal_mass)
     return {function.__name__: function(probs, answers) for function in functions}
 
@@ -97,11 +97,12 @@ def full_metrics(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> di
 def bootstrap(
     probs: Sequence[Sequence[float]], answers: Sequence[int], num_resamples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """The middle 95% of every one of `full_metrics` over rows drawn anew with replacement (Efron 1979, the percentile
+    """The middle 95% of every one of `full_metrics` over rows resampled with replacement (Efron 1979, the percentile
     interval).
 
-    Rows count as independent; several questions about one image are not quite. ECE is an average of absolute values:
-    chance alone makes it larger, in a resample more so, and of a well-calibrated model its interval lies high.
+    Rows count as independent, although several questions about one image are not quite. ECE is a mean of absolute
+    values: chance alone makes it larger, in a resample even more so, and the interval of a well-calibrated model lies
+    high.
     """
     rng = np.random.default_rng(seed)
     confidence = np.array([max(row) for row in probs])

@@ -1,6 +1,6 @@
-"""Several sets of probabilities for the same rows, of models or of image scales -> one set. numpy and scipy only.
+"""Pooling several sets of probabilities for the same rows, of models or of image scales. numpy and scipy only.
 
-    experts (M sets, N rows, C choices), 0 where a row has fewer choices; weights (M,), none below 0 and 1 together
+    experts (M sets, N rows, C choices), 0 where a row has fewer choices; weights (M,), not negative, summing to 1
 
 `mean` pools probabilities (a linear opinion pool), `log` their logarithms (a logarithmic pool: the normalised geometric
 mean).
@@ -45,7 +45,7 @@ def pool(experts: np.ndarray, weights: Sequence[float], average: str) -> np.ndar
 
 
 def learn_weights(experts: np.ndarray, answers: Sequence[int], average: str) -> np.ndarray:
-    """The weights (M,), none below 0 and 1 together, with the lowest NLL of the pool on these rows. Those below a
+    """The weights (M,), not negative and summing to 1, with the lowest NLL of the pool on these rows. Those below a
     millionth are 0."""
     rows, answers = np.arange(len(answers)), np.asarray(answers)
     of_answer = experts[:, rows, answers]  # (M, N)

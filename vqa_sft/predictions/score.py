@@ -18,8 +18,8 @@ def read_named(item: str) -> tuple[str, Predictions]:
 
 
 def score_table(files: Sequence[str], answers_file: str | None = None, data: str | None = None, **options: Any) -> str:
-    """A table of rows, accuracy, NLL in nats, Brier score and both ECE, with 95% intervals: a line a prediction file,
-    two where a calibration changes something, without it and with it. `options` say how the answers are read."""
+    """A table of rows, accuracy, NLL in nats, Brier score and both ECE, with 95% intervals: a line for each prediction
+    file, or two, without and with its calibration. `options` say how the answers are read."""
     lines = []
     for item in files:
         name, predictions = read_named(item)
@@ -31,10 +31,10 @@ def score_table(files: Sequence[str], answers_file: str | None = None, data: str
         changes = calibration.get("temperature", 1) != 1 or calibration.get("bias") or calibration.get("scale_weights")
         kinds = [("", softmax(predictions.choice_logits))]
         if changes:
-            told = f", temperature {calibration['temperature']:.2f}"
-            told += ", bias" if calibration.get("bias") else ""
-            told += ", weights of scales" if calibration.get("scale_weights") else ""
-            kinds = [(", as scored", kinds[0][1]), (told, predictions.probs)]
+            parts = [f", temperature {calibration['temperature']:.2f}"]
+            parts += ["bias"] if calibration.get("bias") else []
+            parts += ["weights of scales"] if calibration.get("scale_weights") else []
+            kinds = [(", as scored", kinds[0][1]), (", ".join(parts), predictions.probs)]
         for kind, probs in kinds:
             values = with_intervals(probs, predictions.answers)
             names = [key for key in values if not key.endswith("_95")]

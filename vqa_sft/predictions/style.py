@@ -182,7 +182,7 @@ def _find_id_column(
     there = set(found)
     missing, foreign = [i for i in ids if i not in there], [i for i in found if i not in wanted]
     twice = [i for i, count in Counter(found).items() if i in wanted and count > 1]
-    said = [
+    faults = [
         f"{what} {name_rows(rows, total)}"
         for what, rows, total in (
             ("it lacks", missing, len(ids)),
@@ -191,9 +191,9 @@ def _find_id_column(
         )
         if rows
     ]
-    if said:
+    if faults:
         raise InputError(
-            f"no column of {path} holds the ids of the predictions. Nearest is {printable(best)}: {'; '.join(said)}. "
+            f"no column of {path} holds the ids of the predictions. Nearest is {printable(best)}: {'; '.join(faults)}. "
             "Give the template of these rows."
         )
     return best

@@ -27,8 +27,7 @@ from vqa_sft.models.lora import lora_config
 from vqa_sft.models.memory import estimate as estimates, fit, out_of_memory
 from vqa_sft.models.memory.estimate import estimate, kept_by_layer, need_gib, num_tokens, scoring_gib, trained_bytes
 from vqa_sft.models.memory.fit import MARGIN, largest_max_pixels, largest_micro_batch, remedies
-from vqa_sft.models.memory.plan import Plan
-from vqa_sft.models.memory.shape import read_config, read_shape
+from vqa_sft.models.memory.needs import Plan, read_config, read_shape
 from vqa_sft.runs import folder as run_folder
 from vqa_sft.training.trainer import AnswerTrainer
 

@@ -14,7 +14,7 @@ orders of a row, the image of several questions about it. Such a batch is for sc
 which there are no gradients.
 
 Attention alone sees the rows written out (attention.py), for which `cu_seq_lens_q` holds. Made in the data loader's
-workers, by the library's own functions, so that neither a forward nor a copy waits for the GPU. For families.py.
+workers, by the library's own functions, so that neither a forward nor a copy waits for the GPU.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 
-from vqa_sft.models.families import FAMILIES
-from vqa_sft.models.fast.tower_inputs import round_up
+from vqa_sft.models.families import FAMILIES, round_up
 
 # What the packed row makes needless.
 DROPPED = ("attention_mask", "mm_token_type_ids", "grids_of_rows", "leaders")

@@ -7,7 +7,7 @@
 | no gradients where nothing is trained | PEFT's hook on the embeddings would make the whole tower run backward |
 
 For towers of families.py; each step looks at what it changes and leaves alone what it does not know. Windows of equal
-length in one call: attention.py. Positions and windows computed in the workers: tower_inputs.py.
+length in one call: attention.py. Positions and windows computed in the workers: families.py.
 """
 
 import types

@@ -7,8 +7,7 @@ from vqa_sft.config.recipe import Recipe
 from vqa_sft.models import processes
 from vqa_sft.models.memory.estimate import estimate, image_tokens, need_gib, num_tokens, scoring_gib
 from vqa_sft.models.memory.fit import MARGIN, as_options, largest_max_pixels, largest_micro_batch, remedies
-from vqa_sft.models.memory.plan import Plan, pixel_limit, read_plan, read_stored
-from vqa_sft.models.memory.shape import Shape, read_config, read_shape
+from vqa_sft.models.memory.needs import Plan, Shape, pixel_limit, read_config, read_plan, read_shape, read_stored
 
 SHARED_TOKENS = 20  # Qwen's template with our own prompt in English: 22
 # The CUDA context lies outside of what torch counts: 14.56 GiB of a T4 leave 13.8.

@@ -12,8 +12,7 @@ weights spread over GPUs (FSDP, DeepSpeed); stored image features, which need le
 from dataclasses import replace
 
 from vqa_sft.models.fast import fused_lora
-from vqa_sft.models.memory.plan import Plan
-from vqa_sft.models.memory.shape import Shape
+from vqa_sft.models.memory.needs import Plan, Shape
 
 GIB = 2**30
 # Fitted to peaks of torch.cuda.max_memory_allocated on one H200 (torch 2.11, transformers 5.23, trl 1.16): the points

@@ -1,7 +1,7 @@
 """What fits a GPU of so many GiB: the largest batches and images, and what to change where nothing does."""
 
 import bisect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,37 +12,33 @@ from trl import SFTConfig
 from vqa_sft.errors import InputError
 from vqa_sft.models import processes
 from vqa_sft.models.memory.estimate import GIB, need_gib, scoring_gib
-from vqa_sft.models.memory.plan import MAX_PIXELS, Plan
-from vqa_sft.models.memory.shape import Shape
+from vqa_sft.models.memory.needs import MAX_PIXELS, Plan, Shape
 
 MARGIN = 0.08  # what a choice for the user leaves free
 MIN_IMAGE_TOKENS = 64  # 224 x 224 px: below it nothing can be read, and it is not offered
 
 
-def divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
 def largest_micro_batch(shape: Shape, plan: Plan, gib: float, rows: int | None = None) -> int:
     """Rows of the largest micro-batch that needs at most `gib`, a divisor of `rows` if given; 0: none."""
-    sizes = divisors(rows) if rows else range(1, 1025)
-    fitting = bisect.bisect_right(sizes, gib, key=lambda size: need_gib(shape, replace(plan, micro_batch=size)))
-    return sizes[fitting - 1] if fitting else 0
+    sizes = [size for size in range(1, rows + 1) if rows % size == 0] if rows else range(1, 1025)
+    return _largest(sizes, gib, lambda size: need_gib(shape, replace(plan, micro_batch=size)))
 
 
 def largest_eval_batch(shape: Shape, plan: Plan, gib: float) -> int:
     """The largest batch below the plan's own whose evaluation needs at most `gib`; 0: none."""
-    sizes = range(1, plan.eval_batch)
-    fitting = bisect.bisect_right(sizes, gib, key=lambda size: scoring_gib(shape, replace(plan, eval_batch=size)))
-    return sizes[fitting - 1] if fitting else 0
+    return _largest(range(1, plan.eval_batch), gib, lambda size: scoring_gib(shape, replace(plan, eval_batch=size)))
 
 
 def largest_max_pixels(shape: Shape, plan: Plan, gib: float) -> int:
     """The largest max_pixels that needs at most `gib`, a whole number of tokens; 0: none that is of use."""
     token_px = (shape.patch_px * shape.merge) ** 2
     sizes = range(MIN_IMAGE_TOKENS * token_px, MAX_PIXELS + 1, token_px)
-    fitting = bisect.bisect_right(sizes, gib, key=lambda pixels: need_gib(shape, replace(plan, max_pixels=pixels)))
-    return sizes[fitting - 1] if fitting else 0
+    return _largest(sizes, gib, lambda pixels: need_gib(shape, replace(plan, max_pixels=pixels)))
+
+
+def _largest(sizes: Sequence[int], gib: float, need: Callable[[int], float]) -> int:
+    num_fitting = bisect.bisect_right(sizes, gib, key=need)
+    return sizes[num_fitting - 1] if num_fitting else 0
 
 
 def remedies(shape: Shape, plan: Plan, gib: float, rows: int) -> list[dict[str, Any]]:
@@ -96,19 +92,9 @@ def as_options(settings: dict[str, Any], rows: int | None = None) -> str:
     return " ".join(f"--{name} {str(value).lower()}" for name, value in settings.items())
 
 
-def fit_batch(shape: Shape, plan: Plan, gib: float, rows: int) -> Plan | None:
-    """The plan with the largest micro-batch that divides `rows` and needs at most `gib`: without recomputation if one
-    does, for it costs a third of the speed; None if nothing fits."""
-    for checkpointing in (False, True):
-        candidate = replace(plan, checkpointing=checkpointing)
-        if size := largest_micro_batch(shape, candidate, gib, rows):
-            return replace(candidate, micro_batch=size)
-    return None
-
-
 def choose_batch(training_args: SFTConfig, needs: Callable[[], tuple[Shape, Plan]]) -> str:
     """`auto_batch`: set micro-batch, accumulation and recomputation so that training fits the GPU with the smallest
-    free memory; the rows of an optimiser step stay. Says what and why. `needs()` is `plan.read_needs` of the run.
+    free memory; the rows of an optimiser step stay. Says what and why. `needs()` is `needs.read_needs` of the run.
 
     Called by every process before it loads weights; all come to the same. Raises InputError where nothing fits.
     """
@@ -121,8 +107,12 @@ def choose_batch(training_args: SFTConfig, needs: Callable[[], tuple[Shape, Plan
     free_gib, compiled = min(free for free, _ in seen) / GIB, all(compiles for _, compiles in seen)
     rows = plan.micro_batch * training_args.gradient_accumulation_steps
     gib, plan = free_gib / (1 + MARGIN), replace(plan, compiled=compiled)
-    chosen = fit_batch(shape, plan, gib, rows)
-    if chosen is None:
+    for checkpointing in (False, True):  # recomputation costs a third of the speed
+        chosen = replace(plan, checkpointing=checkpointing)
+        if size := largest_micro_batch(shape, chosen, gib, rows):
+            chosen = replace(chosen, micro_batch=size)
+            break
+    else:
         least = replace(plan, micro_batch=1, checkpointing=True)
         changes = " or ".join(map(as_options, remedies(shape, least, gib, 1))) or "a smaller model"
         raise InputError(

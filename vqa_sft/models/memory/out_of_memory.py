@@ -13,8 +13,7 @@ from vqa_sft.errors import InputError, ProcessError
 from vqa_sft.models import processes
 from vqa_sft.models.memory.estimate import GIB, estimate, scoring_gib
 from vqa_sft.models.memory.fit import MARGIN, as_options, largest_eval_batch, remedies
-from vqa_sft.models.memory.plan import Plan
-from vqa_sft.models.memory.shape import Shape
+from vqa_sft.models.memory.needs import Plan, Shape
 
 
 def halve_batch(training_args: SFTConfig, *, states_global_batch: bool, auto_batch: bool) -> dict[str, Any] | None:

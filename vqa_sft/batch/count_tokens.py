@@ -1,0 +1,68 @@
+"""How many tokens the collator makes of rows, without decoding an image; what `data.check.check` takes for it."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+from transformers import ProcessorMixin
+
+from vqa_sft.batch.prompts import Prompts
+from vqa_sft.batch.template import check_prompts, control_tokens, render_prompt
+from vqa_sft.letters import identity_order
+
+_BATCH = 1_000
+
+
+def prompt_checks(processor: ProcessorMixin, prompts: Prompts) -> dict[str, Any]:
+    """The arguments of `data.check.check` for these prompts. Raises InputError where they hold a control token."""
+    check_prompts(processor, prompts)
+    return {
+        "count_tokens": partial(count_tokens, processor, prompts),
+        "control_tokens": control_tokens(processor),
+    }
+
+
+def count_tokens(
+    processor: ProcessorMixin,
+    prompts: Prompts,
+    examples: datasets.Dataset,
+    sizes: Sequence[Sequence[tuple[int, int]]],
+) -> np.ndarray:
+    """How many tokens the collator makes of every row; `sizes` holds the (width, height) of its images."""
+    added = _image_tokens(processor, sorted({size for of_row in sizes for size in of_row}))
+    bos = processor.tokenizer.bos_token
+    rows = examples.select_columns(["question", "choices", "context", "question_type"])
+    counts = []
+    for start in range(0, len(sizes), _BATCH):
+        batch = sizes[start : start + _BATCH]
+        texts = [
+            render_prompt(processor, row | {"images": of_row}, identity_order(len(row["choices"])), prompts)
+            for row, of_row in zip(rows.select(range(start, start + len(batch))), batch, strict=True)
+        ]
+        with_bos = not (bos and texts[0].startswith(bos))
+        tokens = processor.tokenizer(texts, add_special_tokens=with_bos, verbose=False).input_ids
+        counts += [len(ids) + sum(added[size] for size in of_row) for ids, of_row in zip(tokens, batch, strict=True)]
+    return np.array(counts, dtype=int)
+
+
+def _image_tokens(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """How many tokens an image of each (width, height) adds to its placeholder."""
+    if not sizes:
+        return {}
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
+    prompt = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    without = len(processor.tokenizer(prompt).input_ids)
+
+    def added(size: tuple[int, int]) -> int:
+        return len(processor(text=[prompt], images=[[Image.new("RGB", size)]])["input_ids"][0]) - without
+
+    # transformers 5.23 has this for vLLM, for most families and without a promise, so it is compared once.
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    if count is not None:
+        numbers = count(image_sizes=[(height, width) for width, height in sizes])["num_image_tokens"]
+        if numbers[0] - 1 == added(sizes[0]):
+            return {size: number - 1 for size, number in zip(sizes, numbers, strict=True)}
+    return {size: added(size) for size in sizes}

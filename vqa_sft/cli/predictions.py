@@ -1,0 +1,189 @@
+"""Commands on prediction files."""
+
+from typing import Annotated, Literal
+
+from typer import Argument, Option
+
+from vqa_sft.cli.options import AnswerOptions, DataOptions, with_options
+
+File = Annotated[str, Argument(metavar="FILE", help="prediction file")]
+Overwrite = Annotated[bool, Option("--overwrite", help="replace a file with other columns")]
+
+
+@with_options(AnswerOptions)
+def score(
+    predictions: Annotated[list[str], Argument(metavar="FILE", help="FILE.parquet or NAME=FILE.parquet")],
+    options: AnswerOptions,
+    answers: Annotated[
+        str | None,
+        Option(
+            metavar="FILE",
+            help="ids and answers, or data with answers, read as the run's data are; default: those of the predictions",
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        Option(metavar="TEST", help="the data that were predicted, where answers are written as texts"),
+    ] = None,
+) -> None:
+    """Print accuracy, NLL, Brier score and ECE of prediction files.
+
+    NLL is in nats; ECE has bins of equal width, and of equally many rows; each metric has the 95% interval of 1,000
+    bootstrap resamples. A calibrated file has a line without its calibration and a line with it.
+
+    Example: vqa-sft score runs/a/validation.parquet mine=runs/b/validation.parquet
+    """
+    from vqa_sft.predictions.score import score_table
+
+    print(score_table(predictions, answers, data, **options.read()))
+
+
+def calibrate(
+    run_folder: Annotated[str, Argument(metavar="RUN", help="folder of a finished run, or of all its folds")],
+    predictions: Annotated[
+        str | None,
+        Option(
+            metavar="FILE",
+            help="prediction file of this run with answers; default: out_of_fold.parquet in RUN, else "
+            "validation.parquet",
+        ),
+    ] = None,
+) -> None:
+    """Fit a run's temperature on rows that it was not trained on.
+
+    A bias of the letters is fitted too where it lowers the NLL of other rows, and of images at several scales the
+    weight of each. All of it is written to calibration.json in RUN; later predictions with the same orders and scales
+    use it. Prints NLL, Brier score and ECE before and after.
+
+    Example: vqa-sft calibrate runs/mine
+    """
+    from vqa_sft.predictions.calibration import calibrate_run
+
+    print(calibrate_run(run_folder, predictions))
+
+
+def ensemble(
+    predictions: Annotated[list[str], Argument(metavar="FILE", help="prediction files; the first gives the order")],
+    output: Annotated[str, Option(metavar="OUT", help="prediction file to write (.parquet)")],
+    average: Annotated[
+        Literal["mean", "log", "vote"],
+        Option(
+            help="of probabilities, of their logarithms (the geometric mean), or of best choices: 0.99 of a vote goes "
+            "to its choice, the rest to all"
+        ),
+    ] = "mean",
+    weights: Annotated[
+        str,
+        Option(metavar="W", help="mean (equal), learned, numbers such as 0.6,0.4, or a file of --save-weights"),
+    ] = "mean",
+    learn_on: Annotated[
+        list[str] | None,
+        Option(
+            metavar="FILE...",
+            help="prediction files with answers, one for each FILE in their order, of rows that the runs were not "
+            "trained on; learned weights that do no better there than equal ones are not used",
+        ),
+    ] = None,
+    save_weights: Annotated[str | None, Option(metavar="JSON", help="write the weights, for --weights")] = None,
+) -> None:
+    """Write one prediction file from several.
+
+    It holds a weighted mean of their calibrated probabilities. The files are of the same rows, aligned by id.
+
+    Example: vqa-sft ensemble a/test.parquet b/test.parquet --output both.parquet --weights learned --learn-on
+    a/out_of_fold.parquet b/out_of_fold.parquet
+    """
+    from vqa_sft.predictions.ensemble import write_ensemble
+
+    how = {"average": average, "weights": weights, "learn_on": learn_on or [], "save_weights": save_weights}
+    print(write_ensemble(predictions, output, **how))
+
+
+@with_options(DataOptions)
+def submit(
+    predictions: File,
+    options: DataOptions,
+    output: Annotated[str, Option(metavar="CSV", help="submission to write")],
+    template: Annotated[
+        str | None,
+        Option(
+            metavar="CSV",
+            help="sample submission: a column with the ids of FILE, and one for the answer or one for the probability "
+            "of each choice",
+        ),
+    ] = None,
+    answer_format: Annotated[
+        Literal["letter", "index_from_0", "index_from_1", "text", "probabilities"] | None,
+        Option(help="how answers are written; default: as in the template, else as in the run's data"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        Option(
+            metavar="TEST",
+            help="the data that were predicted, for answers and columns that are texts of choices",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a submission from a prediction file.
+
+    It has id and answer letter, or columns, rows and format of a template.
+
+    Example: vqa-sft submit both.parquet --output submission.csv --template sample_submission.csv
+    """
+    from vqa_sft.predictions.submission import submit as write_submission
+
+    how = {"template": template, "answer_format": answer_format, "data": data, "overwrite": overwrite}
+    print(write_submission(predictions, output, **how, **options.read()))
+
+
+@with_options(AnswerOptions)
+def diff(
+    before: Annotated[str, Argument(metavar="A")],
+    after: Annotated[str, Argument(metavar="B")],
+    options: AnswerOptions,
+    data: Annotated[
+        str | None, Option(metavar="TEST", help="the data: show the question and both choices of a changed row")
+    ] = None,
+    all_rows: Annotated[bool, Option("--all", help="name all changed rows, not the first 20")] = False,
+) -> None:
+    """Print which answers differ between two files.
+
+    They are submissions (.csv) or prediction files (.parquet), and are aligned by id.
+
+    Example: vqa-sft diff old.csv new.csv --data test.csv
+    """
+    from vqa_sft.predictions.compare import describe
+
+    print(describe(before, after, data=data, show_all=all_rows, **options.read()))
+
+
+def uncertainty(
+    predictions: File,
+    coverage: Annotated[
+        float | None, Option(metavar="SHARE", help="give sets of choices that hold the answer in this share of rows")
+    ] = None,
+    calibrate_on: Annotated[
+        str | None,
+        Option(
+            metavar="HELD_OUT",
+            help="prediction file with answers, scored as FILE is and with none of its rows, from which the size of "
+            "the sets is learnt: validation or out-of-fold rows, which share none with test rows",
+        ),
+    ] = None,
+    output: Annotated[str | None, Option(metavar="CSV", help="write a line for every row")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Print how uncertain each answer is.
+
+    Uncertainty is probability, margin over the second choice, and entropy. With --coverage, also sets of choices that
+    hold the answer as often as asked. Where answers are known, also the error rate that is left when the most uncertain
+    rows go to somebody else.
+
+    Example: vqa-sft uncertainty test.parquet --coverage 0.9 --calibrate-on runs/mine/validation.parquet --output
+    uncertainty.csv
+    """
+    from vqa_sft.predictions.uncertainty import describe
+
+    how = {"coverage": coverage, "calibrate_on": calibrate_on, "output": output, "overwrite": overwrite}
+    print(describe(predictions, **how))

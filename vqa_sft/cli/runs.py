@@ -1,0 +1,113 @@
+"""Commands on runs: train them, predict with them, combine and publish them, and what memory a recipe needs."""
+
+import contextlib
+import sys
+from typing import Annotated, Literal
+
+from typer import Argument, Context, Option
+
+from vqa_sft.cli.options import check_positive, is_recipe
+from vqa_sft.errors import InputError
+
+AccelerateConfig = Annotated[
+    str | None,
+    Option(
+        metavar="NAME_OR_FILE",
+        help="start it with `accelerate launch` and this configuration, such as cpu, multi_gpu or zero3",
+    ),
+]
+
+NumProcesses = Annotated[int | None, Option(metavar="N", help="processes to start, in place of the configuration's")]
+
+
+def train(context: Context, accelerate_config: AccelerateConfig = None, num_processes: NumProcesses = None) -> None:
+    """Train a run of a recipe: vqa-sft train --config demo.yaml.
+
+    The same as recipes/sft.py, whose options it takes.
+    """
+    from vqa_sft.cli.scripts import run_script
+
+    run_script("sft", context.args, accelerate_config, num_processes)
+
+
+def predict(context: Context, accelerate_config: AccelerateConfig = None, num_processes: NumProcesses = None) -> None:
+    """Predict with a run: vqa-sft predict --run runs/demo --help.
+
+    The same as recipes/predict.py, whose options it takes.
+    """
+    from vqa_sft.cli.scripts import run_script
+
+    run_script("predict", context.args, accelerate_config, num_processes)
+
+
+def soup(
+    run_folders: Annotated[list[str], Argument(metavar="RUN", help="folders of finished runs on one base")],
+    output: Annotated[str, Option(metavar="FOLDER", help="a new run folder, for predict")],
+    weights: Annotated[list[float] | None, Option(metavar="W...", help="of the runs; default: equal")] = None,
+    rank: Annotated[int | None, Option(metavar="R", help="at most; default: as many as the mean has")] = None,
+) -> None:
+    """Average the adapters of several runs.
+
+    Writes one adapter: the mean of what they change in the base.
+    """
+    from vqa_sft.runs.soup import make_soup
+
+    if rank is not None and rank < 1:
+        raise InputError(f"--rank must be at least 1; got {rank}.")
+    print(make_soup(run_folders, output, weights=weights or None, rank=rank))
+
+
+def merge(
+    run_folder: Annotated[str, Argument(metavar="RUN", help="folder of a finished run, or of a soup")],
+    output: Annotated[str, Argument(metavar="OUT", help="a new folder")],
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"] | None, Option(help="default: that of the base's checkpoint")
+    ] = None,
+    model: Annotated[str | None, Option(help="where the base is now, if not where it was in training")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="replace an earlier merge in OUT")] = False,
+) -> None:
+    """Merge a run's adapter into whole weights.
+
+    They load in transformers and vLLM.
+    """
+    from vqa_sft.runs.merge import merge_run
+
+    print(merge_run(run_folder, output, dtype=dtype, overwrite=overwrite, model=model))
+
+
+def push(
+    run_folder: Annotated[str, Argument(metavar="RUN", help="folder of a finished run")],
+    repo: Annotated[
+        str | None, Option(help="user/name; default: hub_model_id of the recipe, else the folder's name")
+    ] = None,
+    private: Annotated[bool, Option("--private", help="make the repository private")] = False,
+) -> None:
+    """Upload a finished run to the Hub."""
+    from vqa_sft.runs.hub import push_run
+
+    print(push_run(run_folder, repo, private=private or None))
+
+
+def memory(
+    context: Context,
+    source: Annotated[str, Argument(metavar="RECIPE", help="a recipe; its fields may follow as --key value")],
+    gpu_gib: Annotated[float | None, Option(metavar="GIB", help="a GPU's memory: say whether and what fits")] = None,
+    text_tokens: Annotated[int, Option(metavar="N", help="of a row, with the template")] = 160,
+    images: Annotated[int, Option(metavar="N", help="of a row, each of max_pixels")] = 1,
+) -> None:
+    """Estimate the GPU memory that a recipe needs.
+
+    The shape of the model is enough: no weights are loaded, and no GPU is needed. Exit code: 0, or 1 where it does not
+    fit --gpu-gib, 2 where it cannot be said.
+    """
+    check_positive(gpu_gib=gpu_gib, text_tokens=text_tokens, images=images)
+    if not is_recipe(source):
+        raise InputError(f"memory needs a recipe (.yaml); got {source}.")
+    from vqa_sft.config.recipe import read_recipe
+    from vqa_sft.models.memory.describe import describe_recipe
+
+    with contextlib.redirect_stdout(sys.stderr):  # where libraries may print what they like
+        recipe = read_recipe(["--config", source, *context.args])
+        text, fits = describe_recipe(recipe, text_tokens=text_tokens, images=images, gpu_gib=gpu_gib)
+    print(text)
+    sys.exit(int(not fits))

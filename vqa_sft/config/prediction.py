@@ -1,0 +1,169 @@
+"""The fields of a prediction and their checks; like a recipe they come from a yaml and the command line. No torch."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vqa_sft.config.fields import bounds_of, build, check_bounds, check_required, option, read_values
+from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
+from vqa_sft.data.options import ReadOptions
+from vqa_sft.errors import InputError
+from vqa_sft.letters import MOST_ORDERS, Views
+
+BASE = "none"  # in place of a run: the base model as it is
+
+
+@dataclass
+class PredictionArguments:
+    """What is scored, how, and where it is written."""
+
+    run: str | list[str] = option(
+        "Run folders (one that `fold: all` made is all of its folds), or none to score a base model as it is."
+    )
+    output: str = option("Submission to write (.csv).")
+    model: str | None = option("Base model of `run: none`; of a run, where its base is now.", default=None)
+
+    data: str | None = option("File (CSV, TSV, JSONL, Parquet) or glob, saved or Hub dataset.", default=None)
+    part: Literal["all", "validation"] = option(
+        "All rows of data, or each run's own validation rows, of all folds those out of fold; data is then what the "
+        "run was trained on, by default where its recipe says.",
+        default="all",
+    )
+    split: str = option("Split of a Hub dataset.", default="test")
+    data_config: str | None = option("Configuration (subset) of a Hub dataset.", default=None)
+    encoding: str | None = option("Encoding of text files; default: detected.", default=None)
+    image_root: str | None = option(
+        "Folder that image paths are relative to and stay in; default: the folder of the file.", default=None
+    )
+    columns: dict | None = option(
+        "Columns that are not found by their names, as in a recipe: {id: key, image: photo}.", default=None
+    )
+    fixed_question: str | None = option("The question of every row; default: as in training.", default=None)
+    fixed_choices: list[str] | None = option("The choices of every row; default: as in training.", default=None)
+    keep_rows: dict | None = option("Keep only rows whose columns hold these values: {column: value}.", default=None)
+    limit: int | None = option("Score only the first rows.", default=None, bounds=(1, None))
+    streaming: bool = option(
+        "Read and score the rows as they are needed: memory does not grow with them.", default=False
+    )
+    on_bad_row: Literal["error", "guess"] = option(
+        "Rows whose image, question or choices cannot be used: stop, or answer without them, mark and count them.",
+        default="error",
+    )
+
+    answer_format: Literal["letter", "index_from_0", "index_from_1", "text", "probabilities"] | None = option(
+        "How answers are written; default: as in training.", default=None
+    )
+    template: str | None = option(
+        "A contest's sample submission, whose columns, rows and letters are taken.", default=None
+    )
+
+    orders: int | Literal["identity", "rotations", "all"] = option(
+        "Orders of the choices in which each row is scored: rotations shows each choice once under each letter; or a "
+        f"number of orders, at most {MOST_ORDERS}. Choices that refer to others keep their places.",
+        default="identity",
+    )
+    scales: float | str | list[float] = option(
+        "Of the images' sides, one pass over the data each (Qwen2.5-VL and Qwen3-VL): 0.9,1.0,1.1. With the weights "
+        "that vqa-sft calibrate found, else equal ones.",
+        default=1.0,
+    )
+    average: Literal["mean", "log"] = option(
+        "Over orders and scales: of the probabilities, or of their logarithms.", default="mean"
+    )
+    average_runs: Literal["mean", "log", "vote"] = option(
+        "Over several runs: of their calibrated probabilities, of the logarithms of these, or of their votes.",
+        default="log",
+    )
+
+    batch_size: int = option("Rows per forward and process, each order counted as one.", default=16, bounds=(1, None))
+    num_workers: int = option("Processes that read images.", default=2, bounds=(0, None))
+    compile_layers: bool | None = option(
+        "Compile the layers, about a minute at the start; default: for thousands of rows.", default=None
+    )
+    min_pixels: int | None = option("With `run: none`; a run has its own.", default=None, bounds=(1, 10**8))
+    max_pixels: int | None = option("With `run: none`; a run has its own.", default=None, bounds=(1, 10**8))
+    use_cpu: bool = option("Do not use the GPU.", default=False)
+
+    def __post_init__(self) -> None:
+        self.run = self.run if isinstance(self.run, list) else [self.run]
+        self.scales = _as_numbers(self.scales)
+        self.views  # noqa: B018  raises for what cannot be scored
+        for problem, applies in self._impossible():
+            if applies:
+                raise InputError(problem)
+        check_columns(self.columns or {})
+        check_fixed(self.fixed_question, self.fixed_choices)
+
+    def _impossible(self) -> list[tuple[str, bool]]:
+        validates, is_base = self.part == "validation", BASE in self.run
+        return [
+            (
+                "--run none scores a base model alone, and has no validation rows.",
+                is_base and (len(self.run) > 1 or validates),
+            ),
+            ("--run none needs --model: the base model to score.", is_base and self.model is None),
+            (
+                "min_pixels and max_pixels belong to the run; they go with --run none only.",
+                not is_base and (self.min_pixels, self.max_pixels) != (None, None),
+            ),
+            ("--data is missing: the rows to score.", self.data is None and not validates),
+            (
+                "--part validation scores the run's own rows: no --streaming, --limit or --template with it.",
+                validates and (self.streaming or self.limit or self.template),
+            ),
+            (
+                "--part validation: bad rows were found in training. Leave --on_bad_row out.",
+                validates and self.on_bad_row != "error",
+            ),
+            (
+                "--template needs rows that are known. Leave it out, and give it to vqa-sft submit later.",
+                self.template and self.streaming,
+            ),
+        ]
+
+    @property
+    def views(self) -> Views:
+        return Views(self.orders, self.scales, self.average)
+
+    def data_options(self, recipe: dict[str, Any], trained: Columns | None) -> ReadOptions:
+        """How to read the data: as given here, else as the recipe of the run says where that fits, else found again."""
+        names = ("keep_rows", "encoding", "fixed_question", "fixed_choices")
+        options = {name: getattr(self, name) or recipe.get(name) for name in names}
+        given, named = self.columns or {}, recipe.get("columns")
+        for role in ("question", "choices"):
+            is_fixed = getattr(self, f"fixed_{role}") is not None
+            if given.get(role) and not is_fixed:  # a column in place of what was the same for all
+                options[f"fixed_{role}"] = None
+            elif is_fixed:
+                named = {key: name for key, name in (named or {}).items() if key != role}
+        return ReadOptions(
+            **options,
+            columns={key: name for key, name in given.items() if key != "targets"},
+            known_columns=known_columns(trained, named),
+            trained=trained,
+            empty_cells=recipe.get("empty_cells"),
+            image_root=self.image_root,  # test images lie where the test data say, not where training did
+            answer_format=self.answer_format if self.answer_format != "probabilities" else None,
+            split=self.split,
+            config=self.data_config,
+            limit=self.limit,
+            answers="optional",
+            on_bad_row=self.on_bad_row,
+        )
+
+
+def _as_numbers(scales: float | str | list[float]) -> list[float] | str:
+    """Scales as the views take them; a text that holds no numbers stays one."""
+    parts = scales.split(",") if isinstance(scales, str) else scales if isinstance(scales, list) else [scales]
+    try:
+        return [float(part) for part in parts]
+    except ValueError:
+        return scales
+
+
+def read_prediction(argv: list[str]) -> PredictionArguments:
+    """The prediction that `--config FILE` and `--key value` ask for, checked. Raises InputError."""
+    values, _ = read_values(argv, PredictionArguments)
+    check_bounds(values, bounds_of(PredictionArguments))
+    # An empty output is no missing one: it may come from a variable of a shell.
+    check_required({name: value is not None for name, value in values.items()}, ("run", "output"))
+    return build(PredictionArguments, values)
