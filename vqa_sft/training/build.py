@@ -19,9 +19,7 @@ from vqa_sft.models.fast.feature_store import open_store
 from vqa_sft.models.fast.fill_store import fill_store
 from vqa_sft.models.load import build_skeleton, load_processor
 from vqa_sft.models.lora import lora_config
-from vqa_sft.models.memory.needs import read_needs
-from vqa_sft.models.memory.plan import Plan
-from vqa_sft.models.memory.shape import Shape
+from vqa_sft.models.memory.needs import Plan, Shape, read_needs
 from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
 from vqa_sft.runs.checkpoints import SaveAndStop

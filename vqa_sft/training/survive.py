@@ -20,9 +20,8 @@ import torch
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.console import note
 from vqa_sft.errors import explains_breakdown
+from vqa_sft.models.memory.needs import Plan, Shape
 from vqa_sft.models.memory.out_of_memory import explains_out_of_memory, halve_batch
-from vqa_sft.models.memory.plan import Plan
-from vqa_sft.models.memory.shape import Shape
 from vqa_sft.runs.checkpoints import SaveAndStop, goes_on, last_whole_checkpoint, stopped_early
 from vqa_sft.training.trainer import AnswerTrainer
 
