@@ -69,7 +69,7 @@ class Predictor:
         self.has_context = described[0].columns.context is not None
         self.views.check(self.num_choices)
         self.scorer = scorer.load(groups[0], most_choices=self.num_choices, compile_layers=compile_layers)
-        self.collators = self.scorer.collators(orders, scales)
+        self.collators = self.scorer.collators(self.views)
         self.average_runs, self.batch_size = average_runs, batch_size
         # The tokenizer holds the padding of one call, and the model the adapter of one run.
         self._preparing, self._scoring = threading.Lock(), threading.Lock()

@@ -88,7 +88,7 @@ def _score_block(
 ) -> None:
     """Score the rows that are not scored yet. Rows of fewer than two choices are not shown to the model."""
     state = PartialState()
-    collators = scorer.collators(args.orders, args.scales, blank)
+    collators = scorer.collators(args.views, blank)
     unasked = {row for row, choices in enumerate(examples["choices"]) if len(choices) < 2}
     asked = examples.select([row for row in range(len(examples)) if row not in unasked]) if unasked else examples
     scorer.fill_store(collators, asked, args.batch_size, args.num_workers)

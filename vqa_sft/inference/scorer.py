@@ -19,6 +19,7 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.batch.template import check_texts
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.errors import InputError
+from vqa_sft.letters import Views
 from vqa_sft.models import load as models, processes, scoring
 from vqa_sft.models.adapters import Adapters, kind_of
 from vqa_sft.models.fast import speedups
@@ -69,15 +70,14 @@ class Scorer(scoring.LetterModel):
     packer: Packer | None
     store: FeatureStore | None
 
-    def collators(
-        self, views: str | int = "identity", scales: Sequence[float] = (1.0,), blank: Mapping | None = None
-    ) -> list[AnswerCollator]:
-        """One for each scale of the images."""
-        if self.packer is None and [*scales] != [1.0]:
+    def collators(self, views: Views, blank: Mapping | None = None) -> list[AnswerCollator]:
+        """One for each scale of the images; `blank` are images that cannot be used: row id -> their positions."""
+        if self.packer is None and [*views.scales] != [1.0]:
             raise InputError("--scales needs rows without padding, which this model or `fast: false` does not have.")
-        # Stored features are those of the images as they are.
         common = (self.processor, self.prompts, self.num_letters, blank, self.packer)
-        return [AnswerCollator(*common, self.store if scale == 1 else None, views, scale) for scale in scales]
+        stores = [self.store if scale == 1 else None for scale in views.scales]  # features of the images as they are
+        each = zip(stores, views.scales, strict=True)
+        return [AnswerCollator(*common, store, views.orders, scale) for store, scale in each]
 
     def fill_store(
         self, collators: Sequence[AnswerCollator], examples: datasets.Dataset, batch_size: int, num_workers: int
