@@ -413,10 +413,10 @@ def run_inside(argv: list[str]) -> None:
         run_predictor(watch, *arguments)
     else:
         # A recipe ends its process without a clean-up; what was measured must be written before.
-        from vqa_sft.models import processes as launch
+        from vqa_sft.models import processes
 
-        leave = launch.leave
-        launch.leave = lambda: (watch.finish(), leave())
+        leave = processes.leave
+        processes.leave = lambda: (watch.finish(), leave())
         sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="__main__")
     watch.finish()

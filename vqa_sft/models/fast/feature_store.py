@@ -37,10 +37,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from vqa_sft.batch.collator import BLANK_SIZE, AnswerCollator
+from vqa_sft.console import progress
 from vqa_sft.data.images import size_of
 from vqa_sft.data.scan import cache_path, count_cores
 from vqa_sft.errors import InputError
@@ -305,8 +305,7 @@ def _compute(
     tower.eval()
     writes: list[Future] = []
     with ThreadPoolExecutor(WRITERS) as pool:
-        is_main = PartialState().is_main_process
-        for digests, inputs in tqdm(loader, desc="Image features", disable=not is_main):
+        for digests, inputs in progress(loader, desc="Image features", in_logs=True):
             computed = _features_of_each(base, inputs, precision)
             problem = _problem_of(writes)  # those of the batch before, which were written meanwhile
             if problem:
