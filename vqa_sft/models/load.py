@@ -36,10 +36,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def choose_precision(values: dict[str, Any], trained: str | None = None) -> str:
     """The precision that a run was `trained` in, else that the recipe `values` ask for, else that suits the device:
-    "bf16" from capability 8.0 on, "fp16" on older GPUs, "fp32" without one.
-
-    By capability and not by `torch.cuda.is_bf16_supported()`, which says yes to a T4's slow emulation.
-    """
+    "bf16" from capability 8.0 on (`torch.cuda.is_bf16_supported()` accepts a T4's slow emulation), "fp16" on older
+    GPUs, "fp32" without one."""
     on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
     old_gpu = on_gpu and torch.cuda.get_device_capability() < (8, 0)
     able = ("fp16", "fp32") if old_gpu else ("bf16", "fp16", "fp32") if on_gpu else ("fp32", "bf16")
