@@ -37,10 +37,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from vqa_sft.batch.collator import BLANK_SIZE, AnswerCollator
+from vqa_sft.console import progress
 from vqa_sft.data.images import size_of
 from vqa_sft.data.scan import cache_path, count_cores
 from vqa_sft.errors import InputError
@@ -60,10 +60,8 @@ Place = tuple[int, int]  # number of a row, and of an image in it
 
 
 class FeatureStore:
-    """The files of one tower. Small, for it travels to the data loaders' workers.
-
-    `is_filled` says whether collators may look for features here.
-    """
+    """The files of one tower. Small, for it travels to the data loaders' workers. Once it `is_filled`, collators look
+    for features here."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -143,11 +141,8 @@ def open_store(
     model: nn.Module, processor: ProcessorMixin, packer: Packer | None, precision: str
 ) -> FeatureStore | None:
     """The store of a model's vision tower, still empty for the collators; None, with a line, where the tower is spread
-    over processes.
-
-    Called by every process, and before the tower is sped up, which changes its weights' shapes. Raises InputError for a
-    model whose rows are not packed.
-    """
+    over processes. Called by every process, before the tower is sped up, which changes its weights' shapes. Raises
+    InputError for a model whose rows are not packed."""
     base = base_of(model)
     if packer is None:
         known = " and ".join(family.label for family in FAMILIES.values())
@@ -184,10 +179,8 @@ def fill_store(
     batch_size: int,
     num_workers: int,
 ) -> None:
-    """Compute the features of all images of `parts` that the collator's store lacks, each process its share.
-
-    Called by every process. Raises InputError where the tower is trained, and for an image that cannot be read.
-    """
+    """Compute the features of all images of `parts` that the collator's store lacks. Called by every process, each does
+    its share. Raises InputError where the tower is trained, and for an image that cannot be read."""
     base, store, state = base_of(model), collator.features, PartialState()
     if not is_frozen(tower_of(base)):
         raise InputError(
@@ -305,8 +298,7 @@ def _compute(
     tower.eval()
     writes: list[Future] = []
     with ThreadPoolExecutor(WRITERS) as pool:
-        is_main = PartialState().is_main_process
-        for digests, inputs in tqdm(loader, desc="Image features", disable=not is_main):
+        for digests, inputs in progress(loader, desc="Image features", in_logs=True):
             computed = _features_of_each(base, inputs, precision)
             problem = _problem_of(writes)  # those of the batch before, which were written meanwhile
             if problem:

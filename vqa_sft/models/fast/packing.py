@@ -73,7 +73,7 @@ class Packer:
                 attention_mask=is_token,
             )
         lengths = is_token.sum(dim=1)
-        cu_seq_lens = _edges(lengths)
+        cu_seq_lens = F.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
         ends = int("end_positions" in batch)
         num_shared = self.num_shared(batch["input_ids"], lengths - ends)
         leaders = batch.get("leaders", torch.arange(len(lengths)))
@@ -147,7 +147,3 @@ def _shared_prefix(
     written = (is_token.flatten().cumsum(dim=0) - 1).view(kept.shape)
     copies = starts.long()[:, None] + shared
     return place[is_token], written[kept], copies[:0] if begins.any() else copies
-
-
-def _edges(lengths: torch.Tensor) -> torch.Tensor:
-    return F.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
