@@ -95,7 +95,7 @@ def test_a_sigterm_ends_a_run_after_the_step_at_hand(train, whole, at_loss, tmp_
         train(run, dataloader_num_workers=num_workers)
     assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
     said = capsys.readouterr()
-    assert f"SIGTERM. {run} goes on by the same command.\n" in said.out and "Traceback" not in said.err
+    assert f"SIGTERM. {run} resumes with the same command.\n" in said.out and "Traceback" not in said.err
     assert checkpoints.last_whole_checkpoint(run) == str(run / "checkpoint-2")
     assert not run_folder.is_finished(run)
     assert result(train(run, dataloader_num_workers=num_workers)) == whole
@@ -263,8 +263,8 @@ def test_a_training_whose_memory_runs_out_goes_on_with_half_the_micro_batch(
     train(run)
     said = capsys.readouterr().out
     # At 4 rows before any step is finished, at 2 rows in the second micro-batch of the second step.
-    assert said.count("The GPU's memory ran out") == 2 and "at 2 rows at a time. Going on with 1;" in said
-    assert f"Going on from {run / 'checkpoint-1'}." in said
+    assert said.count("The GPU's memory ran out") == 2 and "at 2 rows at a time. Resuming with 1;" in said
+    assert f"Resuming from {run / 'checkpoint-1'}." in said
     assert [len(steps[step][0]) for step in range(6)] == [2, 1, 1, 1, 1, 1]
     flat = [row for step in range(6) for rows in steps[step] for row in rows]
     assert flat == [row for rows in seen for row in rows]
