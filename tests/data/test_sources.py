@@ -127,9 +127,9 @@ def test_endless_cells_rows_and_files_end_quickly(tmp_path, monkeypatch):
             file.write(begin)
             for _ in range(16):
                 file.write(chunk)
-        start = time.perf_counter()
+        start = time.process_time()
         assert part in error_of(str(path))
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 5
 
 
 def test_rows_are_read_without_holding_the_file(tmp_path):
