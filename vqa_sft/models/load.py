@@ -24,6 +24,7 @@ from transformers.integrations import deepspeed, sdpa_attention
 from trl import ModelConfig, get_quantization_config
 
 from vqa_sft.batch.pixels import limit_pixels
+from vqa_sft.console import note
 from vqa_sft.errors import InputError, explains
 from vqa_sft.models import quantized
 from vqa_sft.models.parts import decoder_name, names_beside_decoder
@@ -208,10 +209,8 @@ def _check_weights(name: str, model: PreTrainedModel, loaded: dict[str, Any]) ->
             f"the checkpoint {name!r} does not hold the weights of {type(model).__name__}: {'; '.join(said)}. Copy or "
             "download it again, with the config.json that belongs to it."
         )
-    if apart and os.environ.get("RANK", "0") == "0":
-        print(
-            f"{name} holds {len(apart):,} weights of parts that {type(model).__name__} does not use: {_first(apart)}."
-        )
+    if apart:
+        note(f"{name} holds {len(apart):,} weights of parts that {type(model).__name__} does not use: {_first(apart)}.")
 
 
 def _is_apart(weight: str, model: PreTrainedModel) -> bool:
