@@ -1,6 +1,7 @@
 import os
 import sys
 import tempfile
+from pathlib import Path
 
 # Nothing in this suite may reach the network, and two processes on two cores must not fight over them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,13 +16,31 @@ import pytest
 from contest import write_contest
 from scripts import train
 
-# torch and what imports it are imported where they are used: the quick tests hardly need them.
+# Medium tests (tests/README.md): those of these folders, and those that use these fixtures. Others carry the mark
+# themselves.
+TESTS = Path(__file__).parent
+MEDIUM_FOLDERS = {"inference", "lab", "models", "recipes", "runs", "tiny", "training"}
+MEDIUM_FIXTURES = {"families", "road", "sft", "three"}
+
+
+def pytest_ignore_collect(collection_path, config):
+    # Their modules import torch, for which the quick lane does not wait.
+    is_quick = config.option.markexpr.startswith("not medium")
+    return True if is_quick and collection_path in {TESTS / name for name in MEDIUM_FOLDERS} else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        if folder in MEDIUM_FOLDERS or MEDIUM_FIXTURES & {*item.fixturenames}:
+            item.add_marker(pytest.mark.medium)
 
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often the run of three folds is killed")
     parser.addoption("--calls", type=int, default=64, help="of a Predictor by 16 threads")
-    parser.addoption("--starts", type=int, default=2, help="how often two of a kind are started at once")
+    parser.addoption("--starts", type=int, default=1, help="how often two of a kind are started at once")
 
 
 @pytest.fixture(scope="session")

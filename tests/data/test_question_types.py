@@ -217,14 +217,14 @@ def test_every_rule_is_of_a_known_type_and_every_list_is_used():
 @pytest.mark.parametrize("piece", ["what ", "what is the ", "색깔", "표지판에 ", "title of the a b ", "where", "("])
 def test_a_hostile_text_costs_no_time(piece):
     text = piece * 100_000
-    start = time.perf_counter()
+    start = time.process_time()
     assert find_type(text, [text] * 26) in TYPES
-    assert time.perf_counter() - start < 0.1  # takes less than a millisecond
+    assert time.process_time() - start < 0.1  # takes less than a millisecond
 
 
 def test_ten_thousand_rows_take_less_than_a_second():
     questions = [line.strip() for lines in QUESTIONS.values() for line in lines.strip().splitlines()]
-    start = time.perf_counter()
+    start = time.process_time()
     for i in range(10_000):
         find_type(questions[i % len(questions)], WORDS_OF_CHOICES)
-    assert time.perf_counter() - start < 1  # about 0.15 s
+    assert time.process_time() - start < 1  # about 0.15 s

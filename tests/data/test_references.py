@@ -279,6 +279,6 @@ def test_any_text_is_read():
     "text", ["A, B, " * 4_000, "a " * 8_000, "none of the above " * 900, "위의 " * 5_000, "(A" * 8_000]
 )
 def test_long_texts_are_read_in_no_time(text):
-    start = time.perf_counter()
+    start = time.process_time()
     find_references(text, [text, "cat", f"{text}."])
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

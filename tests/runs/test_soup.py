@@ -3,8 +3,6 @@
 import errno
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -160,12 +158,12 @@ def test_a_soup_that_cannot_be_written_leaves_nothing(runs, tmp_path, monkeypatc
     assert not any(tmp_path.iterdir())
 
 
-def test_the_command_makes_a_soup_and_refuses_what_cannot_be_one(runs, tmp_path):
-    command = [sys.executable, "-m", "vqa_sft.cli", "soup", str(runs / "a"), str(runs / "b"), "--output"]
-    ended = subprocess.run([*command, str(tmp_path / "soup"), "--rank", "3"], capture_output=True, text=True)
-    assert ended.returncode == 0 and "layers of rank 3, with" in ended.stdout
-    again = subprocess.run([*command, str(tmp_path / "soup")], capture_output=True, text=True)
-    assert again.returncode == 2 and "exists. Name another folder" in again.stderr
+def test_the_command_makes_a_soup_and_refuses_what_cannot_be_one(runs, tmp_path, run):
+    command = ["soup", runs / "a", runs / "b", "--output", tmp_path / "soup"]
+    code, printed, _ = run(*command, "--rank", "3")
+    assert code == 0 and "layers of rank 3, with" in printed
+    code, _, error = run(*command)
+    assert code == 2 and "exists. Name another folder" in error
 
     other = tmp_path / "other"
     other.mkdir()

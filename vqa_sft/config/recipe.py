@@ -7,7 +7,7 @@ fields.py           the parser, which knows nothing of recipes
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vqa_sft.config.checks import check_combinations, check_values
@@ -29,11 +29,12 @@ class Recipe:
     values: dict[str, Any]
     arguments: RecipeArguments
     path: str | None = None
+    folders: list[str] = field(default_factory=list)  # of all folds, else the only one
 
     def runs(self) -> "list[Recipe]":
         """This recipe; with `fold: all`, one for each fold, in folders of their own. Raises InputError."""
         if self.arguments.fold != "all":
-            return [self]
+            return [replace(self, folders=[self.values["output_dir"]])]
         own, runs = self.arguments, []
         name = self.values.get("hub_model_id") or os.path.basename(os.path.abspath(self.values["output_dir"]))
         for fold in fold_numbers(own.folds_file):
@@ -45,7 +46,8 @@ class Recipe:
             runs.append(replace(self, values=self.values | given, arguments=arguments))
         if not runs:
             raise InputError(f"{own.folds_file} has no fold but -1, whose rows are always trained on.")
-        return runs
+        folders = [run.values["output_dir"] for run in runs]
+        return [replace(run, folders=folders) for run in runs]
 
     def retried(self, settings: dict[str, Any]) -> "Recipe":
         """The same run with other `settings`, to be resumed in its folder."""

@@ -70,20 +70,20 @@ def standard_cases() -> list[Case]:
         ("3B", QWEN_3B, "qwen7b", 32),
         ("Qwen3-VL-8B", QWEN3_8B, "qwen3vl8b_a100", 16),
     ):
-        trl = f"{size} TRL as it comes"
-        ours = {"shape": shape, "recipe": f"recipes/{recipe}.yaml", "batch_size": rows, "baseline": trl}
+        trl = f"{size} TRL by default"
+        ours: dict[str, Any] = {"shape": shape, "recipe": f"recipes/{recipe}.yaml", "batch_size": rows, "baseline": trl}
         if shape == QWEN3_8B:
             ours["options"] = {"max_pixels": 200704}
         cases.append(Case(trl, "trl", shape, batch_size=8))
         cases.append(Case(f"{size} train", "train", **ours))
         if shape == QWEN_7B:
             cases.append(Case(f"{size} train, mixed sizes", "train", **ours | {"data": MIXED}))
-            cached = {"options": {"cache_image_features": True}, "batch_size": 32}
+            cached: dict[str, Any] = {"options": {"cache_image_features": True}, "batch_size": 32}
             cases.append(Case(f"{size} train, cached features", "train", **ours | cached))
             # Four rows fit without recomputing more, but leave a GPU of this kind waiting for Python.
-            small = {"options": {"activation_memory_budget": 0.2}, "batch_size": 12, "cap_gib": 24}
+            small: dict[str, Any] = {"options": {"activation_memory_budget": 0.2}, "batch_size": 12, "cap_gib": 24}
             cases.append(Case(f"{size} train, within 24 GiB", "train", **ours | small))
-            score = {"kind": "score", "shape": shape, "batch_size": 32, "scores": f"{size} train"}
+            score: dict[str, Any] = {"kind": "score", "shape": shape, "batch_size": 32, "scores": f"{size} train"}
             cases.append(Case(f"{size} score", **score))
             turned = score | {"how": {"orders": "rotations"}, "num_views": 4, "batch_size": 64}
             turned |= {"baseline": f"{size} score"}
@@ -95,7 +95,13 @@ def standard_cases() -> list[Case]:
 
 def tiny_cases() -> list[Case]:
     data = {"num_words": (5, 20), "side_px": (60, 120)}
-    ours = {"shape": "tiny", "recipe": "recipes/demo.yaml", "data": data, "batch_size": 4, "baseline": "TRL"}
+    ours: dict[str, Any] = {
+        "shape": "tiny",
+        "recipe": "recipes/demo.yaml",
+        "data": data,
+        "batch_size": 4,
+        "baseline": "TRL",
+    }
     return [
         Case("TRL", "trl", "tiny", data=data, batch_size=4),
         Case("train", "train", **ours),
@@ -137,9 +143,9 @@ def main() -> None:
 
     cases = tiny_cases() if args.tiny else standard_cases()
     if args.recipes:
-        mixed = {"data": {"num_words": (10, 60), "side_px": (320, 1280)}}
+        mixed = {"num_words": (10, 60), "side_px": (320, 1280)}
         cases = [
-            Case(Path(name).stem, "train", _model_name(name), name, batch_size=0, **mixed) for name in args.recipes
+            Case(Path(name).stem, "train", _model_name(name), name, batch_size=0, data=mixed) for name in args.recipes
         ]
     if args.only:
         names = {case.name for case in cases}
@@ -335,7 +341,7 @@ class Watch:
         self.steps, self.result = steps, result
         self.num_steps = self.num_rows = 0
         self.values: dict[str, Any] = {}
-        self.profiler = None
+        self.profiler: Any = None
 
     def tick(self, num_rows: int) -> None:
         """A step of so many rows has ended."""
@@ -416,7 +422,12 @@ def run_inside(argv: list[str]) -> None:
         from vqa_sft.models import processes as launch
 
         leave = launch.leave
-        launch.leave = lambda: (watch.finish(), leave())
+
+        def finish_and_leave() -> None:
+            watch.finish()
+            leave()
+
+        launch.leave = finish_and_leave
         sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="__main__")
     watch.finish()
@@ -432,7 +443,7 @@ def _watch_scoring(watch: Watch) -> None:
         watch.tick(len(batch["groups"].unique()) if "groups" in batch else len(batch["answers"]))
         return logits
 
-    LetterModel.letter_logits = score_watched
+    LetterModel.letter_logits = score_watched  # type: ignore[assignment]
 
 
 def run_predictor(watch: Watch, run: str, data: str, use_cpu: str) -> None:
@@ -584,7 +595,7 @@ def write_data(
         rows.append(row | {letter: " ".join(rng.choices(words, k=rng.randint(1, 6))) for letter in "abcd"})
     for name, extra in (("train.csv", True), ("test.csv", False)):
         with (folder / name).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=[*rows[0]] + ["answer"] * extra)
+            writer = csv.DictWriter(file, fieldnames=[*rows[0], "answer"] if extra else [*rows[0]])
             writer.writeheader()
             writer.writerows(row | ({"answer": rng.choice("abcd")} if extra else {}) for row in rows)
     return folder

@@ -9,6 +9,7 @@ An example is drawn from (seed, index) alone, so any process draws the same one,
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -62,7 +63,7 @@ class Sketch:
     def pick(self, values: Sequence, num: int) -> list:
         return [values[i] for i in self.rng.choice(len(values), size=num, replace=False)]
 
-    def one(self, values: Sequence) -> object:
+    def one(self, values: Sequence) -> Any:
         return values[self.rng.integers(len(values))]
 
     def chance(self, share: float) -> bool:
@@ -96,7 +97,8 @@ class Sketch:
     def rgb(self, name: str) -> tuple[int, int, int]:
         """A shade of the named colour."""
         base = np.array(COLOURS[name][0]) * self.rng.uniform(0.94, 1.06) + self.rng.normal(0, 7, 3)
-        return tuple(int(v) for v in np.clip(base, 0, 255))
+        red, green, blue = (int(v) for v in np.clip(base, 0, 255))
+        return red, green, blue
 
 
 # ---- kinds of questions

@@ -11,6 +11,7 @@ test pictures stand in no training picture. Wrong choices are the digits swapped
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -68,7 +69,7 @@ def write_set(output: Path, task: TaskSet, seed: int = 0, *, choice_seed: int | 
             write_csv(output / "test.csv", [turned for row in rows for turned in _rotations(row)])
 
 
-def _number_row(row_id: str, indices: np.ndarray, digits: object, rng: random.Random, output: Path) -> dict:
+def _number_row(row_id: str, indices: np.ndarray, digits: Any, rng: random.Random, output: Path) -> dict:
     pair = [int(rng.choice(indices)) for _ in range(2)]
     first, second = (int(digits.target[index]) for index in pair)
     path = f"images/{row_id}.png"

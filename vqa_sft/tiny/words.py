@@ -42,7 +42,7 @@ NUMBER_WORDS = {
 }
 YES_NO = {"en": ("yes", "no"), "ko": ("예", "아니요")}
 # The last wording of each list is held out from training, to see how the base takes a question it has not read.
-WORDINGS = {
+WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "digit": {
         "en": (
             "Which digit is this?", "What digit is written here?", "Which digit is shown in the picture?",
