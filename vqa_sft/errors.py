@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import ParamSpec, TypeVar
 
+from vqa_sft.environment import is_main_process
+
 P, R = ParamSpec("P"), TypeVar("R")
 # A name that is too long, no right to write, a full disk, a folder for a file: the message says it all.
 MACHINE_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR)
@@ -107,7 +109,7 @@ def exits_with_message(main: Callable[P, R]) -> Callable[P, R]:
         try:
             return main(*args, **kwargs)
         except KeyboardInterrupt:
-            if os.environ.get("RANK", "0") == "0":
+            if is_main_process():
                 print("Interrupted.", file=sys.stderr, flush=True)
             sys.exit(128 + signal.SIGINT)
         except Exception as error:
@@ -119,7 +121,7 @@ def exits_with_message(main: Callable[P, R]) -> Callable[P, R]:
                 raise
             alone = isinstance(error, ProcessError) or broke is not None
             is_only = os.environ.get("WORLD_SIZE", "1") == "1"  # whatever its rank is called
-            if os.environ.get("RANK", "0") == "0" or is_only or alone:
+            if is_main_process() or is_only or alone:
                 text = broke or str(error)
                 if "Original Traceback" in text and not broke:
                     # What a data loader's worker raises comes with the worker's traceback before it.
