@@ -28,11 +28,11 @@ LOST_WORKER = re.compile(r"DataLoader worker \(pid|Pin memory thread exited|unab
 
 
 class InputError(ValueError):
-    """Something in the recipe, the data or the machine that the user can mend: what, what was got, how to mend it."""
+    """Something in the recipe, the data or the machine that the user can fix: what, got, how to fix it."""
 
 
 class ProcessError(InputError):
-    """What one process met and perhaps no other: it says so itself, and does not wait for the others."""
+    """What one process met and perhaps no other: that process prints it, and does not wait for the others."""
 
 
 def name_rows(ids: Sequence[str], total: int) -> str:
@@ -54,7 +54,7 @@ def printable(text: str, limit: int = 120) -> str:
 
 @contextmanager
 def explains(kinds: type[Exception] | tuple[type[Exception], ...], what: str) -> Iterator[None]:
-    """Turn a library's own complaint about a user's setting into an InputError that says `what` was going on."""
+    """Turn a library's own complaint about a user's setting into an InputError that begins with `what` failed."""
     try:
         yield
     except InputError:
@@ -64,7 +64,7 @@ def explains(kinds: type[Exception] | tuple[type[Exception], ...], what: str) ->
 
 
 def breakdown(error: BaseException | None, where: str = "on the disk") -> str | None:
-    """What the machine did to a run, and how to mend it: a full disk, a killed worker; None for any other error."""
+    """What the machine did to a run, and how to fix it: a full disk, a killed worker; None for any other error."""
     while error is not None:
         text = printable(" ".join(str(error).split()), limit=400)
         if LOST_WORKER.search(text) or _is_from_worker(error):
