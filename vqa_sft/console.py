@@ -5,18 +5,13 @@ for row in progress(rows, desc="Reading"): ...              a bar, on the main p
 note("3 rows have no answer")                               a line, on the main process
 """
 
-import os
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
+from vqa_sft.environment import is_main_process
 from vqa_sft.errors import printable
-
-
-def is_main_process() -> bool:
-    """Whether this is the only process or, of a launch, the one with rank 0."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def note(text: str) -> None:
