@@ -30,7 +30,6 @@ from vqa_sft.config.prediction import PredictionArguments, read_prediction
 from vqa_sft.console import note
 from vqa_sft.errors import exits_with_message, explains_breakdown
 from vqa_sft.files import held
-from vqa_sft.inference import shards
 from vqa_sft.inference.plan import describe_plan, find_runs, plan_passes
 from vqa_sft.inference.results import check_outputs, describe_answers, describe_run, style_of, write_results
 from vqa_sft.inference.rows import find_blank, read_rows
@@ -70,7 +69,7 @@ def predict(args: PredictionArguments, runs: list[Run], is_main: bool) -> None:
     looks_now = is_main and args.part == "all" and not args.streaming  # training looked at the images of its rows
     blank = find_blank(rows.sources[0], args.on_bad_row) if looks_now else {}
 
-    from vqa_sft.inference.score import join_processes, score_passes
+    from vqa_sft.inference.score import join_processes, open_parts, score_passes
     from vqa_sft.inference.scorer import groups_of
     from vqa_sft.models import processes
 
@@ -85,7 +84,7 @@ def predict(args: PredictionArguments, runs: list[Run], is_main: bool) -> None:
     passes = plan_passes(groups, runs, rows)
     with explains_breakdown(f"for {args.output}", lambda: "resumes with what was scored."):
         plan = describe_plan(args, groups, rows) if is_main else {}
-        opened = shards.open_parts(Path(args.output), plan) if is_main else None
+        opened = open_parts(Path(args.output), plan) if is_main else None
         parts, is_resumed = processes.from_main(opened)
         if is_resumed:
             note(f"Resuming with what {parts} holds.")

@@ -10,6 +10,7 @@ from vqa_sft.data.options import ReadOptions
 from vqa_sft.models.load import load_model, load_processor
 from vqa_sft.models.lora import lora_config
 from vqa_sft.models.scoring import find_letter_ids
+from vqa_sft.training.loss import LossSettings
 from vqa_sft.training.trainer import AnswerTrainer
 
 SPELLING = {"qwen2_5_vl": "{}", "llava": " {}", "qwen3_vl": "{}", "smolvlm": " {}"}
@@ -20,6 +21,8 @@ def build_trainer(folder, contest, output_dir, num_rows, shuffle_choices=True, o
     usual = {"model_name_or_path": folder, "output_dir": output_dir, "train_data": contest / "train.csv"}
     usual |= {"use_cpu": True, "disable_tqdm": True, "dataloader_num_workers": 0, "gradient_checkpointing": False}
     values = usual | values
+    own = {"vocabulary_weight": 1.0} if own is None else dict(own)
+    vision_learning_rate = own.pop("vision_learning_rate", None)
     recipe = read_recipe([token for key, value in values.items() for token in (f"--{key}", str(value))])
     examples, _ = load_examples(str(contest / "train.csv"), ReadOptions(limit=num_rows))
     processor = load_processor(folder)
@@ -33,8 +36,8 @@ def build_trainer(folder, contest, output_dir, num_rows, shuffle_choices=True, o
         processing_class=processor,
         data_collator=TrainCollator(processor, Prompts(), 4, seed=42, augmentation=Augmentation(shuffle_choices)),
         eval_collator=AnswerCollator(processor, Prompts(), 4),
-        letter_ids=find_letter_ids(processor, 4),
-        **({"vocabulary_weight": 1.0} if own is None else own),
+        loss=LossSettings(find_letter_ids(processor, 4), **own),
+        vision_learning_rate=vision_learning_rate,
     )
     torch.manual_seed(1)
     for name, parameter in trainer.model.named_parameters():

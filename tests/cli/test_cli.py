@@ -141,7 +141,7 @@ def test_a_recipe_brings_its_data_and_says_why_tokens_were_not_counted(clean, ru
     assert code == 0
     assert "19 training rows" in out and "5 validation rows" in out and "24 test rows" in out
     assert "tokens          not counted: the model 'nowhere/model' cannot be loaded" in out
-    assert "the image also stands in the training set: rows row_005 (row_005 there)" in out
+    assert "the image is also in the training set: rows row_005 (row_005 there)" in out
     assert "(19 of 24)" in out  # the other five are those of the validation rows
 
 

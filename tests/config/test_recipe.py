@@ -95,7 +95,7 @@ def test_a_number_may_be_the_text_of_a_text_field(tmp_path):
             "one set of features for an image; remove image_aug",
         ),
         ("flip_images: true\ncache_image_features: true\n", "one set of features for an image; remove image_augment"),
-        ("adapt_tower: true\ncache_image_features: true\n", "tower and merger make of an image; remove adapt_tower"),
+        ("adapt_tower: true\ncache_image_features: true\n", "tower and merger compute of an image; remove adapt_tower"),
         ("adapt_merger: true\ncache_image_features: true\n", "of an image; remove adapt_merger"),
         ("adapt_tower: true\nadapt_merger: true\nuse_peft: false\n", "adapt_tower and adapt_merger: full fine-tuning"),
         ("adapt_tower: true\nlora_target_modules: [qkv]\n", "adapt_tower: lora_target_modules names all layers"),

@@ -48,7 +48,7 @@ def by_training(path, case):
     recipe = Path(path).with_suffix(".yaml")
     values = {"train_data": str(path), "output_dir": str(path.parent / "run"), "model_name_or_path": "none"}
     recipe.write_text(yaml.safe_dump(values | case.options, allow_unicode=True))
-    return found(lambda: SFT.load_data(read_recipe(["--config", str(recipe)]), is_main=False)[0])
+    return found(lambda: SFT.load_data(read_recipe(["--config", str(recipe)]))[0])
 
 
 def by_prediction(path, case):

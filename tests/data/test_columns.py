@@ -4,12 +4,13 @@ import pytest
 
 from vqa_sft.data.columns import Columns, check_columns, known_columns
 from vqa_sft.data.find_columns import find_columns, find_others
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.settle_columns import is_sparse, is_stray
 from vqa_sft.errors import InputError
 
 
 def found(names, answers="required", **given):
-    return find_columns(names.split(), given, answers)
+    return find_columns(names.split(), given, ReadOptions(answers=answers))
 
 
 @pytest.mark.parametrize(
@@ -38,18 +39,18 @@ def test_usual_names_are_found_without_being_told(names, image, question, choice
 
 def test_images_themselves_are_found_before_paths():
     names = ["id", "path", "decoded_image", "question", "a", "b", "answer"]
-    columns = find_columns(names, {}, "required", ["decoded_image"])
+    columns = find_columns(names, {}, images=["decoded_image"])
     assert columns.image == ("decoded_image",)
 
 
 def test_other_columns_with_usual_names_are_found_unless_they_are_used_or_given():
     names = ["id", "image", "file_name", "question", "query", "a", "b", "label", "answer", "hint"]
-    columns = find_columns(names, {"context": None, "targets": "label"}, "required")
+    columns = find_columns(names, {"context": None, "targets": "label"})
     assert find_others(names, columns, {"context": None, "targets": "label"}) == {
         "image": ["file_name"],
         "question": ["query"],
     }
-    assert "answer" not in find_others(names, find_columns(names, {"answer": "label"}, "required"), {"answer": "label"})
+    assert "answer" not in find_others(names, find_columns(names, {"answer": "label"}), {"answer": "label"})
 
 
 WORDS = ["cat", "dog", "fox"]

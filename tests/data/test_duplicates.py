@@ -7,8 +7,9 @@ import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFont
 from sklearn.datasets import load_digits, load_sample_images
 
-from vqa_sft.data import duplicates
+from vqa_sft.data.compare_images import fit_parts, place_windows
 from vqa_sft.data.duplicates import DISTANCE, near_pairs, row_groups
+from vqa_sft.data.hash_images import ASPECT_TOLERANCE, PARTS, Wholes, find_near_hashes, hash_windows, unpack
 from vqa_sft.data.images import ImageFacts, examine
 from vqa_sft.data.scan import Scan
 
@@ -241,7 +242,7 @@ def test_pairs_of_test_and_training_images(different):
 
 def test_the_hash_of_a_whole_image_is_that_of_imagehash(different):
     images = scan_of(*different).images
-    hashes, _, _ = duplicates._hash(images, 1)
+    hashes, _, _ = hash_windows(images, 1)
     for image, ours in zip(images, hashes[:, 0], strict=True):
         grey = np.frombuffer(image.miniature[:1024], np.uint8).reshape(32, 32)
         theirs = imagehash.phash(Image.fromarray(grey)).hash
@@ -249,15 +250,15 @@ def test_the_hash_of_a_whole_image_is_that_of_imagehash(different):
 
 
 def test_the_hash_of_a_window_is_about_that_of_the_crop(different):
-    hashes, _, _ = duplicates._hash(scan_of(*different).images, len(duplicates.PARTS))
+    hashes, _, _ = hash_windows(scan_of(*different).images, len(PARTS))
     apart = []
     for window in (3, 40, 90, 195):
-        (top, height), (left, width) = duplicates.PARTS[window // 14], duplicates.PARTS[window % 14]
+        (top, height), (left, width) = PARTS[window // 14], PARTS[window % 14]
         crops = [
             image.resize((320, 320)).crop([round(320 * x) for x in (left, top, left + width, top + height)])
             for image in different
         ]
-        theirs, _, _ = duplicates._hash(scan_of(*crops).images, 1)
+        theirs, _, _ = hash_windows(scan_of(*crops).images, 1)
         apart += np.bitwise_count(hashes[:, window] ^ theirs[:, 0]).tolist()
     assert np.median(apart) <= 2 and np.quantile(apart, 0.95) <= 8
 
@@ -265,23 +266,23 @@ def test_the_hash_of_a_window_is_about_that_of_the_crop(different):
 def test_all_near_hashes_are_found():
     """Against three loops, with few hashes that are near, some images of one aspect and some of others."""
     rng = np.random.default_rng(0)
-    num, windows = 30, len(duplicates.PARTS) ** 2
+    num, windows = 30, len(PARTS) ** 2
     aspects = np.sort(rng.choice([0, 0.1, 0.3, -0.3], num) + rng.normal(0, 0.01, num))
     few = rng.integers(0, 2**63, 20, dtype=np.uint64)
     near = few[rng.integers(0, 20, (num, windows))] ^ np.uint64(1) << rng.integers(
         0, 64, (num, windows), dtype=np.uint64
     )
     nothing = np.zeros((num, 1))
-    wholes = duplicates._Wholes(np.arange(num), aspects, near[:, 0], nothing, nothing, nothing)
-    found = duplicates._near_hashes(near, aspects, wholes, 2, lambda row, place: np.ones(len(place), dtype=bool))
+    wholes = Wholes(np.arange(num), aspects, near[:, 0], nothing, nothing, nothing)
+    found = find_near_hashes(near, aspects, wholes, 2, lambda row, place: np.ones(len(place), dtype=bool))
     found = {hit for hits in found for hit in zip(*(values.tolist() for values in hits), strict=True)}
     expected = set()
     for row in range(num):
         for place in range(num):
             for window in range(windows):
-                ratio = duplicates.PARTS[window % 14, 1] / duplicates.PARTS[window // 14, 1]
+                ratio = PARTS[window % 14, 1] / PARTS[window // 14, 1]
                 bits = bin(int(near[row, window]) ^ int(near[place, 0])).count("1")
-                fits = abs(aspects[place] - aspects[row] - np.log(ratio)) <= duplicates.ASPECT_TOLERANCE
+                fits = abs(aspects[place] - aspects[row] - np.log(ratio)) <= ASPECT_TOLERANCE
                 if bits <= 2 and (window == 0 or fits):
                     expected.add((row, place, window, bits))
     assert found == expected and len(expected) > 100
@@ -294,9 +295,9 @@ def test_the_part_that_was_cropped_is_found_again(different):
         image.resize((600, 600)).crop([round(600 * x) for x in (left, top, left + width, top + height)])
         for image, (left, width, top, height) in zip(images, truth, strict=True)
     ]
-    grey, other = (duplicates._unpack(scan_of(*side).images)[0] for side in (images, crops))
+    grey, other = (unpack(scan_of(*side).images)[0] for side in (images, crops))
     aspects = np.ones(20, dtype=np.float32)
-    start = np.full(20, [tuple(part) for part in duplicates.PARTS].index((0.1, 0.8)) * 15)  # the middle, 80%
-    parts = duplicates._fit(grey, other, duplicates._place(start, aspects), aspects)
+    start = np.full(20, [tuple(part) for part in PARTS].index((0.1, 0.8)) * 15)  # the middle, 80%
+    parts = fit_parts(grey, other, place_windows(start, aspects), aspects)
     off = np.abs(parts - np.array(truth))
     assert off.max() < 0.02 and np.median(off) < 0.002

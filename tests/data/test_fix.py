@@ -41,6 +41,11 @@ def test_the_copy_holds_the_same_cells_and_is_clean(faulty):
         assert list(csv.DictReader(file)) == [row for i, row in enumerate(rows) if i not in (1, 2, 3, 6)]
 
 
+def test_json_lines_under_either_name_are_copied_to_jsonl(tmp_path):
+    (tmp_path / "rows.ndjson").write_text('{"id": "1"}\n{"id": "2"}\n')
+    check_copy(str(tmp_path / "fixed.jsonl"), str(tmp_path / "rows.ndjson"), None)
+
+
 def test_a_korean_spreadsheets_copy_is_utf_8(faulty):
     rows = [row | {"question": "무슨 색인가요?"} for row in rows_of(faulty)]
     text = "\r\n".join("\t".join(row) for row in [list(rows[0]), *(row.values() for row in rows)])

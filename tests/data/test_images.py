@@ -121,7 +121,7 @@ def test_cmyk_becomes_rgb_and_is_named():
     red = Image.new("CMYK", (8, 1), (0, 255, 255, 0))
     for data in (saved(red, "TIFF"), saved(red, "JPEG", quality=100)):
         assert shown(data) == [RED] * 8
-        assert examine(entry(data)).findings[0] == "cmyk" and examine(entry(data)).mode == "CMYK"
+        assert examine(entry(data)).findings[0] == "cmyk"
 
 
 def test_an_adobe_jpeg_with_ycck_becomes_rgb():
@@ -129,7 +129,7 @@ def test_an_adobe_jpeg_with_ycck_becomes_rgb():
     marker = data.index(b"Adobe") + 11  # how its colours are transformed: 0 for CMYK, 2 for YCCK
     assert data[marker] == 0
     ycck = data[:marker] + b"\x02" + data[marker + 1 :]
-    assert examine(entry(ycck)).mode == "CMYK"
+    assert "cmyk" in examine(entry(ycck)).findings
     assert open_image(entry(ycck)).getpixel((0, 0)) != open_image(entry(data)).getpixel((0, 0))
 
 
@@ -157,7 +157,7 @@ CORNERS = Image.fromarray(np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [2
     ("orientation", "letters"),
     list(enumerate(["RGBW", "GRWB", "WBGR", "BWRG", "RBGW", "BRWG", "WGBR", "GWRB"], start=1)),
 )
-def test_a_image_is_turned_as_its_camera_meant_it(orientation, letters):
+def test_an_image_is_turned_as_its_camera_meant_it(orientation, letters):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = saved(CORNERS.resize((40, 20), Image.Resampling.NEAREST), "PNG", exif=exif)
@@ -175,7 +175,7 @@ def test_a_image_is_turned_as_its_camera_meant_it(orientation, letters):
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x09"]
 )
-def test_odd_exif_does_not_lose_a_image(exif):
+def test_odd_exif_does_not_lose_an_image(exif):
     data = saved(Image.new("RGB", (40, 30), "red"), "JPEG", exif=exif)
     assert open_image(entry(data)).size == (40, 30) and examine(entry(data)).problem is None
 
@@ -186,9 +186,9 @@ def test_odd_exif_does_not_lose_a_image(exif):
 def test_the_facts_of_a_good_image(tmp_path):
     noise().save(tmp_path / "a.png")
     image = examine({"bytes": None, "path": str(tmp_path / "a.png")})
-    assert (image.problem, image.findings, image.format, image.mode) == (None, (), "PNG", "RGB")
+    assert (image.problem, image.findings, image.format) == (None, (), "PNG")
     assert (image.width, image.height) == (60, 40)
-    assert image.num_bytes == (tmp_path / "a.png").stat().st_size and len(image.digest) == 32
+    assert len(image.digest) == 32
     assert image == examine(entry((tmp_path / "a.png").read_bytes(), "a.png"))
     assert image.miniature == make_miniature(noise()) and len(image.miniature) == 32 * 32 + 2 * 8 * 8
 
@@ -250,7 +250,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     with (tmp_path / "large.png").open("wb") as file:
         file.truncate(20 * 10**9)  # takes no room on the disk
     found = examine({"bytes": None, "path": str(tmp_path / "large.png")})
-    assert (found.problem, found.num_bytes, found.digest) == ("large_file", 20 * 10**9, None)
+    assert (found.problem, found.digest) == ("large_file", None)
     monkeypatch.setattr(images, "MAX_FILE_BYTES", 10)
     assert examine(entry(saved(noise(), "PNG"))).problem == "large_file"
 
@@ -290,7 +290,7 @@ def test_examine_finds_a_problem_exactly_where_open_image_fails(kind):
             assert found.problem in (None, "long_image") and (found.width, found.height) == size
 
 
-def test_a_miniature_holds_what_imagehash_shrinks_a_image_to():
+def test_a_miniature_holds_what_imagehash_shrinks_an_image_to():
     image = noise(100, 80)
     grey = image.convert("L").resize((32, 32), Image.Resampling.LANCZOS)
     assert make_miniature(image)[:1024] == grey.tobytes()

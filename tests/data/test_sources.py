@@ -41,7 +41,7 @@ def test_every_cell_of_a_csv_stays_text(tmp_path):
     path = write(tmp_path / "x.csv", ' id ,a\n007,NA\n1.50,\n"x, ""y""\nz",=1+1\n')
     source = open_source(path)
     assert source.columns == ["id", "a"] and source.notes == [] and source.name == path
-    assert (source.num_rows, source.table, source.features) == (None, None, None)
+    assert (source.table, source.features) == (None, None)
     rows = [{"id": "007", "a": "NA"}, {"id": "1.50", "a": ""}, {"id": 'x, "y"\nz', "a": "=1+1"}]
     assert list(source.rows()) == [(str(tmp_path), row) for row in rows]
     assert list(source.rows()) == list(source.rows())
@@ -506,7 +506,6 @@ def test_rows_come_without_images_and_the_table_with_them_undecoded(tmp_path, im
         images.to_parquet(path)
     source = open_source(str(path if kind == "parquet" else path.parent), streaming=streaming)
     assert source.columns == images.column_names and source.notes == []
-    assert source.num_rows == (None if streaming else 3)
     assert source.features["label"].names == ["cat", "dog"]
     rows = list(source.rows())
     expected = [{"id": row["id"], "label": row["label"], "path": row["path"]} for row in images]

@@ -1,4 +1,4 @@
-"""The sets of the ladder, its table against slow references, and one small run of it."""
+"""The sets of the ablation, its table against slow references, and one small run of it."""
 
 import csv
 import hashlib
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vqa_sft.config.recipe import read_recipe
-from vqa_sft.lab import ablation as ladder
+from vqa_sft.lab import ablation
 from vqa_sft.lab.ablation import Scores
 from vqa_sft.predictions.metrics import accuracy, ece, nll
 from vqa_sft.tiny.numbers import SETS, write_set
@@ -108,50 +108,50 @@ def test_all_resamples_at_once_are_the_metrics_of_the_seeds_and_rows_drawn():
             assert found[name][k] == pytest.approx(np.mean([metric(run, answers) for run in runs]))
         recalls = [[np.mean(run.argmax(1)[answers == i] == i) for i in range(4)] for run in runs]
         assert found["letter bias"][k] == pytest.approx(np.mean([max(of) - min(of) for of in recalls]))
-    seeds, rows = ladder.resamples(3, 50)  # as many are drawn as there are
+    seeds, rows = ablation.resamples(3, 50)  # as many are drawn as there are
     assert seeds.sum(axis=1).tolist() == [3] * 1000 and rows.sum(axis=1).tolist() == [50] * 1000
 
 
 def test_differences_compare_the_same_rows():
     """A small lift of every row is far outside the interval of the difference, and well inside that of the values."""
     scores, higher = planted(0)[0], planted(0, lift=0.002)[0]
-    low, high = ladder.intervals_of(lambda *drawn: ladder.difference(higher, scores, *drawn), scores)["nll"]
-    own_low, own_high = ladder.intervals_of(scores.drawn, scores)["nll"]
+    low, high = ablation.intervals_of(lambda *drawn: ablation.difference(higher, scores, *drawn), scores)["nll"]
+    own_low, own_high = ablation.intervals_of(scores.drawn, scores)["nll"]
     assert low < higher.values["nll"] - scores.values["nll"] < high < 0
     assert own_low < higher.values["nll"] < own_high
 
 
-def test_every_recipe_of_the_ladder_can_be_read(tmp_path):
-    for keys in ladder.RECIPES.values():
-        values = ladder.recipe_values(SETS["few"], keys, tmp_path, tmp_path / "run", seed=0, use_cpu=True)
+def test_every_recipe_of_the_ablation_can_be_read(tmp_path):
+    for keys in ablation.RECIPES.values():
+        values = ablation.recipe_values(SETS["few"], keys, tmp_path, tmp_path / "run", seed=0, use_cpu=True)
         given = [str(token) for name, value in values.items() for token in (f"--{name}", value)]
-        read_recipe(["--config", str(ladder.ROOT / "recipes" / "demo.yaml"), *given])
+        read_recipe(["--config", str(ablation.ROOT / "recipes" / "demo.yaml"), *given])
 
 
 @pytest.mark.slow
-def test_a_small_ladder_trains_scores_and_writes_its_table(tmp_path, monkeypatch, capsys):
+def test_a_small_ablation_trains_scores_and_writes_its_table(tmp_path, monkeypatch, capsys):
     small = replace(SETS["few"], num_train=24, num_epochs=1, num_test=4)
-    monkeypatch.setattr(ladder, "SETS", {"few": small})
+    monkeypatch.setattr(ablation, "SETS", {"few": small})
     recipes = ["naive", "plain", "soup of three seeds", "defaults"]
-    command = ["ladder", "--sets", "few", "--recipes", *recipes, "--seeds", "1", "--jobs", "2", "--use_cpu"]
+    command = ["ablation", "--sets", "few", "--recipes", *recipes, "--seeds", "1", "--jobs", "2", "--use_cpu"]
     monkeypatch.setattr(sys, "argv", [*command, "--work", str(tmp_path)])
-    ladder.main()
+    ablation.main()
     table = capsys.readouterr().out
     lines = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| ")}
     assert lines.keys() > set(recipes)
     assert lines["naive"].count("[") == 4 and lines["defaults"].count("[") == 6
     before = (tmp_path / "few" / "naive" / "seed0" / "test.parquet").stat().st_mtime_ns
-    ladder.main()  # nothing is done again
+    ablation.main()  # nothing is done again
     assert capsys.readouterr().out == table
     assert (tmp_path / "few" / "naive" / "seed0" / "test.parquet").stat().st_mtime_ns == before
 
 
-def test_what_the_ladder_cannot_do_is_said(tmp_path, monkeypatch, capsys):
+def test_what_the_ablation_cannot_do_is_an_error(tmp_path, monkeypatch, capsys):
     for arguments, said in (
         (["--recipes", "soup of three seeds"], "is made of the runs of `plain`"),
         (["--jobs", "0"], "must be at least 1"),
     ):
-        monkeypatch.setattr(sys, "argv", ["ladder", *arguments, "--work", str(tmp_path)])
+        monkeypatch.setattr(sys, "argv", ["ablation", *arguments, "--work", str(tmp_path)])
         with pytest.raises(SystemExit) as stop:
-            ladder.main()
+            ablation.main()
         assert stop.value.code == 2 and said in capsys.readouterr().err

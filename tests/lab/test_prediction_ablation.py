@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vqa_sft.errors import InputError
-from vqa_sft.lab import prediction_ablation as prediction_ladder
+from vqa_sft.lab import prediction_ablation
 from vqa_sft.lab.prediction_ablation import FIRST, difference, together, write_rows
 from vqa_sft.predictions.file import Predictions
 from vqa_sft.tiny.numbers import SETS, TaskSet
@@ -61,24 +61,24 @@ def test_the_table_has_a_line_for_every_way_and_goes_on_with_what_is_done(tmp_pa
         str(tmp_path),
         "--use_cpu",
     ]
-    monkeypatch.setattr("sys.argv", ["prediction_ladder", *arguments, "--jobs", "2"])
-    prediction_ladder.main()
+    monkeypatch.setattr("sys.argv", ["prediction_ablation", *arguments, "--jobs", "2"])
+    prediction_ablation.main()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "---" not in line]
     names = [line.split("|")[1].strip() for line in lines]
     of_run = ("one fold", "three folds", "trained on sizes")
     views = (FIRST, "three scales", "three scales, equal weights")
     assert names == ["", *(f"{run}, {way}" for run in of_run for way in views)]
     assert all(len(line.split("|")) == 10 for line in lines)
-    monkeypatch.setattr(prediction_ladder, "train_command", lambda *args: pytest.fail("trained again"))
-    monkeypatch.setattr(prediction_ladder, "run_all", lambda commands, args: commands and pytest.fail("done again"))
-    prediction_ladder.main()
+    monkeypatch.setattr(prediction_ablation, "train_command", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(prediction_ablation, "run_all", lambda commands, args: commands and pytest.fail("done again"))
+    prediction_ablation.main()
 
 
 def test_commands_do_not_wait_for_slower_ones_and_one_that_fails_is_named(tmp_path):
     args = argparse.Namespace(use_cpu=True, jobs=2, work=tmp_path)
     note = "import sys, time; time.sleep(float(sys.argv[1])); open(sys.argv[2], 'a').write(sys.argv[1] + ' ')"
     commands = [["-c", note, seconds, str(tmp_path / "done")] for seconds in ("3", "0.1", "0.2", "0.3")]
-    prediction_ladder.run_all(commands, args)
+    prediction_ablation.run_all(commands, args)
     assert (tmp_path / "done").read_text() == "0.1 0.2 0.3 3 "
     with pytest.raises(InputError, match="exit code 7; .*job1.log says why"):
-        prediction_ladder.run_all([["-c", ""], ["-c", "raise SystemExit(7)"]], args)
+        prediction_ablation.run_all([["-c", ""], ["-c", "raise SystemExit(7)"]], args)

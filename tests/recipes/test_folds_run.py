@@ -124,12 +124,12 @@ def test_a_run_out_of_time_saves_and_says_what_is_left(arguments, whole, tmp_pat
         patch.setattr(checkpoints.SaveAndStop, "is_over", is_over)
         run_script("sft", *arguments(run, time_budget_h=1))
     said = capsys.readouterr().out
-    assert f"Time is up. {run}/fold0 goes on by the same command, then {run}/fold1, {run}/fold2" in said
+    assert f"Time is up. {run}/fold0 resumes with the same command, then {run}/fold1, {run}/fold2" in said
     assert checkpoints.last_whole_checkpoint(run / "fold0").endswith("checkpoint-5")
     assert not run_folder.is_finished(run / "fold0") and not (run / "fold1").exists()
     run_script("sft", *arguments(run, time_budget_h=1))
     said = capsys.readouterr().out
-    assert "Going on from" in said and "out of fold" in said
+    assert "Resuming from" in said and "out of fold" in said
     assert results(run) == results(whole)
 
 
@@ -145,7 +145,7 @@ def test_a_sigterm_begins_no_other_fold(arguments, tmp_path, capsys, monkeypatch
     with pytest.raises(SystemExit) as stop:
         run_script("sft", *arguments(run, **values))
     assert stop.value.code == 143 and run_folder.is_finished(run / "fold0") and not (run / "fold1").exists()
-    assert f"SIGTERM. {run}/fold1 goes on by the same command, then {run}/fold2." in capsys.readouterr().out
+    assert f"SIGTERM. {run}/fold1 resumes with the same command, then {run}/fold2." in capsys.readouterr().out
 
 
 def test_overwriting_moves_the_runs_of_all_folds_aside_before_the_first_begins(
@@ -157,7 +157,7 @@ def test_overwriting_moves_the_runs_of_all_folds_aside_before_the_first_begins(
     )
     monkeypatch.setattr(checkpoints.SaveAndStop, "is_over", lambda self: steps.append(1) or len(steps) == 3)
     run_script("sft", *arguments(run, time_budget_h=1, overwrite=True))
-    assert "goes on by the same command without --overwrite, then" in capsys.readouterr().out
+    assert "resumes with the same command without --overwrite, then" in capsys.readouterr().out
     assert all((run / f"fold{fold}.old" / run_folder.RUN).is_file() for fold in range(3))
     assert not any(run_folder.is_finished(run / f"fold{fold}") for fold in range(3))
 

@@ -134,7 +134,7 @@ def test_the_path_of_an_image_may_be_made_of_cells(folder, template, cells):
 
 def test_a_template_of_columns_that_are_not_there_is_refused():
     with pytest.raises(InputError, match="missing columns: name"):
-        find_columns(["id", "question", "a", "b", "answer"], {"image": "{name}.png"}, "required")
+        find_columns(["id", "question", "a", "b", "answer"], {"image": "{name}.png"})
 
 
 # --- A run meets other data -------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_a_run_scores_rows_of_another_shape_and_says_so(run, folder, capsys):
 
 def test_columns_that_the_recipe_names_count_only_where_the_data_have_them():
     names, named = ["id", "image", "question", "a", "b", "answer"], {"question": "ask", "image": "photo", "id": None}
-    columns = find_columns(names, are_here(named, names), "optional")
+    columns = find_columns(names, are_here(named, names), ReadOptions(answers="optional"))
     assert (columns.id, columns.image, columns.question) == (None, ("image",), "question")
 
 

@@ -26,7 +26,7 @@ from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
-from vqa_sft.inference import shards
+from vqa_sft.inference import results, rows, score
 from vqa_sft.models import scoring
 from vqa_sft.predictions.calibration import calibrate_run, read_calibration
 from vqa_sft.predictions.ensemble import write_ensemble
@@ -137,7 +137,7 @@ def test_a_stream_is_answered_as_the_whole_file_in_its_order(three, tmp_path, mo
     contest, run = three
     test = ("--data", contest / "test.csv", "--batch_size", 2)
     whole = predict(run / "fold0", tmp_path / "whole.csv", *test)
-    monkeypatch.setattr(shards, "BLOCK_ROWS", 10)  # three blocks, the last of four rows
+    monkeypatch.setattr(rows, "BLOCK_ROWS", 10)  # three blocks, the last of four rows
     streamed = predict(run / "fold0", tmp_path / "stream.csv", *test, "--streaming")
     assert streamed.ids == whole.ids
     assert np.array_equal(logits_of(streamed), logits_of(whole))
@@ -217,7 +217,7 @@ def test_what_another_prediction_left_is_not_taken_over(three, tmp_path, monkeyp
 def test_a_stream_goes_on_where_it_was_broken(three, tmp_path, monkeypatch):
     contest, run = three
     test = ("--data", contest / "test.csv", "--batch_size", 4, "--streaming")
-    monkeypatch.setattr(shards, "BLOCK_ROWS", 10)
+    monkeypatch.setattr(rows, "BLOCK_ROWS", 10)
     whole = predict(run / "fold0", tmp_path / "whole.csv", *test)
     with monkeypatch.context() as patched:
         break_after(patched, 2)
@@ -233,7 +233,7 @@ def test_a_broken_block_of_a_lost_machine_is_scored_again(three, tmp_path, monke
     test = ("--data", contest / "test.csv")
     predict(run / "fold0", tmp_path / "whole.csv", *test)
     with monkeypatch.context() as patched:
-        patched.setattr(shards, "join_files", lambda *_: sys.exit(1))
+        patched.setattr(results, "_join_files", lambda *_: sys.exit(1))
         with pytest.raises(SystemExit):
             predict(run / "fold0", tmp_path / "out.csv", *test)
     (tmp_path / "out.csv.parts" / "pass0-block0.parquet").write_bytes(b"PAR1")
@@ -375,7 +375,7 @@ def test_a_prediction_killed_at_any_moment_gives_the_same_bytes(three, tmp_path,
         writer = csv.DictWriter(file, [*first[0]])
         writer.writeheader()
         writer.writerows(rows)
-    code = "import runpy, sys; from vqa_sft.inference import shards; shards.EVERY_S = 0.2; sys.argv = sys.argv[1:]; "
+    code = "import runpy, sys; from vqa_sft.inference import score; score.EVERY_S = 0.2; sys.argv = sys.argv[1:]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, str(RECIPES / "predict.py"), "--run", str(run), "--use_cpu"]
     command += ["--data", str(many / "test.csv"), "--batch_size", "8", "--num_workers", "0", "--orders", "rotations"]
@@ -401,13 +401,13 @@ def test_a_prediction_killed_at_any_moment_gives_the_same_bytes(three, tmp_path,
 
 def test_a_broken_shard_of_a_lost_machine_is_scored_again(tmp_path):
     folder = tmp_path / "pass0-block0"
-    shard = shards.Shards(folder, every_s=0)
+    shard = score.Shards(folder, every_s=0)
     shard.add([2, 0], [[[-1.0, -0.5]], [[-0.1, -2.0]]], [[1.0], [1.0]], [[[]], [[]]])
     shard.add([1], [[[-0.7, -0.7, -3.0]]], [[0.5]], [[[]]])
-    assert shards.rows_done(folder) == {0, 1, 2}
-    assert shards.read_shards(folder)["row"].to_pylist() == [0, 1, 2]
+    assert score.rows_done(folder) == {0, 1, 2}
+    assert score.read_shards(folder)["row"].to_pylist() == [0, 1, 2]
     next(folder.iterdir()).write_bytes(b"PAR1")
-    assert shards.rows_done(folder) < {0, 1, 2}
+    assert score.rows_done(folder) < {0, 1, 2}
 
 
 # --- vqa_sft.Predictor ------------------------------------------------------------------------------------------------
@@ -529,7 +529,7 @@ def test_a_base_that_has_moved_since_is_named(three, tmp_path, capsys):
     )
     with pytest.raises(SystemExit):
         predict([run / "fold0", moved / "fold1"], tmp_path / "two.csv", "--data", contest / "test.csv", "--model", "x")
-    assert "model stands for one base, and the runs have several" in capsys.readouterr().err
+    assert "model names one base, and the runs have several" in capsys.readouterr().err
 
 
 def test_new_out_of_fold_predictions_end_an_earlier_temperature(three, tmp_path):
@@ -558,7 +558,7 @@ def test_an_id_twice_in_a_stream_is_told(three, tmp_path, capsys, monkeypatch):
     write_csv(tmp_path / "test.csv", [row | {"id": f"row_{number % 20}"} for number, row in enumerate(rows)])
     with pytest.raises(SystemExit):
         predict(run / "fold0", tmp_path / "out.csv", "--data", tmp_path / "test.csv", "--streaming")
-    assert "row_0 stands more than once" in capsys.readouterr().err
+    assert "row_0 is in the data more than once" in capsys.readouterr().err
 
 
 def test_rows_left_out_of_a_stream_do_not_change_the_numbers_of_the_others(tmp_path):

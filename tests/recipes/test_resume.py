@@ -1,4 +1,4 @@
-"""A run that was killed goes on by the same command, and ends as the run that was not killed."""
+"""A run that was killed resumes with the same command, and ends as the run that was not killed."""
 
 import json
 import os
@@ -134,7 +134,7 @@ def test_a_run_of_all_weights_finds_them_again_in_its_checkpoints(train, tmp_pat
     for step in (6, 9):  # killed in the second epoch
         shutil.rmtree(run / f"checkpoint-{step}")
     train(**values)
-    assert f"Going on from {run / 'checkpoint-3'}." in capsys.readouterr().out
+    assert f"Resuming from {run / 'checkpoint-3'}." in capsys.readouterr().out
     after = load_file(run / "model.safetensors")
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_without_its_marker_is_passed_over_and_removed(train, capsy
     assert result(train(save_total_limit=3)) == before
     output = capsys.readouterr().out
     assert "checkpoint-9 was not finished when the run stopped; it is removed" in output
-    assert f"Going on from {run / 'checkpoint-6'}." in output
+    assert f"Resuming from {run / 'checkpoint-6'}." in output
     assert (run / "checkpoint-9" / checkpoints.MARKER).is_file()
 
 

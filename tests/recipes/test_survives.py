@@ -95,7 +95,7 @@ def test_a_sigterm_ends_a_run_after_the_step_at_hand(train, whole, at_loss, tmp_
         train(run, dataloader_num_workers=num_workers)
     assert stop.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
     said = capsys.readouterr()
-    assert f"SIGTERM. {run} goes on by the same command.\n" in said.out and "Traceback" not in said.err
+    assert f"SIGTERM. {run} resumes with the same command.\n" in said.out and "Traceback" not in said.err
     assert checkpoints.last_whole_checkpoint(run) == str(run / "checkpoint-2")
     assert not run_folder.is_finished(run)
     assert result(train(run, dataloader_num_workers=num_workers)) == whole
@@ -178,7 +178,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_its_row(train, spoil, w
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in error
     assert f"error: The loss of step 4 is nan or infinite in row {seen[7][1]}." in error
-    assert f"the same command goes on from {run / 'checkpoint-3'} (without --overwrite)." in error
+    assert f"the same command resumes from {run / 'checkpoint-3'} (without --overwrite)." in error
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-3"]
     assert result(train(run, logging_steps=100)) == whole
 
@@ -211,7 +211,7 @@ def test_weights_that_are_no_numbers_are_never_saved(train, spoil, tmp_path, cap
         train(tmp_path / "run")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "error: The gradient of step 3 is nan or infinite in rows row_" in error
-    assert "starts anew: no checkpoint is whole yet" in error
+    assert "starts again from the base model: no checkpoint is complete yet" in error
     assert not [*(tmp_path / "run").glob("**/*.safetensors")]
 
 
@@ -263,8 +263,8 @@ def test_a_training_whose_memory_runs_out_goes_on_with_half_the_micro_batch(
     train(run)
     said = capsys.readouterr().out
     # At 4 rows before any step is finished, at 2 rows in the second micro-batch of the second step.
-    assert said.count("The GPU's memory ran out") == 2 and "at 2 rows at a time. Going on with 1;" in said
-    assert f"Going on from {run / 'checkpoint-1'}." in said
+    assert said.count("The GPU's memory ran out") == 2 and "at 2 rows at a time. Resuming with 1;" in said
+    assert f"Resuming from {run / 'checkpoint-1'}." in said
     assert [len(steps[step][0]) for step in range(6)] == [2, 1, 1, 1, 1, 1]
     flat = [row for step in range(6) for rows in steps[step] for row in rows]
     assert flat == [row for rows in seen for row in rows]
@@ -316,9 +316,9 @@ def test_a_full_disk_ends_a_run_in_one_line(train, whole, tmp_path, capsys, monk
     assert stop.value.code == 2 and "Traceback" not in said
     assert f"error: no room is left for {run} (" in said and "Make room" in said
     goes_on = (
-        f"goes on from {run / 'checkpoint-6'} (without --overwrite)."
+        f"resumes from {run / 'checkpoint-6'} (without --overwrite)."
         if saved
-        else "starts anew: no checkpoint is whole yet."
+        else "starts again from the base model: no checkpoint is complete yet."
     )
     assert said.endswith(f"The same command {goes_on}\n")
     assert not run_folder.is_finished(run)
@@ -369,13 +369,13 @@ def test_a_run_on_a_disk_that_is_full_goes_on_once_there_is_room(train, whole, t
         train(run)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in error
-    assert f"goes on from {run / 'checkpoint-3'} (without --overwrite)." in error and (run / "checkpoint-6").is_dir()
+    assert f"resumes from {run / 'checkpoint-3'} (without --overwrite)." in error and (run / "checkpoint-6").is_dir()
     disk(all_of_it - 8)  # nearly all
     with pytest.raises(SystemExit):
         train(run)
     said = capsys.readouterr()
     assert "checkpoint-6 was not finished when the run stopped; it is removed" in said.out
-    assert f"goes on from {run / 'checkpoint-6'} (without --overwrite)." in said.err
+    assert f"resumes from {run / 'checkpoint-6'} (without --overwrite)." in said.err
     disk(2 * all_of_it)
     assert result(train(run)) == whole
 
@@ -393,7 +393,7 @@ def test_a_worker_that_is_killed_ends_a_run_in_one_line(train, whole, at_loss, t
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in error
     assert "error: a worker of the data loader is lost (RuntimeError: DataLoader worker (pid" in error
-    assert f"The same command goes on from {run / 'checkpoint-3'} (without --overwrite)." in error
+    assert f"The same command resumes from {run / 'checkpoint-3'} (without --overwrite)." in error
     assert result(train(run, **loader)) == whole
 
 
@@ -401,8 +401,8 @@ def test_a_connection_that_a_killed_worker_broke_counts_as_its_end():
     def _try_get_data():
         raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
 
-    lost = pytest.raises(ProcessError, match="a worker of the data loader is lost .*starts anew")
-    with lost, explains_breakdown("here", lambda: "starts anew."):
+    lost = pytest.raises(ProcessError, match="a worker of the data loader is lost .*starts again")
+    with lost, explains_breakdown("here", lambda: "starts again."):
         _try_get_data()
-    with pytest.raises(ConnectionResetError), explains_breakdown("here", lambda: "starts anew."):
+    with pytest.raises(ConnectionResetError), explains_breakdown("here", lambda: "starts again."):
         raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")

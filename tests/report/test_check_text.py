@@ -33,7 +33,7 @@ def test_the_table_says_what_is_there_and_lists_errors_before_warnings(faulty):
         ["warning", "two choices are equal"],
     ]
     assert "  warning  two choices are equal: rows row_004 ('same'), row_005 ('같은') (2 of 24)" in lines
-    assert "           One answer then stands under two letters." in lines
+    assert "           Two letters then stand for one answer." in lines
     assert lines[-1] == "3 rows with errors: a run stops at them; 2 rows with warnings."
 
 
@@ -53,7 +53,7 @@ def test_test_rows_have_a_part_of_their_own_without_answers(contest):
     training, test = text.split("test.csv: 24 rows")
     assert "  answers  " in training and "  answers  " not in test
     assert "24 test rows, all of which can be used" in test and "not counted: no model" in test
-    assert "the image also stands in the training set: rows row_000 (row_000 there)" in test
+    assert "the image is also in the training set: rows row_000 (row_000 there)" in test
 
 
 def test_nothing_that_a_terminal_obeys_is_printed(faulty):

@@ -25,6 +25,7 @@ from vqa_sft.data.examples import load_examples
 from vqa_sft.data.images import open_image
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
+from vqa_sft.files import UNFINISHED
 from vqa_sft.models.load import load_processor, load_trained
 from vqa_sft.models.scoring import find_letter_ids, letter_logits
 from vqa_sft.predictions.calibration import read_calibration
@@ -173,10 +174,10 @@ def test_weights_are_cut_into_shards(train, tmp_path, monkeypatch):
     assert_close(plain(tmp_path / "out", train.contest), ours(train("tiny"), train.contest), atol=1e-4, rtol=0)
 
 
-def test_an_adapter_of_a_4_bit_base_is_merged_into_the_whole_one_and_a_line_says_so(train, tmp_path, capsys):
+def test_an_adapter_of_a_4_bit_base_is_merged_into_the_unquantised_one_with_a_note(train, tmp_path, capsys):
     run = train("tiny 4 bit", load_in_4bit=True)
     merge_run(str(run), str(tmp_path / "out"), dtype="fp32")
-    assert "in 4 bit and is merged into its whole weights: probabilities may differ" in capsys.readouterr().out
+    assert "in 4 bit and is merged into its unquantised weights: probabilities may differ" in capsys.readouterr().out
     # `ours` loads the base unquantised: that is what the adapter was merged into.
     assert_close(plain(tmp_path / "out", train.contest), ours(run, train.contest), atol=1e-4, rtol=0)
     assert "load_in_4bit" not in run_folder.read_run(tmp_path / "out").recipe
@@ -223,12 +224,12 @@ def refused(match, run, out, **how):
     assert not out.with_name(f"{out.name}.part").exists()
 
 
-def test_what_cannot_be_merged_is_said_and_an_earlier_merge_stays(train, families, tmp_path, monkeypatch):
+def test_what_cannot_be_merged_is_an_error_and_an_earlier_merge_stays(train, families, tmp_path, monkeypatch):
     run, out = train("tiny"), tmp_path / "here" / "out"
     merge_run(str(run), str(out))
     refused("no such run folder", tmp_path / "nowhere", out, overwrite=True)
     refused("holds an earlier merge", run, out)
-    refused("already holds whole weights and no adapter", out, out.parent / "new")
+    refused("already holds full weights and no adapter", out, out.parent / "new")
 
     bare = copy_of(run, tmp_path / "bare")
     (bare / CONFIG).unlink()
@@ -272,7 +273,7 @@ def test_what_cannot_be_merged_is_said_and_an_earlier_merge_stays(train, familie
 
 @pytest.mark.parametrize("inside_text", [False, True])
 @pytest.mark.parametrize(("kind", "said"), [("fp8", "fp8"), ("awq", "awq, 4 bit"), ("bitsandbytes 8 bit", "8 bit")])
-def test_a_quantised_base_is_not_merged_and_the_whole_one_can_be_given(
+def test_a_quantised_base_is_not_merged_and_the_unquantised_one_can_be_given(
     train, families, tmp_path, kind, said, inside_text
 ):
     base = save_quantised(families("llava"), kind, tmp_path / "base", inside_text=inside_text)
@@ -301,7 +302,7 @@ def test_a_merge_that_is_interrupted_leaves_what_was_there(train, tmp_path, monk
 def test_a_folder_that_a_killed_merge_left_is_no_obstacle(train, tmp_path):
     part = tmp_path / "out.part"
     part.mkdir()
-    for name in (run_folder.MARKER, "model.safetensors"):
+    for name in (UNFINISHED, "model.safetensors"):
         (part / name).write_text("half")
     merge_run(str(train("tiny")), str(tmp_path / "out"))
     assert not part.exists() and (tmp_path / "out" / "run.json").is_file()

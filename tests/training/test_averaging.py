@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from vqa_sft.runs import folder as run_folder
 from vqa_sft.tiny import TINY_PATH
-from vqa_sft.training import averaging, trainer
+from vqa_sft.training import averaging, validation
 from vqa_sft.training.averaging import AVERAGE, BEST, AdapterAverage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -91,7 +91,7 @@ def test_swa_of_a_run_is_the_mean_of_its_checkpoints(train):
 
 @pytest.mark.parametrize("averages_win", [True, False])
 def test_a_run_ends_with_the_average_where_its_nll_is_lower(train, monkeypatch, averages_win):
-    whole, asked = trainer.predict_examples, []
+    whole, asked = validation.predict_examples, []
 
     def shifted(*args):
         """At the end the raw weights are asked first, then the average; one of them is made worse, for which of them is
@@ -101,7 +101,7 @@ def test_a_run_ends_with_the_average_where_its_nll_is_lower(train, monkeypatch, 
         is_worse = (len(asked) == 1) == averages_win
         return predictions, metrics | {"nll_calibrated": asked[-1] + 9 * is_worse}
 
-    monkeypatch.setattr(trainer, "predict_examples", shifted)
+    monkeypatch.setattr(validation, "predict_examples", shifted)
     run = train(averaging="ema", ema_decay=0.6)
     metrics, final = metrics_of(run), load_file(run / "adapter_model.safetensors")
     best = load_file(run / "checkpoint-6" / BEST)

@@ -1,5 +1,7 @@
 """Training rows that carry their letter, for the token after it: what else there is stays as it is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,7 +66,8 @@ def test_one_accumulated_step_is_the_gradient_of_the_full_sequence_loss(families
     before = {name: parameter.detach().clone() for name, parameter in trained.items()}
     trainer.model.zero_grad()
 
-    trainer.data_collator.supervises_end, trainer.end_of_turn = True, find_end_of_turn(processor)
+    trainer.data_collator.supervises_end = True
+    trainer.loss = replace(trainer.loss, end_of_turn=find_end_of_turn(processor))
     if how == "packed":
         trainer.data_collator.packer = speed.pack_rows(trainer.model, "fp32")
         speed.speed_up(trainer.model)
@@ -134,7 +137,8 @@ def test_a_model_so_trained_generates_the_letter_and_stops(families, contest, tm
     values = {"max_steps": 30, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_strategy": "no"}
     trainer, examples, processor = build_trainer(families("qwen2_5_vl"), contest, tmp_path, 4, False, **values)
     trainer.train_dataset = examples.map(lambda row, i: {"answer": i % 2}, with_indices=True)
-    trainer.data_collator.supervises_end, trainer.end_of_turn = True, find_end_of_turn(processor)
+    trainer.data_collator.supervises_end = True
+    trainer.loss = replace(trainer.loss, end_of_turn=find_end_of_turn(processor))
     processor.tokenizer.padding_side = "left"  # as `generate` needs it
     batch = trainer.eval_collator(list(examples))
     inputs = {name: value for name, value in batch.items() if name not in TARGET_KEYS}
@@ -143,6 +147,6 @@ def test_a_model_so_trained_generates_the_letter_and_stops(families, contest, tm
         ids = trainer.model.eval().generate(**inputs, max_new_tokens=3, do_sample=False)
         return ids[:, inputs["input_ids"].shape[1] :].tolist()
 
-    assert trainer.end_of_turn not in {token for row in generated() for token in row}
+    assert trainer.loss.end_of_turn not in {token for row in generated() for token in row}
     trainer.train()
-    assert generated() == [[trainer.letter_ids[i % 2].item(), trainer.end_of_turn] for i in range(4)]
+    assert generated() == [[trainer.letter_ids[i % 2].item(), trainer.loss.end_of_turn] for i in range(4)]

@@ -10,7 +10,8 @@ from vqa_sft.data.images import open_image
 from vqa_sft.letters import draw_order
 from vqa_sft.models.fast import speedups as speed
 from vqa_sft.models.scoring import answer_logits
-from vqa_sft.training.trainer import letter_metrics, predict_examples
+from vqa_sft.training.metrics import letter_metrics
+from vqa_sft.training.validation import predict_examples
 
 
 def full_sequence_loss(model, processor, row, order, spelling):

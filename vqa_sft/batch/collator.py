@@ -15,16 +15,15 @@ What a batch of two rows holds (T tokens of the longest prompt, L letters of the
     end_positions      (B,)     index of the letter itself, where training rows carry it: the logits there belong to the
                                 token that ends the turn
 
-The prompt ends where the letter begins, so the letter needs no place in the input, and what is scored in training is
-byte for byte what is scored in prediction: both render with `render_prompt`. A training row carries it all the same
-where the end of the turn is supervised; what comes before looks at nothing that comes after.
+The prompt ends where the letter begins: what is scored in training is byte for byte what is scored in prediction. A
+training row carries its letter only where the end of the turn is supervised; nothing before it looks at it.
 """
 
 import hashlib
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 import torch
 from PIL import Image, ImageOps
@@ -53,13 +52,9 @@ class Features(Protocol):
         """`image_features` and `image_grid_thw` of all these images; None where one is not stored."""
 
 
+@dataclass(eq=False, repr=False)
 class AnswerCollator:
     """For evaluation and prediction: every choice under its own letter.
-
-    `num_letters` is fixed for a run, so that letter logits of all batches and processes have one shape. `blank` names
-    images that are shown as a white square: row id -> positions among the row's images. `packer` makes one row without
-    padding of the batch (models/fast/packing.py). With `features`, images whose features are all stored are not opened:
-    the batch holds `image_features` in place of pixels.
 
     With other `views` than "identity" (letters.view_orders) the batch holds every row in several orders, one after
     another; a row whose choices refer to each other (data/references.py) in those that leave them in place. With a
@@ -68,28 +63,18 @@ class AnswerCollator:
     that they would have.
     """
 
-    shows_targets = False  # evaluations compare with the answers
-    shares_images = True
-    supervises_end = False
+    shows_targets: ClassVar[bool] = False  # evaluations compare with the answers
+    shares_images: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        processor: ProcessorMixin,
-        prompts: Prompts,
-        num_letters: int,
-        blank: Mapping[str, Sequence[int]] | None = None,
-        packer: Callable[[dict], dict] | None = None,
-        features: Features | None = None,
-        views: str | int = "identity",
-        scale: float = 1.0,
-    ) -> None:
-        self.processor = processor
-        self.prompts = prompts
-        self.num_letters = num_letters
-        self.blank = blank or {}
-        self.packer = packer
-        self.features = features
-        self.views, self.scale = views, scale
+    processor: ProcessorMixin
+    prompts: Prompts
+    num_letters: int  # fixed for a run, so that letter logits of all batches and processes have one shape
+    blank: Mapping[str, Sequence[int]] | None = None  # row id -> which of its images are shown as white squares
+    packer: Callable[[dict], dict] | None = None  # makes one row without padding of a batch (models/fast/packing.py)
+    features: Features | None = None  # images whose features are all stored are not opened
+    views: str | int = "identity"
+    scale: float = 1.0
+    supervises_end: bool = field(default=False, kw_only=True)  # rows carry their letter
 
     def orders(self, row: dict) -> list[tuple[int, ...]]:
         if self.views == "identity":
@@ -216,7 +201,7 @@ class AnswerCollator:
         return [self.image(row, i) for i in range(len(row["images"]))]
 
     def is_blank(self, row: dict, position: int) -> bool:
-        return position in self.blank.get(row["id"], ())
+        return position in (self.blank or {}).get(row["id"], ())
 
     def digest(self, row: dict, position: int) -> str | None:
         """The name of the image's features; None for an image that cannot be read."""
@@ -255,32 +240,19 @@ class Augmentation:
     counts_batches: bool = False
 
 
+@dataclass(eq=False, repr=False)
 class TrainCollator(AnswerCollator):
-    """For training. Choices that refer to others keep their places (data/references.py). With `supervises_end` rows
-    carry their letter, that of the largest target where the data have no answer."""
+    """For training. Choices that refer to others keep their places (data/references.py); the letter of a row without
+    an answer is that of its largest target."""
 
     shows_targets = True
     shares_images = False  # rows that share more than their first words have no gradients
 
-    def __init__(
-        self,
-        processor: ProcessorMixin,
-        prompts: Prompts,
-        num_letters: int,
-        *,
-        seed: int,
-        augmentation: Augmentation = Augmentation(),
-        supervises_end: bool = False,
-        packer: Callable[[dict], dict] | None = None,
-        features: Features | None = None,
-    ) -> None:
-        super().__init__(processor, prompts, num_letters, packer=packer, features=features)
-        self.seed = seed
-        self.augmentation = augmentation
-        self.supervises_end = supervises_end
-        # Shared memory, because workers that are already running must see the new epoch.
-        self.epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
-        self.num_batches = 0
+    seed: int = field(kw_only=True)
+    augmentation: Augmentation = Augmentation()
+    # Shared memory, because workers that are already running must see the new epoch.
+    epoch: torch.Tensor = field(init=False, default_factory=lambda: torch.zeros(1, dtype=torch.int64).share_memory_())
+    num_batches: int = field(init=False, default=0)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         self.num_batches += 1

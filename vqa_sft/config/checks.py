@@ -41,7 +41,7 @@ REFUSED = {
     "do_train": "recipes/sft.py trains, recipes/predict.py predicts",
     "resume_from_checkpoint": "a run resumes from its last complete checkpoint by itself",
 }
-# Smallest value, largest value; what lies outside ends in a traceback or in an untrained adapter.
+# Smallest value, largest value; values outside end in a traceback or in an untrained adapter.
 BOUNDS = {
     "per_device_train_batch_size": (1, None),
     "per_device_eval_batch_size": (1, None),
@@ -144,7 +144,7 @@ def _of_rows(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
     if own.streaming and (own.validation_fraction or own.folds_file):
         yield "streaming cannot hold rows out; validate on validation_data."
     if own.streaming and own.on_bad_row == "skip":
-        yield "on_bad_row: skip cannot be had with streaming."
+        yield "on_bad_row: skip does not work with streaming. Remove one of the two."
 
 
 def _of_choice(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
@@ -181,9 +181,9 @@ def _of_speed(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
     if own.streaming:
         yield "cache_image_features needs rows that are known before they are trained on; remove streaming."
     if values.get("use_peft") is False:
-        yield "cache_image_features needs a vision tower that stays as it is; remove use_peft: false."
+        yield "cache_image_features needs a frozen vision tower; remove use_peft: false."
     if adapts := _adapted(own):
-        yield f"cache_image_features stores what tower and merger make of an image; remove {' and '.join(adapts)}."
+        yield f"cache_image_features stores what tower and merger compute of an image; remove {' and '.join(adapts)}."
     if own.image_augmentation or own.flip_images:
         yield "cache_image_features keeps one set of features for an image; remove image_augmentation and flip_images."
     if not own.fast:

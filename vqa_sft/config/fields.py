@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
+from vqa_sft.config.packaged import find_packaged
 from vqa_sft.errors import InputError
 
 TEXT_FIELDS = ("columns", "keep_rows", "type_prompts")  # mappings that hold names and cells of data
@@ -66,7 +67,7 @@ def read_values(argv: list[str], *kinds: type) -> tuple[dict[str, Any], str | No
     and the name of that yaml. Raises InputError."""
     known, given = known_fields(*kinds), read_command_line(argv)
     path = given.pop("config", None)
-    values = read_yaml(path[-1]) if path else {}
+    values = read_yaml(find_packaged(path[-1], "recipes")) if path else {}
     for name, tokens in given.items():
         positive = name.removeprefix("no_")
         if name not in known and not tokens and bool in _members(known.get(positive, (Any,))[0]):

@@ -4,10 +4,9 @@ it in a wheel."""
 from pathlib import Path
 
 from vqa_sft.console import note
-from vqa_sft.tiny import TINY_PATH
 
 PACKAGE = Path(__file__).parents[1]
-TINY = "vqa_sft/tiny/base"  # as the demo's recipe names its base
+TINY = PACKAGE.name + "/tiny/base"  # as the demo's recipe names its base
 
 
 def packaged(folder: str) -> Path:
@@ -19,13 +18,14 @@ def find_packaged(name: str, folder: str) -> str:
     """`name`, or where there is no such file, that which comes with vqa-sft: of demo, demo.yaml, recipes/demo.yaml."""
     if Path(name).exists() or Path(name).parent not in (Path(), Path(folder)):
         return name
-    for own in (packaged(folder) / Path(name).name, packaged(folder) / f"{Path(name).name}.yaml"):
-        if own.is_file():
-            note(f"Using {own}.")
-            return str(own)
+    own = packaged(folder) / Path(name).name
+    own = own if own.suffix in (".yaml", ".json") else own.with_name(f"{own.name}.yaml")
+    if own.is_file():
+        note(f"Using {own}.")
+        return str(own)
     return name
 
 
 def find_base(name: str) -> str:
     """`name`, or where it means the demo's base and there is no such folder, the base that comes with vqa-sft."""
-    return str(TINY_PATH) if name == TINY and not Path(name).exists() else name
+    return str(PACKAGE.parent / name) if name == TINY and not Path(name).exists() else name

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from vqa_sft.config.fields import bounds_of, build, check_bounds, check_required, option, read_values
+from vqa_sft.config.packaged import find_base
 from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
@@ -166,4 +167,6 @@ def read_prediction(argv: list[str]) -> PredictionArguments:
     check_bounds(values, bounds_of(PredictionArguments))
     # An empty output is no missing one: it may come from a variable of a shell.
     check_required({name: value is not None for name, value in values.items()}, ("run", "output"))
+    if values.get("model"):
+        values["model"] = find_base(values["model"])
     return build(PredictionArguments, values)

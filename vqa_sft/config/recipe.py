@@ -7,11 +7,12 @@ fields.py           the parser, which knows nothing of recipes
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vqa_sft.config.checks import check_combinations, check_values
 from vqa_sft.config.fields import build, read_values
+from vqa_sft.config.packaged import find_base
 from vqa_sft.config.training import RecipeArguments, as_list
 from vqa_sft.config.trl_arguments import build_model_args, build_training_args
 from vqa_sft.data.folds import fold_numbers
@@ -28,11 +29,12 @@ class Recipe:
     values: dict[str, Any]
     arguments: RecipeArguments
     path: str | None = None
+    folders: list[str] = field(default_factory=list)  # of all folds, else the only one
 
     def runs(self) -> "list[Recipe]":
         """This recipe; with `fold: all`, one for each fold, in folders of their own. Raises InputError."""
         if self.arguments.fold != "all":
-            return [self]
+            return [replace(self, folders=[self.values["output_dir"]])]
         own, runs = self.arguments, []
         name = self.values.get("hub_model_id") or os.path.basename(os.path.abspath(self.values["output_dir"]))
         for fold in fold_numbers(own.folds_file):
@@ -44,7 +46,8 @@ class Recipe:
             runs.append(replace(self, values=self.values | given, arguments=arguments))
         if not runs:
             raise InputError(f"{own.folds_file} has no fold but -1, whose rows are always trained on.")
-        return runs
+        folders = [run.values["output_dir"] for run in runs]
+        return [replace(run, folders=folders) for run in runs]
 
     def retried(self, settings: dict[str, Any]) -> "Recipe":
         """The same run with other `settings`, to be resumed in its folder."""
@@ -72,6 +75,7 @@ def read_recipe(argv: list[str]) -> Recipe:
 
     values, path = read_values(argv, SFTConfig, ModelConfig, RecipeArguments)
     check_values(values)
+    values["model_name_or_path"] = find_base(values["model_name_or_path"])
     arguments = build(RecipeArguments, values)
     check_combinations(values, arguments)
     return Recipe(values, arguments, path)

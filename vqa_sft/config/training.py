@@ -22,21 +22,17 @@ class RecipeArguments:
     validation_data: str | list[str] | None = option("Like train_data, for validation.", default=None)
     validation_split: str = option("Split of a Hub dataset to validate on.", default="validation")
     validation_fraction: float = option(
-        "Share of the training rows held out for validation when there is no validation_data; 0: none.",
-        default=0.0,
-        bounds=(0, 0.5),
+        "Share of the training rows to hold out, in place of validation_data; 0: none.", default=0.0, bounds=(0, 0.5)
     )
     folds_file: str | None = option("CSV of id and fold, as `vqa-sft folds` writes it.", default=None)
     fold: int | Literal["all"] | None = option(
-        "The fold of folds_file to validate on; the others are trained on. all: each in turn.",
-        default=None,
-        bounds=(0, None),
+        "Fold of folds_file to validate on, training on the others; all: each in turn.", default=None, bounds=(0, None)
     )
     time_budget_h: float | None = option(
-        "Hours after which to save and stop; the same command then resumes.", default=None, bounds=(0.001, None)
+        "Hours after which to save and stop; the same command resumes.", default=None, bounds=(0.001, None)
     )
     duplicate_distance: int | None = option(
-        "Images whose hashes differ in at most so many bits count as one when rows are held out; null: exact only.",
+        "Near-duplicates, whose image hashes differ in at most so many bits, are held out together; null: exact ones.",
         default=DISTANCE,
         bounds=(0, MAX_DISTANCE),
     )
@@ -51,9 +47,7 @@ class RecipeArguments:
         "in_question reads them from the question's text; image: 'img/{id}.png' is a path with cells of the row.",
         default=None,
     )
-    fixed_question: str | None = option(
-        "The question of every row, where the data have no column for it.", default=None
-    )
+    fixed_question: str | None = option("The question of every row, where no column holds it.", default=None)
     fixed_choices: list[str] | None = option("The choices of every row: [yes, no].", default=None)
     answer_format: Literal["letter", "index_from_0", "index_from_1", "text"] | None = option(
         "How the answers are written; default: inferred.", default=None
@@ -63,14 +57,14 @@ class RecipeArguments:
         "Texts that mean an empty cell; pandas writes nan, which may also be a choice.", default=None
     )
     max_choices: int | None = option(
-        "Most choices of a row; default: as the data has. A stream whose later rows have more needs it.",
+        "Most choices of a row; default: found. A stream whose later rows have more needs it.",
         default=None,
         bounds=(2, 26),
     )
     limit: int | None = option("Use only the first rows, to try a recipe out.", default=None, bounds=(1, None))
     check_images: bool = option("Decode every image before the model is loaded.", default=True)
     on_bad_row: Literal["error", "skip"] = option(
-        "What to do with rows that cannot be used, or whose images cannot: stop, or leave them out.", default="error"
+        "Rows that cannot be used, or whose images cannot: stop, or leave them out.", default="error"
     )
 
     min_pixels: int | None = option(
@@ -91,38 +85,34 @@ class RecipeArguments:
         "Cross-entropy over the row's own letters, or over the whole vocabulary.", default="letters"
     )
     vocabulary_weight: float | None = option(
-        "Between the two: weight of the letters' share in the whole vocabulary; 0 is `letters`, 1 is `vocabulary`.",
-        default=None,
-        bounds=(0, 1),
+        "Between the two losses: 0 is `letters`, 1 is `vocabulary`; default: as loss says.", default=None, bounds=(0, 1)
     )
     letter_smoothing: float = option(
-        "So much of the target is spread over the row's own letters.", default=0.0, bounds=(0, 0.5)
+        "Label smoothing over the row's own letters: the share of the target that is spread.",
+        default=0.0,
+        bounds=(0, 0.5),
     )
     supervise_end_of_turn: bool = option(
-        "Train the token that ends the turn after the letter too, for those who will `generate`.", default=False
+        "Train the token that ends the turn after the letter too, for use with `generate`.", default=False
     )
     init_adapter: str | None = option(
-        "Folder of an adapter, of an earlier run perhaps, to train on from; its rank and layers are kept.", default=None
+        "Folder of an adapter, of an earlier run perhaps, to start from; its rank and layers are kept.", default=None
     )
     adapt_tower: bool = option("Adapt the linear layers of the vision tower's blocks too.", default=False)
     adapt_merger: bool = option(
         "Adapt the linear layers of the merger or projector too, from the tower to the language model.", default=False
     )
     vision_learning_rate: float | None = option(
-        "Learning rate of all that is trained outside the language model; default: learning_rate.",
-        default=None,
-        bounds=(0, 1e3),
+        "Learning rate outside the language model; default: learning_rate.", default=None, bounds=(0, 1e3)
     )
     averaging: Literal["ema", "swa"] | None = option(
-        "Average the adapter over steps, and end with the average where validation NLL says so.", default=None
+        "Average the adapter over steps, and keep the average if its validation NLL is lower.", default=None
     )
-    ema_decay: float = option(
-        "How much of the average a step of ema keeps, once it is warm.", default=0.99, bounds=(0, 0.99999)
-    )
+    ema_decay: float = option("Decay of ema, after its warm-up.", default=0.99, bounds=(0, 0.99999))
     swa_start: float = option("Steps before swa begins; below 1: a share of all.", default=0.5, bounds=(0, None))
-    shuffle_choices: bool = option("Draw a new order of the choices for every row and epoch.", default=True)
+    shuffle_choices: bool = option("Draw a permutation of the choices for every row and epoch.", default=True)
     image_augmentation: float = option(
-        "In training, each side, brightness, contrast and colour of an image times a factor, at most so far from 1.",
+        "In training, sides, brightness, contrast and colour of an image change by at most this share.",
         default=0.0,
         bounds=(0, 0.5),
     )
@@ -130,32 +120,26 @@ class RecipeArguments:
         "In training, mirror half of the images; not where left and right matter, or text is read.", default=False
     )
     global_batch_size: int | None = option(
-        "Rows per optimiser step over all processes; accumulation follows from it.", default=None, bounds=(1, None)
+        "Rows per optimiser step over all processes; accumulation follows.", default=None, bounds=(1, None)
     )
     fast: bool = option(
-        "Rows without padding and a faster vision tower, where the model allows it; false: the libraries' own paths.",
-        default=True,
+        "Packed rows and a faster vision tower, where the model allows it; false: the libraries' own.", default=True
     )
     cache_image_features: bool = option(
-        "Keep what the frozen vision tower makes of each image on disk, for all epochs, folds and runs.",
-        default=False,
+        "Keep the frozen vision tower's features of each image on disk, for all epochs and runs.", default=False
     )
     compile_layers: bool | None = option(
-        "Compile the layers: about a minute at the start; default: for runs that are long enough, on newer GPUs.",
-        default=None,
+        "Compile the layers: about a minute at the start; default: in longer runs, on newer GPUs.", default=None
     )
     # Compiled layers keep less at the same speed (docs/speed.md); torch's own default is 1.
     activation_memory_budget: float = option(
-        "How much of what compiled layers would keep for the backward pass they may keep; the rest is computed again.",
-        default=0.7,
-        bounds=(0, 1),
+        "Share of their activations that compiled layers keep; the rest is recomputed.", default=0.7, bounds=(0, 1)
     )
     auto_batch: bool = option(
-        "Choose micro-batch, accumulation and gradient_checkpointing for the GPU's memory; rows per step stay.",
-        default=False,
+        "Choose micro-batch, accumulation and gradient_checkpointing for the GPU's memory.", default=False
     )
     early_stopping_patience: int | None = option(
-        "Stop after so many evaluations without a better one.", default=None, bounds=(1, None)
+        "Stop after this many evaluations without an improvement.", default=None, bounds=(1, None)
     )
     overwrite: bool = option("Move an earlier run in output_dir to output_dir.old first.", default=False)
 

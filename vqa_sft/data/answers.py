@@ -102,7 +102,7 @@ def _fold(text: str) -> str:
 
 
 def unwrap(cell: object) -> object:
-    """What stands alone in a list, or in a text that spells one: "A" of ["A"] and of "['A']"; else the cell."""
+    """The only item of a list, or of a text that spells one: "A" of ["A"] and of "['A']"; else the cell."""
     values = cell
     if isinstance(cell, str) and cell.startswith("["):
         try:

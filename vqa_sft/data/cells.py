@@ -53,7 +53,7 @@ def read_label(text: str) -> tuple[int, str] | None:
 
 
 def split_labelled(text: str) -> tuple[str, list[str]] | None:
-    """A text that ends in labelled choices as (what stands before them, the choices); None where it is none.
+    """A text that ends in labelled choices as (the text before them, the choices); None where it is none.
 
     "Which?\\nA. cat\\nB. dog" is ("Which?", ["cat", "dog"]). Labels count from the first of one of SEQUENCES, all
     written alike, each on a line of its own or all in one; a text in which such a run starts twice is none. What is
@@ -76,7 +76,7 @@ def _runs(text: str, label: re.Pattern) -> list[list[tuple[int, int]]]:
                 place = PLACES[match[match.lastgroup]]
                 found.setdefault((match.lastgroup, i), []).append((place, match.start(), match.end()))
     return [
-        [span for _, *span in labels]
+        [(start, end) for _, start, end in labels]
         for labels in found.values()
         if len(labels) > 1 and [place for place, *_ in labels] == list(range(len(labels)))
     ]

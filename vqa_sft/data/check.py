@@ -1,4 +1,4 @@
-"""Everything that can be said about a data set before a GPU is touched. No torch.
+"""A report on a data set, before a GPU is needed. No torch.
 
 Problems between rows are found here: equal questions with other answers, images of the training set in a test set.
 What is wrong with one row is found where it is read (check_row.py), with an image where it is scanned (scan.py).
@@ -62,7 +62,7 @@ class Found:
 
 @dataclass
 class Report:
-    """What there is to say about one set of rows."""
+    """Facts and problems of one set of rows."""
 
     role: str
     loaded: Loaded
@@ -209,7 +209,7 @@ def _list_problems(loaded: Loaded) -> Iterator[Found]:
 
 
 def _find_different_answers(loaded: Loaded, scan: Scan) -> None:
-    """Rows with the same images, question and context whose choices hold the answer of another, and say otherwise."""
+    """Rows with equal images, question and context, one of whose choices is the answer of another, and not its own."""
     rows_of = defaultdict(list)
     for row, (question, context) in enumerate(_columns(loaded.examples, "question", "context")):
         images = [scan.images[number].digest or number for number in scan.of_row[row]]

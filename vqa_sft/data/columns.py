@@ -93,7 +93,7 @@ class Columns:
         return ", ".join(f"{key}: {value}" for key, value in parts.items() if value)
 
     def describe_choices(self) -> str:
-        """Where the choices stand, for the user."""
+        """Where the choices are, for the user."""
         if self.fixed_choices:
             return f"{printable(', '.join(self.fixed_choices))} (every row)"
         if self.choices == IN_QUESTION:
@@ -132,7 +132,7 @@ def fill(template: str, row: Mapping[str, str]) -> str:
 
 
 def check_columns(given: Mapping[str, Any]) -> None:
-    """Raises InputError for what cannot stand under `columns` in a recipe."""
+    """Raises InputError for `columns` of a recipe that name no columns."""
     unknown = [str(key) for key in given if key not in USUAL_NAMES]
     if unknown:
         raise InputError(f"columns knows {', '.join(USUAL_NAMES)}; got {', '.join(unknown)}.")

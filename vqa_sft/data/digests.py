@@ -1,4 +1,4 @@
-"""Digests by which rows of different files are told apart, whatever their ids. No torch."""
+"""Digests that identify rows of different files, whatever their ids. No torch."""
 
 import hashlib
 import json

@@ -116,8 +116,7 @@ def _open(source: str | Sequence[str], options: ReadOptions, streaming: bool) ->
         source, split=options.split, config=options.config, encoding=options.encoding, streaming=streaming
     )
     given = are_here(options.known_columns, opened.columns) | dict(options.columns or {})
-    fixed = {"fixed_question": options.fixed_question, "fixed_choices": options.fixed_choices}
-    columns = find_columns(opened.columns, given, options.answers, columns_with_images(opened), **fixed)
+    columns = find_columns(opened.columns, given, options, columns_with_images(opened))
     return RowReader(opened, columns, options), given
 
 

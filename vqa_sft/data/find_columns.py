@@ -6,45 +6,44 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from vqa_sft.data.columns import IN_QUESTION, USUAL_NAMES, Columns, fields_of, find_usual, plain_name
+from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError, printable
 from vqa_sft.letters import LETTERS
 
-# What stands before the letter or the number in choice_a, option1, ...
+# What precedes the letter or the number in choice_a, option1, ...
 CHOICE_PREFIXES = ("option", "opt", "choice", "candidate", "alternative", "answer", "보기", "선택지")
 
 
 def find_columns(
     names: Sequence[str],
     given: Mapping[str, Any],
-    answers: str,
+    options: ReadOptions = ReadOptions(),
     images: Sequence[str] = (),
-    *,
-    fixed_question: str | None = None,
-    fixed_choices: Sequence[str] | None = None,
 ) -> Columns:
     """The columns of a source with these names: as `given`, the rest found by their usual names.
 
-    `answers` is "required" or "optional"; `images` are the columns that hold images themselves, which come before
-    those with paths. `fixed_question` and `fixed_choices` stand for columns. Raises InputError when a column is missing
-    or there are too many choices.
+    Of the options, `answers`, `fixed_question` and `fixed_choices` count. `images` are the columns that hold images
+    themselves, which come before those with paths. Raises InputError when a column is missing or there are too many
+    choices.
     """
+    fixed_choices = options.fixed_choices
     found: dict[str, Any] = {key: find_usual(names, usual) for key, usual in USUAL_NAMES.items()}
     found["image"] = find_usual(images, USUAL_NAMES["image"]) or found["image"]
-    if fixed_question is not None:
+    if options.fixed_question is not None:
         found["question"] = None
     if fixed_choices is not None:
         found["choices"] = ()
     elif "choices" not in given:
         found["choices"] = find_choice_columns(names) or found["choices"]
     found["image"] = (found["image"],) if found["image"] else _numbered(names, ("image", "img", "picture"))
-    found |= given | {"fixed_question": fixed_question}
+    found |= {**given, "fixed_question": options.fixed_question}
     found["fixed_choices"] = None if fixed_choices is None else tuple(fixed_choices)
     for key in ("image", "choices"):
         if isinstance(found[key], list):
             found[key] = tuple(found[key])
     if isinstance(found["image"], str):
         found["image"] = (found["image"],)
-    _check_found(names, found, given, answers)
+    _check_found(names, found, given, options.answers)
     if found["answer"] not in names:  # a test set without answers; the submission still names the column
         found["answer"] = given.get("answer")
     return Columns(**found)

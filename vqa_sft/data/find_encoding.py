@@ -153,7 +153,7 @@ def _sample_lines(path: Path) -> list[bytes]:
 
 
 def _show_letters(text: str) -> str:
-    """The first characters that are not ASCII, with what stands around them."""
+    """The first characters that are not ASCII, with their neighbours."""
     start = re.search("[^\0-\x7f]", text).start()
     return text[max(0, start - 10) :].splitlines()[0][:30].strip() if start < 10 else text[start - 10 : start + 20]
 

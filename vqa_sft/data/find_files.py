@@ -108,7 +108,7 @@ def name_files(files: Sequence[Path]) -> str:
 
 
 def check_headers(files: Sequence[Path], columns: Sequence[Sequence[str]]) -> None:
-    """Raises InputError for columns that stand twice in a file, and for files that differ."""
+    """Raises InputError for columns that are twice in a file, and for files that differ."""
     for path, names in zip(files, columns, strict=True):
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:

@@ -8,24 +8,24 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow.parquet as pq
 
-from vqa_sft.data.find_files import find_files
+from vqa_sft.data.find_files import FORMATS, find_files
 from vqa_sft.data.problems import Problems
+from vqa_sft.data.read_arrow import with_images
 from vqa_sft.data.sources import Source
 from vqa_sft.errors import InputError, printable
 from vqa_sft.files import whole
 
-SUFFIXES = {".csv": ".csv", ".tsv": ".csv", ".jsonl": ".jsonl", ".json": ".jsonl", ".parquet": ".parquet"}
+SUFFIXES = {"CSV": ".csv", "TSV": ".csv", "JSONL": ".jsonl", "JSON": ".jsonl", "Parquet": ".parquet"}
 
 
 def check_copy(path: str, source: str | list[str], image_root: str | None) -> None:
     """Raises InputError when a copy of the source cannot be written to `path`: another suffix, a file in the way."""
     files = find_files([source] if isinstance(source, str) else source)
-    suffix = SUFFIXES[files[0].suffix.lower()] if files else ".parquet"
+    suffix = SUFFIXES[FORMATS[files[0].suffix.lower()]] if files else ".parquet"
     if Path(path).suffix.lower() != suffix:
         raise InputError(f"the copy of {source} is written as {suffix}; got --fix {path}.")
     if Path(path).exists():
@@ -91,18 +91,9 @@ def _write_jsonl(path: Path, source: Source, left_out: set[int]) -> int:
 def _write_parquet(path: Path, source: Source, left_out: set[int]) -> int:
     table = source.table.select([row for row in range(len(source.table)) if row not in left_out])
     for name, feature in table.features.items():
-        table = table.cast_column(name, _decoded(feature))
+        table = table.cast_column(name, with_images(feature, decode=True))
     with pq.ParquetWriter(path, table.features.arrow_schema) as writer:
         for batch in table.with_format("arrow").iter(100):
             # Images of a saved dataset may be files; the copy holds their bytes.
             writer.write_table(datasets.table.embed_table_storage(batch))
     return len(table)
-
-
-def _decoded(feature: Any) -> Any:
-    """The same type with images as `datasets` gives them to others."""
-    if isinstance(feature, datasets.Image):
-        return datasets.Image()
-    if isinstance(feature, datasets.List | datasets.LargeList):
-        return type(feature)(_decoded(feature.feature))
-    return feature

@@ -4,9 +4,9 @@ A group is a number that rows share when they show the same image, or nearly the
 balanced by: (answer, question type, number of choices). Every fold gets its share of each stratum, of each part of it
 alone (every answer, every question type, ...) and of all rows.
 
-The same rows get the same folds on every machine: strata and groups are numbered as they come, the random numbers are
-of numpy's frozen generator, and the sums are exact in float64 (whole numbers, halves and 64ths), in whatever order a
-machine adds them.
+The same rows get the same folds on every machine: strata and groups are numbered in the order of rows, the random
+numbers are of numpy's frozen generator, and the sums are exact in float64 (whole numbers, halves and 64ths), in
+whatever order a machine adds them.
 """
 
 import csv
@@ -100,7 +100,7 @@ def _assign(strata: Sequence[tuple], groups: Sequence[int], shares: Sequence[flo
 def _deal(vectors: sparse.csr_matrix, shares: Sequence[float], rng: np.random.RandomState) -> np.ndarray:
     """The fold of every group: the one that, for its share, has the fewest rows like those of the group."""
     totals = vectors.sum(axis=0).A1
-    rarity = (totals[0] // totals + 1) ** 2  # few groups can mend a rare stratum later, so it counts more
+    rarity = (totals[0] // totals + 1) ** 2  # few groups can balance a rare stratum later, so it counts more
     counts = np.zeros((len(shares), len(totals)))
     fold_of = np.empty(vectors.shape[0], dtype=int)
     order = rng.permutation(len(fold_of))
@@ -147,7 +147,7 @@ def _exchange(
 
 
 def _draw(groups: np.ndarray, kinds: np.ndarray, rng: np.random.RandomState) -> np.ndarray:
-    """Some of `groups`, drawn anew at every call, no two with the same vector."""
+    """Some of `groups`, drawn again at every call, no two with the same vector."""
     groups = rng.permutation(groups)
     return groups[rng.permutation(np.unique(kinds[groups], return_index=True)[1])[:MAX_CANDIDATES]]
 
@@ -257,5 +257,5 @@ def _check_ids(path: str | Path, ids: Sequence[str], found: dict[str, int], whol
         return
     if any((row_id.lstrip("0") or "0") in found for row_id in missing):
         lines.append("A spreadsheet seems to have cut the zeros that ids begin with (0001 became 1).")
-    lines.append("Write it anew from these data with `vqa-sft folds`.")
+    lines.append("Write it again from these data with `vqa-sft folds`.")
     raise InputError("\n  ".join([f"{path} has other rows than the data.", *lines]))

@@ -1,7 +1,6 @@
 """Images: read the same everywhere, and examined before they are needed. No torch."""
 
 import errno
-import functools
 import hashlib
 import io
 import os
@@ -11,6 +10,7 @@ import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageEnhance, UnidentifiedImageError
@@ -42,15 +42,13 @@ COLOUR_PX = 8
 
 @dataclass(frozen=True, slots=True)
 class ImageFacts:
-    """Facts of one image. Width and height are those it is shown with; what could not be found out is None."""
+    """Facts of one image. Width and height are those it is shown with; unknown facts are None."""
 
     problem: str | None  # a key of problems.KINDS, an error
     findings: tuple[str, ...] = ()  # keys of problems.KINDS, warnings
     format: str | None = None
-    mode: str | None = None
     width: int | None = None
     height: int | None = None
-    num_bytes: int | None = None
     digest: bytes | None = None  # SHA-256 of the file
     miniature: bytes | None = None  # see make_miniature
 
@@ -58,8 +56,8 @@ class ImageFacts:
 def open_image(image: dict) -> Image.Image:
     """The image of one {bytes, path}, RGB, turned as its camera meant it, transparent parts on white."""
     source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
-    if image["bytes"] is None and os.path.exists(source) and not os.path.isfile(source):
-        raise OSError(f"{source} is no file")  # a pipe would be waited for
+    if image["bytes"] is None and os.path.exists(image["path"]) and not os.path.isfile(image["path"]):
+        raise OSError(f"{image['path']} is no file")  # a pipe would be waited for
     with Image.open(source) as opened:
         return _to_rgb(opened)
 
@@ -77,7 +75,7 @@ def source_of(decoded: str | os.PathLike | bytes | Image.Image) -> dict:
 
 def digest_of(image: dict) -> str | None:
     """SHA-256 of the file of one {bytes, path}, which is not decoded, in hex; None where there is none to read."""
-    data, _, problem = _read(image)
+    data, problem = _read(image)
     return None if problem else hashlib.sha256(data).hexdigest()
 
 
@@ -101,13 +99,13 @@ def augment(decoded: Image.Image, strength: float, rng: random.Random) -> Image.
 
 def examine(image: dict, *, miniature: bool = True) -> ImageFacts:
     """The facts of one {bytes, path}, read and decoded once; never raises for what a file can hold."""
-    data, num_bytes, problem = _read(image)
+    data, problem = _read(image)
     if problem:
-        return ImageFacts(problem, num_bytes=num_bytes)
-    facts = {"num_bytes": num_bytes, "digest": hashlib.sha256(data).digest()}
+        return ImageFacts(problem)
+    facts: dict[str, Any] = {"digest": hashlib.sha256(data).digest()}
     try:
         with Image.open(io.BytesIO(data)) as opened:
-            facts |= {"format": opened.format, "mode": opened.mode}
+            facts["format"] = opened.format
             # Pillow forgets how the pixels are packed once it has read them.
             packed = [str(tile[3]) for tile in opened.tile]
             decoded = _to_rgb(opened)
@@ -164,34 +162,30 @@ def _orientation(opened: Image.Image) -> int:
         return 1
 
 
-def _read(image: dict) -> tuple[bytes, int | None, str | None]:
-    """The bytes, their number, and what is wrong with them. Opens regular files only: others may block for ever."""
-    data, num_bytes = image["bytes"], None
+def _read(image: dict) -> tuple[bytes, str | None]:
+    """The bytes, and what is wrong with them. Opens regular files only: others may block for ever."""
+    data, path = image["bytes"], image["path"] or ""
     try:
-        if data is None:
-            found = os.stat(image["path"] or "")
-            if not stat.S_ISREG(found.st_mode):
-                return b"", None, "missing_image"
-            num_bytes = found.st_size
-        else:
-            num_bytes = len(data)
+        if data is None and not stat.S_ISREG(os.stat(path).st_mode):
+            return b"", "missing_image"
+        num_bytes = os.stat(path).st_size if data is None else len(data)
         if num_bytes == 0:
-            return b"", 0, "empty_image"
+            return b"", "empty_image"
         if num_bytes > MAX_FILE_BYTES:
-            return b"", num_bytes, "large_file"
+            return b"", "large_file"
         if data is None:
-            with open(image["path"], "rb") as file:
+            with open(path, "rb") as file:
                 data = file.read(MAX_FILE_BYTES)
     except ValueError:  # a null byte in the path
-        return b"", None, "missing_image"
+        return b"", "missing_image"
     except OSError as error:
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
-        return b"", num_bytes, "missing_image" if missing else "unreadable_image"
-    return data, num_bytes, None
+        return b"", "missing_image" if missing else "unreadable_image"
+    return data, None
 
 
 def _find_warnings(opened: Image.Image, packed: list[str], path: str | None) -> list[str]:
-    expected = _format_of_suffix().get(PurePath(path or "").suffix.lower())
+    expected = Image.registered_extensions().get(PurePath(path or "").suffix.lower())
     # Phones write MPO, a JPEG with a second image behind it, under .jpg.
     actual = "JPEG" if opened.format == "MPO" else opened.format
     checks = {
@@ -210,11 +204,6 @@ def _is_animated(opened: Image.Image) -> bool:
         return getattr(opened, "is_animated", False)
     except Exception:  # a second frame that is damaged; the first was read
         return True
-
-
-@functools.cache
-def _format_of_suffix() -> dict[str, str]:
-    return Image.registered_extensions()
 
 
 def _name_problem(error: Exception, data: bytes) -> str:

@@ -1,7 +1,7 @@
-"""The file that an image path of the data means, spelled as on the disk, and what to do where there is none. No torch.
+"""The file that an image path of the data means, spelled as on the disk, and hints where it is missing. No torch.
 
 A table made on another system writes `img\\1.JPG`, `/img/1.jpg`, or `강아지.png` with its letters apart (NFD). Where
-exactly one file fits such a name, it is taken and said; a folder is listed once, however many rows name its files.
+exactly one file fits such a name, it is taken, with a note; a folder is listed once, however many rows name its files.
 """
 
 import itertools
@@ -122,7 +122,7 @@ class ImagePaths:
         if folder not in self._names:
             try:
                 self._names[folder] = set(os.listdir(folder))
-            except OSError:  # said when the image is opened
+            except OSError:  # reported when the image is opened
                 self._names[folder] = set()
         return self._names[folder]
 

@@ -40,14 +40,14 @@ KINDS = {
     ),
     "bad_text": Kind("error", "a text holds null bytes, half a character or a list", "Write it as plain text."),
     "long_text": Kind("warning", "more than 20,000 characters", "The prompt may not fit the GPU's memory."),
-    "equal_choices": Kind("warning", "two choices are equal", "One answer then stands under two letters."),
+    "equal_choices": Kind("warning", "two choices are equal", "Two letters then stand for one answer."),
     "keeps_order": Kind("warning", "the choices refer to letters or places", "They are never shuffled."),
     "keeps_last": Kind("warning", "the last choice means all others", "It stays last where others are shuffled."),
     "empty_choice": Kind("warning", "an empty choice before a filled one", "It is shown as an empty choice."),
     "nan_choice": Kind(
         "warning",
         "a choice or the context reads as tools write empty cells (NaN, N/A, None)",
-        "If it is none, say so, as it is written: `empty_cells: [NaN]`.",
+        "If it means an empty cell, name it as it is written: `empty_cells: [NaN]`.",
     ),
     "stray_column": Kind(
         "warning",
@@ -87,8 +87,8 @@ KINDS = {
     "tiny_image": Kind("warning", "the image is smaller than 28 pixels", "The model may see nothing on it."),
     # Between rows
     "answers_differ": Kind("warning", "the same image and question with another answer", "One of them is wrong."),
-    "in_training": Kind("warning", "the image also stands in the training set", "Its score will be too good."),
-    "near_training": Kind("warning", "nearly the same image stands in the training set", "Look at the pair."),
+    "in_training": Kind("warning", "the image is also in the training set", "Its score will be too good."),
+    "near_training": Kind("warning", "nearly the same image is in the training set", "Look at the pair."),
 }
 
 
@@ -96,7 +96,7 @@ KINDS = {
 STREAM_HINT = "`vqa-sft check ... --fix FILE` writes a copy without such rows."
 TRAINING_HINT = "`on_bad_row: skip` trains without such rows. " + STREAM_HINT
 PREDICTION_HINT = "`--on_bad_row guess` answers such rows all the same, and marks those that are guessed."
-IDS = ("empty_id", "duplicate_id")  # by which rows are told apart in folds, submissions, ensembles
+IDS = ("empty_id", "duplicate_id")  # that identify rows in folds, submissions, ensembles
 # Errors with which a row of a test set can be answered all the same.
 IMAGES = ("image_address", "path_outside", "missing_image", "unreadable_image", "empty_image", "not_an_image")
 IMAGES += ("truncated_image", "broken_image", "large_file", "image_bomb", "long_image")
@@ -143,7 +143,7 @@ class Problems:
         return sorted(rows)
 
     def found(self, key: str) -> list[tuple[str, int]]:
-        """(label, number) of the rows with one kind of problem, in the order in which they were found."""
+        """(label, number) of the rows with one kind of problem, in the order of finding."""
         return self._found.get(key, [])
 
     def fix(self, key: str) -> str:

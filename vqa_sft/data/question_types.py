@@ -27,7 +27,7 @@ RULES = (
     ("colour", r"\b<what>(?!.{0,20} same )( [\w'’-]{1,20}){0,5} colou?rs?\b", r"<which> ?(색(?!연필|종이)|빛깔|컬러)"),
     ("colour", r"\bcolou?rs? (is|are|was|were)\b", r"<colour>( 조합| 구성)?<is>(?!.{0,9} 무엇을)"),
     ("colour", r"\bwhat (hue|shade)\b", r"(머리|털|옷| )색(은|이 아닌)"),
-    # When a picture was taken comes before ocr, which has the times that are read.
+    # When a photo was taken comes before ocr, which has the times that are read.
     ("attribute", r"\b<what>.{0,20} <season>\b|\bhow is the weather\b", r"<which> ?<season>|<season>( 상태)?<is>"),
     ("attribute", r"\btime of (the )?(day|year)\b|\bday(time)? or night\b", r"언제 (찍|촬영)|(찍|촬영)[은힌된]? ?시간"),
     ("attribute", r"\bwhen was (this|the) <picture>\b", r"몇 ?살"),

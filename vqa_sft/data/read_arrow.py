@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import datasets
 import pyarrow as pa
@@ -14,8 +15,8 @@ from vqa_sft.data.find_files import check_headers
 from vqa_sft.errors import InputError, explains
 
 _BATCH = 1_000
-Table = datasets.Dataset | datasets.IterableDataset
-Folders = list[tuple[str, int]]  # and of how many rows each is the folder; empty for what are no files
+Table: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Folders: TypeAlias = list[tuple[str, int]]  # and of how many rows each is the folder; empty for what are no files
 
 
 def load_parquet(name: str, files: list[Path], streaming: bool) -> tuple[Table, Folders]:
@@ -30,7 +31,7 @@ def load_parquet(name: str, files: list[Path], streaming: bool) -> tuple[Table, 
     options = {"data_files": [glob.escape(str(path)) for path in files], "split": "train", "streaming": streaming}
     try:
         table = datasets.load_dataset("parquet", **options)
-    except Exception as error:  # what is wrong with the pages of a file comes wrapped
+    except Exception as error:  # errors of the pages of a file are wrapped
         raise InputError(f"{name} cannot be read as Parquet: {_describe(error)}") from error
     return undecoded(table), folders
 
@@ -66,7 +67,7 @@ def _load_saved(path: Path, split: str) -> datasets.Dataset:
 
 def undecoded(table: Table) -> Table:
     """The same rows, with images as {bytes, path}."""
-    features = datasets.Features({column: _undecoded(feature) for column, feature in table.features.items()})
+    features = datasets.Features({name: with_images(kind, decode=False) for name, kind in table.features.items()})
     if isinstance(table, datasets.Dataset):
         # As `cast` would, which copies lists of images to the cache; also without the format that it was saved with.
         info = table.info.copy()
@@ -75,12 +76,12 @@ def undecoded(table: Table) -> Table:
     return table if features == table.features else table.cast(features)
 
 
-def _undecoded(feature: object) -> object:
-    """The same type, with images as {bytes, path}."""
+def with_images(feature: Any, decode: bool) -> Any:
+    """The same type, with images that `datasets` decodes, or leaves as {bytes, path}."""
     if isinstance(feature, datasets.Image):
-        return replace(feature, decode=False)
+        return replace(feature, decode=decode)
     if isinstance(feature, datasets.List | datasets.LargeList):
-        return replace(feature, feature=_undecoded(feature.feature))
+        return replace(feature, feature=with_images(feature.feature, decode))
     return feature
 
 

@@ -121,8 +121,8 @@ class ImageReader:
                     other[path] = found
         examples = examples.select_columns(names)
         if other:  # nobody opens those outside
-            how = {"other": other, "unopened": self.unopened}
-            examples = examples.map(partial(_replace_paths, **how), desc="Naming images")
+            replace_paths = partial(_replace_paths, other=other, unopened=self.unopened)
+            examples = examples.map(replace_paths, desc="Naming images")
         return examples
 
 

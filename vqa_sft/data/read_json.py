@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vqa_sft.data.columns import USUAL_NAMES, find_usual
 from vqa_sft.data.find_files import quote
@@ -91,8 +92,9 @@ def _parse_rows(path: Path, encoding: str) -> tuple[list[tuple[str, object]], st
             "whole. Write it as JSONL: one object a line."
         )
     with open_text(path, encoding) as file, explains(ValueError, f"{path} cannot be read as JSON"):
-        value = _parse_json(file.read())
-    said = []
+        value: Any = _parse_json(file.read())
+    said: list[str] = []
+    rows: list[tuple[str, Any]]
     columns = _find_columns(value) if isinstance(value, dict) else None
     key = _find_container(path, value) if isinstance(value, dict) and columns is None else None
     if key is not None:

@@ -3,6 +3,7 @@
 import hashlib
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import datasets
 
@@ -143,7 +144,7 @@ class RowReader:
         row_id = str(number) if columns.id is None else self.value(row[columns.id])
         report = self.problems.of_row(row_id, number)
         question = self._question_cell(row)
-        texts = {"id": row_id, "question": question, "cell": self.answer_cell(row)}
+        texts: dict[str, Any] = {"id": row_id, "question": question, "cell": self.answer_cell(row)}
         texts["context"] = row[columns.context] if columns.context else None
         if columns.choices == IN_QUESTION:
             texts["question"], cells = split_choices(self.value(question))

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from vqa_sft.letters import LETTERS
 
-# Sequences of labels, each told by its first. Roman numbers label choices and name statements, but name no choices.
+# Sequences of labels, each known by its first. Roman numbers label choices and name statements, but name no choices.
 _NAMING = (
     LETTERS,
     LETTERS.lower(),
@@ -37,11 +37,11 @@ _NAMING = (
 )
 _ROMAN = ["I", "II", "III", "IV", "V", "VI", "VII", "VIII"]
 _LABELS = (*_NAMING, _ROMAN, [number.lower() for number in _ROMAN], "ⅠⅡⅢⅣⅤⅥⅦⅧ")
-_STARTING_WITH = {labels[0]: labels for labels in _LABELS}
+_STARTING_WITH: dict[str | None, Sequence[str]] = {labels[0]: labels for labels in _LABELS}
 _PLACES = {label: (number, place) for number, labels in enumerate(_NAMING) for place, label in enumerate(labels)}
 
 # <this> in a pattern is one of WORDS; <X> is a label that names a choice. Patterns ignore case, so that in most of them
-# "a" may be a label: they match whole texts, or ask for what an article never stands beside.
+# "a" may be a label: they match whole texts, or ask for what no article precedes.
 WORDS = {
     "circled": "[①-⑩❶-❿㉠-㉦㉮-㉴]",
     "label": r"(?:[a-z]|<circled>|[ㄱㄴㄷㄹㅁㅂㅅ]|(?<![가-힣])[가나다라마바사](?![가-힣])|[1-9]\d?)",
@@ -180,7 +180,7 @@ _RANGE = _compile(
 )
 _LISTED = _compile(r"(?<![^\s(])\(?([a-z])[.):] ?")
 
-# --- What is looked at closely: labels other than the article "a", and words of the patterns above --------------------
+# --- Texts that are searched: with labels other than the article "a", or words of the patterns above ------------------
 
 _LATIN = re.compile("[a-z'’]+")
 _OPTION_WORDS = [f"{word}{end}" for word in ("option", "choice", "answer", "alternative") for end in ("", "s")]
@@ -248,7 +248,7 @@ def _begin_with_labels(texts: Sequence[str]) -> bool:
 
 def _own_label(text: str) -> str | None:
     match = _OWN_LABEL.match(text)
-    return match and match[match.lastindex]
+    return match[match.lastindex] if match else None
 
 
 def _without_label(text: str, place: int) -> str:
@@ -260,7 +260,8 @@ def _without_label(text: str, place: int) -> str:
 
 def _count_in_order(labels: Iterable[str | None]) -> int:
     """How many of them, from the first one on, are the labels of one sequence in its order."""
-    known, count = None, 0
+    known: Sequence[str] = ()
+    count = 0
     for label in labels:
         known = known or _STARTING_WITH.get(label, ())
         if count == len(known) or label != known[count]:
@@ -271,7 +272,7 @@ def _count_in_order(labels: Iterable[str | None]) -> int:
 
 def _are_labels(question: str, texts: Sequence[str]) -> bool:
     """Whether the choices are labels in order, or two are and what follows is said beside labels."""
-    num_labels = _count_in_order(match and match["label"] for match in map(_LABEL.fullmatch, texts))
+    num_labels = _count_in_order(match["label"] if match else None for match in map(_LABEL.fullmatch, texts))
     if num_labels < 2 or not all(map(_is_beside_labels, texts[num_labels:])):
         return False
     first = _LABEL.fullmatch(texts[0])
@@ -302,7 +303,7 @@ def _names_others(question: str, text: str, texts: Sequence[str]) -> bool:
 
 
 def _beside_option(text: str) -> Iterator[str]:
-    """Labels that stand beside the word option."""
+    """Labels next to the word option."""
     return (match[match.lastindex] for match in _BESIDE_OPTION.finditer(text))
 
 

@@ -1,4 +1,4 @@
-"""Every distinct image of a dataset examined once, on all cores; what was found is kept on disk. No torch.
+"""Every distinct image of a dataset examined once, on all cores; the facts are cached on disk. No torch.
 
 The cache is one SQLite file for all datasets: a second start, a resumed run, or training after `vqa-sft check` decodes
 nothing again. A file counts as the same while its path, size and time of change do. Deleting the cache is always safe.
@@ -13,12 +13,13 @@ from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePath
+from typing import Any
 
 import datasets
 import PIL
 from huggingface_hub import constants
-from tqdm import tqdm
 
+from vqa_sft.console import progress
 from vqa_sft.data.images import ImageFacts, examine
 from vqa_sft.data.paths import describe_missing
 from vqa_sft.data.problems import Problems
@@ -33,7 +34,7 @@ BATCH = 512  # images written to the cache at a time
 
 @dataclass
 class Scan:
-    """The distinct images of a dataset, numbered as they first come, and the numbers of each row's images."""
+    """The distinct images of a dataset, numbered in the order of rows, and the numbers of each row's images."""
 
     images: list[ImageFacts] = field(default_factory=list)
     of_row: list[tuple[int, ...]] = field(default_factory=list)
@@ -68,7 +69,7 @@ def scan_images(
     stored = Cache(cache_path() if cache else None)
     blocks: deque[list[tuple[bytes | None, ImageFacts | Future]]] = deque()
     # Pillow and hashlib release the GIL, so threads are enough; few blocks in flight keep memory flat.
-    with ThreadPoolExecutor(count_cores()) as pool, tqdm(total=len(examples), desc=desc, disable=None) as bar:
+    with ThreadPoolExecutor(count_cores()) as pool, progress(total=len(examples), desc=desc) as bar:
         for new, num_rows in _read_blocks(examples, scan):
             found = stored.find([key for _, key in new], hashes)
             blocks.append(
@@ -123,7 +124,7 @@ def _identify(image: dict) -> Hashable:
     return hashlib.sha256(image["bytes"]).digest(), PurePath(image["path"] or "").suffix.lower()
 
 
-def _make_key(image: dict, identity: Hashable) -> bytes | None:
+def _make_key(image: dict, identity: Any) -> bytes | None:
     """The key in the cache, or None for a file that is not there."""
     if image["bytes"] is None:
         try:
@@ -169,7 +170,7 @@ class Cache:
         ):
             facts = dict(zip(self.COLUMNS, values, strict=True))
             facts["findings"] = tuple(map(sys.intern, facts["findings"].split()))
-            for name in ("problem", "format", "mode"):  # a few words, a hundred thousand times
+            for name in ("problem", "format"):  # a few words, a hundred thousand times
                 facts[name] = facts[name] and sys.intern(facts[name])
             if not hashes:
                 facts["miniature"] = None

@@ -78,7 +78,7 @@ def _leave_stray_out(reader: RowReader, rows: Rows) -> None:
             yield reader.value(reader.answer_cell(row)), [reader.value(row[name]) for name in reader.columns.choices]
 
     while len(reader.columns.choices) > 2:
-        *kept, last = reader.columns.choices
+        *kept, last = list(reader.columns.choices)
         if not is_stray(cells, last.isupper() != kept[0].isupper()):
             break
         reader.columns = replace(reader.columns, choices=tuple(kept))

@@ -25,13 +25,12 @@ class Source:
     """An opened source. `notes` are facts to tell the user once.
 
     `table` holds the rows of Parquet, saved and Hub datasets, in the order of `rows()`, images undecoded; it is None
-    for text files. `num_rows` is None where it is not known before the rows are read: text files, streams.
+    for text files.
     """
 
     name: str
     columns: list[str]
     notes: list[str]
-    num_rows: int | None
     table: Table | None
     read: Callable[[], Iterator[tuple[str | None, dict]]]
 
@@ -84,13 +83,13 @@ def open_source(
 
 
 def _of_table(name: str, table: Table, notes: list[str], folders: Folders) -> Source:
-    num_rows = len(table) if isinstance(table, datasets.Dataset) else None
-    return Source(name, list(table.features), notes, num_rows, table, partial(read_table, name, table, folders))
+    return Source(name, list(table.features), notes, table, partial(read_table, name, table, folders))
 
 
 def _open_texts(name: str, files: list[Path], encoding: str | None) -> Source:
     facts: dict[str, list[Path]] = {}
-    readers, columns = [], []
+    readers: list[Callable[[], Iterator[dict]]] = []
+    columns: list[list[str]] = []
     for path in files:
         found = find_encoding(path, encoding)
         if found not in ("utf-8", encoding):
@@ -107,14 +106,14 @@ def _open_texts(name: str, files: list[Path], encoding: str | None) -> Source:
             if assumed:
                 facts.setdefault(assumed, []).append(path)
             readers.append(partial(read_json, path, read))
-            # Keys may first come in the last row, so all rows are read; the check of every line comes with it.
+            # The last row may have a new key, so all rows are read, which also checks every line.
             columns.append(list(dict.fromkeys(key for row in readers[-1]() for key in row)))
             if not columns[-1]:
                 raise InputError(f"{path} has no rows.")
     check_headers(files, columns)
     notes = [f"{name_files(paths)}: {fact}" for fact, paths in facts.items()]
     folders = [str(path.parent) for path in files]
-    return Source(name, columns[0], notes, None, None, partial(_read_files, folders, readers, columns[0]))
+    return Source(name, columns[0], notes, None, partial(_read_files, folders, readers, columns[0]))
 
 
 def _read_files(

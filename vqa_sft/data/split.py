@@ -194,63 +194,75 @@ def _first_rows(data: Loaded) -> dict[str, str]:
 def read_parts(
     folder: str | Path,
     loaded: Sequence[Loaded],
-    hint: str = "Choose another output_dir, or give --overwrite to start anew.",
+    hint: str = "Choose another output_dir, or give --overwrite to start over.",
     part: str | None = None,
 ) -> list[list[str] | None]:
-    """The parts that a run in this folder began with. Raises InputError, with the hint, when the data have other rows
-    by now, or rows with other texts, labels or images; with `part`, only its rows are compared, and their image files
-    are read. What an earlier version did not write down is not compared."""
-    is_stream = isinstance(loaded[0].examples, datasets.IterableDataset)
-    try:
-        with (Path(folder) / ROWS).open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file, strict=True))
-            if any(line["part"] is None or line["id"] is None or None in line for line in lines):
-                raise ValueError("lines of other lengths")
-    except (OSError, ValueError, KeyError, csv.Error) as error:
-        raise InputError(
-            f"{Path(folder) / ROWS}, which says what the run was trained on, cannot be read ({error}). Train it again."
-        ) from error
+    """The parts that a run in this folder began with.
+
+    Raises InputError, with the hint, when the data have other rows by now, or rows with other texts, labels or images;
+    with `part`, only its rows are compared, and their image files are read. What an earlier version did not write down
+    is not compared.
+    """
+    lines = _read_lines(Path(folder) / ROWS)
     streamed = [line for line in lines if line["part"] == STREAM]
+    lines = [line for line in lines if line["part"] != STREAM]
+    is_stream = isinstance(loaded[0].examples, datasets.IterableDataset)
     if streamed and is_stream:
         first = _first_rows(loaded[0])
         if any(streamed[0].get(name) != first[name] for name in ("id", *DIGESTS)):
             raise InputError(
                 f"the {first['id']} of {loaded[0].name} have changed since the run in {folder} began. {hint}"
             )
-    lines = [line for line in lines if line["part"] != STREAM]
-    loaded = [data for data in loaded if not isinstance(data.examples, datasets.IterableDataset)]
-    ids = [row_id for data in loaded for row_id in data.examples["id"]]
+    tables = [data for data in loaded if not isinstance(data.examples, datasets.IterableDataset)]
+    ids = [row_id for data in tables for row_id in data.examples["id"]]
     if [line["id"] for line in lines] != ids:
         raise InputError(
             f"the run in {folder} began with {len(lines):,} rows, and the data have {len(ids):,} or other ids by now. "
             + hint
         )
-    pairs, rest = [], iter(lines)
-    for data in loaded:
-        of_data = [next(rest) for _ in range(len(data.examples))]
-        compared = [number for number, line in enumerate(of_data) if part in (None, line["part"])]
-        if part is not None:
-            own = data.examples.select(compared)
-            data = replace(data, examples=own, image_digests=[*map(_read_images, own["images"])])
-            of_data = [of_data[number] for number in compared]
-        pairs += zip(of_data, _describe_rows(data), strict=True)
+    rest = iter(lines)
+    lines_of = [list(itertools.islice(rest, len(data.examples))) for data in tables]
+    pairs = [pair for data, own in zip(tables, lines_of, strict=True) for pair in _pair_rows(data, own, part)]
     _check_same(folder, pairs, hint)
-    parts = iter(line["part"] for line in lines)
-    return [None] * is_stream + [[next(parts) for _ in range(len(data.examples))] for data in loaded]
+    parts = [[line["part"] for line in own] for own in lines_of]
+    return [None, *parts] if is_stream else parts
 
 
-def _read_images(images: Sequence[Mapping[str, Any]]) -> str:
+def _read_lines(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file, strict=True))
+        if any(line["part"] is None or line["id"] is None or None in line for line in lines):
+            raise ValueError("lines of other lengths")
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise InputError(
+            f"{path}, which says what the run was trained on, cannot be read ({error}). Train it again."
+        ) from error
+    return lines
+
+
+def _pair_rows(data: Loaded, lines: list[dict[str, str]], part: str | None) -> Iterator[tuple[dict, dict]]:
+    """(line, row as it is now) of every row, or of those of one part."""
+    if part is not None:
+        compared = [number for number, line in enumerate(lines) if line["part"] == part]
+        own = data.examples.select(compared)
+        data = replace(data, examples=own, image_digests=[*map(_read_images, own["images"])])
+        lines = [lines[number] for number in compared]
+    return zip(lines, _describe_rows(data), strict=True)
+
+
+def _read_images(images: Sequence[dict]) -> str:
     digests = [digest_of(image) for image in images]
     return "" if None in digests else digest(digests)  # who opens it names a file that cannot be read
 
 
 def _check_same(folder: str | Path, pairs: Sequence[tuple[Mapping[str, str], Mapping[str, str]]], hint: str) -> None:
-    """Raises InputError where a row is not as a run's line tells it."""
-    told = []
+    """Raises InputError where a row is not as the run's line says."""
+    differ = []
     for name, what in zip(DIGESTS, ("texts", "labels", "images"), strict=True):
         known = [(line[name], row[name], row["id"]) for line, row in pairs if line.get(name) and row[name]]
         changed = [row_id for before, now, row_id in known if before != now]
         if changed:
-            told.append(f"{what} of {name_rows(changed, len(pairs))}")
-    if told:
-        raise InputError(f"the data have changed since the run in {folder} began: {'; '.join(told)}. {hint}")
+            differ.append(f"{what} of {name_rows(changed, len(pairs))}")
+    if differ:
+        raise InputError(f"the data have changed since the run in {folder} began: {'; '.join(differ)}. {hint}")

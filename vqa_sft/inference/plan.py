@@ -13,8 +13,8 @@ from datasets import Dataset, IterableDataset
 from vqa_sft.config.prediction import BASE, PredictionArguments
 from vqa_sft.config.training import RecipeArguments
 from vqa_sft.data.find_files import find_files
+from vqa_sft.inference.results import BLOCK_COLUMNS
 from vqa_sft.inference.rows import Rows
-from vqa_sft.inference.shards import BLOCK_COLUMNS
 from vqa_sft.runs.folder import Run, read_runs, runs_in
 
 if TYPE_CHECKING:  # it loads torch

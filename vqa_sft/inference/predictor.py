@@ -71,7 +71,7 @@ class Predictor:
         self.scorer = scorer.load(groups[0], most_choices=self.num_choices, compile_layers=compile_layers)
         self.collators = self.scorer.collators(orders, scales)
         self.average_runs, self.batch_size = average_runs, batch_size
-        # The tokenizer holds the padding of the call at hand, and the model the adapter of the run at hand.
+        # The tokenizer holds the padding of one call, and the model the adapter of one run.
         self._preparing, self._scoring = threading.Lock(), threading.Lock()
         self.metadata = [
             self.views.metadata
@@ -125,7 +125,7 @@ class Predictor:
             raise InputError(f"the run was trained without contexts, and {name} has one. Leave context out.")
         texts["context"] = _text(context or "", f"the context of {name}")
         kind = find_type(texts["question"], texts["choices"])
-        # By which orders are drawn where only some are taken: that of the texts, wherever they stand in a list.
+        # By which orders are drawn where only some are taken: that of the texts, wherever they are in a list.
         row_id = hashlib.sha256("\n".join([texts["question"], *texts["choices"]]).encode()).hexdigest()[:16]
         own = {"name": name, "num_given": len(given)}  # for us alone
         return texts | own | {"id": row_id, "images": sources, "answer": None, "question_type": kind}

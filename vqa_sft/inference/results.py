@@ -2,10 +2,11 @@
 
     out.csv.parts/pass0-block0.parquet ...  ->  out.fold0.parquet, out.fold1.parquet, out.parquet, out.csv
 
-Block by block (shards.py), so that memory does not grow with the rows of a stream.
+Block by block, so that memory does not grow with the rows of a stream.
 """
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from vqa_sft.config.prediction import PredictionArguments
 from vqa_sft.data.answers import FORMATS
 from vqa_sft.errors import InputError, name_rows
-from vqa_sft.inference import shards
+from vqa_sft.files import whole
 from vqa_sft.inference.rows import Rows
 from vqa_sft.predictions.calibration import OUT_OF_FOLD, RUN, VALIDATION, read_calibration, views_key
 from vqa_sft.predictions.ensemble import combine
@@ -28,6 +30,7 @@ from vqa_sft.predictions.submission import write
 if TYPE_CHECKING:  # it loads torch
     from vqa_sft.runs.folder import Run
 
+BLOCK_COLUMNS = ("id", "answer", "choices", "blanked", "digest")  # of its file, beside the scores
 # What a run folder holds of its own, and what is there where it does.
 OWN_FILES = {VALIDATION: RUN, OUT_OF_FOLD: "out_of_fold.json"}
 
@@ -106,7 +109,7 @@ class _Pieces:
 
     def join(self) -> None:
         for path, pieces in self.pieces.items():
-            shards.join_files(pieces, path)
+            _join_files(pieces, path)
 
 
 def _write_block(
@@ -149,14 +152,14 @@ class Block:
 
 
 def _blocks_of_runs(parts: Path, num_passes: int) -> Iterator[Block]:
-    """The same rows scored by the runs of all passes, which stand in the order of the passes."""
-    for tables in zip(*(shards.read_blocks(parts, number) for number in range(num_passes)), strict=True):
+    """The same rows scored by the runs of all passes, in the order of the passes."""
+    for tables in zip(*(_read_blocks(parts, number) for number in range(num_passes)), strict=True):
         yield _block(tables[0], [of_run for table in tables for of_run in _of_runs(table)])
 
 
 def _block_of_parts(parts: Path, num_passes: int, ids: Sequence[str]) -> Iterator[Block]:
     """All rows at once, each scored in one of the passes, in the order of `ids`."""
-    table = pa.concat_tables([table for i in range(num_passes) for table in shards.read_blocks(parts, i)])
+    table = pa.concat_tables([table for i in range(num_passes) for table in _read_blocks(parts, i)])
     place = {row_id: number for number, row_id in enumerate(ids)}
     found = table["id"].to_pylist()
     table = table.take(sorted(range(len(found)), key=lambda row: place[found[row]]))
@@ -164,12 +167,38 @@ def _block_of_parts(parts: Path, num_passes: int, ids: Sequence[str]) -> Iterato
 
 
 def _block(table: pa.Table, of_runs: list[tuple[Sequence, Sequence, Sequence]]) -> Block:
-    return Block(*(table[name].to_pylist() for name in shards.BLOCK_COLUMNS), of_runs)
+    return Block(*(table[name].to_pylist() for name in BLOCK_COLUMNS), of_runs)
 
 
 def _of_runs(table: pa.Table) -> list[tuple[Sequence, Sequence, Sequence]]:
     columns = (table[name].to_pylist() for name in ("choice_logits", "agreement", "scale_logits"))
     return list(zip(*(zip(*column, strict=True) for column in columns), strict=True))
+
+
+def _read_blocks(folder: Path, num_pass: int) -> Iterator[pa.Table]:
+    """The whole blocks of a pass, in their order."""
+    number = 0
+    while (path := folder / f"pass{num_pass}-block{number}.parquet").is_file():
+        yield pq.read_table(path)
+        number += 1
+
+
+def _join_files(parts: Sequence[Path], output: Path) -> None:
+    """One Parquet or text file of several, whole or not at all; they are removed. Texts have one header line each."""
+    with whole(output) as unfinished:
+        if output.suffix == ".parquet":
+            with pq.ParquetWriter(unfinished, pq.read_schema(parts[0])) as writer:
+                for part in parts:
+                    writer.write_table(pq.read_table(part))
+        else:
+            with unfinished.open("wb") as file:
+                for number, part in enumerate(parts):
+                    with part.open("rb") as lines:
+                        header = lines.readline()
+                        file.write(header if number == 0 else b"")
+                        shutil.copyfileobj(lines, file)
+    for part in parts:
+        part.unlink()
 
 
 def check_outputs(args: PredictionArguments, runs: Sequence["Run"]) -> None:
@@ -200,7 +229,7 @@ def check_outputs(args: PredictionArguments, runs: Sequence["Run"]) -> None:
 
 
 def path_of_run(output: Path, folder: str, folders: Sequence[str]) -> Path:
-    """Where the prediction file of one of several runs stands: out.fold0.parquet, as short as tells them apart."""
+    """The prediction file of one of several runs: out.fold0.parquet, as short as tells them apart."""
     parts = [Path(other).resolve().parts for other in folders]
     length = next(n for n in range(1, 100) if len({"_".join(own[-n:]) for own in parts}) == len(parts))
     return output.with_name(f"{output.stem}.{'_'.join(Path(folder).resolve().parts[-length:])}.parquet")

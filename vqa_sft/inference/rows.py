@@ -16,8 +16,9 @@ from vqa_sft.data.problems import GUESSED, PREDICTION_HINT, Problems
 from vqa_sft.data.scan import scan_images
 from vqa_sft.data.split import VALIDATION, read_parts, select
 from vqa_sft.errors import InputError, name_rows
-from vqa_sft.inference import shards
 from vqa_sft.letters import LETTERS
+
+BLOCK_ROWS = 10_000  # of a stream
 
 if TYPE_CHECKING:  # it loads torch
     from vqa_sft.runs.folder import Run
@@ -109,7 +110,7 @@ def _validation_sources(
 
 
 def blocks_of(examples: Dataset | IterableDataset) -> Iterator[Dataset]:
-    """The rows, of a stream some ten thousand at a time."""
+    """The rows, of a stream BLOCK_ROWS at a time."""
     if isinstance(examples, Dataset):
         yield examples
         return
@@ -117,10 +118,10 @@ def blocks_of(examples: Dataset | IterableDataset) -> Iterator[Dataset]:
     seen: set[int] = set()  # 70 to 90 bytes a row
     for row in examples:
         if hash(row["id"]) in seen:
-            raise InputError(f"the id {row['id']} stands more than once in the data. Give every row one of its own.")
+            raise InputError(f"the id {row['id']} is in the data more than once. Give every row one of its own.")
         seen.add(hash(row["id"]))
         rows.append(row)
-        if len(rows) == shards.BLOCK_ROWS:
+        if len(rows) == BLOCK_ROWS:
             yield Dataset.from_list(rows, features=examples.features)
             rows = []
     if rows:

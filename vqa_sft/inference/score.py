@@ -1,23 +1,52 @@
-"""Scores the rows of a plan, block by block, into shards on the disk; what is there already is not scored again."""
+"""Scores the rows of a plan, block by block, into shards on the disk: an interrupted prediction resumes from them.
 
-from collections.abc import Mapping
+    submission.csv.parts/
+      plan.json                what is predicted, and how; scores of another plan are not used
+      pass0-block0/*.parquet   shards of every process, some seconds each: rows, and their scores by the runs
+      pass0-block0.parquet     a finished block, in the order of its rows; its shards are removed then
+      pass0-block0.rows        of a stream, a digest of the block's rows
+
+A pass is one model over the rows. A block is all of them, or of a stream some ten thousand.
+"""
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import Dataset
 
 from vqa_sft.config.prediction import PredictionArguments
 from vqa_sft.data.digests import digests_of
-from vqa_sft.errors import explains
-from vqa_sft.inference import scorer as scorers, shards
+from vqa_sft.errors import InputError, explains
+from vqa_sft.files import whole, write_whole
+from vqa_sft.inference import scorer as scorers
 from vqa_sft.inference.plan import Pass, digest_rows
 from vqa_sft.inference.rows import Rows, blocks_of, find_blank, guessed_rows
 from vqa_sft.inference.scorer import Scorer
 from vqa_sft.models import processes, scoring
 
+EVERY_S = 20.0  # between two shards of a process
+PLAN = "plan.json"
+OURS = re.compile(r"plan\.json|pass\d+-block\d+|\d+-")  # how the names in the folder begin
+SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("choice_logits", pa.list_(pa.list_(pa.float32()))),  # of each run
+        ("agreement", pa.list_(pa.float32())),
+        ("scale_logits", pa.list_(pa.list_(pa.list_(pa.float32())))),
+    ]
+)
 Blank = Mapping[str, tuple[int, ...]]  # row id -> positions of its images that cannot be used
 
 
@@ -37,8 +66,8 @@ def score_passes(args: PredictionArguments, rows: Rows, passes: list[Pass], part
         for block, examples in enumerate(blocks_of(each.examples)):
             folder = parts / f"pass{number}-block{block}"
             if args.streaming and is_main:  # whose images the plan does not know
-                shards.begin_block(folder, digest_rows(examples))
-            if processes.from_main(shards.is_finished(folder) if is_main else None):
+                begin_block(folder, digest_rows(examples))
+            if processes.from_main(is_finished(folder) if is_main else None):
                 continue
             if group is not each.group:
                 scorer = None  # its memory is needed
@@ -50,7 +79,7 @@ def score_passes(args: PredictionArguments, rows: Rows, passes: list[Pass], part
                 blank = processes.from_main(found)
             _score_block(args, scorer, each, examples, folder, blank)
             if is_main:
-                shards.finish_block(folder, _describe_rows(examples, blank.keys() | guessed_rows(rows, examples)))
+                finish_block(folder, _describe_rows(examples, blank.keys() | guessed_rows(rows, examples)))
             PartialState().wait_for_everyone()
 
 
@@ -63,11 +92,11 @@ def _score_block(
     unasked = {row for row, choices in enumerate(examples["choices"]) if len(choices) < 2}
     asked = examples.select([row for row in range(len(examples)) if row not in unasked]) if unasked else examples
     scorer.fill_store(collators, asked, args.batch_size, args.num_workers)
-    done = processes.from_main(shards.rows_done(folder) if state.is_main_process else None)
+    done = processes.from_main(rows_done(folder) if state.is_main_process else None)
     batches = scoring.plan_batches(examples, args.orders, args.batch_size)
     batches = [[row for row in batch if row not in unasked] for batch in batches]
     batches = [batch for batch in batches if not done.issuperset(batch)]
-    scored = shards.Shards(folder)
+    scored = Shards(folder)
     if state.is_main_process and (left := sorted(unasked - done)):
         of_scales = [[0.0]] * len(args.scales) if len(args.scales) > 1 else []
         num_runs = len(each.numbers)
@@ -88,3 +117,115 @@ def _describe_rows(examples: Dataset, guessed: set[str]) -> pa.Table:
     columns = {"id": ids, "answer": examples["answer"][:], "blanked": [row_id in guessed for row_id in ids]}
     columns |= {"digest": digests_of(examples), "choices": [texts or [""] for texts in examples["choices"]]}
     return pa.table(columns)
+
+
+# --- On the disk ------------------------------------------------------------------------------------------------------
+
+
+def open_parts(output: Path, plan: dict[str, Any]) -> tuple[Path, bool]:
+    """The folder of the scores for `output`, and whether it holds some already. Called by one process.
+
+    Scores of another plan, that is of another run or of other data, are removed.
+    """
+    folder = output.with_name(output.name + ".parts")
+    text = json.dumps(plan | {"columns of shards": SCHEMA.names}, indent=1, ensure_ascii=False)
+    with suppress(OSError, UnicodeDecodeError):
+        if (folder / PLAN).read_text(encoding="utf-8") == text:
+            return folder, any(folder.glob("*/*.parquet")) or any(folder.glob("*.parquet"))
+    if folder.exists() and not (folder.is_dir() and all(OURS.match(path.name) for path in folder.iterdir())):
+        raise InputError(f"{folder} is in the way and none of our folders. Move it, or name another --output.")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    write_whole(folder / PLAN, text)
+    return folder, False
+
+
+class Shards:
+    """Those of one block, written by this process."""
+
+    def __init__(self, folder: Path, every_s: float | None = None) -> None:
+        self.folder, self.every_s = folder, EVERY_S if every_s is None else every_s
+        self._waiting: list[tuple] = []
+        self._written_s = time.monotonic()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(
+        self,
+        rows: Sequence[int],
+        choice_logits: Sequence[Sequence[Sequence[float]]],
+        agreement: Sequence[Sequence[float]],
+        scale_logits: Sequence[Sequence[Sequence[Sequence[float]]]],
+    ) -> None:
+        """As in scoring.Scored."""
+        self._waiting += zip(rows, choice_logits, agreement, scale_logits, strict=True)
+        if time.monotonic() - self._written_s >= self.every_s:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what waits, whole or not at all."""
+        if self._waiting:
+            columns = zip(*self._waiting, strict=True)
+            columns = [pa.array(column, kind) for column, kind in zip(columns, SCHEMA.types, strict=True)]
+            write_table(pa.Table.from_arrays(columns, schema=SCHEMA), self.folder / f"{uuid4().hex}.parquet")
+        self._waiting, self._written_s = [], time.monotonic()
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    with whole(path) as unfinished:
+        pq.write_table(table, unfinished)
+
+
+def read_shards(folder: Path) -> pa.Table:
+    """What all processes have written of a block, by row."""
+    tables = []
+    for path in sorted(folder.glob("*.parquet")):
+        try:
+            tables.append(pq.read_table(path, schema=SCHEMA))
+        except (OSError, pa.ArrowException):  # a machine that lost power; its rows are scored again
+            path.unlink()
+    table = pa.concat_tables([SCHEMA.empty_table(), *tables])
+    rows = table["row"].to_numpy()
+    _, first = np.unique(rows, return_index=True)  # sorted by row
+    return table.take(first)
+
+
+def rows_done(folder: Path) -> set[int]:
+    return set(read_shards(folder)["row"].to_pylist())
+
+
+def finish_block(folder: Path, beside: pa.Table) -> None:
+    """One file of all shards of a block and, `beside` them, the columns of its rows in their order. Raises InputError
+    where shards are missing, as when processes do not see one disk."""
+    table = read_shards(folder)
+    if table["row"].to_pylist() != [*range(len(beside))]:
+        raise InputError(
+            f"{folder} holds {len(table):,} of {len(beside):,} rows: not every process writes where the first one "
+            "reads. Give an --output on a disk that all of them see."
+        )
+    for name in SCHEMA.names[1:]:
+        beside = beside.append_column(name, table[name])
+    write_table(beside, folder.with_name(folder.name + ".parquet"))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def begin_block(folder: Path, rows: str) -> None:
+    """Remove what there is of a block of other rows; `rows` tells one from another."""
+    known = folder.with_name(folder.name + ".rows")
+    if known.is_file() and known.read_text(encoding="utf-8") == rows:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.with_name(folder.name + ".parquet").unlink(missing_ok=True)
+    known.write_text(rows, encoding="utf-8")
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a block is in one file; a damaged one, of a machine that lost power, is removed and scored again."""
+    path = folder.with_name(folder.name + ".parquet")
+    try:
+        pq.read_table(path)
+    except FileNotFoundError:
+        return False
+    except (OSError, pa.ArrowException):
+        path.unlink()
+        return False
+    return True

@@ -22,8 +22,7 @@ from vqa_sft.errors import InputError
 from vqa_sft.models import load as models, processes, scoring
 from vqa_sft.models.adapters import Adapters, kind_of
 from vqa_sft.models.fast import speedups
-from vqa_sft.models.fast.feature_store import FeatureStore, open_store
-from vqa_sft.models.fast.fill_store import fill_store
+from vqa_sft.models.fast.feature_store import FeatureStore, fill_store, open_store
 from vqa_sft.models.fast.packing import Packer
 from vqa_sft.runs.folder import Run
 

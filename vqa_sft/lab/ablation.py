@@ -1,8 +1,8 @@
-"""What each trick of training is worth: one table, on sets where the answers are known.
+"""An ablation of training: what each trick is worth, in one table, on sets with known answers.
 
     python -m vqa_sft.lab.ablation                                  # every set and recipe, five seeds; minutes on a GPU
     python -m vqa_sft.lab.ablation --sets few --recipes plain EMA --seeds 2
-    python -m vqa_sft.lab.ablation --work runs/ladder               # once more: what is done is not done again
+    python -m vqa_sft.lab.ablation --work runs/ablation             # again: finished runs are not repeated
 
 The tiny base learns handwritten digits, and two-digit numbers of them with similar choices, few rows, wrong answers
 and skewed letters (vqa_sft/tiny/numbers.py). Each run is recipes/sft.py and recipes/predict.py with recipes/demo.yaml
@@ -13,7 +13,7 @@ with its own collator on the same rows: the loss on every token, no shuffling, t
 Test rows are scored once under each rotation of their choices. The letter bias is the largest difference in recall
 between answer letters. Brackets hold the middle 95% of 1,000 resamples of seeds and test rows; a difference compares
 the same test rows. `cost` is the time of the training, its evaluations included, against `plain`, with other runs
-beside it.
+at the same time.
 """
 
 import argparse
@@ -75,9 +75,10 @@ def main() -> None:
         write_set(args.work / name, task)
     seeds = range(args.seeds)
     trained = [(s, r, seed) for seed in seeds for r in args.recipes if r != SOUP for s in tasks]
-    soups = [(s, SOUP, seed) for seed in seeds for s in tasks] * (SOUP in args.recipes)
-    # A soup is of its seed and the two after it; the last ones no other recipe has.
-    trained += [(s, "plain", args.seeds + number) for number in range(2) for s in tasks] * (SOUP in args.recipes)
+    soups = []
+    if SOUP in args.recipes:  # of a seed and the two after it; the last ones no other recipe has
+        soups = [(s, SOUP, seed) for seed in seeds for s in tasks]
+        trained += [(s, "plain", args.seeds + number) for number in range(2) for s in tasks]
     for part in (trained, soups):  # a soup is of runs of the first part
         run_all(args.work, part, args.jobs, args.use_cpu)
     print(report(args.work, args.sets, args.recipes, args.seeds))
@@ -91,7 +92,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=5, help="runs of each")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; default: one a core")
-    parser.add_argument("--work", type=Path, default=Path("runs/ladder"), help="folder of data, runs and table")
+    parser.add_argument("--work", type=Path, default=Path("runs/ablation"), help="folder of data, runs and table")
     parser.add_argument("--use_cpu", action="store_true", help="do not use the GPUs")
     args = parser.parse_args()
     if args.seeds < 1 or args.jobs < 1:
@@ -108,7 +109,7 @@ Run = tuple[str, str, int]  # set, recipe, seed
 
 
 def run_all(work: Path, runs: Sequence[Run], jobs: int, use_cpu: bool) -> None:
-    """Those of the runs that have no predictions yet, dealt out to processes of their own."""
+    """Runs without predictions, dealt to several processes."""
     left = [run for run in runs if not (run_folder_of(work, *run) / SCORED).is_file()]
     num_gpus = 0 if use_cpu else _num_gpus()
     jobs = min(jobs, len(left))
@@ -178,7 +179,7 @@ def recipe_values(task: TaskSet, keys: dict, data: Path, run: Path, seed: int, u
 
 
 def train_naive(values: dict[str, Any]) -> None:
-    """TRL as it comes on the rows of the recipe: its collator, the loss on every token, the last weights."""
+    """TRL by default on the rows of the recipe: its collator, the loss on every token, the last weights."""
     from datasets import Dataset, Features, Image, List, Value
     from trl import SFTConfig, SFTTrainer
 

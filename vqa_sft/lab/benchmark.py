@@ -70,7 +70,7 @@ def standard_cases() -> list[Case]:
         ("3B", QWEN_3B, "qwen7b", 32),
         ("Qwen3-VL-8B", QWEN3_8B, "qwen3vl8b_a100", 16),
     ):
-        trl = f"{size} TRL as it comes"
+        trl = f"{size} TRL by default"
         ours: dict[str, Any] = {"shape": shape, "recipe": f"recipes/{recipe}.yaml", "batch_size": rows, "baseline": trl}
         if shape == QWEN3_8B:
             ours["options"] = {"max_pixels": 200704}
@@ -595,7 +595,7 @@ def write_data(
         rows.append(row | {letter: " ".join(rng.choices(words, k=rng.randint(1, 6))) for letter in "abcd"})
     for name, extra in (("train.csv", True), ("test.csv", False)):
         with (folder / name).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=[*rows[0]] + ["answer"] * extra)
+            writer = csv.DictWriter(file, fieldnames=[*rows[0], "answer"] if extra else [*rows[0]])
             writer.writeheader()
             writer.writerows(row | ({"answer": rng.choice("abcd")} if extra else {}) for row in rows)
     return folder

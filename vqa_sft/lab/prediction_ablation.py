@@ -1,4 +1,4 @@
-"""What each way of predicting is worth: one table a set, with intervals, calibrated and not.
+"""An ablation of prediction: what each way is worth, one table for each set, with and without calibration.
 
     python -m vqa_sft.lab.prediction_ablation                          # three sets, 5,000 test rows; minutes on a GPU
     python -m vqa_sft.lab.prediction_ablation --sets few --rows 500 --views "one order" rotations --use_cpu
@@ -96,7 +96,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--rows", type=int, default=5000, help="test rows")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="commands at a time; default: one a core")
-    parser.add_argument("--work", type=Path, default=Path("runs/prediction_ladder"), help="folder of data and runs")
+    parser.add_argument("--work", type=Path, default=Path("runs/prediction_ablation"), help="folder of data and runs")
     parser.add_argument("--use_cpu", action="store_true", help="do not use the GPUs")
     args = parser.parse_args()
     if args.rows < 20 or args.jobs < 1:
@@ -167,7 +167,7 @@ def predict_command(args: argparse.Namespace, way: Way, part: str) -> list[str]:
     command += [LARGE_SCALES if run == SIZED and token == SCALES else token for token in VIEWS[views]]
     data = folder if run == FOLDS else folder / LARGE
     command += ["--part", "validation"] if part == "validation" else ["--data", str(data / "test.csv")]
-    return command + ["--use_cpu"] * args.use_cpu
+    return [*command, "--use_cpu"] if args.use_cpu else command
 
 
 def file_of(args: argparse.Namespace, way: Way, part: str) -> Path:

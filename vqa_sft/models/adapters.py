@@ -1,8 +1,7 @@
 """Adapters of several runs that take turns in one model: the base is loaded once.
 
-Each run's weights lie on the device and are copied into the one adapter that the model has, so whatever was done to the
-model (packed rows, fused MLPs, compiled layers) holds for all of them. 80 MB for rank 16 of a 7B model
-in bf16, which a GPU copies in far less than a forward takes.
+Each run's weights lie on the device (80 MB for rank 16 of a 7B model in bf16) and are copied into the one adapter that
+the model has, so packed rows, fused MLPs and compiled layers hold for all of them.
 """
 
 import json
@@ -48,8 +47,7 @@ class Adapters:
         self.share_tower = not any(name.startswith(beside) for name in self._own)
 
     def use(self, run: int) -> None:
-        """Let the model be that of a run. It stays that until the next call: threads hold a lock from here to the end
-        of their forward."""
+        """Let the model be that of a run until the next call: threads hold a lock until the end of their forward."""
         if run == self._used:
             return
         with torch.no_grad():

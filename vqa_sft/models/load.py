@@ -1,4 +1,4 @@
-"""Loads processor, model and adapter; nothing else."""
+"""Loads processor, model and adapter."""
 
 import os
 import warnings
@@ -62,10 +62,8 @@ def load_processor(
     revision: str = "main",
     trust_remote_code: bool = False,
 ) -> ProcessorMixin:
-    """The model's processor, padding on the right, with limits on the pixels (width x height) of one image.
-
-    Padding stands on the right so that a prompt has the same positions alone and in a batch.
-    """
+    """The model's processor, with limits on the pixels (width x height) of one image; padding on the right, so that a
+    prompt has the same positions alone and in a batch."""
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
@@ -126,13 +124,10 @@ def _without_zero3() -> Iterator[None]:
 def load_model(
     model_args: ModelConfig, precision: str, *, trust_remote_code: bool = False, device_map: dict | None = None
 ) -> PreTrainedModel:
-    """The base model in the precision it trains in; `dtype` and the 4-bit fields of `model_args` may say otherwise.
-
-    Full fine-tuning in fp16 keeps fp32 weights, because the gradient scaler refuses fp16 ones.
-    """
+    """The base model in the precision it trains in; `dtype` and the 4-bit fields of `model_args` may say otherwise."""
     name = model_args.model_name_or_path
     if precision == "fp16" and not model_args.use_peft:
-        precision = "fp32"
+        precision = "fp32"  # the gradient scaler refuses fp16 weights
     dtype = getattr(torch, model_args.dtype, model_args.dtype) if model_args.dtype else DTYPES[precision]
     avoid_math_attention()
     config = read_config(model_args, trust_remote_code=trust_remote_code, device_map=device_map)
@@ -165,10 +160,7 @@ def load_model(
 
 
 def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: PreTrainedConfig) -> BitsAndBytesConfig | None:
-    """TRL's 4- or 8-bit settings, computing in `dtype`, with everything but the language model left as it is.
-
-    The vision tower is small and hurt most by rounding; `lm_head` must be named once a list is given.
-    """
+    """TRL's 4- or 8-bit settings, computing in `dtype`; the vision tower, small and hurt most by rounding, stays."""
     quantization = get_quantization_config(model_args)
     if quantization is None:
         return None
@@ -182,17 +174,15 @@ def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: PreTraine
             f"the vision tower of {type(model).__name__} does not stand beside its language model, so a 4- or 8-bit "
             "base would round it too. Remove load_in_4bit and load_in_8bit."
         )
-    quantization.llm_int8_skip_modules = [*kept, "lm_head"]
+    quantization.llm_int8_skip_modules = [*kept, "lm_head"]  # which must be named once a list is given
     return quantization
 
 
 def _check_weights(name: str, model: PreTrainedModel, loaded: dict[str, Any]) -> None:
-    """Raises InputError where a checkpoint does not fit its model: transformers would go on with random weights.
+    """Raises InputError where a checkpoint does not fit its model: transformers would continue with random weights.
 
-    What transformers itself expects to be missing or unused is not in `loaded`: tied heads, heads for several tokens,
-    positions that older releases saved. Unused weights of a whole part that stands beside the language model's own
-    (another head) change nothing and are named in a line. All others are refused: a layer has a scale, a bias, a norm
-    or a neighbour that the model does not know, so that it would compute something else.
+    Unused weights of a whole part outside the language model (another head) change nothing and are named in a line.
+    Others are refused: a scale, a bias or a norm that the model does not know would make it compute something else.
     """
     unexpected = sorted(loaded["unexpected_keys"])
     apart = [weight for weight in unexpected if _is_apart(weight, model)]
@@ -238,9 +228,7 @@ def load_trained(
     device_map: dict | None = None,
 ) -> torch.nn.Module:
     """The model of a run folder for prediction: base and adapter, or the weights themselves; "none": the base alone.
-
-    Raises InputError, before any weight is loaded, when the folder holds neither.
-    """
+    Raises InputError, before any weight is loaded, when the folder holds neither."""
     options = {"trust_remote_code": trust_remote_code, "device_map": device_map}
     if run == "none":
         return load_model(model_args, precision, **options)
@@ -281,9 +269,8 @@ def add_adapter(base: PreTrainedModel, folder: str, *, is_trainable: bool = Fals
 def avoid_math_attention() -> None:
     """Below compute capability 8.0, keep grouped-query attention out of torch's MATH kernel.
 
-    transformers hands grouped heads to sdpa without a mask whatever the GPU; older GPUs have no kernel for that but
-    the unfused one, several times slower and larger. Repeated heads run in the memory-efficient kernel. Goes when
-    `use_gqa_in_sdpa` (transformers 5.23) looks at the GPU.
+    transformers gives grouped heads to sdpa whatever the GPU; older ones have only the unfused kernel for them, several
+    times slower and larger. Goes when `use_gqa_in_sdpa` (transformers 5.23) looks at the GPU.
     """
     old_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0)
     if old_gpu and "TRANSFORMERS_SDPA_FORCE_GQA" not in os.environ:

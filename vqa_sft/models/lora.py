@@ -16,12 +16,10 @@ from vqa_sft.models.parts import decoder_name, vision_layers
 def lora_config(
     model_args: ModelConfig, model: PreTrainedModel, *, adapt_tower: bool = False, adapt_merger: bool = False
 ) -> LoraConfig | None:
-    """TRL's LoRA settings; by default every linear layer of the language model is adapted, routers of experts left out
-    (experts that are no linear layers of their own, as in Qwen3-VL-MoE, are not adapted either), and if asked for
-    those of the vision tower's blocks and of its merger or projector.
+    """TRL's LoRA settings; by default every linear layer of the language model is adapted but routers of experts (fused
+    experts, as in Qwen3-VL-MoE, are none), and if asked for those of the vision tower's blocks and of its merger.
 
-    The usual bare names (q_proj, ..., down_proj) would also hit the vision tower's MLP in Qwen2.5-VL, which costs
-    its backward pass and makes its output change during training.
+    The usual bare names (q_proj, ..., down_proj) would also hit the vision tower's MLP in Qwen2.5-VL.
     """
     config = get_peft_config(model_args)
     if config is None:
@@ -56,10 +54,13 @@ def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
     modules = [name for name, _ in model.named_modules() if name]
     if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
         # TRL makes a text of a list of one.
-        if _is_name(config.target_modules):
+        if re.fullmatch(r"\w+(\.\w+)*", config.target_modules):
             config.target_modules = {config.target_modules}
-        elif not any(_matches(config.target_modules, name) for name in modules):
-            raise InputError(f"lora_target_modules: no module of the model matches {config.target_modules!r}.")
+        else:
+            with explains(re.error, f"lora_target_modules: {config.target_modules!r} is no regular expression"):
+                pattern = re.compile(config.target_modules)
+            if not any(map(pattern.fullmatch, modules)):
+                raise InputError(f"lora_target_modules: no module of the model matches {config.target_modules!r}.")
     asked = {
         "lora_target_modules": (config.target_modules, modules),
         "lora_modules_to_save": (config.modules_to_save, modules),
@@ -72,15 +73,6 @@ def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:
         if unknown:
             said = "; ".join(f"{name!r} (nearest: {', '.join(_nearest(name, known))})" for name in sorted(unknown))
             raise InputError(f"{field}: {type(model).__name__} has no {said}.")
-
-
-def _is_name(text: str) -> bool:
-    return re.fullmatch(r"\w+(\.\w+)*", text) is not None
-
-
-def _matches(pattern: str, name: str) -> bool:
-    with explains(re.error, f"lora_target_modules: {pattern!r} is no regular expression"):
-        return re.fullmatch(pattern, name) is not None
 
 
 def _nearest(name: str, known: list[str], num: int = 3) -> list[str]:

@@ -63,9 +63,8 @@ def has_own_optimizer() -> bool:
 
 
 def check_images(parts: Iterable[Dataset], *, trains_vision: bool = False) -> None:
-    """Raises InputError where rows have no image and weights are spread over processes: a process whose rows have
-    none would not fetch the vision tower's, for which the others wait. Where that is trained, the same holds for its
-    gradients, which DeepSpeed's stage 2 does not search for."""
+    """Raises InputError where rows have no image and weights are spread over processes: a process whose rows have none
+    would not fetch the vision tower's, nor send its gradients where it is trained, and the others would wait."""
     if not (shards_weights() or (trains_vision and is_sharded())):
         return
     for part in parts:

@@ -43,19 +43,17 @@ def bits_of(own: dict[str, Any]) -> int | None:
         return 4
     if own.get("load_in_8bit") or method_of(own) in FP8:
         return 8
-    weights = _weights_of_groups(own)
-    bits = {group.get("num_bits") for group in weights} if weights else {own.get("bits", own.get("w_bit"))}
+    groups = own.get("config_groups")  # of compressed-tensors
+    groups = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    bits = {(group.get("weights") or {}).get("num_bits") for group in groups} or {own.get("bits", own.get("w_bit"))}
     bits = bits.pop() if len(bits) == 1 else None
     return bits if bits in (2, 3, 4, 5, 6, 8) else None
 
 
 def bytes_a_weight(own: dict[str, Any]) -> float | None:
-    """Of a quantised linear layer in memory, with scales and zero points; None where it is not known, or the weights
-    are whole ones there.
-
-    A group of weights has a scale of 2 bytes, and in GPTQ and AWQ a zero point of as many bits as a weight; FP8 has a
-    scale of 4 bytes for a block. bitsandbytes in 4 bit: see `memory.estimate.weight_bytes`.
-    """
+    """Of a quantised linear layer in memory, with scales (2 bytes a group, 4 a block of FP8) and zero points of as
+    many bits as a weight; None where it is not known, or the weights are whole there. bitsandbytes in 4 bit: see
+    `memory.estimate.weight_bytes`."""
     bits, method = bits_of(own), method_of(own)
     if own.get("load_in_4bit"):
         return 0.5 + (1 / 64 + 4 / (64 * 256) if own.get("bnb_4bit_use_double_quant") else 4 / 64)
@@ -66,13 +64,6 @@ def bytes_a_weight(own: dict[str, Any]) -> float | None:
     if bits is None or method not in ("gptq", "awq") or type(group) is not int:
         return None
     return bits / 8 + (2 + bits / 8) / group if group > 0 else bits / 8  # -1: a scale a row
-
-
-def _weights_of_groups(own: dict[str, Any]) -> list[dict[str, Any]]:
-    """What compressed-tensors says of the weights of each of its groups of layers."""
-    groups = own.get("config_groups")
-    groups = groups.values() if isinstance(groups, dict) else []
-    return [group.get("weights") or {} for group in groups if isinstance(group, dict)]
 
 
 def check(name: str, config: PreTrainedConfig, *, device_map: dict | None = None, is_asked: bool = False) -> None:
@@ -95,7 +86,8 @@ def check(name: str, config: PreTrainedConfig, *, device_map: dict | None = None
         if stays_fp8 and not is_kernels_available():
             raise ImportError("FP8 on this GPU needs the package kernels (`pip install kernels`).")
     except Exception as error:  # whatever the package of the method raises, above all ImportError and RuntimeError
-        raise InputError(f"{what} and cannot be loaded here: {_said(error)} {REMEDY}") from error
+        said = (" ".join(str(error).split()) or type(error).__name__).removesuffix(".")
+        raise InputError(f"{what} and cannot be loaded here: {said}. {REMEDY}") from error
 
 
 def check_asked(name: str, own: dict[str, Any], *, is_asked: bool) -> None:
@@ -116,9 +108,3 @@ def unpack(model: PreTrainedModel) -> None:
 
         with as_single_threaded():  # processes do not wait for each other here
             compressor.decompress_model(model)
-
-
-def _said(error: Exception) -> str:
-    """A library's complaint in one line that ends with a full stop."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if text.endswith(".") else f"{text}."

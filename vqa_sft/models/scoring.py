@@ -27,7 +27,7 @@ from vqa_sft.models.load import DTYPES
 
 
 def find_letter_ids(processor: ProcessorMixin, num_letters: int, prompts: Prompts = Prompts()) -> torch.Tensor:
-    """Token ids (L,) of the letters as they stand right after the prompt.
+    """Token ids (L,) of the letters right after the prompt.
 
     Raises InputError when a letter is not one token there, or the chat template refuses the prompt.
     """
@@ -60,7 +60,7 @@ def find_spellings(processor: ProcessorMixin, num_letters: int, prompts: Prompts
         tokens = [tokenizer(prompt + text, add_special_tokens=False)["input_ids"] for text in spelled]
         of_letter = [ids[-1] for ids in tokens if ids[:-1] == prompt_ids]
         found.append([*dict.fromkeys([letter_id, *of_letter])])
-    # What stands for two letters, as an unknown token does, stands for none.
+    # A token of two letters, as an unknown token is, counts for none.
     all_ids = [token for of_letter in found for token in of_letter]
     found = [[token for token in of_letter if all_ids.count(token) == 1] for of_letter in found]
     most = max(map(len, found))
@@ -94,7 +94,7 @@ def supervised_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) ->
     if "image_features" in inputs:  # from the cache, in place of pixels
         inputs["mm_encoder_outputs"] = {"image": encoder_outputs(inputs.pop("image_features"))}
     positions = supervised_positions(batch)  # (B, 1 or 2)
-    if "cu_seq_lens_q" in batch:  # packed rows: the answers stand in one row
+    if "cu_seq_lens_q" in batch:  # packed rows: the answers are in one row
         keep = 0 if "keep_positions" in batch else positions.flatten()[None]
         logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
         return logits.view(*positions.shape, -1).float()
@@ -155,7 +155,7 @@ class Scored:
 
 def plan_batches(examples: datasets.Dataset, views: str | int, batch_size: int) -> list[list[int]]:
     """Numbers of rows that are scored together, `batch_size` views of rows of the most views; rows with one image
-    stand beside each other, for they share it."""
+    are neighbours, for they share it."""
     num_rows = max(1, batch_size // _most_views(examples, views))
     order = same_images_together(examples)
     return [order[start : start + num_rows] for start in range(0, len(order), num_rows)]

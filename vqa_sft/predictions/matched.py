@@ -175,7 +175,7 @@ def _fixed(own: Mapping[str, Any] | None, options: Mapping[str, Any]) -> dict[st
 
 def _has_columns(opened: Source, given: Mapping[str, Any], fixed: Mapping[str, Any]) -> bool:
     try:
-        find_columns(opened.columns, given, "optional", **fixed)
+        find_columns(opened.columns, given, ReadOptions(answers="optional", **fixed))
     except InputError:
         return False
     return True

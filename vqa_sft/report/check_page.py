@@ -3,8 +3,8 @@
 import base64
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -24,20 +24,6 @@ _THUMBNAIL_PX, _SMALL_THUMBNAIL_PX = 256, 128  # the only image of a row; one of
 _MAX_THUMBNAILS = 4
 _MAX_CHARS = 600
 PAGE_START = "<!DOCTYPE html>\n<!-- Written by vqa-sft check -->\n"
-
-
-@dataclass(frozen=True)
-class Card:
-    """One row on the wall."""
-
-    row_id: str
-    question_type: str
-    question: str
-    context: str
-    choices: list[tuple[str, str, bool]]  # letter, text, is the answer
-    problems: list[tuple[str, str]]  # severity, what is wrong
-    images: list[tuple[str | None, str]]  # data address, or None and the reason
-    num_more: int  # images that are not shown
 
 
 def write_page(path: str | Path, reports: Sequence[Report]) -> None:
@@ -67,7 +53,7 @@ def _section(report: Report, is_first: bool) -> dict:
     num_samples, num_problems = (limits[0 if is_first else 1] for limits in (NUM_SAMPLES, NUM_PROBLEMS))
     of_row = _problems_of_rows(report)
 
-    def cards(rows: Sequence[int]) -> list[Card]:
+    def cards(rows: Sequence[int]) -> list[dict]:
         return [_card(report, row, of_row) for row in rows]
 
     return {
@@ -137,32 +123,28 @@ def choose_samples(report: Report, limit: int) -> list[tuple[str, list[int]]]:
     return [(name, rows) for name, rows in spaced.items() if rows]
 
 
-def _card(report: Report, row: int, problems_of: dict[int, dict[str, str]]) -> Card:
+def _card(report: Report, row: int, problems_of: dict[int, dict[str, str]]) -> dict[str, Any]:
+    """One row on the wall: what the template shows of it."""
     example, number = report.loaded.examples[row], report.loaded.numbers[row]
     problems = problems_of.get(number, {})
     facts = [report.scan.images[i] for i in report.scan.of_row[row]]
     images = list(zip(example["images"], facts, strict=True))[:_MAX_THUMBNAILS]
     size = _THUMBNAIL_PX if len(facts) == 1 else _SMALL_THUMBNAIL_PX
     if "path_outside" in problems:  # what the recipe does not allow to be read is not shown to whoever gets the page
-        thumbnails = [(None, KINDS["path_outside"].what)]
+        thumbnails: list[tuple[str | None, str]] = [(None, KINDS["path_outside"].what)]
     else:
         thumbnails = [_make_thumbnail(*image, size) for image in images]
-    return Card(
-        example["id"] or f"number {number}",
-        example["question_type"],
-        example["question"],
-        example["context"],
-        [
-            (letter, text, i == example["answer"])
-            for i, (letter, text) in enumerate(zip(LETTERS, example["choices"], strict=False))
-        ],
-        [(KINDS[kind].severity, text) for kind, text in problems.items()],
-        thumbnails,
-        len(facts) - len(images),
-    )
+    return example | {
+        "row_id": example["id"] or f"number {number}",
+        "choices": list(zip(LETTERS, example["choices"], strict=False)),
+        "problems": [(KINDS[kind].severity, text) for kind, text in problems.items()],
+        "images": thumbnails,
+        "num_more": len(facts) - len(images),
+    }
 
 
 def _make_thumbnail(image: dict, facts: ImageFacts, size: int) -> tuple[str | None, str]:
+    """Its data address and size, or None and what is wrong with it."""
     if facts.problem not in (None, "long_image"):
         return None, KINDS[facts.problem].what
     thumbnail = open_image(image)

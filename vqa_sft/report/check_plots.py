@@ -21,7 +21,7 @@ _TEXT, _BAR, _MARK, _GRID = _COLOURS
 
 
 def make_plots(report: Report) -> Iterator[tuple[str, Markup]]:
-    """(what is seen, SVG); texts of the data never stand in a plot."""
+    """(caption, SVG); no plot holds texts of the data."""
     if report.skew is not None:
         counts = dict(zip(LETTERS, report.skew.counts, strict=False))
         yield f"{say_skew(report.skew)}.", _bars(counts, report.skew.expected)

@@ -1,4 +1,4 @@
-"""Which checkpoints are whole, when a run saves and stops, and where it goes on."""
+"""Which checkpoints are complete, when a run saves and stops, and where it resumes."""
 
 import json
 import os
@@ -21,17 +21,17 @@ MARKER = "complete"
 
 
 class MarkWholeCheckpoints(TrainerCallback):
-    """Writes our marker when every process has finished saving, and only then lets older checkpoints go.
+    """Writes our marker when every process has finished saving, and deletes older checkpoints only then.
 
-    The Trainer writes checkpoints in place, `trainer_state.json` among the first files, so that a folder killed half
-    way looks whole. Ours counts only with the marker.
+    The Trainer writes checkpoints in place, `trainer_state.json` among the first files: a folder of a run that was
+    killed while saving looks complete. Ours counts only with the marker.
     """
 
     def __init__(self) -> None:
         self.is_between_steps = False  # weights and optimiser are those of the last step
 
     def save_finished_step(self, trainer: Trainer) -> None:
-        """Save the last step of a training that broke off in the next, if it is not saved and can be."""
+        """Save the last complete step of a training that failed in the next one, unless it is saved already."""
         folder = Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.global_step}"
         if self.is_between_steps and trainer.state.global_step and not (folder / MARKER).exists():
             trainer._save_checkpoint(trainer.model, trial=None)
@@ -55,10 +55,11 @@ class MarkWholeCheckpoints(TrainerCallback):
 
 
 class SaveAndStop(TrainerCallback):
-    """Saves and stops: in time, and at a SIGTERM, which Slurm, Kubernetes and notebooks send before they kill.
+    """Saves and stops: before the time budget ends, and at a SIGTERM, which Slurm, Kubernetes and notebooks send before
+    they kill.
 
     `started_s` is the `time.monotonic()` from which `budget_s` counts. The main process's clock decides for all; a
-    signal counts whichever process it reaches. Where there are others to tell, they look after every step that takes
+    signal counts whichever process it reaches. Several processes exchange this after every step that takes at least
     `SLOW_STEP_S`, and else every `INTERVAL` steps.
 
     Not `enable_jit_checkpoint` (transformers 5.23): every process would decide alone, and nothing writes our marker.
@@ -71,7 +72,7 @@ class SaveAndStop(TrainerCallback):
         self.ends_s = started_s + budget_s
         self.reserved_s = min(60.0, 0.1 * budget_s)  # to load the best weights, and for what ends a process
         self.longest_pause_s = 0.0  # from a step to its checkpoint, evaluation included
-        self.longest_gap_s = 0.0  # between two looks at the clock
+        self.longest_gap_s = 0.0  # between two checks of the clock
         self.has_stopped = False
         self.got_sigterm = False
         # In shared memory, for the loader's workers.
@@ -81,12 +82,12 @@ class SaveAndStop(TrainerCallback):
         self._looked_step = self._next_look = 0
 
     def is_over(self) -> bool:
-        """Whether there is no time to go on until the next look at the clock and to save then."""
+        """Whether the time left is too short to train until the next check of the clock and save then."""
         needed_s = self.reserved_s + self.longest_gap_s + 2 * self.longest_pause_s
         return time.monotonic() + needed_s > self.ends_s
 
     def must_stop(self) -> bool:
-        """What all processes find together; each of them waits for the others."""
+        """Whether any process must; each of them waits for the others."""
         return self._look(0.0)[0]
 
     def _look(self, step_time_s: float) -> tuple[bool, float]:
@@ -98,7 +99,7 @@ class SaveAndStop(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While this lasts, a SIGTERM asks to stop, once or several times; then it is again what it was."""
+        """Within this context a SIGTERM, or several, asks to stop; after it the earlier handler is back."""
         if threading.current_thread() is not threading.main_thread():  # where no handler can be set
             yield
             return
@@ -117,7 +118,7 @@ class SaveAndStop(TrainerCallback):
         self._step_s = time.monotonic()
         if state.global_step < self._next_look:
             return
-        step_time_s = self.SLOW_STEP_S  # as if, until there are two looks
+        step_time_s = self.SLOW_STEP_S  # assumed until there are two checks
         if self._looked_s is not None:
             self.longest_gap_s = max(self.longest_gap_s, self._step_s - self._looked_s)
             step_time_s = (self._step_s - self._looked_s) / (state.global_step - self._looked_step)
@@ -142,24 +143,22 @@ class SaveAndStop(TrainerCallback):
 
 
 def keep_worker(is_listening: torch.Tensor) -> None:
-    """In a loader's worker: a SIGTERM to the whole group must not take the rows that the step at hand needs. Once
-    nobody listens, it is from the loader, and ends the worker."""
+    """In a data loader's worker: a SIGTERM to the whole process group must not end it while the current step needs its
+    rows. When nobody listens any more, it comes from the loader, and ends the worker."""
     signal.signal(signal.SIGTERM, lambda *_: None if is_listening else os._exit(0))
 
 
 def goes_on(output_dir: str | Path) -> str:
-    """The end of a message: where the same command goes on."""
+    """The end of a message: what the same command does."""
     checkpoint = last_whole_checkpoint(output_dir)
-    return (
-        f"goes on from {checkpoint} (without --overwrite)."
-        if checkpoint
-        else "starts anew: no checkpoint is whole yet."
-    )
+    if checkpoint is None:
+        return "starts again from the base model: no checkpoint is complete yet."
+    return f"resumes from {checkpoint} (without --overwrite)."
 
 
 def stopped_early(checkpoint: str | Path, patience: int) -> int | None:
     """The step after which early stopping ended the run that saved this checkpoint, if it did. The Trainer restores the
-    count of evaluations without a better one, and looks at it only after the next."""
+    count of evaluations without improvement, but checks it only after the next evaluation."""
     state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
     saved = state.get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
     if isinstance(saved, list):
@@ -175,7 +174,7 @@ def last_whole_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def remove_broken_checkpoints(output_dir: str | Path) -> list[str]:
-    """Delete checkpoints without a marker, so that rotation does not keep one in place of a whole one."""
+    """Delete checkpoints without a marker, so that rotation does not keep one in place of a complete one."""
     broken = [path for path in _checkpoints(output_dir) if not (path / MARKER).exists()]
     for path in broken:
         shutil.rmtree(path)

@@ -78,7 +78,7 @@ def is_finished(folder: str | Path) -> bool:
 
 
 def check(folder: str | Path, values: dict[str, Any], overwrite: bool, inputs: Iterable[str | Path]) -> None:
-    """Raises InputError when a run of the recipe `values` cannot stand in this folder; changes nothing.
+    """Raises InputError when a run of the recipe `values` cannot be in this folder; changes nothing.
 
     That is when the folder holds a run of another recipe or files that are no run of ours, cannot be written, or when
     one of the `inputs` (data, recipe, base) lies in it, where `overwrite` would move it away.
@@ -250,7 +250,7 @@ def read_runs(folders: Sequence[str], model: str | None = None) -> list[Run]:
         return runs
     bases = sorted({run.base_model for run in runs})
     if len({PurePath(base).name for base in bases}) > 1:
-        raise InputError(f"model stands for one base, and the runs have several: {', '.join(bases)}. Give them apart.")
+        raise InputError(f"model names one base, and the runs have several: {', '.join(bases)}. Give them apart.")
     for folder in folders:
         if not (Path(folder) / "adapter_config.json").is_file():
             raise InputError(f"{folder} has no adapter and needs no base. Leave model out.")

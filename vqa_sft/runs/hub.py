@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from vqa_sft.errors import InputError
 from vqa_sft.runs.folder import METRICS, RECIPE, SHARED_FILES, Run, read_run
 
-# Patterns match across folders: without the second, the weights of checkpoints too.
+# Patterns match across folders: the second one excludes the weights of checkpoints.
 _UPLOADED = {"allow_patterns": list(SHARED_FILES), "ignore_patterns": ["*/*"]}
 
 
@@ -34,16 +34,17 @@ def write_card(folder: str | Path) -> None:
 def _card_text(folder: Path, run: Run, metrics: dict[str, float], is_adapter: bool) -> str:
     recipe, base, prompts = run.recipe, run.base_model, run.prompts
     name = Path(recipe["output_dir"]).name
-    loading = "model = AutoModelForImageTextToText.from_pretrained(folder)"
+    imports, loading = "", "model = AutoModelForImageTextToText.from_pretrained(folder)"
     if is_adapter:
+        imports = "from peft import PeftModel\n"
         loading = f'base = AutoModelForImageTextToText.from_pretrained("{base}")'
         loading += "\nmodel = PeftModel.from_pretrained(base, folder)"
-    imports = "from peft import PeftModel\n" * is_adapter
     sources = recipe["train_data"] if isinstance(recipe["train_data"], list) else [recipe["train_data"]]
     num_rows = run.content["num_rows"]["train"]
     trained_on = f"{'a stream of' if num_rows is None else num_rows} rows of `{', '.join(sources)}`"
     of_types = "".join(f"\nFor {kind} questions: `{text!r}`.\n" for kind, text in prompts.types.items())
-    rows = "\n".join(f"| {key} | {metrics[key]:.4f} |" for key in ("accuracy", "nll", "ece") if key in metrics)
+    rows = [f"| {key} | {metrics[key]:.4f} |" for key in ("accuracy", "nll", "ece") if key in metrics]
+    validation = "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "None was asked for."
     return f"""# {name}
 
 `{base}`, fine-tuned with vqa-sft to answer multiple-choice questions about images
@@ -51,7 +52,7 @@ by the letter of the right choice. Trained on {trained_on}.
 
 ## Validation
 
-{"| metric | value |" + chr(10) + "|---|---|" + chr(10) + rows if rows else "None was asked for."}
+{validation}
 
 ## Use
 
@@ -86,7 +87,7 @@ Versions: {", ".join(f"{key} {value}" for key, value in run.content["versions"].
 def push_run(
     folder: str | Path, repo_id: str | None = None, *, private: bool | None = None, token: str | None = None
 ) -> str:
-    """Upload a finished run to the Hub and return its address. Raises InputError when that cannot be done now."""
+    """Upload a finished run to the Hub and return its address. Raises InputError where that fails."""
     folder = Path(folder)
     recipe = read_run(folder).recipe
     name = repo_id or recipe.get("hub_model_id") or Path(recipe["output_dir"]).name
@@ -94,7 +95,7 @@ def push_run(
         api = HfApi(token=token)
         repo = api.create_repo(name, exist_ok=True, private=private)
         api.upload_folder(repo_id=repo.repo_id, folder_path=folder, **_UPLOADED)
-    except Exception as error:  # offline, no token, no rights, ...: whatever it is, the run is whole and stays
+    except Exception as error:  # offline, no token, no rights, ...: the run is saved all the same
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"the run in {folder} is saved, but could not be pushed: {reason}\nPush it later: vqa-sft push {folder}"

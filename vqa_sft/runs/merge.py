@@ -1,17 +1,16 @@
-"""`vqa-sft merge`: a run's base with the adapter inside its weights, in a folder that plain transformers and vLLM load.
+"""`vqa-sft merge`: a run's base with the adapter merged into its weights, for plain transformers and vLLM.
 
 runs/merged/
-  model*.safetensors, config.json, generation_config.json     whole weights, s B A added to each layer's own
+  model*.safetensors, config.json, generation_config.json     full weights: s B A is added to each layer's own
   processor files     of the run: chat template, pixel limits
   run.json            of the run, so that predict.py takes the folder as it takes the run; merged_from names the run
   recipe.yaml, metrics.json, rows.csv, README.md              of the run, as far as it has them
   calibration.json    of the run, or of all folds where it is one of them
 
-A layer's sum is rounded once, to `dtype`; in fp32 the letters' logits are those of base and adapter within 1e-4.
+Each weight is rounded once, to `dtype`; in fp32 the letters' logits are those of base and adapter within 1e-4.
 """
 
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from trl import ModelConfig
 
 from vqa_sft.data.split import ROWS
 from vqa_sft.errors import InputError, explains
-from vqa_sft.files import held
+from vqa_sft.files import held, lying_in, whole_folder
 from vqa_sft.models import quantized
 from vqa_sft.models.load import DTYPES, LOADING_ERRORS, add_adapter, load_model, load_processor
 from vqa_sft.predictions.calibration import CALIBRATION, known_entries
@@ -30,83 +29,69 @@ from vqa_sft.runs import folder as run_folder, hub
 
 KEPT = (run_folder.RECIPE, run_folder.METRICS, ROWS)
 MERGED_FROM = "merged_from"  # the key of run.json by which an earlier merge is known
-# Of the recipe, what is not true of whole weights in a folder of their own.
+# Keys of the recipe that are not true of full weights in a folder of their own.
 DROPPED = ("load_in_4bit", "load_in_8bit", "push_to_hub", "hub_model_id")
-SHARD = "5GB"  # the most that one file of weights holds
+SHARD = "5GB"  # largest file of weights
 
 
 def merge_run(
     folder: str, output: str, *, dtype: str | None = None, overwrite: bool = False, model: str | None = None
 ) -> str:
-    """Write the base of a finished run with its adapter merged in to `output`; what was done, in words.
+    """Write the base of a finished run with its adapter merged in to `output`; a summary, as text.
 
     `dtype` is "bf16", "fp16" or "fp32", by default that of the base's checkpoint. `output` is new or empty, or with
-    `overwrite` an earlier merge, which is replaced once the new one is whole. `model` says where the base is now, if
+    `overwrite` an earlier merge, which is replaced once the new one is complete. `model` says where the base is now, if
     not where it was in training. Raises InputError.
     """
     with held(output, "OUTPUT"):
-        return _merge_run(folder, output, dtype=dtype, overwrite=overwrite, model=model)
+        return _merge_run(folder, output, dtype, overwrite, model)
 
 
-def _merge_run(folder: str, output: str, *, dtype: str | None, overwrite: bool, model: str | None) -> str:
+def _merge_run(folder: str, output: str, dtype: str | None, overwrite: bool, model: str | None) -> str:
     [run] = run_folder.read_runs([folder], model)
     recipe = run.recipe
     name, trust = run.base_model, {"trust_remote_code": bool(recipe.get("trust_remote_code"))}
     _check_adapter(folder)
     entries = known_entries(folder)
-    target, part = _check_output(output, overwrite, reads=(folder, name))
+    _check_output(Path(output), overwrite, reads=(folder, name))
     config = _base_config(name, recipe.get("model_revision") or "main", **trust)
     dtype = dtype or _own_dtype(config) or run.precision or "bf16"
-    num_weights = _count_weights(config, **trust)
-    _check_room(target, num_weights * DTYPES[dtype].itemsize, dtype)
+    size = _count_weights(config, **trust) * DTYPES[dtype].itemsize
+    _check_room(Path(output).resolve(), size, dtype)
     processor = load_processor(folder, **trust)
     if recipe.get("load_in_4bit") or recipe.get("load_in_8bit"):
         bits = 4 if recipe.get("load_in_4bit") else 8
-        line = f"The adapter was trained on {name} in {bits} bit and is merged into its whole weights: "
+        line = f"The adapter was trained on {name} in {bits} bit and is merged into its unquantised weights: "
         print(line + "probabilities may differ slightly from those of the run.")
-    with explains(OSError, f"{output} cannot be written"):
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+    with whole_folder(output) as part:
         (part / run_folder.MARKER).touch()
-    try:
         merged = _merged(_load_base(name, recipe, dtype, **trust), folder, dtype)
         with explains(ValueError, f"{name} cannot be saved"):  # a generation config that contradicts itself
             merged.save_pretrained(part, max_shard_size=SHARD)
         processor.save_pretrained(part)
         _describe(part, Path(folder), run, output, entries)
-        _put(part, target)
-    except BaseException:  # an interruption too
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    size = num_weights * DTYPES[dtype].itemsize / 2**30
-    return f"Wrote {output}: {name} with the adapter of {folder} inside, {dtype}, {size:,.2f} GiB."
+    return f"Wrote {output}: {name} with the adapter of {folder} merged in, {dtype}, {size / 2**30:,.2f} GiB."
 
 
 def _check_adapter(folder: str) -> None:
     if (Path(folder) / "adapter_config.json").is_file():
         return
     if (Path(folder) / "config.json").is_file():
-        raise InputError(f"{folder} already holds whole weights and no adapter: load or serve that folder as it is.")
+        raise InputError(f"{folder} already holds full weights and no adapter: load or serve that folder directly.")
     raise InputError(f"{folder} holds no adapter (adapter_config.json). Give the folder of a finished run.")
 
 
-def _check_output(output: str, overwrite: bool, reads: tuple[str, ...]) -> tuple[Path, Path]:
-    """The folder to write, and the one in which it is made. Raises InputError where something else would be lost."""
-    target = Path(output).resolve()
-    part = target.with_name(target.name + ".part")
-    if target.exists() and not target.is_dir():
+def _check_output(output: Path, overwrite: bool, reads: tuple[str, ...]) -> None:
+    """Raises InputError where anything but an earlier merge would be lost."""
+    if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file. Name another folder.")
-    if target.exists() and any(target.iterdir()):
-        if not _is_merge(target):
+    if output.exists() and any(output.iterdir()):
+        if not _is_merge(output):
             raise InputError(f"{output} is not empty and holds no earlier merge. Name another folder.")
         if not overwrite:
             raise InputError(f"{output} holds an earlier merge. Name another folder, or give --overwrite.")
-    inside = [name for name in reads if Path(name).exists() and Path(name).resolve().is_relative_to(target)]
-    if inside:
+    if inside := lying_in(output, reads):
         raise InputError(f"{output} holds what is read: {', '.join(inside)}. Name another folder.")
-    if part.exists() and not (part / run_folder.MARKER).is_file():
-        raise InputError(f"{part}, where the new folder is made, is none of ours. Move it, or name another folder.")
-    return target, part
 
 
 def _is_merge(folder: Path) -> bool:
@@ -117,20 +102,20 @@ def _is_merge(folder: Path) -> bool:
 
 
 def _base_config(name: str, revision: str, **trust: bool) -> PreTrainedConfig:
-    """Raises InputError where it cannot be had, or its weights are only there rounded."""
+    """Raises InputError where it cannot be loaded, or the checkpoint is quantised."""
     with explains(LOADING_ERRORS, f"the base {name!r} cannot be loaded; check the network, or give --model NAME"):
         config = AutoConfig.from_pretrained(name, revision=revision, **trust)
     if own := quantized.quantization_of(config):
         raise InputError(
             f"the checkpoint of {name} is quantised itself ({quantized.describe(own)}), and nothing can be added to "
             "its weights. Serve base and adapter, or give --model with the checkpoint that it was made from: the "
-            "adapter goes into those whole weights, and probabilities may differ slightly from those of the run."
+            "adapter is merged into that, and probabilities may differ slightly from those of the run."
         )
     return config
 
 
 def _own_dtype(config: PreTrainedConfig) -> str | None:
-    """That of the checkpoint, where it says so and is one of ours."""
+    """That of the checkpoint, if it is one of DTYPES."""
     own = config.dtype or config.get_text_config().dtype
     return next((name for name, dtype in DTYPES.items() if dtype == own), None)
 
@@ -153,14 +138,14 @@ def _check_room(target: Path, needed: int, dtype: str) -> None:
 
 
 def _load_base(name: str, recipe: dict[str, Any], dtype: str, **trust: bool) -> PreTrainedModel:
-    """On the CPU and never quantised, whatever the run was trained on."""
+    """On the CPU, never quantised."""
     revision = recipe.get("model_revision") or "main"
     dtype = str(DTYPES[dtype]).removeprefix("torch.")
     return load_model(ModelConfig(model_name_or_path=name, model_revision=revision, dtype=dtype), "fp32", **trust)
 
 
 def _merged(base: PreTrainedModel, folder: str, dtype: str) -> PreTrainedModel:
-    """The base with the adapter in its weights. Raises InputError where they are no numbers."""
+    """The base with the adapter in its weights. Raises InputError where they are not finite."""
     head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
     is_tied = head.weight is embeddings.weight
     if is_tied:  # an adapter of one of them would change both
@@ -168,12 +153,12 @@ def _merged(base: PreTrainedModel, folder: str, dtype: str) -> PreTrainedModel:
     dtypes = {name: weight.dtype for name, weight in base.named_parameters()}
     adapted = add_adapter(base, folder)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of tied weights, which are seen to here
+        with warnings.catch_warnings(action="ignore"):  # of tied weights, which this function handles
             model = adapted.merge_and_unload(safe_merge=True)
     except (ValueError, RuntimeError) as error:
         raise _cannot_merge(folder, dtype, str(error)) from error
     for name, weight in model.named_parameters():
-        weight.data = weight.data.to(dtypes[name])  # layers that were trained whole are fp32
+        weight.data = weight.data.to(dtypes[name])  # layers of modules_to_save are fp32
         if not weight.isfinite().all():
             raise _cannot_merge(folder, dtype, f"{name} is not finite")
     if is_tied:
@@ -187,15 +172,15 @@ def _merged(base: PreTrainedModel, folder: str, dtype: str) -> PreTrainedModel:
     return model
 
 
-def _cannot_merge(folder: str, dtype: str, said: str) -> InputError:
+def _cannot_merge(folder: str, dtype: str, reason: str) -> InputError:
     return InputError(
-        f"the adapter in {folder} cannot be merged in {dtype}: {said.rstrip('.')}. Where numbers are not finite, that "
-        "run has diverged, or fp16 is too small for its base: give --dtype bf16."
+        f"the adapter in {folder} cannot be merged in {dtype}: {reason.rstrip('.')}. Where numbers are not finite, "
+        "that run has diverged, or fp16 is too small for its base: give --dtype bf16."
     )
 
 
 def _describe(part: Path, folder: Path, run: run_folder.Run, output: str, entries: dict[str, Any]) -> None:
-    """What makes the folder one of ours: the run's own description, but for what is no longer true."""
+    """Write what makes it a run folder: the files of the run, without what is no longer true."""
     for name in KEPT:
         if (folder / name).is_file():
             shutil.copy(folder / name, part)
@@ -206,19 +191,3 @@ def _describe(part: Path, folder: Path, run: run_folder.Run, output: str, entrie
     run_folder.write_json(part / run_folder.RUN, content)
     if (part / run_folder.RECIPE).is_file():  # a soup has none
         hub.write_card(part)
-
-
-def _put(part: Path, target: Path) -> None:
-    """Rename `part` to `target`; the earlier merge goes once the new one stands in its place."""
-    if not target.exists():
-        part.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-    target.rename(aside / "earlier")
-    try:
-        part.rename(target)
-    except BaseException:
-        (aside / "earlier").rename(target)
-        raise
-    finally:
-        shutil.rmtree(aside)

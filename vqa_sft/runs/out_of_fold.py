@@ -1,40 +1,41 @@
-"""One prediction file, and its metrics, from those of all folds: every row by the run that did not see it."""
+"""The out-of-fold prediction file and its metrics: every row scored by the run that did not train on it."""
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+from vqa_sft.console import table
 from vqa_sft.data.split import ROWS
 from vqa_sft.errors import InputError, name_rows
-from vqa_sft.predictions.calibration import CALIBRATION
+from vqa_sft.predictions.calibration import CALIBRATION, OUT_OF_FOLD
 from vqa_sft.predictions.file import Predictions, read_predictions, write_predictions
 from vqa_sft.predictions.metrics import all_metrics, softmax, with_intervals
 from vqa_sft.runs import folder as run_folder
 
-OUT_OF_FOLD, METRICS = "out_of_fold.parquet", "out_of_fold.json"
+METRICS = "out_of_fold.json"
 
 
 def _ids_of(run: str | Path) -> list[str]:
-    """All rows of the data that a run began with, in their order."""
+    """All rows of a run's data, in their order."""
     with (Path(run) / ROWS).open(newline="", encoding="utf-8") as file:
         return [row["id"] for row in csv.DictReader(file)]
 
 
 def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
-    """Write both files into `folder`, rows in the order of the data; a table of the folds' metrics and all together."""
+    """Write both files into `folder`, rows in the order of the data; a table of metrics, by fold and of all rows."""
     parts = {Path(run).name: read_predictions(Path(run) / run_folder.VALIDATION) for run in runs}
     row_of: dict[str, tuple[list[float], int | None]] = {}
     digest_of: dict[str, str] = {}
     for part in parts.values():
         twice = [row_id for row_id in part.ids if row_id in row_of]
         if twice:
-            raise InputError(f"rows are validated on in two folds: {name_rows(twice, len(part.ids))}. Train them anew.")
+            raise InputError(f"two folds validate on {name_rows(twice, len(part.ids))}. Train the folds again.")
         digest_of |= part.digest_of
         row_of |= zip(part.ids, zip(part.choice_logits, part.answers, strict=True), strict=True)
     data = {str(run): _ids_of(run) for run in runs}
     for run, found in data.items():
         if found != data[str(runs[0])]:
-            raise InputError(f"{run} and {runs[0]} were trained on other rows. Train all folds anew: --overwrite.")
+            raise InputError(f"{run} and {runs[0]} were trained on other rows. Train all folds again: --overwrite.")
     ids = [row_id for row_id in data[str(runs[0])] if row_id in row_of]
     logits, answers = zip(*(row_of[row_id] for row_id in ids), strict=True)
     metadata = next(iter(parts.values())).metadata | {"run": str(folder), "split": "out-of-fold", "folds": [*parts]}
@@ -42,7 +43,7 @@ def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
     before = file.read_bytes() if file.is_file() else None
     digests = [digest_of.get(row_id) for row_id in ids]
     write_predictions(file, Predictions(ids, [*logits], [*answers], metadata, digests=digests))
-    if file.read_bytes() != before:  # temperatures were those of other weights
+    if file.read_bytes() != before:  # its temperatures are of other weights
         (Path(folder) / CALIBRATION).unlink(missing_ok=True)
 
     probs = softmax(logits)
@@ -55,4 +56,4 @@ def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
         lines.append((name, f"{len(part.ids):,}", *(f"{value:.4f}" for value in content["folds"][name].values())))
     lines.append(("out of fold", f"{len(ids):,}", *(f"{value:.4f}" for value in values.values())))
     lines.append(("95% of resamples", "", *(f"{low:.4f}-{high:.4f}" for low, high in intervals.values())))
-    return "\n".join(line[0].ljust(18) + "".join(cell.rjust(16) for cell in line[1:]) for line in lines)
+    return table(lines)

@@ -1,13 +1,15 @@
-"""`vqa-sft soup`: one adapter from several runs, the mean of what they change in the base (Wortsman et al. 2022).
+"""`vqa-sft soup`: one adapter from several runs, the mean of their changes to the base (Wortsman et al. 2022).
 
-A layer's change is s B A. The mean of changes is not the product of the mean B and the mean A: two runs may have learnt
-the same with other signs. Here the means are those of the changes themselves, written again as B A: all factors side by
-side, then the singular value decomposition of that product, which never needs the (N, K) matrix. Runs that learnt
-nothing new together keep their rank; `rank` cuts the smallest parts, and what is lost is told.
+A layer's change is s B A. The mean of changes is not the product of the mean B and the mean A: two runs may have
+learned the same with other signs. Here it is the mean of the changes themselves, written as B A again: the factors are
+concatenated, and the singular value decomposition of their product never needs the (N, K) matrix. The rank is as small
+as the mean allows; `rank` cuts the smallest parts, and the share that is kept is reported.
+
+PEFT's `add_weighted_adapter` (0.21) loads the base, decomposes the (N, K) matrix, cuts to the largest rank of the runs
+without saying how much is lost, ignores DoRA's magnitudes, and refuses modules_to_save.
 """
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,22 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from vqa_sft.errors import InputError
-from vqa_sft.files import held
+from vqa_sft.files import held, whole_folder
 from vqa_sft.runs import folder as run_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-ZERO = 1e-6  # singular values below this share of the largest are rounding
-# Other ways to adapt than s B A; where one is on, the mean is not known.
+ZERO = 1e-6  # singular values below this share of the largest are rounding errors
+# Ways to adapt that are not s B A, or not with one s: a mean of theirs is not known.
 VARIANTS = (
-    "lora_bias",
-    "target_parameters",
-    "use_dora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "velora_config",
-    "kasa_config",
-)
+    "lora_bias", "target_parameters", "use_dora", "use_bdlora", "alora_invocation_tokens", "arrow_config",
+    "velora_config", "kasa_config", "alpha_pattern",
+)  # fmt: skip
 
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer -> s B (N, r) and A (r, K)
 Tensors = dict[str, torch.Tensor]
@@ -42,7 +38,7 @@ Tensors = dict[str, torch.Tensor]
 def make_soup(
     folders: Sequence[str], output: str, *, weights: Sequence[float] | None = None, rank: int | None = None
 ) -> str:
-    """Write the mean of the runs' adapters to `output`, a run folder for predict; what was done, in words.
+    """Write the mean of the runs' adapters to `output`, a run folder for predict; a summary, as text.
 
     `weights` are those of the runs, by default equal; they are divided by their sum. Raises InputError.
     """
@@ -52,8 +48,7 @@ def make_soup(
 
 def _make_soup(folders: Sequence[str], output: str, weights: Sequence[float] | None, rank: int | None) -> str:
     weights = _shares(folders, weights)
-    target = Path(output).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if Path(output).exists() and (not Path(output).is_dir() or any(Path(output).iterdir())):
         raise InputError(f"{output} exists. Name another folder with --output.")
     runs = [run_folder.read_run(folder) for folder in folders]
     _check_same(folders, runs)
@@ -66,7 +61,7 @@ def _make_soup(folders: Sequence[str], output: str, weights: Sequence[float] | N
     new_rank = next(iter(factors.values()))[1].shape[0]
     tensors = {f"{name}.lora_B.weight": b for name, (b, _) in factors.items()}
     tensors |= {f"{name}.lora_A.weight": a for name, (_, a) in factors.items()}
-    for name in next(iter(others)):  # layers that were trained whole
+    for name in next(iter(others)):  # modules_to_save
         tensors[name] = sum(w * other[name].float() for w, (_, other) in zip(weights, adapters, strict=True))
 
     first = Path(folders[0])
@@ -75,20 +70,11 @@ def _make_soup(folders: Sequence[str], output: str, weights: Sequence[float] | N
     of = {str(folder): weight for folder, weight in zip(folders, weights, strict=True)}
     recipe = {name: value for name, value in runs[0].recipe.items() if name not in ("push_to_hub", "hub_model_id")}
     content = runs[0].content | {"recipe": recipe | {"output_dir": str(output)}, "soup_of": of}
-    part = target.with_name(target.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with whole_folder(output) as part:
         run_folder.copy_processor(first, part)
         run_folder.write_json(part / CONFIG, config)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / WEIGHTS, {"format": "pt"})
         run_folder.write_json(part / run_folder.RUN, content)
-        if target.exists():
-            target.rmdir()
-        part.rename(target)
-    except BaseException:  # a full disk, an interruption
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     return f"Wrote {output}: {len(factors)} layers of rank {new_rank}, with {kept:.2%} of the mean change."
 
 
@@ -102,7 +88,7 @@ def _shares(folders: Sequence[str], weights: Sequence[float] | None) -> list[flo
 
 
 def _check_same(folders: Sequence[str], runs: Sequence[run_folder.Run]) -> None:
-    """Raises InputError for runs of which one adapter cannot be right for all."""
+    """Raises InputError for runs on other bases, or with other prompts, pixels or letters."""
 
     def facts(run: run_folder.Run) -> dict[str, Any]:
         names = ("model_name_or_path", "min_pixels", "max_pixels")
@@ -117,13 +103,13 @@ def _check_same(folders: Sequence[str], runs: Sequence[run_folder.Run]) -> None:
 
 
 def read_adapter(folder: Path) -> tuple[Factors, Tensors]:
-    """The factors of an adapter's layers, their scaling in B, and its other tensors."""
+    """The factors of an adapter's layers, with the scaling in B, and its other tensors."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"{folder} holds no adapter: {error}") from error
-    found = [name for name in VARIANTS if config.get(name)] + ["alpha_pattern"] * bool(config.get("alpha_pattern"))
+    found = [name for name in VARIANTS if config.get(name)]
     if config.get("peft_type") != "LORA" or found or any("lora_embedding" in name for name in tensors):
         raise InputError(f"{folder} is no plain LoRA of linear layers ({', '.join(found) or config.get('peft_type')}).")
     if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -141,7 +127,7 @@ def read_adapter(folder: Path) -> tuple[Factors, Tensors]:
 def mean_factors(
     adapters: Sequence[Factors], weights: Sequence[float], rank: int | None = None
 ) -> tuple[Factors, float]:
-    """The weighted mean change of every layer as factors of one rank, with the share of it that they keep (by the
+    """The weighted mean change of every layer as factors of one rank, and the share of it that they keep (by the
     Frobenius norm over all layers)."""
     layers = {}
     for name in adapters[0]:
@@ -158,7 +144,7 @@ def mean_factors(
     factors = {}
     for name, (left, values, right) in layers.items():
         root = values[:size].sqrt()
-        missing = size - len(root)  # a layer may be narrower than the rank of others
+        missing = size - len(root)  # a layer may have fewer dimensions than the others' rank
         b, a = (left[:, :size] * root).float(), (root[:, None] * right[:size]).float()
         factors[name] = F.pad(b, (0, missing)), F.pad(a, (0, 0, 0, missing))
     return factors, float((squares / all_squares).sqrt()) if all_squares else 1.0

@@ -5,8 +5,8 @@
 
 By the formulas of `torch.optim.swa_utils`, in fp32, beside the weights that are trained and without touching them.
 Every evaluation scores the average too, and the best one so far is kept: the run ends with it if its validation NLL,
-at the best temperature, is below that of the best checkpoint. The average lies in the checkpoints, so that a run goes
-on with it. All processes compute the same, which needs whole weights on each of them.
+at the best temperature, is below that of the best checkpoint. Checkpoints hold the average, so that a resumed run has
+it. All processes compute the same, which needs whole weights on each of them.
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class AdapterAverage(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if (folder / AVERAGE).is_file():  # going on
+        if (folder / AVERAGE).is_file():  # resuming
             self.weights, found = read(folder / AVERAGE, args.device)
             self.num_averaged = int(found["num_averaged"])
         if (folder / BEST).is_file():
@@ -99,7 +99,7 @@ def put(model: nn.Module, weights: Weights) -> None:
 
 @contextmanager
 def swapped(model: nn.Module, weights: Weights) -> Iterator[None]:
-    """The model with other `weights`, and then with its own again."""
+    """The model with other `weights`, and then with its own."""
     own = {name: parameter.detach().clone() for name, parameter in trained(model).items()}
     put(model, weights)
     try:

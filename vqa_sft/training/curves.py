@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from vqa_sft.files import whole
 
 LOG, PLOT = "log.csv", "log.png"
-# Left, right: what stands in one panel.
+# The left panel and the right one.
 PANELS = (("loss", "eval_loss", "eval_average_loss"), ("accuracy", "eval_accuracy", "eval_average_accuracy"))
 
 
@@ -54,7 +54,8 @@ def draw(path: Path, steps: list[dict[str, float]]) -> None:
             points = [(entry["step"], entry[name]) for entry in steps if name in entry]
             if points:
                 label = {"eval": "validation"}.get(name.split("_")[0], "training")
-                axes.plot(*zip(*points, strict=True), label=label + ", average" * ("average" in name), **style)
+                label += ", average" if "average" in name else ""
+                axes.plot(*zip(*points, strict=True), label=label, **style)
                 has_lines = True
         axes.set_xlabel("step")
         axes.set_ylabel(names[0])

@@ -7,8 +7,21 @@ With w = 0 nothing but the letters is trained; with w = 1 and one right answer i
 full sequence with everything masked but the letter.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """`letter_ids` (L,) are the tokens of the run's letters. Rows that carry their letter need `end_of_turn`, the id of
+    the token after it."""
+
+    letter_ids: torch.Tensor
+    vocabulary_weight: float = 0.0
+    letter_smoothing: float = 0.0
+    end_of_turn: int | None = None
 
 
 def letter_targets(

@@ -4,7 +4,6 @@ What is ours: the loss at the answer position, its count of rows over the global
 the letters. Everything else (loop, distribution, checkpoints, logging) is the libraries'.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -12,37 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import evaluate
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, TrainerCallback
 from trl import SFTTrainer
 
 from vqa_sft.batch.collator import AnswerCollator, TrainCollator
-from vqa_sft.data.digests import digests_of
 from vqa_sft.errors import InputError, printable
-from vqa_sft.models.fast.speedups import base_of, num_compilations
+from vqa_sft.models.fast.speedups import base_of
 from vqa_sft.models.parts import vision_parameters
-from vqa_sft.models.scoring import supervised_logits, to_choice_logits
-from vqa_sft.predictions import metrics
-from vqa_sft.predictions.file import Predictions
-from vqa_sft.predictions.fitting import calibrated_nll
-from vqa_sft.runs.checkpoints import MARKER, SaveAndStop, goes_on, keep_worker
+from vqa_sft.models.scoring import supervised_logits
+from vqa_sft.runs.checkpoints import MARKER, MarkWholeCheckpoints, SaveAndStop, goes_on, keep_worker
 from vqa_sft.training import averaging
 from vqa_sft.training.averaging import AdapterAverage, trained
-from vqa_sft.training.loss import answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
-
-METRICS = ("accuracy", "nll", "nll_calibrated", "ece")
+from vqa_sft.training.callbacks import EpochForCollator, Speed, now_s
+from vqa_sft.training.loss import LossSettings, answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
+from vqa_sft.training.metrics import letter_metrics
 
 
 class AnswerTrainer(SFTTrainer):
-    """`letter_ids` (L,) are the run's letters; `vocabulary_weight` and `letter_smoothing` are those of loss.py; batches
-    of rows that carry their letter need `end_of_turn`, the id of the token after it. `vision_learning_rate` is that of
-    all trained weights outside the language model. An `average`, one of the callbacks, is scored by every evaluation
-    as well; `stop`, another, keeps the loaders' workers from a SIGTERM while it listens."""
+    """`vision_learning_rate` is that of all trained weights outside the language model. Every evaluation scores the
+    `average` too. `stop` keeps the loaders' workers from a SIGTERM while it listens. Both are callbacks."""
 
     # `compute_loss` divides by the rows of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -52,10 +42,7 @@ class AnswerTrainer(SFTTrainer):
         *args: Any,
         data_collator: TrainCollator,
         eval_collator: AnswerCollator,
-        letter_ids: torch.Tensor,
-        vocabulary_weight: float = 0.0,
-        letter_smoothing: float = 0.0,
-        end_of_turn: int | None = None,
+        loss: LossSettings,
         vision_learning_rate: float | None = None,
         average: AdapterAverage | None = None,
         stop: SaveAndStop | None = None,
@@ -64,17 +51,16 @@ class AnswerTrainer(SFTTrainer):
         kwargs.setdefault("compute_metrics", letter_metrics)
         super().__init__(*args, data_collator=data_collator, **kwargs)
         self.eval_collator = eval_collator
-        self.letter_ids = letter_ids.to(self.args.device)
-        self.vocabulary_weight, self.letter_smoothing = vocabulary_weight, letter_smoothing
-        self.end_of_turn = end_of_turn
+        self.loss, self.letter_ids = loss, loss.letter_ids.to(self.args.device)
         self.vision_learning_rate = vision_learning_rate
         self.average, self.stop = average, stop
-        self.ids: list[str] = []  # of the rows of the step at hand
-        # Step, what it is, ids, losses (B,) since the last look; tensors, so that a step does not wait for the GPU.
+        self.ids: list[str] = []  # of the rows of the current step
+        # Step, what it is, ids, losses (B,) since the last check; tensors, so that a step does not wait for the GPU.
         self.losses: list[tuple[int, str, list[str], torch.Tensor]] = []
-        self.speed = Speed()
-        self.add_callback(self.speed)
-        self.add_callback(EpochForCollator(data_collator))
+        self.speed, self.marks = Speed(), MarkWholeCheckpoints()
+        for callback in (average, stop, self.marks, self.speed, EpochForCollator(data_collator)):
+            if callback is not None:  # the marker is written after what else is saved
+                self.add_callback(callback)
         # TRL casts the adapter of a quantised model to bf16, also under fp16, where the gradient scaler then fails;
         # and fp32 is what the optimiser wants anyway.
         if getattr(self.model, "is_quantized", False) or getattr(self.model, "is_loaded_in_4bit", False):
@@ -122,14 +108,14 @@ class AnswerTrainer(SFTTrainer):
         logits, *at_letter = supervised_logits(model, inputs).unbind(dim=1)  # (B, V)
         letter_logits = logits[:, self.letter_ids]  # (B, L)
         answers, num_choices = inputs["answers"], inputs["num_choices"]
-        smoothing = self.letter_smoothing if self.model.training else 0.0  # evaluations compare with other runs
+        smoothing = self.loss.letter_smoothing if self.model.training else 0.0  # evaluations compare with other runs
         if "targets" in inputs:
             targets = smooth(inputs["targets"], num_choices, smoothing)
         else:
             targets = letter_targets(answers, num_choices, letter_logits.shape[1], smoothing)
-        losses = answer_loss(logits, letter_logits, targets, num_choices, self.vocabulary_weight)
+        losses = answer_loss(logits, letter_logits, targets, num_choices, self.loss.vocabulary_weight)
         if at_letter:
-            losses = losses + end_of_turn_loss(at_letter[0], self.end_of_turn)
+            losses = losses + end_of_turn_loss(at_letter[0], self.loss.end_of_turn)
         step = self.state.global_step + self.model.training
         what = f"The loss of step {step}" if self.model.training else f"The loss in the evaluation after step {step}"
         self.losses.append((step, what, inputs["ids"], losses.detach()))
@@ -142,7 +128,7 @@ class AnswerTrainer(SFTTrainer):
         return (loss, (letter_logits, losses, letters_mass)) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """The Trainer's own estimate for a micro-batch; it counts the weights anew for each (4 ms for 7B)."""
+        """The Trainer's own estimate for a micro-batch, which would count the weights each time (4 ms for 7B)."""
         return 6 * inputs["input_ids"].numel() * self.num_weights
 
     @cached_property
@@ -162,8 +148,8 @@ class AnswerTrainer(SFTTrainer):
         return letters_mass
 
     def check_losses(self, weights: bool = False) -> None:
-        """Raises InputError, in every process, where a loss since the last look was no number, with the rows of the
-        first one; with `weights`, also where trained weights are none. Gradients may overflow: under fp16 they do."""
+        """Raises InputError, in every process, where a loss since the last check was nan or infinite, with the rows of
+        the first one; with `weights`, also where trained weights are. Gradients may overflow: under fp16 they do."""
         bad = self._first_bad_losses()
         if bad is None and weights and not self._has_finite_weights():
             step = self.state.global_step
@@ -172,14 +158,15 @@ class AnswerTrainer(SFTTrainer):
         if found:
             step, what, _ = min(found)
             ids = dict.fromkeys(row_id for other, _, ids in found if other == step for row_id in ids)
+            rows = "rows" if len(ids) > 1 else "row"
             raise InputError(
-                f"{what} is nan or infinite in row{'s' * (len(ids) > 1)} {', '.join(map(printable, ids))}. Look at "
+                f"{what} is nan or infinite in {rows} {', '.join(map(printable, ids))}. Look at "
                 "them; or lower learning_rate, or take bf16 in place of fp16 (another run: with another --output_dir). "
                 f"Nothing of it was saved; the same command {goes_on(self.args.output_dir)}"
             )
 
     def _first_bad_losses(self) -> tuple[int, str, list[str]] | None:
-        """The step, what is no number there, and the ids of its rows."""
+        """The step, what is nan or infinite in it, and the ids of its rows."""
         losses, self.losses = self.losses, []
         if not losses:
             return None
@@ -225,12 +212,12 @@ class AnswerTrainer(SFTTrainer):
         self.check_losses(weights=True)
         metrics = super().evaluate(*args, **kwargs)
         if self.average is not None and self.average.weights and self.state.global_step:
-            start_s = _now_s()
+            start_s = now_s()
             with averaging.swapped(self.model, self.average.weights):
                 found = self.evaluation_loop(
                     self.get_eval_dataloader(), "Evaluation of the average", metric_key_prefix="eval_average"
                 ).metrics
-            self.speed.start_s += _now_s() - start_s
+            self.speed.start_s += now_s() - start_s
             self.average.keep_if_best(found["eval_average_nll_calibrated"])
             self.log(found)
             metrics |= found
@@ -279,7 +266,7 @@ class AnswerTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Checkpoints hold the model's own names. `save_pretrained` writes those of the hub, which the Trainer
-        (transformers 5.23) does not find again when it resumes or takes the best: it would load nothing."""
+        (transformers 5.23) does not find when it resumes or takes the best: it would load nothing."""
         is_checkpoint = output_dir is not None and Path(output_dir).resolve() != Path(self.args.output_dir).resolve()
         if isinstance(self.model, PeftModel) or not is_checkpoint:
             return super()._save(output_dir, state_dict)
@@ -290,12 +277,12 @@ class AnswerTrainer(SFTTrainer):
             del self.model.save_pretrained
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Raises InputError where the Trainer would warn, and train on from other weights than those of the file."""
+        """Raises InputError where the Trainer would only warn, and train from other weights than those of the file."""
         missing = set(load_result.missing_keys) - set(getattr(self.model, "all_tied_weights_keys", ()))
         if missing or load_result.unexpected_keys:
             raise InputError(
                 f"a checkpoint in {self.args.output_dir} is of another model: {len(missing)} of the weights are not in "
-                f"it, {len(load_result.unexpected_keys)} others are. Start anew with --overwrite."
+                f"it, {len(load_result.unexpected_keys)} others are. Start again with --overwrite."
             )
 
 
@@ -303,115 +290,3 @@ def _init_worker(init: Callable[[int], None] | None, is_listening: torch.Tensor,
     keep_worker(is_listening)
     if init is not None:
         init(worker)
-
-
-class EpochForCollator(TrainerCallback):
-    """Tells the training collator which epoch it draws orders for, also after a resume."""
-
-    def __init__(self, collator: TrainCollator) -> None:
-        self.collator = collator
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.collator.epoch.fill_(int(state.epoch or 0))
-
-
-class Speed(TrainerCallback):
-    """Examples per second and peak memory of training alone: without the first steps, without evaluation."""
-
-    WARM_UP_STEPS = 3
-
-    def __init__(self) -> None:
-        self.num_rows = self.num_steps = 0
-        self.start_s = self.examples_per_s = 0.0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.num_steps += 1
-        if self.num_steps == self.WARM_UP_STEPS:
-            self.num_rows, self.start_s = 0, _now_s()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        self.start_s += metrics.get("eval_runtime", 0.0)  # as if it had taken no time
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.num_steps > self.WARM_UP_STEPS:
-            self.examples_per_s = self.num_rows / (_now_s() - self.start_s)
-
-    def metrics(self) -> dict[str, float]:
-        values = {"train_examples_per_s": self.examples_per_s} if self.examples_per_s else {}
-        if torch.cuda.is_available():
-            values["peak_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
-            values["compilations"] = num_compilations()
-        return values
-
-
-def _now_s() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-class _ChoiceMetric(evaluate.Metric):
-    """An `evaluate` metric of choice probabilities, made from our module: `evaluate.load` would ask the Hub."""
-
-    def __init__(self) -> None:
-        # In memory: evaluate's cache files would be shared by processes and runs.
-        super().__init__(keep_in_memory=True)
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = {"predictions": datasets.List(datasets.Value("float64")), "references": datasets.Value("int64")}
-        return evaluate.MetricInfo(
-            description=self.__class__.__doc__, citation="", features=datasets.Features(features)
-        )
-
-
-class AnswerAccuracy(_ChoiceMetric):
-    """Share of rows whose likeliest choice is the answer."""
-
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        return {"accuracy": metrics.accuracy(predictions, references)}
-
-
-class AnswerNLL(_ChoiceMetric):
-    """Mean negative log-likelihood of the answers, in nats."""
-
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        return {"nll": metrics.nll(predictions, references)}
-
-
-class AnswerCalibratedNLL(_ChoiceMetric):
-    """NLL at the best temperature, see calibration.py: what chooses between weights."""
-
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        logits = [np.log(np.maximum(row, np.finfo(np.float32).tiny)) for row in predictions]
-        return {"nll_calibrated": calibrated_nll(logits, references)}
-
-
-class AnswerECE(_ChoiceMetric):
-    """Expected calibration error, 15 equal-width bins."""
-
-    def _compute(self, predictions: list, references: list) -> dict[str, float]:
-        return {"ece": metrics.ece(predictions, references)}
-
-
-def letter_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """`METRICS`, the mean loss and the letters' mean share of the probability, from what `prediction_step` gives of N
-    rows."""
-    letter_logits, losses, letters_mass = prediction.predictions
-    answers, num_choices = prediction.label_ids.T
-    probs = metrics.softmax([row[:count] for row, count in zip(letter_logits, num_choices, strict=True)])
-    combined = evaluate.combine([AnswerAccuracy(), AnswerNLL(), AnswerCalibratedNLL(), AnswerECE()])
-    found = combined.compute(predictions=[row.tolist() for row in probs], references=answers.tolist())
-    means = {"loss": losses, "letters_mass": letters_mass}
-    return {name: float(np.mean(values, dtype=np.float64)) for name, values in means.items()} | found
-
-
-def predict_examples(trainer: AnswerTrainer, examples: datasets.Dataset) -> tuple[Predictions, dict[str, float]]:
-    """Predictions for the examples, in their order, and their metrics. Called by every process."""
-    output = trainer.predict(examples, metric_key_prefix="validation")
-    trainer.check_losses()
-    num_choices = torch.from_numpy(output.label_ids[:, 1])
-    letter_logits = torch.from_numpy(output.predictions[0])
-    identity = torch.arange(letter_logits.shape[1]).expand_as(letter_logits)
-    choice_logits = to_choice_logits(letter_logits, identity, num_choices)
-    predictions = Predictions(examples["id"][:], choice_logits, examples["answer"][:], digests=digests_of(examples))
-    return predictions, {name: output.metrics[f"validation_{name}"] for name in METRICS}

@@ -13,14 +13,15 @@ from gradients import assert_same, gradients_of
 from PIL import Image
 from safetensors.torch import load_file
 from scripts import run_script
+from trl import ModelConfig
 
 from vqa_sft.batch import collator as collators
 from vqa_sft.batch.collator import AnswerCollator, TrainCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.examples import FEATURES
 from vqa_sft.models.families import FAMILIES
-from vqa_sft.models.fast import feature_store, fill_store, speedups, vision
-from vqa_sft.models.load import load_processor
+from vqa_sft.models.fast import feature_store, speedups, vision
+from vqa_sft.models.load import load_model, load_processor
 from vqa_sft.models.scoring import answer_logits
 from vqa_sft.predictions.file import read_predictions
 
@@ -54,7 +55,7 @@ def collators_of(model, processor, precision="fp32", blank=None):
 
 
 def fill(model, collator, rows, precision="fp32", batch_size=2, num_workers=0):
-    fill_store.fill_store(model, collator, [Dataset.from_list(rows, FEATURES)], precision, batch_size, num_workers)
+    feature_store.fill_store(model, collator, [Dataset.from_list(rows, FEATURES)], precision, batch_size, num_workers)
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_a_second_run_computes_nothing_and_opens_no_image(road, opened, capsys, 
     _, collator = collators_of(model, processor)
     fill(model, collator, rows, num_workers=2)
     assert "features of 4 images, 4 computed, 0 found" in capsys.readouterr().out
-    monkeypatch.setattr(fill_store, "run_tower", lambda *args: pytest.fail("the tower ran"))
+    monkeypatch.setattr(feature_store, "run_tower", lambda *args: pytest.fail("the tower ran"))
     _, again = collators_of(model, processor)
     assert again.features.folder == collator.features.folder
     again(rows)
@@ -201,20 +202,13 @@ def test_a_writer_that_is_killed_leaves_nothing_half(home, monkeypatch):
 
 def test_weights_limits_and_precision_have_folders_of_their_own(families, tmp_path):
     folders = [families("qwen2_5_vl"), save_family("qwen2_5_vl", tmp_path / "other", seed=1)]
-    models = [cache_model(folder) for folder in folders]
+    models = [load_model(ModelConfig(model_name_or_path=str(folder), dtype=None), "fp32") for folder in folders]
     processor, small = load_processor(folders[0]), load_processor(folders[0], min_pixels=784, max_pixels=3136)
     keys = [feature_store.tower_key(*how) for how in ((models[0], processor, "fp32"), (models[1], processor, "fp32"))]
     keys += [feature_store.tower_key(models[0], small, "fp32"), feature_store.tower_key(models[0], processor, "bf16")]
     assert len(set(keys)) == 4
-    assert feature_store.tower_key(cache_model(folders[0]), load_processor(folders[0]), "fp32") == keys[0]
-
-
-def cache_model(folder):
-    from trl import ModelConfig
-
-    from vqa_sft.models.load import load_model
-
-    return load_model(ModelConfig(model_name_or_path=str(folder), dtype=None), "fp32")
+    again = load_model(ModelConfig(model_name_or_path=str(folders[0]), dtype=None), "fp32")
+    assert feature_store.tower_key(again, load_processor(folders[0]), "fp32") == keys[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -278,7 +272,7 @@ def test_a_disk_that_takes_no_features_costs_time_and_no_run(
 
         monkeypatch.setattr(Path, "write_bytes", full)
     elif trouble == "full before":
-        monkeypatch.setattr(fill_store.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**30 + 100}))
+        monkeypatch.setattr(feature_store.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**30 + 100}))
     else:
         home.parent.mkdir()
         home.write_text("a file where the folder should be")
@@ -318,10 +312,10 @@ def test_the_estimate_of_the_disk_space_is_what_the_features_take(road, home, ca
     data = Dataset.from_list(rows, FEATURES).select_columns(["id", "images"])
     rows = torch.utils.data.ConcatDataset([data])
     config = model.get_base_model().config
-    fill_store.fill_store(model, collator, [data], "fp32", 4, 0)
-    for digest, place in fill_store._plan(collator, config, rows, "fp32")[0].items():
+    feature_store.fill_store(model, collator, [data], "fp32", 4, 0)
+    for digest, place in feature_store._plan(collator, config, rows, "fp32")[0].items():
         features, _ = collator.features.read(digest)
-        assert fill_store._num_values(collator, config, rows, place) == features.numel()
+        assert feature_store._num_values(collator, config, rows, place) == features.numel()
 
 
 def test_a_image_that_nobody_checked_is_named_when_it_cannot_be_read(families, contest, sft, tmp_path, capsys):

@@ -50,7 +50,7 @@ def allocated_gib(shape, plan):
 # --- against measurements ---------------------------------------------------------------------------------------------
 
 # One H200, torch 2.11, bf16, AdamW, LoRA of rank 32 on the seven linear layers, 448 px (256 tokens) a row; peak of
-# max_memory_allocated in GiB (docs/speed.md holds most). Compiled layers keep all that the compiler chooses to keep,
+# max_memory_allocated in GiB (docs/measurements/speed.md). Compiled layers keep all that the compiler chooses to keep,
 # or as much as the default of activation_memory_budget lets them.
 ALL, LESS = {"compiled": True}, {"compiled": True, "memory_budget": 0.7}
 OLD = {"fused": False}  # before adapters were fused
@@ -212,8 +212,7 @@ def small(request, monkeypatch):
 
 def saved_bytes(name, how, num_tokens=40, *, fused=False):
     """What autograd saves for one decoder layer, per token: counted, under autocast to bf16, without the weights."""
-    args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=8, lora_dropout=0.0)
-    args = replace(args, **{key: value for key, value in how.items() if key != "compiled"})
+    args = small_args(name, how)
     model = AutoModelForImageTextToText.from_config(shapes.shape_config(name), dtype=torch.bfloat16)
     adapter = lora_config(args, model)
     if adapter is not None:
@@ -254,17 +253,16 @@ def saved_bytes(name, how, num_tokens=40, *, fused=False):
 )
 @pytest.mark.parametrize("fused", [False, True])
 def test_what_a_layer_keeps_is_what_autograd_saves(small, how, fused):
-    shape = shape_of_small(small, how)
+    shape = read_shape(small_args(small, how), shapes.shape_config(small))
     plan = Plan(1, compiled=how.get("compiled", False), fused=fused)
     attention, mlp = kept_by_layer(shape, plan)
     fused = fused and how in ({}, {"compiled": True})
     assert sum(attention.values()) + sum(mlp.values()) == saved_bytes(small, how, fused=fused)
 
 
-def shape_of_small(name, how):
+def small_args(name, how):
     args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=8, lora_dropout=0.0)
-    args = replace(args, **{key: value for key, value in how.items() if key != "compiled"})
-    return read_shape(args, shapes.shape_config(name))
+    return replace(args, **{key: value for key, value in how.items() if key != "compiled"})
 
 
 # --- what follows from what -------------------------------------------------------------------------------------------
@@ -569,7 +567,7 @@ def test_running_out_of_memory_ends_with_what_to_change(families, sft, tmp_path,
     # Where the end of an epoch depends on the micro-batch, it is left to the user.
     values = {"global_batch_size": 8, "gradient_checkpointing": False, "dataloader_drop_last": True}
     error = fails(capsys, sft, model, run_dir, fast=fast, **values)
-    assert "the memory of GPU 0 ran out in training" in error and "starts anew" in error
+    assert "the memory of GPU 0 ran out in training" in error and "starts again" in error
     assert "  --gradient_checkpointing true\n" in error
     error = fails(capsys, sft, families("llava"), tmp_path / "llava")  # after 2 rows at a time, and 1
     assert "lower per_device_train_batch_size" in error

@@ -5,11 +5,10 @@
 With a `shared_prefix` (packing.py) the tokens that all rows begin with stand once in q, k and v; the rows are written
 out for the attention alone.
 
-Registered with transformers' AttentionInterface under two names, so that no forward of the libraries is replaced. The
-vision tower asks for `TOWER`, whose name holds "flash": then the library makes one call a layer, where it else loops
-over windows in Python, hundreds of calls a layer. On a GPU of compute capability 8.0 or newer, in half precision, the
-call goes to `torch.nn.attention.varlen`; elsewhere to one sdpa call for all rows of one length. Without `cu_seq_lens_q`
-it is the library's own sdpa, masks and all. Goes when the library's sdpa learns `cu_seq_lens`.
+Registered with transformers' AttentionInterface under two names. The vision tower asks for `TOWER`, whose name holds
+"flash": then the library makes one call a layer and does not loop over windows in Python. On a GPU of compute
+capability 8.0 or newer, in half precision, the call goes to `torch.nn.attention.varlen`; elsewhere to one sdpa call for
+all rows of one length; without `cu_seq_lens_q` to the library's own sdpa. Goes when that learns `cu_seq_lens`.
 """
 
 import inspect
@@ -45,7 +44,7 @@ def can_use_varlen(device: torch.device, dtype: torch.dtype, head_dims: Iterable
     )
 
 
-def packed_attention(
+def packed_attention(  # noqa: PLR0913  the signature is transformers' own
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -95,8 +94,8 @@ def tower_attention(*args: Any, shared_prefix: Any = None, **kwargs: Any) -> tup
 
 
 class WriteOut(torch.autograd.Function):
-    """Packed row (1, H, N, D) -> rows written out (1, H, M, D). Backward, the copies of a token are summed, in fp32 and
-    in an order of their own: indexing would add them as they come, in the precision of the row."""
+    """Packed row (1, H, N, D) -> rows written out (1, H, M, D). Backward, the copies of a token are summed in fp32 and
+    in a fixed order, which indexing would not do."""
 
     @staticmethod
     def forward(

@@ -5,12 +5,11 @@
         grid       (3,)  frames, rows and columns of patches, which the prompt needs
 
 `digest` is that of the image's file, `tower` that of everything else that the features depend on: weights, precision,
-pixel limits. Folds, epochs, runs and predictions share the files; another base or another limit has its own, and
-deleting them is always safe. Augmented images have no digest of what was done to them, so a recipe with both is
-refused.
+pixel limits. Folds, epochs, runs and predictions share the files; deleting them is always safe. Augmented images have
+no digest, so a recipe with both is refused.
 
     store = open_store(model, ...)        before the tower is sped up
-    fill_store(model, collator, ...)      after it (fill_store.py); from then on the collators open no image
+    fill_store(model, collator, ...)      after it; from then on the collators open no image
 
 What cannot be stored or read goes through the tower as pixels, and a line reports it.
 """
@@ -18,29 +17,46 @@ What cannot be stored or read goes through the tower as pixels, and a line repor
 import hashlib
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import datasets
 import PIL
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object, send_to_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from torch.utils.data import ConcatDataset, DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from vqa_sft.data.scan import cache_path
+from vqa_sft.batch.collator import BLANK_SIZE, AnswerCollator
+from vqa_sft.data.images import size_of
+from vqa_sft.data.scan import cache_path, count_cores
 from vqa_sft.errors import InputError
 from vqa_sft.models import processes
-from vqa_sft.models.families import FAMILIES, tower_of
+from vqa_sft.models.families import FAMILIES, num_deepstack, tower_of
 from vqa_sft.models.fast.packing import Packer
 from vqa_sft.models.fast.speedups import base_of, say
+from vqa_sft.models.fast.vision import is_frozen, run_tower
+from vqa_sft.models.load import DTYPES
 
 FORMAT = 1  # count up when the files, or how images are read, change
+RESERVED_BYTES = 2**30  # left free, for a run saves its checkpoints too
+BLOCK_ROWS = 128
+WRITERS = 4
+
+Place = tuple[int, int]  # number of a row, and of an image in it
 
 
 class FeatureStore:
@@ -113,10 +129,6 @@ class FeatureStore:
                 half.unlink()
             raise
 
-    def remove(self, digest: str) -> None:
-        with suppress(OSError):
-            self.path(digest).unlink()
-
     def _metadata(self, digest: str, features: torch.Tensor, grid: torch.Tensor) -> dict[str, str]:
         # Whose features they are, and a checksum: a disk that lost power may hold zeros at the right length.
         checksum = zlib.crc32(_bytes(grid), zlib.crc32(_bytes(features)))
@@ -162,3 +174,173 @@ def tower_key(model: PreTrainedModel, processor: ProcessorMixin, precision: str)
     settings = (FORMAT, PIL.__version__, precision, config, processor.image_processor.to_dict())
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]
+
+
+def fill_store(
+    model: nn.Module,
+    collator: AnswerCollator,
+    parts: Sequence[datasets.Dataset],
+    precision: str,
+    batch_size: int,
+    num_workers: int,
+) -> None:
+    """Compute the features of all images of `parts` that the collator's store lacks, each process its share.
+
+    Called by every process. Raises InputError where the tower is trained, and for an image that cannot be read.
+    """
+    base, store, state = base_of(model), collator.features, PartialState()
+    if not is_frozen(tower_of(base)):
+        raise InputError(
+            "cache_image_features needs a vision tower that stays as it is, and this run trains it: look at "
+            "lora_target_modules and lora_modules_to_save, or remove cache_image_features."
+        )
+    rows = ConcatDataset([part.with_format(None).select_columns(["id", "images"]) for part in parts])
+    plan = _plan(collator, base.config, rows, precision) if state.is_main_process else None
+    places, missing, problem = processes.from_main(plan)
+    if not problem:
+        # Batches are cut before they are dealt out, so any number of processes computes the same ones.
+        batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+        own = batches[state.process_index :: state.num_processes]
+        named = [[(digest, places[digest]) for digest in batch] for batch in own]
+        problem = _first(_compute(base, collator, rows, named, precision, num_workers))
+        sizes = [] if problem else [store.num_bytes(digest) for digest in places]
+        problem = problem or _first(None if all(sizes) else f"not every process sees all files in {store.folder}")
+        if problem:
+            # What is there is of little use when batches lack some of it, and the run itself may need the room.
+            for digest in chain.from_iterable(own):
+                with suppress(OSError):
+                    store.path(digest).unlink()
+    if problem:
+        say(f"images go through the tower every time, for their features cannot be stored: {problem}")
+        return
+    store.is_filled = True
+    counts = f"{len(missing):,} computed, {len(places) - len(missing):,} found"
+    say(f"features of {len(places):,} images, {counts}: {sum(sizes) / 1e6:,.1f} MB in {store.folder}")
+
+
+def _first(problem: str | None) -> str | None:
+    """The first problem that a process has; waits for all."""
+    return next(filter(None, gather_object([problem])), None)
+
+
+def _plan(
+    collator: AnswerCollator, config: PreTrainedConfig, rows: ConcatDataset, precision: str
+) -> tuple[dict[str, Place], list[str], str | None]:
+    """Where each distinct image stands, which are not stored, and why they cannot be."""
+    store = collator.features
+    with ThreadPoolExecutor(count_cores()) as pool:  # reading and hashing release the GIL
+        places = _find_images(collator, rows, pool)
+        sizes = pool.map(store.num_bytes, places)
+        missing = [digest for digest, size in zip(places, sizes, strict=True) if not size]
+    if not missing:
+        return places, missing, None
+    num_values = sum(_num_values(collator, config, rows, places[digest]) for digest in missing)
+    needed = num_values * DTYPES[precision].itemsize
+    say(f"features of {len(missing):,} images will take about {needed / 1e6:,.1f} MB in {store.folder}")
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(store.folder).free
+    except OSError as error:
+        return places, missing, str(error)
+    full = f"{free / 1e6:,.0f} MB are free, of which {RESERVED_BYTES / 1e6:,.0f} are left for the run"
+    return places, missing, full if needed > free - RESERVED_BYTES else None
+
+
+def _find_images(collator: AnswerCollator, rows: ConcatDataset, pool: ThreadPoolExecutor) -> dict[str, Place]:
+    """Digest -> where it first stands, of all images that can be read; nothing is decoded."""
+    places: dict[str, Place] = {}
+    paths: set[str] = set()
+    for first, block in _read_blocks(rows):
+        new = []
+        for number, row in enumerate(block, first):
+            for position, image in enumerate(row["images"]):
+                if image["bytes"] is not None or image["path"] not in paths:
+                    new.append((row, (number, position)))
+                if image["bytes"] is None:
+                    paths.add(image["path"])
+        digests = pool.map(lambda found: collator.digest(found[0], found[1][1]), new)
+        for digest, (_, place) in zip(digests, new, strict=True):
+            if digest is not None:
+                places.setdefault(digest, place)
+    return places
+
+
+def _read_blocks(rows: ConcatDataset) -> Iterator[tuple[int, list[dict]]]:
+    """Some rows at a time, far faster than one by one, with the number of the first."""
+    for first, part in zip([0, *rows.cumulative_sizes], rows.datasets, strict=False):
+        for start in range(0, len(part), BLOCK_ROWS):
+            block = part[start : start + BLOCK_ROWS]
+            yield first + start, [dict(zip(block, row, strict=True)) for row in zip(*block.values(), strict=True)]
+
+
+def _num_values(collator: AnswerCollator, config: PreTrainedConfig, rows: ConcatDataset, place: Place) -> int:
+    """How many numbers the features of an image will be, from its header."""
+    number, position = place
+    row = rows[number]
+    processor = collator.processor.image_processor
+    try:
+        width, height = BLANK_SIZE if collator.is_blank(row, position) else size_of(row["images"][position])
+        num_patches = processor.get_number_of_image_patches(height, width)
+    except Exception:  # what cannot be read will be refused when it is
+        return 0
+    num_levels = 1 + num_deepstack(config)
+    return num_patches // processor.merge_size**2 * config.vision_config.out_hidden_size * num_levels
+
+
+def _compute(
+    base: PreTrainedModel,
+    collator: AnswerCollator,
+    rows: ConcatDataset,
+    batches: list[list[tuple[str, Place]]],
+    precision: str,
+    num_workers: int,
+) -> str | None:
+    """Compute and write features; what went wrong when they were written."""
+    if not batches:
+        return None
+    # A batch is one element of what is loaded.
+    loader = DataLoader(batches, None, collate_fn=partial(_preprocess, collator, rows), num_workers=num_workers)
+    tower = tower_of(base)
+    was_training = tower.training
+    tower.eval()
+    writes: list[Future] = []
+    with ThreadPoolExecutor(WRITERS) as pool:
+        is_main = PartialState().is_main_process
+        for digests, inputs in tqdm(loader, desc="Image features", disable=not is_main):
+            computed = _features_of_each(base, inputs, precision)
+            problem = _problem_of(writes)  # those of the batch before, which were written meanwhile
+            if problem:
+                break
+            computed = zip(digests, computed, inputs["image_grid_thw"], strict=True)
+            writes = [pool.submit(collator.features.write, *of_image) for of_image in computed]
+        problem = problem or _problem_of(writes)
+    tower.train(was_training)
+    return problem
+
+
+def _problem_of(writes: Sequence[Future]) -> str | None:
+    try:
+        for write in writes:
+            write.result()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _preprocess(
+    collator: AnswerCollator, rows: ConcatDataset, places: list[tuple[str, Place]]
+) -> tuple[list[str], dict[str, Any]]:
+    """The images at these places as the tower takes them; runs in a worker."""
+    images = [collator.image(rows[number], position) for _, (number, position) in places]
+    batch = collator.processor.image_processor(images=images, return_tensors="pt")
+    grid = batch["image_grid_thw"]
+    inputs = collator.packer.pack_images(batch["pixel_values"], grid) | {"image_grid_thw": grid}
+    return [digest for digest, _ in places], inputs
+
+
+def _features_of_each(base: PreTrainedModel, inputs: dict[str, Any], precision: str) -> list[torch.Tensor]:
+    """Features of each image, on the CPU."""
+    tower = tower_of(base)
+    features = run_tower(base, send_to_device(inputs, next(tower.parameters()).device), precision)
+    num_tokens = inputs["image_grid_thw"].prod(dim=-1) // tower.spatial_merge_size**2
+    return [of_image.contiguous() for of_image in features.cpu().split(num_tokens.tolist(), dim=-2)]

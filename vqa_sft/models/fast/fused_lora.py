@@ -4,12 +4,11 @@
     here              y = [x, x Aᵀ] [W, s B]ᵀ       one; the rank is a few more columns of one product
 
 Wide tensors are what LoRA costs: on an H200 the MLP of Qwen2.5-VL-7B takes 5 to 7% longer with three of them. gate and
-up are fused forward, down backward, whose wide tensor is the gradient of its input. W lies in one buffer with its
-adapter's columns or rows, which are written again before every forward; the layer's own weight is a view of it.
+up are fused forward, down backward, whose wide tensor is the gradient of its input. W is a view of one buffer with its
+adapter's columns or rows, which are written again before every forward.
 
-Exact: the same sum in another order. For MLPs of gate, up and down whose three layers have one plain adapter (no
-dropout, no bias, no DoRA or other variant) on a base that is neither quantised nor trained; others stay as they are.
-Goes when PEFT learns it.
+Exact: the same sum in another order. For MLPs of gate, up and down with one plain adapter each (no dropout, bias or
+DoRA) on a base that is neither quantised nor trained; others stay as they are. Goes when PEFT learns it.
 """
 
 import types

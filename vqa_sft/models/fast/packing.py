@@ -10,11 +10,10 @@ N is the number of tokens without padding, where those that all rows begin with 
     shared_prefix = places (M,), own (N,), copies (B, P)      M tokens in the rows written out, P of them shared
 
 Where rows have `leaders`, what a row and its leader begin with stands once as well: the image and the question of the
-orders of a row, the image of several questions about it. Such a batch is for scoring: it has no `copies`, without
-which there are no gradients.
+orders of a row, the image of several questions about it. Such a batch is for scoring: without `copies` it has no
+gradients. Attention alone sees the rows written out (attention.py), for which `cu_seq_lens_q` holds.
 
-Attention alone sees the rows written out (attention.py), for which `cu_seq_lens_q` holds. Made in the data loader's
-workers, by the library's own functions, so that neither a forward nor a copy waits for the GPU.
+Made in the data loader's workers, by the library's own functions, so that no forward or copy waits for the GPU.
 """
 
 from collections.abc import Callable

@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from vqa_sft.models import processes
 from vqa_sft.models.families import FAMILIES, head_dim, num_deepstack, tower_of
@@ -41,7 +41,8 @@ def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) ->
     config.text_config._attn_implementation = attention.DECODER
     config.vision_config._attn_implementation = attention.TOWER
     device = PartialState().device  # where the model will be, if it is not there yet
-    use_varlen = attention.can_use_varlen(device, DTYPES[precision], head_dims_of(config))
+    of_tower = config.vision_config.hidden_size // config.vision_config.num_heads
+    use_varlen = attention.can_use_varlen(device, DTYPES[precision], (head_dim(config.text_config), of_tower))
     if device.type == "cuda" and not use_varlen:
         say("attention goes row by row: this GPU or precision has no kernel for rows of different lengths")
     for module in model.modules():
@@ -143,11 +144,6 @@ def pays_compilation(num_rows: float, asked: bool | None) -> bool:
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The model itself, or the one under its adapter."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def head_dims_of(config: PreTrainedConfig) -> set[int]:
-    """Of the language model and of the vision tower."""
-    return {head_dim(config.text_config), config.vision_config.hidden_size // config.vision_config.num_heads}
 
 
 @functools.cache

@@ -1,13 +1,11 @@
-"""What makes a vision tower fast, exact to the library's own; applied at run time, nothing of it is saved.
+"""What makes a vision tower fast, exact to the library's own; nothing of it is saved.
 
-| what | why |
-|---|---|
-| patches through a matrix product | each patch is seen once; the 3-D convolution is slow on some GPUs |
-| MLP width a multiple of 64, padded with zeros | Qwen2.5-VL's 3,420 is none of 8: a third of the speed on an H200 |
-| no gradients where nothing is trained | PEFT's hook on the embeddings would make the whole tower run backward |
+    patches by a matrix product     each patch is seen once; the 3-D convolution is slow on some GPUs
+    MLP width padded to 64 k        Qwen2.5-VL's 3,420 is no multiple of 8: a third of the speed on an H200
+    no gradients                    PEFT's hook on the embeddings would make a frozen tower run backward
 
-For towers of families.py; each step looks at what it changes and leaves alone what it does not know. Windows of equal
-length in one call: attention.py. Positions and windows computed in the workers: families.py.
+Each step looks at what it changes and leaves alone what it does not know. Windows of equal length in one call:
+attention.py. Positions and windows computed in the workers: families.py.
 """
 
 import types
@@ -32,10 +30,8 @@ def is_frozen(tower: nn.Module) -> bool:
 
 
 def speed_up_tower(tower: nn.Module, mlp: Sequence[str]) -> list[str]:
-    """Change a frozen `tower` in place, the linear layers of whose MLPs are named `mlp`; what was done, in words.
-
-    A tower that is trained keeps its shapes, for its weights will be saved.
-    """
+    """Change a frozen `tower` in place; what was done, in words. The linear layers of its MLPs are named `mlp`. A tower
+    that is trained keeps its shapes, for its weights will be saved."""
     done = []
     if embed_patches_by_product(tower):
         done.append("patches by a matrix product")
@@ -56,7 +52,6 @@ def embed_patches_by_product(tower: nn.Module) -> bool:
     conv = getattr(embed, "proj", None)
     if not isinstance(conv, nn.Conv3d) or conv.kernel_size != conv.stride or any(conv.padding) or conv.groups != 1:
         return False
-
     embed.forward = types.MethodType(_embed_by_product, embed)
     return True
 

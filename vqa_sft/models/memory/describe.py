@@ -1,7 +1,6 @@
 """What `vqa-sft memory` prints."""
 
 from dataclasses import replace
-from typing import Any
 
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.models import processes
@@ -14,13 +13,6 @@ SHARED_TOKENS = 20  # Qwen's template with our own prompt in English: 22
 CONTEXT_GIB = 0.76
 
 
-def expected_precision(values: dict[str, Any]) -> str:
-    """The precision that a recipe's `values` come to on a GPU that is not at hand: bf16 unless they say otherwise."""
-    if values.get("bf16") is False and values.get("fp16") is False:
-        return "fp32"
-    return "fp16" if values.get("fp16") else "bf16"
-
-
 def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: float | None) -> tuple[str, bool]:
     """A table of what the recipe needs, and whether it fits a GPU of `gpu_gib`."""
     # Its precision is that of the GPU, not of this machine.
@@ -28,7 +20,8 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
     name, fast = model_args.model_name_or_path, arguments.fast
     config, note = read_config(model_args, trust_remote_code=training_args.trust_remote_code)
     shape = read_shape(model_args, config, **arguments.adapted_parts)
-    precision = expected_precision(recipe.values)
+    asked = {name: recipe.values.get(name) for name in ("bf16", "fp16")}
+    precision = "fp16" if asked["fp16"] else "fp32" if asked == {"bf16": False, "fp16": False} else "bf16"
     plan = read_plan(
         training_args,
         model_args,

@@ -16,19 +16,19 @@ from vqa_sft.models.memory.needs import Plan, Shape
 
 GIB = 2**30
 # Fitted to peaks of torch.cuda.max_memory_allocated on one H200 (torch 2.11, transformers 5.23, trl 1.16): the points
-# in tests/test_memory.py. What layers keep is not fitted, it is counted (`kept_by_layer`).
+# in tests/models/memory/test_memory.py. What layers keep is not fitted, it is counted (`kept_by_layer`).
 # Temporaries of one decoder layer, forward or backward, in tensors of (N, intermediate size): the gradients of the
 # MLP's three wide tensors and LoRA's share of them; in the forward pass a wide tensor and its fp32 copy.
 LAYER = 4.0
 # Libraries' workspaces, small tensors, rounding.
 LIBRARIES_GIB = 0.4
-# Not fitted: temporaries of one block of the vision tower, in tensors of (patches, hidden size); the rotation of
-# queries and keys in fp32 is the widest moment. Counted in the library's forward on fake tensors.
+# Not fitted, counted on fake tensors: temporaries of one block of the vision tower, in tensors of (patches, hidden
+# size); the rotation of queries and keys in fp32 is the widest moment.
 TOWER = 15.0
-# What torch reserves beyond what it hands out, as a share of what comes and goes: 37.7 to 36.7 GiB, docs/speed.md.
+# What torch reserves beyond what it hands out, as a share of what comes and goes: 37.7 to 36.7 GiB.
 FRAGMENTATION = 0.05
 # Copies of the attention weights (T, T) that sdpa keeps where it has no fused kernel; with a mask and grouped heads it
-# has none. From 59.8 GiB of the libraries' path to 51.5 with packed rows, docs/speed.md.
+# has none. From 59.8 GiB of the libraries' path to 51.5 with packed rows, docs/measurements/speed.md.
 WEIGHTS_KEPT = 3
 
 
@@ -45,6 +45,10 @@ def num_tokens(shape: Shape, plan: Plan) -> int:
     """Tokens of a micro-batch, as all but attention see it."""
     spared = (plan.micro_batch - 1) * plan.shared_tokens if plan.fast else 0
     return plan.micro_batch * row_tokens(shape, plan) - spared
+
+
+def num_patches(shape: Shape, plan: Plan) -> int:
+    return plan.micro_batch * plan.images * image_tokens(shape, plan) * shape.merge**2
 
 
 def weight_bytes(shape: Shape, plan: Plan) -> tuple[float, float]:
@@ -66,7 +70,7 @@ def weight_bytes(shape: Shape, plan: Plan) -> tuple[float, float]:
 
 def trained_bytes(shape: Shape, plan: Plan) -> float:
     """An adapter's fp32 weights; gradients and optimiser states of what is trained, in its precision; with several
-    processes DDP's buckets, which hold the gradients once more. Gradients stay while micro-batches accumulate."""
+    processes DDP's buckets, which hold the gradients once more."""
     value = plan.weight_bytes if shape.trains_base else 4
     buckets = value if plan.processes > 1 else 0
     own = 0 if shape.trains_base else value
@@ -76,15 +80,15 @@ def trained_bytes(shape: Shape, plan: Plan) -> float:
 def kept_by_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes per token that one decoder layer keeps for its backward pass: its attention's, its MLP's.
 
-    Uncompiled is what autograd saves in the library's forward (tests/test_memory.py counts it there). Frozen linear
-    layers keep nothing; their adapters keep their input, because PEFT converts it to the adapter's fp32 and autocast
-    back: a copy for each. Without that conversion (4 and 8 bit) layers share one. Compiled is what torch.compile's
-    partitioner saves: norms, rotations and activations are computed again, layers share inputs. On a memory budget
-    below 1 the inputs of linear layers are computed again too, then `up`, then `gate`: that is assumed, and fits the
-    peaks measured on an H200 at 0.7, 0.4 and 0.2 (docs/speed.md).
+    Uncompiled is what autograd saves in the library's forward, as tests/models/memory counts it. Frozen linear layers
+    keep nothing; their adapters keep their input, because PEFT converts it to the adapter's fp32 and autocast back: a
+    copy for each. Without that conversion (4 and 8 bit) layers share one. Compiled is what torch.compile's partitioner
+    saves: norms, rotations and activations are computed again, layers share inputs. On a memory budget below 1 the
+    inputs of linear layers are computed again too, then `up`, then `gate`: that is assumed, and fits measured peaks.
     """
-    size, hidden, wide = plan.value_bytes, shape.hidden, shape.intermediate
-    query, key = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
+    size, hidden, wide = plan.value_bytes, shape.text.hidden_size, shape.text.intermediate_size
+    num_heads, num_key_heads = shape.text.num_attention_heads, shape.text.num_key_value_heads
+    query, key = num_heads * shape.head_dim, num_key_heads * shape.head_dim
     keys = key if plan.attention == "grouped" else query
     separate = _converts(shape, plan) or plan.lora_dropout > 0
     copied = size + 1 if plan.lora_dropout else size  # dropout keeps a mask beside every copy
@@ -103,7 +107,7 @@ def kept_by_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], dict[str,
         "attention output": size * query,
         # What attention keeps is the same tensor where nothing is converted.
         "input of o": copies("o_proj") * copied * query if separate else 0,
-        "log-sum-exp": 4 * shape.heads,
+        "log-sum-exp": 4 * num_heads,
         "narrow outputs of adapters": narrow("q_proj", "k_proj", "v_proj", "o_proj"),
     }
     inputs = copies("gate_proj", "up_proj")
@@ -116,7 +120,7 @@ def kept_by_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], dict[str,
         "narrow outputs of adapters": narrow("gate_proj", "up_proj", "down_proj"),
     }
     if plan.attention == "unfused":
-        attention["attention weights"] = WEIGHTS_KEPT * size * shape.heads * row_tokens(shape, plan)
+        attention["attention weights"] = WEIGHTS_KEPT * size * num_heads * row_tokens(shape, plan)
     if plan.compiled:
         attention["norm: input, 1 / rms"] = size * hidden + 4
         mlp["norm: input, 1 / rms"] = size * hidden + 4
@@ -127,7 +131,7 @@ def kept_by_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], dict[str,
         mlp["act(gate)"] = size * wide
         heads = 4 * (query + key)
     if shape.normalises_heads:
-        attention["norms of q and k"] = heads + 4 * (shape.heads + shape.key_heads)
+        attention["norms of q and k"] = heads + 4 * (num_heads + num_key_heads)
     if shape.trains_base and not plan.compiled:  # a norm whose weight is trained keeps what it is multiplied with
         attention["normed"] = size * (hidden + (query + key if shape.normalises_heads else 0))
         mlp["normed"] = size * hidden
@@ -173,24 +177,25 @@ def kept_by_tower_block(shape: Shape, plan: Plan) -> float:
 def estimate(shape: Shape, plan: Plan) -> dict[str, float]:
     """GiB of every part at the peak of a training step; their sum is what torch reserves."""
     size, tokens = plan.value_bytes, num_tokens(shape, plan)
-    patches = plan.micro_batch * plan.images * image_tokens(shape, plan) * shape.merge**2
+    patches = num_patches(shape, plan)
     attention, mlp = (sum(part.values()) for part in kept_by_layer(shape, plan))
     attention, mlp = attention * plan.micro_batch * row_tokens(shape, plan), mlp * tokens
     # speedups.keep_only_answers: the last layer's MLP sees the answers alone.
-    num_mlps = shape.layers - 1 if plan.fast else shape.layers
+    num_layers, hidden, wide = shape.text.num_hidden_layers, shape.text.hidden_size, shape.text.intermediate_size
+    num_mlps = num_layers - 1 if plan.fast else num_layers
     # The libraries let the gradients begin at every embedding when they recompute, the tower's too.
     tower_runs_backward = shape.trains_tower or (plan.checkpointing and not plan.fast)
     block = patches * kept_by_tower_block(shape, plan) if tower_runs_backward else 0
     if plan.checkpointing:
-        kept = tokens * size * shape.hidden * shape.layers + max(attention + mlp, block)
+        kept = tokens * size * hidden * num_layers + max(attention + mlp, block)
         kept_tower = patches * size * shape.tower_hidden * shape.tower_layers if tower_runs_backward else 0
     else:
-        kept = shape.layers * attention + num_mlps * mlp
+        kept = num_layers * attention + num_mlps * mlp
         kept += size * shape.trained if _converts(shape, plan) else 0  # autocast's copies of the trained weights
         kept_tower = shape.tower_layers * block
-    temporaries = size * tokens * shape.intermediate * LAYER
+    temporaries = size * tokens * wide * LAYER
     if plan.bits < 16:  # the largest layer in half precision
-        temporaries += size * shape.hidden * shape.intermediate
+        temporaries += size * hidden * wide
     # The tower's temporaries come and go before the decoder keeps anything.
     temporaries = max(temporaries, size * patches * shape.tower_hidden * TOWER - kept)
     return _parts(shape, plan, kept=kept, kept_tower=kept_tower, temporaries=temporaries)
@@ -199,19 +204,19 @@ def estimate(shape: Shape, plan: Plan) -> dict[str, float]:
 def scoring_gib(shape: Shape, plan: Plan) -> float:
     """GiB at the peak of an evaluation: nothing is kept; a decoder layer's temporaries, or the vision tower's."""
     plan = replace(plan, micro_batch=plan.eval_batch)
-    patches = plan.micro_batch * plan.images * image_tokens(shape, plan) * shape.merge**2
-    wide = num_tokens(shape, plan) * shape.intermediate * LAYER
+    patches = num_patches(shape, plan)
+    wide = num_tokens(shape, plan) * shape.text.intermediate_size * LAYER
     temporaries = plan.value_bytes * max(wide, patches * shape.tower_hidden * TOWER)
     return sum(_parts(shape, plan, kept=0, kept_tower=0, temporaries=temporaries).values())
 
 
 def _parts(shape: Shape, plan: Plan, *, kept: float, kept_tower: float, temporaries: float) -> dict[str, float]:
     size, tokens = plan.value_bytes, num_tokens(shape, plan)
-    patches = plan.micro_batch * plan.images * image_tokens(shape, plan) * shape.merge**2
+    patches = num_patches(shape, plan)
     # Two frames a patch; converted to half precision in the workers if rows are packed.
     pixels = patches * 3 * 2 * shape.patch_px**2 * (size if plan.fast else 4)
     # At the answers alone: in the model's precision, in fp32, and their gradient in both.
-    logits = plan.micro_batch * shape.vocabulary * 2 * (size + 4)
+    logits = plan.micro_batch * shape.text.vocab_size * 2 * (size + 4)
     language_model, tower = weight_bytes(shape, plan)
     trained = "gradients, optimiser" if shape.trains_base else "adapter, gradients, optimiser"
     parts = {
@@ -221,7 +226,7 @@ def _parts(shape: Shape, plan: Plan, *, kept: float, kept_tower: float, temporar
         "kept for the backward pass": kept,
         "kept by the vision tower": kept_tower,
         "temporaries": temporaries,
-        "images, embeddings, logits": pixels + 2 * tokens * size * shape.hidden + logits,
+        "images, embeddings, logits": pixels + 2 * tokens * size * shape.text.hidden_size + logits,
         "libraries": LIBRARIES_GIB * GIB,
     }
     if not kept_tower:

@@ -13,7 +13,7 @@ from trl import ModelConfig, SFTConfig
 
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.batch.template import render_prompt
-from vqa_sft.config.recipe import RecipeArguments
+from vqa_sft.config.training import RecipeArguments
 from vqa_sft.errors import InputError, explains
 from vqa_sft.models import quantized
 from vqa_sft.models.families import FAMILIES, head_dim, tower_of
@@ -33,13 +33,8 @@ OPTIMIZER_BYTES = {"8bit": 2, "lion": 4, "adafactor": 0, "sgd": 0}
 class Shape:
     """What the model of a recipe has, as far as memory depends on it. Widths in values, parameters in numbers."""
 
-    layers: int
-    hidden: int
-    heads: int
-    key_heads: int
+    text: PreTrainedConfig  # of the language model
     head_dim: int
-    intermediate: int
-    vocabulary: int
     normalises_heads: bool  # Qwen3: a norm over each head's queries and keys
     tower_layers: int
     tower_hidden: int
@@ -119,13 +114,8 @@ def read_shape(model_args: ModelConfig, config: PreTrainedConfig, **adapted_part
     first = model.get_submodule(decoder).layers[0]
     named = [name.rpartition(".")[2] for name, module in first.named_modules() if isinstance(module, LoraLayer)]
     return Shape(
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        heads=text.num_attention_heads,
-        key_heads=text.num_key_value_heads,
+        text=text,
         head_dim=head_dim(text),
-        intermediate=text.intermediate_size,
-        vocabulary=text.vocab_size,
         normalises_heads=hasattr(first.self_attn, "q_norm"),
         tower_layers=vision.depth,
         tower_hidden=vision.hidden_size,

@@ -55,14 +55,9 @@ def explains_out_of_memory(
             with suppress(InputError):  # a family whose memory is not known here
                 shape, plan = needs()
                 rows = plan.micro_batch * training_args.gradient_accumulation_steps
-                changes = _changes(
-                    shape,
-                    plan,
-                    rows,
-                    evaluating=evaluating,
-                    accumulated=None if states_global_batch else rows,
-                    auto_batch=auto_batch,
-                )
+                accumulated = None if states_global_batch else rows
+                how = {"evaluating": evaluating, "accumulated": accumulated, "auto_batch": auto_batch}
+                changes = _changes(shape, plan, rows, **how)
         changes = changes or ["lower per_device_train_batch_size or max_pixels, or set gradient_checkpointing: true"]
         if training_args.process_index:  # where all run out, the main process is the one to report it
             time.sleep(2)

@@ -1,0 +1,133 @@
+"""The trainer of a recipe: processor, adapter and loss before the weights are loaded, `AnswerTrainer` after it."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from peft import LoraConfig
+from torch import nn
+from transformers import EarlyStoppingCallback, ProcessorMixin
+from trl import SFTConfig
+
+from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
+from vqa_sft.batch.template import check_texts
+from vqa_sft.config.recipe import Recipe
+from vqa_sft.errors import explains
+from vqa_sft.models import processes
+from vqa_sft.models.fast import speedups
+from vqa_sft.models.fast.feature_store import fill_store, open_store
+from vqa_sft.models.load import build_skeleton, load_processor
+from vqa_sft.models.lora import lora_config
+from vqa_sft.models.memory.needs import Plan, Shape, read_needs
+from vqa_sft.models.parts import vision_parameters
+from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
+from vqa_sft.runs.checkpoints import SaveAndStop
+from vqa_sft.training.averaging import AdapterAverage
+from vqa_sft.training.curves import WriteCurves
+from vqa_sft.training.loss import LossSettings
+from vqa_sft.training.rows import Rows
+from vqa_sft.training.trainer import AnswerTrainer
+
+
+@dataclass(frozen=True)
+class ModelSetup:
+    """What a run knows of its model before the weights are loaded."""
+
+    processor: ProcessorMixin
+    adapter: LoraConfig | None  # None: all weights are trained, or those of `init_adapter`
+    loss: LossSettings
+    precision: str
+    needs: Callable[[], tuple[Shape, Plan]]  # estimates what the run needs of a GPU's memory
+
+
+def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precision: str) -> ModelSetup:
+    """Processor, adapter and letters. Raises InputError for a model, an adapter or prompts that cannot be used, without
+    loading a weight."""
+    args, model_args, prompts = recipe.arguments, recipe.model_args(), recipe.arguments.prompts
+    trust = {"trust_remote_code": training_args.trust_remote_code}
+    processor = load_processor(
+        model_args.model_name_or_path,
+        min_pixels=args.min_pixels,
+        max_pixels=args.max_pixels,
+        revision=model_args.model_revision,
+        **trust,
+    )
+    skeleton, adapter = build_skeleton(model_args, device_map=processes.device_map(), **trust), None
+    if args.init_adapter is None:
+        adapter = lora_config(model_args, skeleton, **args.adapted_parts)
+    loss = LossSettings(
+        letter_ids=find_letter_ids(processor, rows.num_letters, prompts),
+        vocabulary_weight=args.vocabulary_weight,
+        letter_smoothing=args.letter_smoothing,
+        end_of_turn=find_end_of_turn(processor, prompts) if args.supervise_end_of_turn else None,
+    )
+    for part in rows.counted:
+        check_texts(processor, part, prompts)
+    needs = functools.partial(
+        read_needs,
+        training_args,
+        model_args,
+        args,
+        processor,
+        None if args.streaming else rows.train,
+        precision=precision,
+        compiles=speedups.pays_compilation(rows.num_seen(training_args), args.compile_layers),
+    )
+    return ModelSetup(processor, adapter, loss, precision, needs)
+
+
+def build_trainer(
+    recipe: Recipe, rows: Rows, training_args: SFTConfig, setup: ModelSetup, model: nn.Module, stop: SaveAndStop
+) -> AnswerTrainer:
+    args, processor = recipe.arguments, setup.processor
+    packer = speedups.pack_rows(model, setup.precision) if args.fast else None
+    # Opened now, because the shapes of the tower's weights change when it is sped up.
+    features = open_store(model, processor, packer, setup.precision) if args.cache_image_features else None
+    train_collator = TrainCollator(
+        processor,
+        args.prompts,
+        rows.num_letters,
+        seed=training_args.seed,
+        augmentation=Augmentation(
+            args.shuffle_choices, args.image_augmentation, args.flip_images, counts_batches=args.streaming
+        ),
+        supervises_end=args.supervise_end_of_turn,
+        packer=packer,
+        features=features,
+    )
+    average, callbacks = None, [WriteCurves()]
+    if args.averaging:
+        average = AdapterAverage(args.averaging, decay=args.ema_decay, start=args.swa_start)
+    if args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+    with explains(ValueError, "the recipe does not fit the model"):
+        trainer = AnswerTrainer(
+            model=model,
+            args=training_args,
+            peft_config=setup.adapter,
+            train_dataset=rows.train,
+            eval_dataset=rows.validation,
+            processing_class=processor,
+            data_collator=train_collator,
+            eval_collator=AnswerCollator(processor, args.prompts, rows.num_letters, packer=packer, features=features),
+            loss=setup.loss,
+            vision_learning_rate=args.vision_learning_rate,
+            average=average,
+            stop=stop,
+            callbacks=callbacks,
+        )
+    vision = vision_parameters(speedups.base_of(trainer.model))
+    processes.check_images(rows.counted, trains_vision=any(weight.requires_grad for weight in vision))
+    if args.fast:
+        _speed_up(trainer, recipe, rows.num_seen(training_args))
+    if features is not None:
+        batch_size, num_workers = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
+        fill_store(trainer.model, trainer.eval_collator, rows.counted, setup.precision, batch_size, num_workers)
+    return trainer
+
+
+def _speed_up(trainer: AnswerTrainer, recipe: Recipe, num_rows: float) -> None:
+    compile_layers, budget = recipe.arguments.compile_layers, recipe.arguments.activation_memory_budget
+    if "activation_memory_budget" in recipe.values and not speedups.pays_compilation(num_rows, compile_layers):
+        speedups.say("layers are not compiled for so few rows, and keep all; compile_layers: true compiles them")
+    speedups.speed_up_training(trainer, num_rows, compile_layers=compile_layers, memory_budget=budget)
