@@ -6,7 +6,7 @@ note("3 rows have no answer")                               a line, on the main 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -33,7 +33,7 @@ def table(
 
     grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for number in range(len(lines[0])):
-        align = "left" if number < left else "right"
+        align: Literal["left", "right"] = "left" if number < left else "right"
         grid.add_column(justify=align, no_wrap=True, min_width=first_width if number == 0 else None)
     texts = [[Text(printable(cell, limit=len(cell))) for cell in line] for line in lines]
     for number, line in enumerate(texts):

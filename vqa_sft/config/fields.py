@@ -128,7 +128,7 @@ class _Loader(yaml.SafeLoader):
     """Leaves it to the field whether yes, no, on and off are truth values. PyYAML keeps the last of two equal keys and
     is silent; here they are refused."""
 
-    def construct_yaml_bool(self, node: yaml.ScalarNode) -> bool | str:
+    def construct_yaml_bool(self, node: yaml.ScalarNode) -> Any:
         return node.value.lower() == "true" if node.value.lower() in ("true", "false") else _Word(node.value)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:

@@ -226,7 +226,7 @@ def load_trained(
 ) -> torch.nn.Module:
     """The model of a run folder for prediction: base and adapter, or the weights themselves; "none": the base alone.
     Raises InputError, before any weight is loaded, when the folder holds neither."""
-    options = {"trust_remote_code": trust_remote_code, "device_map": device_map}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "device_map": device_map}
     if run == "none":
         return load_model(model_args, precision, **options)
     if (Path(run) / "adapter_config.json").is_file() and (Path(run) / "adapter_model.safetensors").is_file():

@@ -28,7 +28,7 @@ class WriteCurves(TrainerCallback):
 
 def by_step(history: list[dict[str, float]]) -> list[dict[str, float]]:
     """One mapping for every step, though training and evaluations log it apart."""
-    steps: dict[int, dict[str, float]] = {}
+    steps: dict[float, dict[str, float]] = {}
     for entry in history:
         steps.setdefault(entry["step"], {"step": entry["step"]}).update(entry)
     return [steps[step] for step in sorted(steps)]
@@ -50,7 +50,8 @@ def draw(path: Path, steps: list[dict[str, float]]) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     has_lines = False
     for axes, names in zip(figure.subplots(1, 2), PANELS, strict=True):
-        for name, style in zip(names, ({"alpha": 0.6}, {"marker": "o"}, {"marker": "s"}), strict=True):
+        styles: tuple[dict[str, Any], ...] = ({"alpha": 0.6}, {"marker": "o"}, {"marker": "s"})
+        for name, style in zip(names, styles, strict=True):
             points = [(entry["step"], entry[name]) for entry in steps if name in entry]
             if points:
                 label = {"eval": "validation"}.get(name.split("_")[0], "training")

@@ -1,6 +1,7 @@
 """What a training writes into its run folder, before it begins and once it has ended."""
 
 import sys
+from typing import Any
 
 from trl import SFTConfig
 
@@ -31,7 +32,7 @@ def write_results(
     rows: Rows,
     training_args: SFTConfig,
     predictions: Predictions | None,
-    metrics: dict[str, float | str],
+    metrics: dict[str, Any],
 ) -> str:
     """Write everything but the weights, run.json last but for the card; what was saved, in words. `predictions` are
     those of the validation rows. Called by the main process."""

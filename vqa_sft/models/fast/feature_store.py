@@ -181,7 +181,8 @@ def fill_store(
 ) -> None:
     """Compute the features of all images of `parts` that the collator's store lacks. Called by every process, each does
     its share. Raises InputError where the tower is trained, and for an image that cannot be read."""
-    base, store, state = base_of(model), collator.features, PartialState()
+    base, state = base_of(model), PartialState()
+    store: Any = collator.features
     if not is_frozen(tower_of(base)):
         raise InputError(
             "cache_image_features needs a vision tower that stays as it is, and this run trains it: look at "
@@ -220,7 +221,7 @@ def _plan(
     collator: AnswerCollator, config: PreTrainedConfig, rows: ConcatDataset, precision: str
 ) -> tuple[dict[str, Place], list[str], str | None]:
     """Where each distinct image stands, which are not stored, and why they cannot be."""
-    store = collator.features
+    store: Any = collator.features
     with ThreadPoolExecutor(count_cores()) as pool:  # reading and hashing release the GIL
         places = _find_images(collator, rows, pool)
         sizes = pool.map(store.num_bytes, places)
@@ -296,6 +297,7 @@ def _compute(
     tower = tower_of(base)
     was_training = tower.training
     tower.eval()
+    store: Any = collator.features
     writes: list[Future] = []
     with ThreadPoolExecutor(WRITERS) as pool:
         for digests, inputs in progress(loader, desc="Image features", in_logs=True):
@@ -304,7 +306,7 @@ def _compute(
             if problem:
                 break
             computed = zip(digests, computed, inputs["image_grid_thw"], strict=True)
-            writes = [pool.submit(collator.features.write, *of_image) for of_image in computed]
+            writes = [pool.submit(store.write, *of_image) for of_image in computed]
         problem = problem or _problem_of(writes)
     tower.train(was_training)
     return problem
@@ -326,7 +328,8 @@ def _preprocess(
     images = [collator.image(rows[number], position) for _, (number, position) in places]
     batch = collator.processor.image_processor(images=images, return_tensors="pt")
     grid = batch["image_grid_thw"]
-    inputs = collator.packer.pack_images(batch["pixel_values"], grid) | {"image_grid_thw": grid}
+    packer: Any = collator.packer
+    inputs = packer.pack_images(batch["pixel_values"], grid) | {"image_grid_thw": grid}
     return [digest for digest, _ in places], inputs
 
 

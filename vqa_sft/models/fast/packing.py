@@ -51,7 +51,7 @@ class Packer:
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, *, keeps_answers: bool = False) -> None:
         # Only what `get_rope_index` asks of a model: no weights.
         family = FAMILIES[config.model_type]
-        shell = family.model_class.__new__(family.model_class)
+        shell = family.model_class.__new__(family.model_class)  # type: ignore[call-overload]
         nn.Module.__init__(shell)
         shell.config = config
         self.rope_index: Callable = shell.get_rope_index
