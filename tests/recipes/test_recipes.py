@@ -398,7 +398,7 @@ def test_a_stream_trains_like_any_data_and_validates_on_a_file(families, contest
     values = {"streaming": True, "max_steps": 4, "dataloader_num_workers": 2, "save_strategy": "steps", "save_steps": 2}
     values |= {"validation_data": contest / "validation.csv", "eval_strategy": "steps", "eval_steps": 2}
     run = sft(families("qwen2_5_vl"), tmp_path / "run", **values)
-    # Killed after the first checkpoint, it goes on from there.
+    # Killed after the first checkpoint, it resumes from there.
     for path in (run / "run.json", *(run / "checkpoint-4").iterdir()):
         path.unlink()
     (run / "checkpoint-4").rmdir()

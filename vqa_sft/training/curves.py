@@ -12,6 +12,8 @@ LOG, PLOT = "log.csv", "log.png"
 # The left panel and the right one.
 PANELS = (("loss", "eval_loss", "eval_average_loss"), ("accuracy", "eval_accuracy", "eval_average_accuracy"))
 
+STYLES: tuple[dict[str, Any], ...] = ({"alpha": 0.6}, {"marker": "o"}, {"marker": "s"})
+
 
 class WriteCurves(TrainerCallback):
     """Writes log.csv whenever something is logged, from the beginning of the run also after a resume, and log.png when
@@ -50,8 +52,7 @@ def draw(path: Path, steps: list[dict[str, float]]) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     has_lines = False
     for axes, names in zip(figure.subplots(1, 2), PANELS, strict=True):
-        styles: tuple[dict[str, Any], ...] = ({"alpha": 0.6}, {"marker": "o"}, {"marker": "s"})
-        for name, style in zip(names, styles, strict=True):
+        for name, style in zip(names, STYLES, strict=True):
             points = [(entry["step"], entry[name]) for entry in steps if name in entry]
             if points:
                 label = {"eval": "validation"}.get(name.split("_")[0], "training")

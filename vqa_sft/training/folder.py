@@ -44,7 +44,7 @@ def write_results(
         write_predictions(f"{output_dir}/{run_folder.VALIDATION}", predictions)
     run_folder.write_metrics(output_dir, metrics)
     run_folder.describe(
-        run_folder.Run(output_dir, recipe.values, args.prompts, rows.num_letters, columns, metrics["precision"]),
+        run_folder.Run(output_dir, recipe.values, args.prompts, rows.num_letters, columns, str(metrics["precision"])),
         num_rows={"train": rows.num_train, "validation": len(rows.validation or [])},
         num_processes=training_args.world_size,
         micro_batch=training_args.per_device_train_batch_size,
