@@ -14,7 +14,8 @@ from typing import ParamSpec, TypeVar
 
 from vqa_sft.environment import is_main_process
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 # A name that is too long, no right to write, a full disk, a folder for a file: the message says it all.
 MACHINE_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR)
 
