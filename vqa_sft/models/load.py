@@ -36,10 +36,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def choose_precision(values: dict[str, Any], trained: str | None = None) -> str:
     """The precision that a run was `trained` in, else that the recipe `values` ask for, else that suits the device:
-    "bf16" from capability 8.0 on, "fp16" on older GPUs, "fp32" without one.
-
-    By capability and not by `torch.cuda.is_bf16_supported()`, which says yes to a T4's slow emulation.
-    """
+    "bf16" from capability 8.0 on (`torch.cuda.is_bf16_supported()` accepts a T4's slow emulation), "fp16" on older
+    GPUs, "fp32" without one."""
     on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
     old_gpu = on_gpu and torch.cuda.get_device_capability() < (8, 0)
     able = ("fp16", "fp32") if old_gpu else ("bf16", "fp16", "fp32") if on_gpu else ("fp32", "bf16")
@@ -228,7 +226,7 @@ def load_trained(
 ) -> torch.nn.Module:
     """The model of a run folder for prediction: base and adapter, or the weights themselves; "none": the base alone.
     Raises InputError, before any weight is loaded, when the folder holds neither."""
-    options = {"trust_remote_code": trust_remote_code, "device_map": device_map}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "device_map": device_map}
     if run == "none":
         return load_model(model_args, precision, **options)
     if (Path(run) / "adapter_config.json").is_file() and (Path(run) / "adapter_model.safetensors").is_file():

@@ -86,11 +86,9 @@ def describe(shape: Shape, plans: dict[str, Plan]) -> str:
 def describe_fit(
     shape: Shape, plan: Plan, gpu_gib: float, *, rows: int, accumulated: int | None, is_open: bool
 ) -> tuple[bool, str]:
-    """Whether the plan fits a GPU of so many GiB, and in words: what is the most that fits, and what to change.
-
-    `rows` of one process and optimiser step; `accumulated` the same where the recipe states accumulation itself;
-    `is_open`: layers may yet be compiled.
-    """
+    """Whether the plan fits a GPU of so many GiB, and in words: what is the most that fits, and what to change. `rows`
+    of one process and optimiser step; `accumulated` the same where the recipe states accumulation itself; `is_open`:
+    layers may yet be compiled."""
     gib = (gpu_gib - CONTEXT_GIB) / (1 + MARGIN)
     need = need_gib(shape, plan)
     what = "Uncompiled, it" if is_open else "It"
