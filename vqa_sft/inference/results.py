@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from vqa_sft.config.prediction import PredictionArguments
 from vqa_sft.data.answers import FORMATS
 from vqa_sft.errors import InputError, name_rows
-from vqa_sft.files import whole
+from vqa_sft.files import check_output, whole
 from vqa_sft.inference.rows import Rows
 from vqa_sft.predictions.calibration import OUT_OF_FOLD, RUN, VALIDATION, read_calibration, views_key
 from vqa_sft.predictions.ensemble import combine
@@ -213,21 +213,14 @@ def check_outputs(args: PredictionArguments, runs: Sequence["Run"]) -> None:
     """Raises InputError where a file cannot be written, or would replace an input, a run's own predictions, or what we
     did not write."""
     output, folders = Path(args.output), [run.folder for run in runs]
-    if output.suffix != ".csv":
-        raise InputError(f"--output must end in .csv; got {output if str(output) != '.' else 'nothing'}.")
-    for option, path in {"--data": args.data, "--template": args.template}.items():
-        if path is not None and output.resolve() == Path(path).resolve():
-            raise InputError(f"--output is {option} ({path}). Name another --output.")
-    if output.is_dir():
-        raise InputError(f"--output {output} is a folder. Name a file.")
+    check_output(output, suffix=".csv", reads=[args.data, args.template])
     parquet = output.with_suffix(".parquet")
     if parquet.name in OWN_FILES and (output.parent / OWN_FILES[parquet.name]).is_file():
         raise InputError(f"{parquet} holds the run's own validation predictions. Name another --output.")
     if output.exists() and not _is_ours(parquet) or parquet.exists() and not _is_ours(parquet):
         raise InputError(f"{output} or {parquet} exists and is none of our submissions. Name another --output.")
     for path in [path_of_run(output, folder, folders) for folder in folders] if len(folders) > 1 else []:
-        if path.exists() and not _is_ours(path):
-            raise InputError(f"{path} exists and is no prediction file. Name another --output.")
+        check_output(path, suffix=".parquet", is_ours=_is_ours, kind="prediction file")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output.parent):
