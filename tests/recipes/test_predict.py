@@ -71,6 +71,17 @@ def test_runs_that_take_turns_on_one_base_answer_as_each_alone(three, tmp_path, 
     assert made_of == [str(run / f"fold{fold}") for fold in range(3)]
 
 
+def test_a_yaml_predicts_as_the_command_line_does(three, tmp_path):
+    contest, run = three
+    by_flags = predict(run / "fold0", tmp_path / "flags.csv", "--data", contest / "test.csv", "--orders", 2)
+    (tmp_path / "predict.yaml").write_text(
+        f"run: {run / 'fold0'}\ndata: {contest / 'test.csv'}\norders: rotations\nuse_cpu: true\nnum_workers: 0\n"
+    )
+    run_script("predict", "--config", tmp_path / "predict.yaml", "--orders", 2, "--output", tmp_path / "yaml.csv")
+    assert by_flags.metadata["orders"] == 2
+    assert (tmp_path / "yaml.parquet").read_bytes() == (tmp_path / "flags.parquet").read_bytes()
+
+
 def test_a_run_of_another_kind_has_the_base_loaded_anew(three, tmp_path, capsys):
     contest, run = three
     runs = [run / "fold0", run.parent / "other", run / "fold1"]

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from accelerate import PartialState
@@ -19,6 +20,7 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.batch.template import check_texts
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.errors import InputError
+from vqa_sft.letters import Views
 from vqa_sft.models import load as models, processes, scoring
 from vqa_sft.models.adapters import Adapters, kind_of
 from vqa_sft.models.fast import speedups
@@ -69,15 +71,14 @@ class Scorer(scoring.LetterModel):
     packer: Packer | None
     store: FeatureStore | None
 
-    def collators(
-        self, views: str | int = "identity", scales: Sequence[float] = (1.0,), blank: Mapping | None = None
-    ) -> list[AnswerCollator]:
-        """One for each scale of the images."""
-        if self.packer is None and [*scales] != [1.0]:
+    def collators(self, views: Views, blank: Mapping | None = None) -> list[AnswerCollator]:
+        """One for each scale of the images; `blank` are images that cannot be used: row id -> their positions."""
+        if self.packer is None and [*views.scales] != [1.0]:
             raise InputError("--scales needs rows without padding, which this model or `fast: false` does not have.")
-        # Stored features are those of the images as they are.
         common = (self.processor, self.prompts, self.num_letters, blank, self.packer)
-        return [AnswerCollator(*common, self.store if scale == 1 else None, views, scale) for scale in scales]
+        stores = [self.store if scale == 1 else None for scale in views.scales]  # features of the images as they are
+        each = zip(stores, views.scales, strict=True)
+        return [AnswerCollator(*common, store, views.orders, scale) for store, scale in each]
 
     def fill_store(
         self, collators: Sequence[AnswerCollator], examples: datasets.Dataset, batch_size: int, num_workers: int
@@ -104,9 +105,9 @@ def load(
     run, is_base = runs[0], runs[0].folder is None
     num_letters = max(run.num_letters or 0, most_choices)
     model_args = Recipe(run.recipe, arguments=None).model_args()
-    trust = {"trust_remote_code": bool(run.recipe.get("trust_remote_code"))}
+    trust: dict[str, Any] = {"trust_remote_code": bool(run.recipe.get("trust_remote_code"))}
     # A run's processor knows its image size, and one spelling of its letters; a base may prefer any.
-    pixels = {name: run.recipe.get(name) if is_base else None for name in ("min_pixels", "max_pixels")}
+    pixels: dict[str, Any] = {name: run.recipe.get(name) if is_base else None for name in ("min_pixels", "max_pixels")}
     processor = models.load_processor(run.folder or run.base_model, **pixels, **trust)
     find_ids = scoring.find_spellings if is_base else scoring.find_letter_ids
     letter_ids = find_ids(processor, num_letters, run.prompts)

@@ -1,4 +1,4 @@
-"""Letter ids and letter logits, used by the trainer and by predict; the only module that undoes an order."""
+"""Letter ids, letter logits and the loop that scores rows; the only module that undoes an order."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -142,6 +142,16 @@ def average_views(views: Sequence[Sequence[float]], how: str = "mean") -> tuple[
 
 
 @dataclass
+class ScaleLogits:
+    """Letter logits of some rows at one image scale: V views of them, by R runs, on the device."""
+
+    rows: list[int]  # (V,) the row of each view, counted from 0
+    letter_logits: list[torch.Tensor]  # R times (V, L)
+    orders: torch.Tensor  # (V, L)
+    num_choices: torch.Tensor  # (V,)
+
+
+@dataclass
 class Scored:
     """Some rows of the data, scored by R runs: their numbers there, of each row R lists of choice logits in dataset
     order, averaged over its views, R shares of the views that agree with them, and of several image scales R times S
@@ -233,7 +243,7 @@ def score_batches(
         num_workers=num_workers,
         pin_memory=state.device.type == "cuda",
     )
-    waiting: list[tuple] = []
+    waiting: list[tuple[Sequence[int], list[tuple]]] = []
     bar = progress(total=sum(map(len, batches)), desc="Scoring", unit=" questions", in_logs=True)
     for rows, of_scales in zip(own, loader, strict=True):
         waiting.append((rows, score_scales(scorer, of_scales, runs)))
@@ -250,27 +260,28 @@ def _collate_all(collators: Sequence[AnswerCollator], rows: list[dict]) -> list[
     return [collator(rows) for collator in collators]
 
 
-def score_scales(scorer: LetterModel, of_scales: Sequence[dict[str, Any]], runs: Sequence[int]) -> list[tuple]:
-    """Of rows that were collated at several scales, as `undo_orders` takes them: to which row each view belongs, its
-    letter logits by each of the runs, its order and its number of choices. Nothing waits for the device."""
+def score_scales(scorer: LetterModel, of_scales: Sequence[dict[str, Any]], runs: Sequence[int]) -> list[ScaleLogits]:
+    """The letter logits of rows that were collated at several scales. Does not wait for the device."""
     device, scales = PartialState().device, []
     for batch in of_scales:
-        groups = batch.get("groups", torch.arange(len(batch["answers"]))).tolist()
+        rows = batch.get("groups", torch.arange(len(batch["answers"]))).tolist()
         batch = send_to_device(batch, device, non_blocking=device.type == "cuda")
-        scales.append((groups, scorer.letter_logits(batch, runs), batch["orders"], batch["num_choices"]))
+        logits = scorer.letter_logits(batch, runs)
+        scales.append(ScaleLogits(rows, logits, batch["orders"], batch["num_choices"]))
     return scales
 
 
-def undo_orders(rows: Sequence[int], scales: list[tuple], average: str) -> Scored:
+def undo_orders(rows: Sequence[int], scales: Sequence[ScaleLogits], average: str) -> Scored:
     """Undo the orders, and average over the views of each row."""
-    num_runs = len(scales[0][1])
+    num_runs = len(scales[0].letter_logits)
     choice_logits, agreement, scale_logits = [[] for _ in rows], [[] for _ in rows], [[] for _ in rows]
     for run in range(num_runs):
         views: list[list[list[list[float]]]] = [[[] for _ in scales] for _ in rows]
-        for number, (groups, logits, orders, num_choices) in enumerate(scales):
-            of_views = to_choice_logits(logits[run].cpu(), orders.cpu(), num_choices.cpu())
-            for group, of_view in zip(groups, of_views, strict=True):
-                views[group][number].append(of_view)
+        for number, scale in enumerate(scales):
+            of_scale = (scale.letter_logits[run], scale.orders, scale.num_choices)
+            of_views = to_choice_logits(*(tensor.cpu() for tensor in of_scale))
+            for row, of_view in zip(scale.rows, of_views, strict=True):
+                views[row][number].append(of_view)
         for row, of_scales in enumerate(views):
             mean, share = average_views([view for of_scale in of_scales for view in of_scale], average)
             choice_logits[row].append(mean)
