@@ -35,7 +35,6 @@ class AnswerTrainer(SFTTrainer):
     """`vision_learning_rate` is that of all trained weights outside the language model. Every evaluation scores the
     `average` too. `stop` keeps the loaders' workers from a SIGTERM while it listens. Both are callbacks."""
 
-    data_collator: Any
     # `compute_loss` divides by the rows of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
     data_collator: AnswerCollator
