@@ -1,4 +1,7 @@
-"""Accuracy, NLL, Brier score and ECE of choice probabilities. numpy only, no torch."""
+"""Accuracy, NLL, Brier score and ECE of choice probabilities. numpy only, no torch.
+
+Not scikit-learn's metrics (1.9): they refuse rows with different numbers of choices, and have no ECE.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
