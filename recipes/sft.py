@@ -67,7 +67,7 @@ def train(recipe: Recipe, stop: SaveAndStop) -> Finished | Interrupted | Retry:
         note(f"{output_dir} is finished. Give --overwrite to train it again.")
         return Finished()
 
-    # Load and check the rows, before torch uses a device. The main process decodes the images for all.
+    # Load and check the rows, before torch uses a device; the main process decodes the images for all.
     loaded = load_data(recipe)
     parts = split_data(recipe, loaded) if is_main_process() else None
     processes.check_processes(use_cpu=bool(recipe.values.get("use_cpu")))
@@ -85,6 +85,7 @@ def train(recipe: Recipe, stop: SaveAndStop) -> Finished | Interrupted | Retry:
         open_folder(recipe, rows)
     PartialState().wait_for_everyone()
 
+    # Train, from the last complete checkpoint if there is one.
     trust = training_args.trust_remote_code
     model = load_model(recipe.model_args(), precision, device_map=processes.device_map(), trust_remote_code=trust)
     if args.init_adapter is not None:

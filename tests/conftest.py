@@ -35,6 +35,8 @@ def pytest_collection_modifyitems(items):
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in MEDIUM_FOLDERS or MEDIUM_FIXTURES & {*item.fixturenames}:
             item.add_marker(pytest.mark.medium)
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(1800))  # others have 300 s (setup.cfg)
 
 
 def pytest_addoption(parser):

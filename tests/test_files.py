@@ -246,6 +246,7 @@ def assert_one_was_refused(ended, what):
     return next(number for number, (code, _) in enumerate(ended) if code == 0)
 
 
+@pytest.mark.medium
 def test_of_two_trainings_and_two_predictions_started_at_once_one_works_and_one_is_refused(tmp_path, request):
     """`--starts 10` for ten of each. The two trainings differ in their seeds, the predictions in their orders."""
     contest = write_hard_contest(tmp_path / "contest")

@@ -5,18 +5,13 @@ for row in progress(rows, desc="Reading"): ...              a bar, on the main p
 note("3 rows have no answer")                               a line, on the main process
 """
 
-import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
+from vqa_sft.environment import is_main_process
 from vqa_sft.errors import printable
-
-
-def is_main_process() -> bool:
-    """Whether this is the only process or, of a launch, the one with rank 0."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def note(text: str) -> None:
@@ -38,7 +33,7 @@ def table(
 
     grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for number in range(len(lines[0])):
-        align = "left" if number < left else "right"
+        align: Literal["left", "right"] = "left" if number < left else "right"
         grid.add_column(justify=align, no_wrap=True, min_width=first_width if number == 0 else None)
     texts = [[Text(printable(cell, limit=len(cell))) for cell in line] for line in lines]
     for number, line in enumerate(texts):

@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import ParamSpec, TypeVar
 
-P, R = ParamSpec("P"), TypeVar("R")
+from vqa_sft.environment import is_main_process
+
+P = ParamSpec("P")
+R = TypeVar("R")
 # A name that is too long, no right to write, a full disk, a folder for a file: the message says it all.
 MACHINE_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EISDIR)
 
@@ -26,11 +29,11 @@ LOST_WORKER = re.compile(r"DataLoader worker \(pid|Pin memory thread exited|unab
 
 
 class InputError(ValueError):
-    """Something in the recipe, the data or the machine that the user can mend: what, what was got, how to mend it."""
+    """Something in the recipe, the data or the machine that the user can fix: what, got, how to fix it."""
 
 
 class ProcessError(InputError):
-    """What one process met and perhaps no other: it says so itself, and does not wait for the others."""
+    """What one process met and perhaps no other: that process prints it, and does not wait for the others."""
 
 
 def name_rows(ids: Sequence[str], total: int) -> str:
@@ -52,7 +55,7 @@ def printable(text: str, limit: int = 120) -> str:
 
 @contextmanager
 def explains(kinds: type[Exception] | tuple[type[Exception], ...], what: str) -> Iterator[None]:
-    """Turn a library's own complaint about a user's setting into an InputError that says `what` was going on."""
+    """Turn a library's own complaint about a user's setting into an InputError that begins with `what` failed."""
     try:
         yield
     except InputError:
@@ -62,7 +65,7 @@ def explains(kinds: type[Exception] | tuple[type[Exception], ...], what: str) ->
 
 
 def breakdown(error: BaseException | None, where: str = "on the disk") -> str | None:
-    """What the machine did to a run, and how to mend it: a full disk, a killed worker; None for any other error."""
+    """What the machine did to a run, and how to fix it: a full disk, a killed worker; None for any other error."""
     while error is not None:
         text = printable(" ".join(str(error).split()), limit=400)
         if LOST_WORKER.search(text) or _is_from_worker(error):
@@ -107,7 +110,7 @@ def exits_with_message(main: Callable[P, R]) -> Callable[P, R]:
         try:
             return main(*args, **kwargs)
         except KeyboardInterrupt:
-            if os.environ.get("RANK", "0") == "0":
+            if is_main_process():
                 print("Interrupted.", file=sys.stderr, flush=True)
             sys.exit(128 + signal.SIGINT)
         except Exception as error:
@@ -119,7 +122,7 @@ def exits_with_message(main: Callable[P, R]) -> Callable[P, R]:
                 raise
             alone = isinstance(error, ProcessError) or broke is not None
             is_only = os.environ.get("WORLD_SIZE", "1") == "1"  # whatever its rank is called
-            if os.environ.get("RANK", "0") == "0" or is_only or alone:
+            if is_main_process() or is_only or alone:
                 text = broke or str(error)
                 if "Original Traceback" in text and not broke:
                     # What a data loader's worker raises comes with the worker's traceback before it.

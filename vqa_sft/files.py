@@ -35,8 +35,8 @@ WAIT_S = 0.5  # for a holder that is about to write its name, or has just let go
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place at the end: a file is there whole or not at all, whoever
-    else writes it at the same time. Raises InputError where none can be written there."""
+    """A path next to `path` to write to, which replaces it at the end: a file is complete or absent, even when others
+    write it at the same time. Raises InputError where none can be written there."""
     path = Path(path)
     unfinished = path.with_name(f"{path.name}.{uuid4().hex[:8]}{PART}")
     if path.is_dir():
@@ -64,7 +64,7 @@ def write_whole(path: str | Path, text: str) -> None:
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A new folder beside `folder` to write to, which takes its place at the end; what was there is deleted after that.
+    """A new folder next to `folder` to write to, which replaces it at the end; what was there is deleted after that.
     Raises InputError where none can be written there. Only who holds the folder (`held`) may write it."""
     target = Path(folder).resolve()
     part = target.with_name(target.name + PART)
@@ -81,13 +81,13 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
             raise InputError(f"{folder} cannot be written: {error}. Name another folder.") from error
         yield part
         (part / UNFINISHED).unlink()
-        _take_place(part, target)
+        _replace(part, target)
     except BaseException:  # an interruption too
         shutil.rmtree(part, ignore_errors=True)
         raise
 
 
-def _take_place(part: Path, target: Path) -> None:
+def _replace(part: Path, target: Path) -> None:
     if not target.exists():
         part.rename(target)
         return
@@ -148,8 +148,8 @@ def held(paths: str | Path | Sequence[str | Path], what: str) -> Iterator[None]:
     """While this lasts, no other process may hold one of the files or folders; `what` names the option that says where
     they are. Raises InputError with who holds one.
 
-    The lock is the operating system's, on a file beside (`x.lock`): it ends with the process, however that ends. Where
-    a disk has no locks, a line says so.
+    The lock is the operating system's, on a file next to it (`x.lock`): it ends with the process, however that ends. On
+    a disk without locks a line is printed instead.
     """
     paths = [paths] if isinstance(paths, str | Path) else paths
     with ExitStack() as stack:
@@ -196,7 +196,7 @@ def _let_go(lock: "FileLock", file: Path) -> None:
 def _holder(file: Path) -> str:
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
-        told = f"process {about['pid']} on {about['host']} since {about['since']}"
+        holder = f"process {about['pid']} on {about['host']} since {about['since']}"
     except (OSError, ValueError, KeyError, TypeError):
-        told = "another process"
-    return printable(told)
+        holder = "another process"
+    return printable(holder)

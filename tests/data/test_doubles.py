@@ -19,6 +19,7 @@ def doubled(tmp_path_factory):
     return examples, scan_images(examples), [row["original"] for row in rows], [row["way"] for row in rows]
 
 
+@pytest.mark.medium
 def test_no_image_that_was_saved_again_resized_or_cropped_lies_in_two_folds(doubled):
     examples, scan, originals, ways = doubled
     folds = make_folds(strata_of(examples), row_groups(scan, DISTANCE), num_folds=5, seed=0)

@@ -155,6 +155,7 @@ def test_flipped_and_turned_images_are_different(different):
     assert row_groups(scan_of(*images), DISTANCE) == list(range(8))
 
 
+@pytest.mark.medium
 def test_no_two_handwritten_digits_are_one():
     digits = [
         Image.fromarray((255 - pixels * 15.9).astype(np.uint8)).resize((84, 84)) for pixels in load_digits().images
@@ -249,6 +250,7 @@ def test_the_hash_of_a_whole_image_is_that_of_imagehash(different):
         assert np.unpackbits(ours[None].view(np.uint8)).astype(bool).tolist() == theirs.ravel().tolist()
 
 
+@pytest.mark.medium
 def test_the_hash_of_a_window_is_about_that_of_the_crop(different):
     hashes, _, _ = hash_windows(scan_of(*different).images, len(PARTS))
     apart = []

@@ -142,6 +142,7 @@ def test_folds_are_the_same_on_every_machine_and_stay_so():
     assert zlib.crc32(bytes(hold_out_rows(strata, groups, 0.1, 0))) == 512011288
 
 
+@pytest.mark.medium
 def test_folds_do_not_depend_on_how_python_hashes():
     script = (
         "from vqa_sft.data.folds import make_folds\n"

@@ -66,6 +66,7 @@ def check_that_it_is_canonical_or_named(source, folder, options):
             load_examples(str(source), ReadOptions(**options))
 
 
+@pytest.mark.medium
 @QUICK
 @given(table=TABLES, options=st.fixed_dictionaries(OPTIONS))
 def test_random_json_lines(folder, table, options):
@@ -74,6 +75,7 @@ def test_random_json_lines(folder, table, options):
     check_that_it_is_canonical_or_named(source, folder, options)
 
 
+@pytest.mark.medium
 @QUICK
 @given(table=TABLES, options=st.fixed_dictionaries(OPTIONS), separator=st.sampled_from(",;\t"))
 def test_random_csv_files(folder, table, options, separator):

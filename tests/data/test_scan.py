@@ -170,6 +170,7 @@ def test_a_cache_that_is_locked_is_no_cache(cache, tmp_path, monkeypatch):
     other.close()
 
 
+@pytest.mark.medium
 def test_several_processes_fill_one_cache(cache, tmp_path):
     rows = dataset(*([save(tmp_path / f"{i}.png", (i, i, i))] for i in range(40)))
     rows.save_to_disk(tmp_path / "rows")

@@ -132,6 +132,7 @@ def test_endless_cells_rows_and_files_end_quickly(tmp_path, monkeypatch):
         assert time.process_time() - start < 5
 
 
+@pytest.mark.medium
 def test_rows_are_read_without_holding_the_file(tmp_path):
     path = write(tmp_path / "x.csv", HEADER + "".join(f"{i},{'q' * 300},x,y\n" for i in range(30_000)))
     write(tmp_path / "x.jsonl", "".join(json.dumps({"id": i, "question": "q" * 300}) + "\n" for i in range(30_000)))

@@ -14,7 +14,7 @@ from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.examples import load_examples
 from vqa_sft.letters import choices_to_letters, view_orders
-from vqa_sft.models.fast import speedups as speed
+from vqa_sft.models.fast import speedups
 from vqa_sft.models.load import load_model, load_processor
 from vqa_sft.models.scoring import (
     LetterModel,
@@ -85,7 +85,7 @@ def test_views_give_the_mean_of_what_each_order_gives_alone(road, views):
         num_views = len(view_orders(len(row["choices"]), views, row["id"]))
         probs = torch.tensor([alone[n][i] for n in range(num_views)]).exp().mean(dim=0)
         expected.append(probs.log())
-    packer = speed.pack_rows(model, "fp32") if is_packed else None
+    packer = speedups.pack_rows(model, "fp32") if is_packed else None
     found = score(road, AnswerCollator(processor, Prompts(), 4, packer=packer, views=views))
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(torch.tensor(ours), theirs, atol=1e-5, rtol=1e-5)
@@ -97,7 +97,7 @@ def test_what_the_orders_of_a_row_begin_with_stands_once_and_its_image_too(road)
     model, processor, _, rows, is_packed = road
     if not is_packed:
         pytest.skip("of packed rows")
-    packer = speed.pack_rows(model, "fp32")
+    packer = speedups.pack_rows(model, "fp32")
     one = AnswerCollator(processor, Prompts(), 4, packer=packer)(rows)
     four = AnswerCollator(processor, Prompts(), 4, packer=packer, views="rotations")(rows)
     torch.testing.assert_close(four["pixel_values"], one["pixel_values"])
@@ -132,7 +132,7 @@ def test_several_questions_about_one_image_share_it(road, views):
     asked += [rows[4], rows[2] | {"images": rows[0]["images"]}]
     road = model, processor, letter_ids, asked, is_packed
     alone = score(road, AnswerCollator(processor, Prompts(), 4, views=views), batch_size=1)
-    packer = speed.pack_rows(model, "fp32")
+    packer = speedups.pack_rows(model, "fp32")
     collator = AnswerCollator(processor, Prompts(), 4, packer=packer, views=views)
     together = score(road, collator, batch_size=7 * 4)
     for ours, theirs in zip(together, alone, strict=True):
@@ -172,7 +172,7 @@ def test_choices_that_refer_to_others_stay_in_every_view_and_score_beside_others
     for alone.number in range(12):  # each of a row's orders as often as its others
         by_view.append(torch.tensor(score(road, alone, batch_size=1)).exp())
     expected = torch.stack(by_view).mean(dim=0).log()
-    packer = speed.pack_rows(model, "fp32") if is_packed else None
+    packer = speedups.pack_rows(model, "fp32") if is_packed else None
     collator = AnswerCollator(processor, Prompts(), 4, packer=packer, views="rotations")
     torch.testing.assert_close(torch.tensor(score(road, collator, batch_size=16)), expected, atol=1e-5, rtol=1e-5)
     batch = collator(asked)

@@ -32,6 +32,7 @@ from vqa_sft.predictions.metrics import full_metrics, nll, softmax
 from vqa_sft.runs import folder as run_folder, out_of_fold
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("temperature", [1.5, 2.0, 4.0])
 def test_the_lowest_nll_is_that_of_a_search_over_all_temperatures(temperature):
     logits, answers = drawn(2000, temperature)
@@ -135,6 +136,7 @@ def nll_of_new_rows(num_rows, temperature, scale, seed):
     return [nll(softmax(logits, temperature), answers) - before for temperature in found], found[1] != 1
 
 
+@pytest.mark.medium
 def test_a_temperature_of_few_rows_does_no_harm_where_none_is_needed_and_a_needed_one_is_used():
     """24 rows of a model that is as sure as it may be: a temperature of every such set costs 0.03 nats."""
     always, proven = np.mean([nll_of_new_rows(24, 1.0, 3, seed)[0] for seed in range(40)], axis=0)

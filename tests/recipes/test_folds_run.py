@@ -95,7 +95,6 @@ def num_steps(run):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
 def test_folds_that_are_killed_and_started_again_end_as_if_they_had_not_been(arguments, whole, tmp_path, request):
     """Ten times: `pytest tests/recipes/test_folds_run.py -s -k killed --kills 10`."""
     run, rng, num_kills = tmp_path / "run", random.Random(0), request.config.getoption("kills")

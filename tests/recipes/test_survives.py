@@ -315,12 +315,12 @@ def test_a_full_disk_ends_a_run_in_one_line(train, whole, tmp_path, capsys, monk
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "Traceback" not in said
     assert f"error: no room is left for {run} (" in said and "Make room" in said
-    goes_on = (
+    resumes_from = (
         f"resumes from {run / 'checkpoint-6'} (without --overwrite)."
         if saved
         else "starts again from the base model: no checkpoint is complete yet."
     )
-    assert said.endswith(f"The same command {goes_on}\n")
+    assert said.endswith(f"The same command {resumes_from}\n")
     assert not run_folder.is_finished(run)
     assert result(train(run)) == whole
 

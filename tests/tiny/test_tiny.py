@@ -176,7 +176,7 @@ def test_the_real_task_is_the_default_prompt_of_the_project():
 
 
 def test_a_few_steps_from_nothing_write_a_folder_that_loads(tmp_path):
-    train(tmp_path, num_steps=2, num_images=8, batch_size=4, num_workers=0)
+    train(tmp_path, num_steps=2, num_pictures=8, batch_size=4, num_workers=0)
     processor, model = load_base(tmp_path)
     answers = predict_answers(processor, model, draw_examples(2, TEST_SEED))
     assert len(answers) == 2

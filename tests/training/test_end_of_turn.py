@@ -17,7 +17,7 @@ from vqa_sft.data.images import open_image
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.letters import LETTERS, draw_order
-from vqa_sft.models.fast import speedups as speed
+from vqa_sft.models.fast import speedups
 from vqa_sft.models.load import load_processor
 from vqa_sft.models.scoring import answer_logits, find_end_of_turn
 
@@ -69,8 +69,8 @@ def test_one_accumulated_step_is_the_gradient_of_the_full_sequence_loss(families
     trainer.data_collator.supervises_end = True
     trainer.loss = replace(trainer.loss, end_of_turn=find_end_of_turn(processor))
     if how == "packed":
-        trainer.data_collator.packer = speed.pack_rows(trainer.model, "fp32")
-        speed.speed_up(trainer.model)
+        trainer.data_collator.packer = speedups.pack_rows(trainer.model, "fp32")
+        speedups.speed_up(trainer.model)
     else:
         processor.tokenizer.padding_side = how
     trainer.train()
@@ -82,7 +82,7 @@ def test_one_accumulated_step_is_the_gradient_of_the_full_sequence_loss(families
 @pytest.mark.parametrize("how", ["packed", "left", "right"])
 def test_the_letter_changes_nothing_that_comes_before_it(families, contest, tmp_path, how):
     trainer, _, processor = build_trainer(families("qwen2_5_vl"), contest, tmp_path, 4)
-    packer = speed.pack_rows(trainer.model, "fp32") if how == "packed" else None
+    packer = speedups.pack_rows(trainer.model, "fp32") if how == "packed" else None
     processor.tokenizer.padding_side = how if how != "packed" else "right"
     plain, supervised = (
         TrainCollator(processor, Prompts(), 4, seed=0, supervises_end=ends, packer=packer) for ends in (False, True)

@@ -8,7 +8,7 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.batch.template import render_prompt
 from vqa_sft.data.images import open_image
 from vqa_sft.letters import draw_order
-from vqa_sft.models.fast import speedups as speed
+from vqa_sft.models.fast import speedups
 from vqa_sft.models.scoring import answer_logits
 from vqa_sft.training.metrics import letter_metrics
 from vqa_sft.training.validation import predict_examples
@@ -78,7 +78,7 @@ def test_recomputation_begins_with_the_first_step(families, contest, tmp_path):
         gradient_checkpointing=True,
         save_strategy="no",
     )
-    speed.speed_up_training(trainer, 8, compile_layers=False)
+    speedups.speed_up_training(trainer, 8, compile_layers=False)
     calls = []
     mlp = trainer.model.get_base_model().get_decoder().layers[0].mlp
     mlp.register_forward_pre_hook(lambda *args: calls.append(trainer.state.global_step))

@@ -228,16 +228,12 @@ class AnswerCollator:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What training changes of a row, drawn by seed, epoch and row id: the order of its choices, and its images.
-
-    `image_augmentation` is the strength of images.augment, `flip_images` mirrors half of them. A stream has no epochs:
-    with `counts_batches` what is drawn changes with every batch that a worker makes.
-    """
+    """What training changes of a row, drawn by seed, epoch and row id: the order of its choices, and its images."""
 
     shuffle_choices: bool = True
-    image_augmentation: float = 0.0
-    flip_images: bool = False
-    counts_batches: bool = False
+    image_augmentation: float = 0.0  # strength of images.augment
+    flip_images: bool = False  # mirrors half of them
+    counts_batches: bool = False  # draws for every batch that a worker makes: a stream has no epochs
 
 
 @dataclass(eq=False, repr=False)

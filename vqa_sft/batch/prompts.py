@@ -16,11 +16,9 @@ class Prompts:
     """The texts around a question. They are saved with the run, and predict uses the saved ones.
 
     An empty `system` leaves the system turn to the model's chat template. `user` uses {question} and {choices}; `types`
-    holds such a text for each question type that does not use `user`. `choice` uses {letter} and {text}.
-
-    `context` surrounds a hint or passage, which stands before the line of the question, or at {context} where the text
-    has one; rows without a context get nothing of it, so its label and its line end belong in it. `image` stands
-    before each image of a row with several, {number} from 1.
+    holds such a text for each question type that does not use `user`. `choice` uses {letter} and {text}. `context`
+    surrounds a hint or passage, its label and line end included, before the line of the question or at {context}.
+    `image` stands before each image of a row with several, {number} from 1.
     """
 
     system: str = "Answer the multiple-choice question with the letter of the right choice."
@@ -97,14 +95,11 @@ def builtin_prompts(language: str = "en", by_type: bool = False) -> Prompts:
 
 
 def render_messages(row: dict, order: Sequence[int], prompts: Prompts) -> list[dict]:
-    """Chat messages for a canonical row whose choices stand under the letters in `order`.
+    """Chat messages for a canonical row whose choices stand under the letters in `order`. What the row says is shown
+    unchanged, MMMU's "<image 2>" too: it is no control token ("<image>" is), and names the number before that image.
 
-    Of the row it takes question, choices, images and, where it has them, context and question_type. What the row says
-    is shown as it is, also "<image 2>", by which MMMU means an image: it is no control token ("<image>" is), it names
-    the number that stands before that image, and a text that we changed would no longer be the data's.
-
-    Images are placeholders ({"type": "image"}); the collator hands the pixels to the processor. Placeholders with
-    contents would have to travel through Arrow, which adds `image: None` to text blocks and so breaks templates.
+    Images are placeholders ({"type": "image"}): their contents would have to travel through Arrow, which adds
+    `image: None` to text blocks and so breaks templates.
     """
     # str.replace, not str.format: questions and choices may contain braces.
     lines = [

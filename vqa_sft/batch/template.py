@@ -24,10 +24,8 @@ def render_prompt(processor: ProcessorMixin, row: dict, order: Sequence[int], pr
 @functools.lru_cache
 def answer_prefix(processor: ProcessorMixin) -> tuple[str, str]:
     """What the template puts between the generation prompt and the answer: (what belongs to the prompt, what belongs to
-    the letter's token).
-
-    Most put nothing: after "<|im_start|>assistant\\n" comes "A". After "Assistant:" comes " A", and " A" and "A" are
-    different tokens. Templates of thinking models close an empty thought first ("\\n</think>\\n\\nA").
+    the letter's token). Most put nothing; after "Assistant:" comes " A", which is another token than "A"; templates of
+    thinking models close an empty thought first ("\\n</think>\\n\\nA").
 
     Raises InputError where the template does not show the answer right after its own generation prompt.
     """

@@ -66,7 +66,11 @@ def check(
             check_fix(fix, arguments)
         data = read_data(arguments, test, test_image_root)
         processor, tokens_note = load_processor(arguments, values)
-        how = {"distance": arguments.duplicate_distance, "max_length": max_length, "tokens_note": tokens_note}
+        how: dict[str, Any] = {
+            "distance": arguments.duplicate_distance,
+            "max_length": max_length,
+            "tokens_note": tokens_note,
+        }
         if processor is not None:
             from vqa_sft.batch.count_tokens import prompt_checks
 
@@ -207,7 +211,7 @@ def write_fix(path: str, arguments: "RecipeArguments", problems: "Problems") -> 
     from vqa_sft.data.fix import describe_copy, write_copy
     from vqa_sft.data.sources import open_source
 
-    options = {"config": arguments.data_config, "encoding": arguments.encoding}
+    options: dict[str, Any] = {"config": arguments.data_config, "encoding": arguments.encoding}
     source = open_source(arguments.train_data, split=arguments.train_split, **options)
     num_rows = write_copy(path, source, problems.bad_rows())
     return describe_copy(path, num_rows, arguments.train_data, arguments.image_root, problems)

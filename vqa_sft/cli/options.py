@@ -14,7 +14,7 @@ from vqa_sft.errors import InputError, printable
 if TYPE_CHECKING:
     from vqa_sft.config.training import RecipeArguments
 
-# What a data file takes of a recipe's fields as --key value, beside the options of `Source`.
+# What a data file takes of a recipe's fields as --key value, in addition to the options of `SourceOptions`.
 DATA_FIELDS = ("keep_rows", "empty_cells", "fixed_question", "fixed_choices", "max_choices", "validation_data")
 DATA_FIELDS += ("validation_split", "on_bad_row")
 SOURCE_EPILOG = f"As in a recipe, for a data file too: --{', --'.join(DATA_FIELDS)}."
@@ -41,7 +41,7 @@ def with_options(kind: type) -> Callable[[Callable[..., None]], Callable[..., No
 
 @dataclass
 class DataOptions:
-    """How the answers beside a prediction file, and the data that were predicted, are read."""
+    """How the answers to a prediction file, and the data that were predicted, are read."""
 
     columns: Annotated[
         str | None,

@@ -1,6 +1,6 @@
 """Commands on prediction files."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from typer import Argument, Option
 
@@ -95,7 +95,12 @@ def ensemble(
     """
     from vqa_sft.predictions.ensemble import write_ensemble
 
-    how = {"average": average, "weights": weights, "learn_on": learn_on or [], "save_weights": save_weights}
+    how: dict[str, Any] = {
+        "average": average,
+        "weights": weights,
+        "learn_on": learn_on or [],
+        "save_weights": save_weights,
+    }
     print(write_ensemble(predictions, output, **how))
 
 
@@ -133,7 +138,7 @@ def submit(
     """
     from vqa_sft.predictions.submission import submit as write_submission
 
-    how = {"template": template, "answer_format": answer_format, "data": data, "overwrite": overwrite}
+    how: dict[str, Any] = {"template": template, "answer_format": answer_format, "data": data, "overwrite": overwrite}
     print(write_submission(predictions, output, **how, **options.read()))
 
 
@@ -185,5 +190,5 @@ def uncertainty(
     """
     from vqa_sft.predictions.uncertainty import describe
 
-    how = {"coverage": coverage, "calibrate_on": calibrate_on, "output": output, "overwrite": overwrite}
+    how: dict[str, Any] = {"coverage": coverage, "calibrate_on": calibrate_on, "output": output, "overwrite": overwrite}
     print(describe(predictions, **how))

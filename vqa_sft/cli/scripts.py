@@ -29,7 +29,7 @@ def launch_options(accelerate_config: str, num_processes: int | None) -> list[st
     config = find_packaged(accelerate_config, "accelerate_configs")
     if not Path(config).is_file():
         own = ", ".join(sorted(path.stem for path in packaged("accelerate_configs").glob("*.yaml")))
-        raise InputError(f"no such configuration: {accelerate_config}. Name a file, or one that comes with it: {own}.")
+        raise InputError(f"no such configuration: {accelerate_config}. Name a file, or one of ours: {own}.")
     options = ["--config_file", config]
     if num_processes is not None:
         options += ["--num_processes", str(num_processes)]

@@ -128,7 +128,7 @@ class _Loader(yaml.SafeLoader):
     """Leaves it to the field whether yes, no, on and off are truth values. PyYAML keeps the last of two equal keys and
     is silent; here they are refused."""
 
-    def construct_yaml_bool(self, node: yaml.ScalarNode) -> bool | str:
+    def construct_word(self, node: yaml.ScalarNode) -> bool | str:
         return node.value.lower() == "true" if node.value.lower() in ("true", "false") else _Word(node.value)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -141,7 +141,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_yaml_bool)
+_Loader.add_constructor("tag:yaml.org,2002:bool", _Loader.construct_word)
 
 
 def settle_words(value: Any, are_texts: bool) -> Any:

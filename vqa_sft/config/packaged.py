@@ -1,5 +1,5 @@
-"""Recipes, launch configurations and the demo's base, which come with vqa-sft: beside the package in a checkout, inside
-it in a wheel."""
+"""Recipes, launch configurations and the demo's base, as shipped: next to the package in a checkout, inside it in a
+wheel. No torch."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def packaged(folder: str) -> Path:
 
 
 def find_packaged(name: str, folder: str) -> str:
-    """`name`, or where there is no such file, that which comes with vqa-sft: of demo, demo.yaml, recipes/demo.yaml."""
+    """`name`, or where there is no such file, the shipped one: of demo, demo.yaml, recipes/demo.yaml."""
     if Path(name).exists() or Path(name).parent not in (Path(), Path(folder)):
         return name
     own = packaged(folder) / Path(name).name
@@ -27,5 +27,5 @@ def find_packaged(name: str, folder: str) -> str:
 
 
 def find_base(name: str) -> str:
-    """`name`, or where it means the demo's base and there is no such folder, the base that comes with vqa-sft."""
+    """`name`, or where it means the demo's base and there is no such folder, the shipped one."""
     return str(PACKAGE.parent / name) if name == TINY and not Path(name).exists() else name

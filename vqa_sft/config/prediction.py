@@ -108,7 +108,7 @@ class PredictionArguments:
 
     @property
     def views(self) -> Views:
-        return Views(self.orders, self.scales, self.average)
+        return Views(self.orders, self.scales, self.average)  # type: ignore[arg-type]  # numbers, by __post_init__
 
     def data_options(self, recipe: dict[str, Any], trained: Columns | None) -> ReadOptions:
         """How to read the data: as given here, else as the recipe of the run says where that fits, else found again."""
@@ -137,7 +137,7 @@ class PredictionArguments:
         )
 
 
-def _as_numbers(scales: float | str | list[float]) -> list[float] | str:
+def _as_numbers(scales: float | str | list[float]) -> Any:
     """Scales as the views take them; a text that holds no numbers stays one."""
     parts = scales.split(",") if isinstance(scales, str) else scales if isinstance(scales, list) else [scales]
     try:

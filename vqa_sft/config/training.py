@@ -173,7 +173,7 @@ class RecipeArguments:
 
     def options_for_other_data(self, trained: Columns) -> ReadOptions:
         """The same for validation or test rows, which may be written in another way than the training rows."""
-        values = {"known_columns": known_columns(trained, self.columns), "trained": trained}
+        values: dict[str, Any] = {"known_columns": known_columns(trained, self.columns), "trained": trained}
         values |= {"columns": None, "answer_format": None, "max_choices": None}
         return replace(self.data_options, split=self.validation_split, **values)
 
@@ -185,7 +185,7 @@ class RecipeArguments:
     @property
     def prompts(self) -> Prompts:
         prompts = builtin_prompts(self.prompt_language, by_type=self.type_prompts == "builtin")
-        given = {"system": self.system_prompt, "user": self.user_prompt, "choice": self.choice_prompt}
+        given: dict[str, Any] = {"system": self.system_prompt, "user": self.user_prompt, "choice": self.choice_prompt}
         if isinstance(self.type_prompts, dict):
             given["types"] = self.type_prompts
         return replace(prompts, **{name: text for name, text in given.items() if text is not None})

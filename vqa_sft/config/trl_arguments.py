@@ -51,7 +51,7 @@ def build_training_args(given: dict[str, Any], own: RecipeArguments, precision: 
     from trl import SFTConfig
 
     on_gpu = torch.cuda.is_available() and not given.get("use_cpu")
-    values = {"dataloader_pin_memory": on_gpu}  # without a GPU torch warns once an epoch
+    values: dict[str, Any] = {"dataloader_pin_memory": on_gpu}  # without a GPU torch warns once an epoch
     values |= DEFAULTS | (VALIDATION_DEFAULTS if own.validates else {}) | given | FIXED
     if own.validates and "greater_is_better" not in given:
         values["greater_is_better"] = chooses_by(given) == "accuracy"

@@ -85,13 +85,9 @@ def _find_text(cell: str, choices: Sequence[str]) -> int | None:
     wanted, folded = _fold(cell), [_fold(choice) for choice in choices]
     found = [i for i, text in enumerate(folded) if text == wanted]
     if not found and (wanted in _TRUE or wanted in _FALSE):
-        found = [
-            i
-            for pair in _TRUTHS
-            if sorted(folded) == sorted(pair)
-            for i, text in enumerate(folded)
-            if text == pair[0 if wanted in _TRUE else 1]
-        ]
+        pairs = [pair for pair in _TRUTHS if sorted(folded) == sorted(pair)]
+        words = {true if wanted in _TRUE else false for true, false in pairs}
+        found = [i for i, text in enumerate(folded) if text in words]
     return found[0] if len({choices[i] for i in found}) == 1 else None
 
 
@@ -119,7 +115,7 @@ def write_answer(choice: int, choices: Sequence[str], answer_format: str | None,
     if answer_format == "text":
         return choices[choice]
     if answer_format in ("index_from_0", "index_from_1"):
-        return str(choice + (answer_format == "index_from_1"))
+        return str(choice + 1 if answer_format == "index_from_1" else choice)
     return LETTERS[choice] if is_upper else LETTERS[choice].lower()
 
 

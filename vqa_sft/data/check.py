@@ -205,9 +205,6 @@ def _list_problems(loaded: Loaded) -> Iterator[Found]:
         yield Found(key, kind.severity, kind.what, loaded.problems.fix(key), rows)
 
 
-# --- Problems between rows --------------------------------------------------------------------------------------------
-
-
 def _find_different_answers(loaded: Loaded, scan: Scan) -> None:
     """Rows with equal images, question and context, one of whose choices is the answer of another, and not its own."""
     rows_of = defaultdict(list)

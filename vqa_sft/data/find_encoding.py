@@ -143,7 +143,9 @@ def _sample_lines(path: Path) -> list[bytes]:
         for i, chunk in enumerate(iter(partial(file.read, _CHUNK), b"")):
             lines = re.split(b"[\r\n]+", chunk)
             # A line that two parts share is cut anywhere.
-            lines = lines[int(i > 0) : len(lines) - int(len(lines) > 1 and len(chunk) == _CHUNK)]
+            start = 1 if i > 0 else 0
+            end = len(lines) - 1 if len(lines) > 1 and len(chunk) == _CHUNK else len(lines)
+            lines = lines[start:end]
             held = 0
             for line in lines:
                 if not line.isascii() and held < room:

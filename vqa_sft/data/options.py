@@ -9,8 +9,9 @@ from vqa_sft.data.columns import Columns
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """`columns` names the columns that are not found by themselves; `answer_format` is inferred when it is None.
+    """How the rows of a source are read.
 
+    `columns` names the columns that are not found by themselves; `answer_format` is inferred when it is None.
     `keep_rows` keeps the rows whose columns hold the given value, or one of the given values. A cell that holds one of
     `empty_cells` counts as empty. `answers` is "required" (training) or "optional" (prediction). Image paths are
     relative to `image_root` and must stay in it; by default it is the folder of the file. `fixed_question` and

@@ -6,6 +6,7 @@ that `vqa-sft check` shows.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from vqa_sft.errors import InputError, name_rows
@@ -20,75 +21,72 @@ class Kind:
     fix: str
 
 
+_error, _warning = partial(Kind, "error"), partial(Kind, "warning")
 KINDS = {
     # The row
-    "empty_id": Kind("error", "the id is empty", "Give every row an id."),
-    "duplicate_id": Kind("error", "duplicate id", "Give every row its own id; `columns: {id: null}` numbers the rows."),
-    "empty_question": Kind("error", "the question is empty", "Write the question or remove the row."),
-    "bad_choices": Kind("error", "the choices are no list", "Write them as a JSON list or in columns a, b, c, ..."),
-    "no_choices_in_question": Kind(
-        "error", "no choices are written in the question", "Write them as lines `A. ...`, `B. ...`, or remove the row."
+    "empty_id": _error("the id is empty", "Give every row an id."),
+    "duplicate_id": _error("duplicate id", "Give every row its own id; `columns: {id: null}` numbers the rows."),
+    "empty_question": _error("the question is empty", "Write the question or remove the row."),
+    "bad_choices": _error("the choices are no list", "Write them as a JSON list or in columns a, b, c, ..."),
+    "no_choices_in_question": _error(
+        "no choices are written in the question", "Write them as lines `A. ...`, `B. ...`, or remove the row."
     ),
-    "few_choices": Kind("error", "fewer than two choices", "Give the row two choices or remove it."),
-    "many_choices": Kind("error", "more than 26 choices", "A row can have 26, one a letter."),
-    "more_choices": Kind("error", "more choices than the rows before", "Set max_choices, or do not stream."),
-    "same_choices": Kind("error", "all choices are equal", "Nothing can be learned from such a row; remove it."),
-    "no_answer": Kind("error", "the answer is empty", "Give the answer or remove the row."),
-    "bad_answer": Kind("error", "the answer is none of the choices", "Correct it, or set answer_format."),
-    "bad_targets": Kind(
-        "error", "the targets are not a number for each choice", "Give votes or probabilities, 0 or more, in a list."
+    "few_choices": _error("fewer than two choices", "Give the row two choices or remove it."),
+    "many_choices": _error("more than 26 choices", "A row can have 26, one a letter."),
+    "more_choices": _error("more choices than the rows before", "Set max_choices, or do not stream."),
+    "same_choices": _error("all choices are equal", "Nothing can be learned from such a row; remove it."),
+    "no_answer": _error("the answer is empty", "Give the answer or remove the row."),
+    "bad_answer": _error("the answer is none of the choices", "Correct it, or set answer_format."),
+    "bad_targets": _error(
+        "the targets are not a number for each choice", "Give votes or probabilities, 0 or more, in a list."
     ),
-    "bad_text": Kind("error", "a text holds null bytes, half a character or a list", "Write it as plain text."),
-    "long_text": Kind("warning", "more than 20,000 characters", "The prompt may not fit the GPU's memory."),
-    "equal_choices": Kind("warning", "two choices are equal", "Two letters then stand for one answer."),
-    "keeps_order": Kind("warning", "the choices refer to letters or places", "They are never shuffled."),
-    "keeps_last": Kind("warning", "the last choice means all others", "It stays last where others are shuffled."),
-    "empty_choice": Kind("warning", "an empty choice before a filled one", "It is shown as an empty choice."),
-    "nan_choice": Kind(
-        "warning",
+    "bad_text": _error("a text holds null bytes, half a character or a list", "Write it as plain text."),
+    "long_text": _warning("more than 20,000 characters", "The prompt may not fit the GPU's memory."),
+    "equal_choices": _warning("two choices are equal", "Two letters then stand for one answer."),
+    "keeps_order": _warning("the choices refer to letters or places", "They are never shuffled."),
+    "keeps_last": _warning("the last choice means all others", "It stays last where others are shuffled."),
+    "empty_choice": _warning("an empty choice before a filled one", "It is shown as an empty choice."),
+    "nan_choice": _warning(
         "a choice or the context reads as tools write empty cells (NaN, N/A, None)",
         "If it means an empty cell, name it as it is written: `empty_cells: [NaN]`.",
     ),
-    "stray_column": Kind(
-        "warning",
+    "stray_column": _warning(
         "a column after the choices is taken for none and left out",
         "Name the choices: `columns: {choices: [a, b, c, d]}`.",
     ),
-    "sparse_column": Kind(
-        "warning",
+    "sparse_column": _warning(
         "a choice in a column that few rows fill and that is never the answer",
         "If it is none, name the choices: `columns: {choices: [a, b, c, d]}`.",
     ),
-    "control_token": Kind("error", "a text holds a control token of the model", "Take it out."),
+    "control_token": _error("a text holds a control token of the model", "Take it out."),
     # Its images
-    "image_address": Kind("error", "the image is an address on the web", "Download it; nothing is fetched."),
-    "path_outside": Kind(
-        "error",
+    "image_address": _error("the image is an address on the web", "Download it; nothing is fetched."),
+    "path_outside": _error(
         "the image lies outside the image folder",
         "Paths are relative to image_root (by default the folder of the file) and stay in it: set it to a folder that "
         "holds them all, and take `..` out of the paths.",
     ),
-    "missing_image": Kind("error", "the image is missing", "Check the path; it is relative to image_root."),
-    "unreadable_image": Kind("error", "the image file cannot be opened", "Check its permissions and the disk."),
-    "empty_image": Kind("error", "the image file is empty", "Copy or download it again."),
-    "not_an_image": Kind("error", "the file is no image that can be read", "It may be an error page, SVG or HEIC."),
-    "truncated_image": Kind("error", "the image is cut off", "Copy or download it again."),
-    "broken_image": Kind("error", "the image cannot be decoded", "Download it again, or save it again as PNG."),
-    "large_file": Kind("error", "the image file is larger than 512 MiB", "Save it smaller."),
-    "image_bomb": Kind("error", "the image has too many pixels", "Make it smaller; Pillow refuses such sizes."),
-    "long_image": Kind("error", "the image is more than 200 times as long as wide", "Crop it; models refuse it."),
-    "no_image": Kind("warning", "the row has no image", "Right for sets that mix; else fill in the path."),
-    "wrong_extension": Kind("warning", "the image's format is not what its name says", "It is read all the same."),
-    "animated": Kind("warning", "the image is animated", "Only its first frame is shown to the model."),
-    "cmyk": Kind("warning", "the image is CMYK", "It is converted to RGB."),
-    "sixteen_bit": Kind("warning", "the image has 16 bits a channel", "It is scaled down to 8 bits."),
-    "rotated": Kind("warning", "the image is turned by its EXIF entry", "It is shown as the entry says."),
-    "huge_image": Kind("warning", "the image has over 89 million pixels", "Make it smaller; it is slow to read."),
-    "tiny_image": Kind("warning", "the image is smaller than 28 pixels", "The model may see nothing on it."),
+    "missing_image": _error("the image is missing", "Check the path; it is relative to image_root."),
+    "unreadable_image": _error("the image file cannot be opened", "Check its permissions and the disk."),
+    "empty_image": _error("the image file is empty", "Copy or download it again."),
+    "not_an_image": _error("the file is no image that can be read", "It may be an error page, SVG or HEIC."),
+    "truncated_image": _error("the image is cut off", "Copy or download it again."),
+    "broken_image": _error("the image cannot be decoded", "Download it again, or save it again as PNG."),
+    "large_file": _error("the image file is larger than 512 MiB", "Save it smaller."),
+    "image_bomb": _error("the image has too many pixels", "Make it smaller; Pillow refuses such sizes."),
+    "long_image": _error("the image is more than 200 times as long as wide", "Crop it; models refuse it."),
+    "no_image": _warning("the row has no image", "Right for sets that mix; else fill in the path."),
+    "wrong_extension": _warning("the image's format is not what its name says", "It is read all the same."),
+    "animated": _warning("the image is animated", "Only its first frame is shown to the model."),
+    "cmyk": _warning("the image is CMYK", "It is converted to RGB."),
+    "sixteen_bit": _warning("the image has 16 bits a channel", "It is scaled down to 8 bits."),
+    "rotated": _warning("the image is turned by its EXIF entry", "It is shown as the entry says."),
+    "huge_image": _warning("the image has over 89 million pixels", "Make it smaller; it is slow to read."),
+    "tiny_image": _warning("the image is smaller than 28 pixels", "The model may see nothing on it."),
     # Between rows
-    "answers_differ": Kind("warning", "the same image and question with another answer", "One of them is wrong."),
-    "in_training": Kind("warning", "the image is also in the training set", "Its score will be too good."),
-    "near_training": Kind("warning", "nearly the same image is in the training set", "Look at the pair."),
+    "answers_differ": _warning("the same image and question with another answer", "One of them is wrong."),
+    "in_training": _warning("the image is also in the training set", "Its score will be too good."),
+    "near_training": _warning("nearly the same image is in the training set", "Look at the pair."),
 }
 
 

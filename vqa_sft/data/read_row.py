@@ -100,8 +100,6 @@ class RowReader:
                 "the images in the recipe (`columns: {image: ...}`; for none: `image: []`)."
             )
 
-    # --- Cells --------------------------------------------------------------------------------------------------------
-
     def value(self, cell: object) -> str:
         """The text of a cell; "" for an empty one."""
         text = text_of(cell)
@@ -135,8 +133,6 @@ class RowReader:
             return [row[name] for name in self.columns.choices]
         listed = read_list(row[name])
         return split_text(row[name], self.split) if listed is None and self.split and row[name] else listed
-
-    # --- Rows ---------------------------------------------------------------------------------------------------------
 
     def read(self, number: int, folder: str | None, row: dict) -> dict:
         """The canonical fields of a row but for `answer`, whose cell stays text until its format is known."""
@@ -221,8 +217,6 @@ class RowReader:
         elif index is not None and not choices[index]:
             self.problems.add("bad_answer", row_id, number, f"{cell!r}, which is empty")
         return index
-
-    # --- Streams ------------------------------------------------------------------------------------------------------
 
     def example(self, row: dict, number: int, folder: str | None = None) -> dict:
         """One row of a stream, whole. Raises InputError for a row with a problem."""

@@ -152,10 +152,12 @@ def is_stray(rows: Texts, is_other_case: bool) -> bool:
     for _, texts in rows():
         if not texts[-1] or texts[-1].casefold() in EMPTY_WORDS:
             continue
-        is_number = _NUMBER.fullmatch(texts[-1]) is not None
-        if not is_number and not is_other_case:
+        if _NUMBER.fullmatch(texts[-1]):
+            numbers += 1
+        elif is_other_case:
+            words += 1
+        else:
             return False
-        numbers, words = numbers + is_number, words + (not is_number)
         beside_words += any(text and not _NUMBER.fullmatch(text) for text in texts[:-1])
     is_numeric = not words and numbers >= 3 and beside_words >= 0.9 * numbers
     if not is_numeric and not (is_other_case and any(cell for cell, _ in rows())):  # without answers, who knows

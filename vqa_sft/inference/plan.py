@@ -41,7 +41,7 @@ def find_runs(args: PredictionArguments) -> list[Run]:
     """The runs that score, or the base model as it is, with our default prompts. Raises InputError."""
     if args.run != [BASE]:
         return read_runs(runs_in(args.run), args.model)
-    pixels = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
+    pixels: dict[str, Any] = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
     prompts = RecipeArguments(train_data="none", **pixels).prompts
     return [Run(None, {"model_name_or_path": args.model} | pixels, prompts)]
 

@@ -9,7 +9,7 @@ import hashlib
 import threading
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from vqa_sft.predictions.ensemble import AVERAGES, combine
 from vqa_sft.predictions.file import Predictions
 from vqa_sft.runs.folder import read_runs, runs_in
 
-ImageInput = str | Path | bytes | Image.Image
+ImageInput: TypeAlias = str | Path | bytes | Image.Image
 
 
 class Predictor:
@@ -93,28 +93,32 @@ class Predictor:
             return self._of_rows([self._row(0, images, question, choices, context)])[0]
         if context is None and hasattr(question, "__len__"):
             context = [None] * len(question)
-        for what, value in (("questions", question), ("images", images), ("choices", choices), ("contexts", context)):
+        every: dict[str, Any] = {"images": images, "questions": question, "choices": choices, "contexts": context}
+        for what in ("questions", "images", "choices", "contexts"):
+            value = every[what]
             if isinstance(value, ImageInput) or not hasattr(value, "__len__"):
                 raise InputError(
                     f"{what} of several questions are a list; got {describe_value(value)}. One question is a str, with "
                     "one image and one list of choices."
                 )
-        if not len(images) == len(question) == len(choices) == len(context):
+        nums = {what: len(value) for what, value in every.items()}
+        if len({*nums.values()}) > 1:
             raise InputError(
-                f"there must be as many questions as images and choices; got {len(question)} questions, "
-                f"{len(images)} images, {len(choices)} lists of choices and {len(context)} contexts."
+                f"there must be as many questions as images and choices; got {nums['questions']} questions, "
+                f"{nums['images']} images, {nums['choices']} lists of choices and {nums['contexts']} contexts."
             )
-        together = enumerate(zip(images, question, choices, context, strict=True))
+        together = enumerate(zip(*every.values(), strict=True))
         rows = [self._row(number, *of_row) for number, of_row in together]
         size = max(1, self.batch_size // len(view_orders(self.num_choices, self.views.orders)))
         return [probs for start in range(0, len(rows), size) for probs in self._of_rows(rows[start : start + size])]
 
-    def _row(self, number: int, images: Any, question: str, choices: Sequence[str], context: str | None) -> dict:
+    def _row(self, number: int, images: Any, question: str, choices: Any, context: Any) -> dict:
         """An example as data/ would read it."""
         name = f"question {number + 1}"
         if isinstance(choices, str | bytes | Mapping | Set) or not hasattr(choices, "__iter__"):
             raise InputError(f"the choices of {name} must be a list of texts; got {describe_value(choices)}.")
-        given, texts = list(choices), {"question": _text(question, name)}
+        given = list(choices)
+        texts: dict[str, Any] = {"question": _text(question, name)}
         if not texts["question"]:
             raise InputError(f"{name} is empty. Write it.")
         texts["choices"] = self._choices(given, name)
@@ -152,7 +156,8 @@ class Predictor:
         with self._scoring:
             scales = scoring.score_scales(self.scorer, batches, range(len(self.folders)))
         scored = scoring.undo_orders(range(len(rows)), scales, self.views.average)
-        ids, answers = [row["id"] for row in rows], [None] * len(rows)
+        ids = [row["id"] for row in rows]
+        answers: list[int | None] = [None] * len(rows)
         of_runs = [[*zip(*of_rows, strict=True)] for of_rows in (scored.choice_logits, scored.scale_logits)]
         runs = [
             Predictions(ids, [*logits], answers, metadata, scale_logits=[*filter(None, of_scales)])

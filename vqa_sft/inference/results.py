@@ -61,7 +61,8 @@ def style_of(args: PredictionArguments, rows: Rows) -> Style:
 def describe_answers(args: PredictionArguments, rows: Rows) -> dict[str, Any]:
     """The names and the answer format of a submission: the data's own, or those of training where it has no answers."""
     columns, trained = rows.sources[0].columns, rows.trained
-    how = {"id": columns.id or "id", "answer": columns.answer or (trained and trained.answer) or "answer"}
+    how: dict[str, Any] = {"id": columns.id or "id"}
+    how["answer"] = columns.answer or (trained and trained.answer) or "answer"
     if columns.answer_format is None and trained is not None:  # no row has an answer
         how |= {"answer_format": trained.answer_format, "answers_are_upper": trained.answers_are_upper}
     if args.answer_format in FORMATS:
@@ -109,7 +110,13 @@ def _files_of(
     folders, together = [metadata["run"] for metadata in about], dict(about[0])
     alone = [
         Predictions(
-            *(block.ids, logits, block.answers, metadata, block.blanked, agreement, [*filter(None, scales)]),
+            block.ids,
+            logits,
+            block.answers,
+            metadata,
+            block.blanked,
+            agreement,
+            [*filter(None, scales)],
             block.digests,
         )
         for (logits, agreement, scales), metadata in zip(block.of_runs, about, strict=False)
@@ -137,7 +144,7 @@ class Block:
     choices: list[list[str]]
     blanked: list[bool]
     digests: list[str]
-    of_runs: list[tuple[Sequence, Sequence, Sequence]]
+    of_runs: list[tuple[Any, Any, Any]]
 
 
 def _blocks_of_runs(parts: Path, num_passes: int) -> Iterator[Block]:
@@ -155,11 +162,12 @@ def _block_of_parts(parts: Path, num_passes: int, ids: Sequence[str]) -> Iterato
     yield _block(table, _of_runs(table))
 
 
-def _block(table: pa.Table, of_runs: list[tuple[Sequence, Sequence, Sequence]]) -> Block:
-    return Block(*(table[name].to_pylist() for name in BLOCK_COLUMNS), of_runs)
+def _block(table: pa.Table, of_runs: list[tuple[Any, Any, Any]]) -> Block:
+    ids, answers, choices, blanked, digests = (table[name].to_pylist() for name in BLOCK_COLUMNS)
+    return Block(ids, answers, choices, blanked, digests, of_runs)
 
 
-def _of_runs(table: pa.Table) -> list[tuple[Sequence, Sequence, Sequence]]:
+def _of_runs(table: pa.Table) -> list[tuple[Any, Any, Any]]:
     columns = (table[name].to_pylist() for name in ("choice_logits", "agreement", "scale_logits"))
     return list(zip(*(zip(*column, strict=True) for column in columns), strict=True))
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset
 
@@ -70,7 +70,7 @@ def read_rows(args: PredictionArguments, runs: list["Run"]) -> Rows:
 def _read_validation(args: PredictionArguments, runs: list["Run"]) -> Rows:
     """Every run's own validation rows, as its recipe reads them."""
     sources: dict[str, list[Loaded]] = {}
-    of_run = []
+    of_run: list[Any] = []
     for run in runs:
         own = RecipeArguments.of_run(run.recipe)
         named = _validation_sources(args, own, run)

@@ -71,7 +71,8 @@ def score_passes(args: PredictionArguments, rows: Rows, passes: list[Pass], part
                 continue
             if group is not each.group:
                 scorer = None  # its memory is needed
-                group, how = each.group, {"most_choices": rows.num_choices, "compile_layers": args.compile_layers}
+                group = each.group
+                how: dict[str, Any] = {"most_choices": rows.num_choices, "compile_layers": args.compile_layers}
                 views_a_row = args.views.num_of(rows.num_choices)
                 scorer = scorers.load(group, examples=examples, views_a_row=views_a_row, **how)
             if args.streaming:
@@ -89,6 +90,7 @@ def _score_block(
     """Score the rows that are not scored yet. Rows of fewer than two choices are not shown to the model."""
     state = PartialState()
     collators = scorer.collators(args.views, blank)
+    scales = args.views.scales
     unasked = {row for row, choices in enumerate(examples["choices"]) if len(choices) < 2}
     asked = examples.select([row for row in range(len(examples)) if row not in unasked]) if unasked else examples
     scorer.fill_store(collators, asked, args.batch_size, args.num_workers)
@@ -98,9 +100,10 @@ def _score_block(
     batches = [batch for batch in batches if not done.issuperset(batch)]
     scored = Shards(folder)
     if state.is_main_process and (left := sorted(unasked - done)):
-        of_scales = [[0.0]] * len(args.scales) if len(args.scales) > 1 else []
+        of_scales = [[0.0]] * len(scales) if len(scales) > 1 else []
         num_runs = len(each.numbers)
-        of_row = [[0.0]] * num_runs, [1.0] * num_runs, [of_scales] * num_runs  # their only choice is certain
+        # Their only choice is certain.
+        of_row: Any = [[0.0]] * num_runs, [1.0] * num_runs, [of_scales] * num_runs
         scored.add(left, *([value] * len(left) for value in of_row))
     how: dict[str, Any] = {"average": args.average, "num_workers": args.num_workers, "runs": each.numbers}
     try:

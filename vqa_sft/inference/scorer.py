@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from accelerate import PartialState
@@ -104,9 +105,9 @@ def load(
     run, is_base = runs[0], runs[0].folder is None
     num_letters = max(run.num_letters or 0, most_choices)
     model_args = Recipe(run.recipe, arguments=None).model_args()
-    trust = {"trust_remote_code": bool(run.recipe.get("trust_remote_code"))}
+    trust: dict[str, Any] = {"trust_remote_code": bool(run.recipe.get("trust_remote_code"))}
     # A run's processor knows its image size, and one spelling of its letters; a base may prefer any.
-    pixels = {name: run.recipe.get(name) if is_base else None for name in ("min_pixels", "max_pixels")}
+    pixels: dict[str, Any] = {name: run.recipe.get(name) if is_base else None for name in ("min_pixels", "max_pixels")}
     processor = models.load_processor(run.folder or run.base_model, **pixels, **trust)
     find_ids = scoring.find_spellings if is_base else scoring.find_letter_ids
     letter_ids = find_ids(processor, num_letters, run.prompts)

@@ -419,15 +419,15 @@ def run_inside(argv: list[str]) -> None:
         run_predictor(watch, *arguments)
     else:
         # A recipe ends its process without a clean-up; what was measured must be written before.
-        from vqa_sft.models import processes as launch
+        from vqa_sft.models import processes
 
-        leave = launch.leave
+        leave = processes.leave
 
         def finish_and_leave() -> None:
             watch.finish()
             leave()
 
-        launch.leave = finish_and_leave
+        processes.leave = finish_and_leave
         sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="__main__")
     watch.finish()

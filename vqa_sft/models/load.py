@@ -24,6 +24,7 @@ from transformers.integrations import deepspeed, sdpa_attention
 from trl import ModelConfig, get_quantization_config
 
 from vqa_sft.batch.pixels import limit_pixels
+from vqa_sft.console import note
 from vqa_sft.errors import InputError, explains
 from vqa_sft.models import quantized
 from vqa_sft.models.parts import decoder_name, names_beside_decoder
@@ -35,10 +36,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def choose_precision(values: dict[str, Any], trained: str | None = None) -> str:
     """The precision that a run was `trained` in, else that the recipe `values` ask for, else that suits the device:
-    "bf16" from capability 8.0 on, "fp16" on older GPUs, "fp32" without one.
-
-    By capability and not by `torch.cuda.is_bf16_supported()`, which says yes to a T4's slow emulation.
-    """
+    "bf16" from capability 8.0 on (`torch.cuda.is_bf16_supported()` accepts a T4's slow emulation), "fp16" on older
+    GPUs, "fp32" without one."""
     on_gpu = torch.cuda.is_available() and not values.get("use_cpu")
     old_gpu = on_gpu and torch.cuda.get_device_capability() < (8, 0)
     able = ("fp16", "fp32") if old_gpu else ("bf16", "fp16", "fp32") if on_gpu else ("fp32", "bf16")
@@ -198,10 +197,8 @@ def _check_weights(name: str, model: PreTrainedModel, loaded: dict[str, Any]) ->
             f"the checkpoint {name!r} does not hold the weights of {type(model).__name__}: {'; '.join(said)}. Copy or "
             "download it again, with the config.json that belongs to it."
         )
-    if apart and os.environ.get("RANK", "0") == "0":
-        print(
-            f"{name} holds {len(apart):,} weights of parts that {type(model).__name__} does not use: {_first(apart)}."
-        )
+    if apart:
+        note(f"{name} holds {len(apart):,} weights of parts that {type(model).__name__} does not use: {_first(apart)}.")
 
 
 def _is_apart(weight: str, model: PreTrainedModel) -> bool:
@@ -229,7 +226,7 @@ def load_trained(
 ) -> torch.nn.Module:
     """The model of a run folder for prediction: base and adapter, or the weights themselves; "none": the base alone.
     Raises InputError, before any weight is loaded, when the folder holds neither."""
-    options = {"trust_remote_code": trust_remote_code, "device_map": device_map}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "device_map": device_map}
     if run == "none":
         return load_model(model_args, precision, **options)
     if (Path(run) / "adapter_config.json").is_file() and (Path(run) / "adapter_model.safetensors").is_file():

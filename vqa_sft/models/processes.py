@@ -72,7 +72,7 @@ def check_images(parts: Iterable[Dataset], *, trains_vision: bool = False) -> No
         bare = [row["id"] for row in rows if not row["images"]]
         if bare:
             raise InputError(
-                "FSDP and DeepSpeed's stage 3 (stage 2 where the vision tower or its merger is trained) need a "
+                "FSDP and DeepSpeed's stage 3 (stage 2 where the vision tower or its merger is trained) need an "
                 f"image in every row; there is none in {name_rows(bare, len(part))}. Take "
                 "accelerate_configs/multi_gpu.yaml, or leave those rows out."
             )

@@ -81,7 +81,7 @@ def check(name: str, config: PreTrainedConfig, *, device_map: dict | None = None
     try:
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(own), pre_quantized=True)
         quantizer.validate_environment(device_map=device_map, weights_only=True)
-        # transformers says so at the first forward pass only. Where it has no such GPU, it unpacks the weights.
+        # transformers raises at the first forward pass only. Where it has no such GPU, it unpacks the weights.
         stays_fp8 = method_of(own) == "fp8" and not quantizer.quantization_config.dequantize
         if stays_fp8 and not is_kernels_available():
             raise ImportError("FP8 on this GPU needs the package kernels (`pip install kernels`).")

@@ -243,7 +243,7 @@ def score_batches(
         num_workers=num_workers,
         pin_memory=state.device.type == "cuda",
     )
-    waiting: list[tuple] = []
+    waiting: list[tuple[Sequence[int], list[ScaleLogits]]] = []
     bar = progress(total=sum(map(len, batches)), desc="Scoring", unit=" questions", in_logs=True)
     for rows, of_scales in zip(own, loader, strict=True):
         waiting.append((rows, score_scales(scorer, of_scales, runs)))

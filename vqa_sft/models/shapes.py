@@ -4,7 +4,6 @@ from transformers import PreTrainedConfig
 
 from vqa_sft.models.families import FAMILIES
 
-# Published configurations of the models, as far as they set a shape.
 SHAPES = {
     "Qwen/Qwen2.5-VL-3B-Instruct": (
         "qwen2_5_vl",

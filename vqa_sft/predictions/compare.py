@@ -116,10 +116,10 @@ def describe(
     given, paths = options.get("columns"), (one, other)
     own = _own_of(paths)
     rows = read_rows(data, own, **options) if data else None
-    before, after = (read_answers(path, given, rows and rows.choices) for path in paths)
+    choices = rows.choices if rows else None
+    before, after = (read_answers(path, given, choices) for path in paths)
     for here, there in ((after, before), (before, after)):
-        missing = [row_id for row_id in there.by_id if row_id not in here.by_id]
-        if missing:
+        if missing := [row_id for row_id in there.by_id if row_id not in here.by_id]:
             raise InputError(f"{here.name} lacks {name_rows(missing, len(there.by_id))} of {there.name}.")
     if data and rows:
         for file in (before, after):

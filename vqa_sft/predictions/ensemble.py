@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,8 +70,7 @@ def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Prediction
         rows = [row_of[row_id] for row_id in first.ids]
         aligned.append(_take(file, rows))
         pairs = list(zip(first.ids, first.choice_logits, aligned[-1].choice_logits, strict=True))
-        other_length = [row_id for row_id, one, other in pairs if len(one) != len(other)]
-        if other_length:
+        if other_length := [row_id for row_id, one, other in pairs if len(one) != len(other)]:
             raise InputError(
                 f"{name} and {names[0]} have other numbers of choices in {name_rows(other_length, len(rows))}. Give "
                 "predictions for the same data."
@@ -78,8 +78,7 @@ def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Prediction
     known_answers: list[int | None] = [None] * len(first.ids)
     for file, name in zip(aligned, names, strict=True):
         both = zip(file.ids, known_answers, file.answers, strict=True)
-        differ = [row_id for row_id, one, other in both if None not in (one, other) and one != other]
-        if differ:
+        if differ := [row_id for row_id, one, other in both if None not in (one, other) and one != other]:
             raise InputError(
                 f"{name} has other answers than the files before it in {name_rows(differ, len(rows))}. Give "
                 "predictions for the same data."
@@ -92,7 +91,8 @@ def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Prediction
 
 def _take(file: Predictions, rows: Sequence[int]) -> Predictions:
     names = ("ids", "choice_logits", "answers", "blanked", "agreement", "scale_logits", "digests")
-    return replace(file, **{name: [column[i] for i in rows] for name in names if (column := getattr(file, name))})
+    taken: dict[str, Any] = {name: [column[i] for i in rows] for name in names if (column := getattr(file, name))}
+    return replace(file, **taken)
 
 
 def experts_of(files: Sequence[Predictions], average: str) -> np.ndarray:
@@ -168,15 +168,14 @@ def write_ensemble(
     """
     if len(names) < 2:
         raise InputError(f"an ensemble is of two prediction files at least; got {len(names)}.")
-    twice = [name for number, name in enumerate(names) if name in names[:number]]
-    if twice:
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
         raise InputError(f"{twice[0]} is given twice. Give it once, and with --weights more of it.")
     if (weights == "learned") != bool(learn_on):
         raise InputError("--weights learned and --learn-on FILES belong together; one is missing.")
     check_output(output, suffix=".parquet", reads=[*names, *learn_on], is_ours=_is_ensemble, kind="ensemble")
     if save_weights is not None:
-        how = {"is_ours": begins_with(WEIGHTS_START), "kind": "file of --save-weights"}
-        check_output(save_weights, suffix=".json", option="--save-weights", **how)
+        option, is_ours = "--save-weights", begins_with(WEIGHTS_START)
+        check_output(save_weights, suffix=".json", option=option, is_ours=is_ours, kind=f"file of {option}")
     files = align([read_predictions(name) for name in names], names)
     if weights == "learned":
         found, notes = _learned_weights(files, learn_on, average, names)
@@ -191,7 +190,8 @@ def write_ensemble(
         )
     ensemble.metadata["ensemble"] |= {"weights_from": weights, "learn_on": [str(name) for name in learn_on]}
     if save_weights is not None:
-        _save_weights(Path(save_weights), found, names, average)
+        shares = [{"file": str(name), "weight": weight} for name, weight in zip(names, found, strict=True)]
+        write_whole(save_weights, json.dumps({"average": average, "files": shares}, indent=2) + "\n")
     write_predictions(output, ensemble)
     lines = [f"{weight:7.4f}  {name}" for weight, name in zip(found, names, strict=True)]
     return "\n".join([*notes, *lines, f"Wrote {len(ensemble.ids):,} rows to {output} ({average})."])
@@ -216,7 +216,7 @@ def _learned_weights(
         ]
     for name, stands_for, one, other in zip(learn_on, names, held_out, files, strict=True):
         if not may_be_of_one_run(one, other) or _views(one) != _views(other):
-            ours, theirs = (f"{_maker(file)}, {_views(file)}" for file in (other, one))
+            ours, theirs = (f"{file.maker}, {_views(file)}" for file in (other, one))
             notes.append(f"Beware: {name} ({theirs}) may not stand for {stands_for} ({ours}).")
     first = held_out[0]
     if learned.weights and shared_rows(files[0].ids, {*first.ids}, files[0].digest_of, first.digest_of):
@@ -239,7 +239,7 @@ def _learn_on(
     for i, (one, other) in enumerate(zip(held_out, files, strict=True)):
         if not may_be_of_one_run(one, other) and any(may_be_of_one_run(one, file) for file in files):
             raise InputError(
-                f"--learn-on: {learn_on[i]} is of {_maker(one)}, {names[i]} of {_maker(other)}. Give the files of "
+                f"--learn-on: {learn_on[i]} is of {one.maker}, {names[i]} of {other.maker}. Give the files of "
                 "--learn-on in the order of those that they stand for."
             )
     # With the calibrations of the files that the weights are for.
@@ -248,10 +248,6 @@ def _learn_on(
 
 def _views(predictions: Predictions) -> str:
     return "an ensemble" if "ensemble" in predictions.metadata else views_key(predictions.metadata)
-
-
-def _maker(predictions: Predictions) -> str:
-    return str(predictions.metadata.get("run") or predictions.metadata.get("base_model") or "of an unknown run")
 
 
 def _given_weights(text: str, names: Sequence[str], average: str) -> list[float]:
@@ -278,11 +274,6 @@ def _given_weights(text: str, names: Sequence[str], average: str) -> list[float]
     if not math.isfinite(sum(numbers)) or min(numbers) < 0 or sum(numbers) <= 0:
         raise InputError(f"--weights {text}: no weight may be below 0, and one must be above it.")
     return [number / sum(numbers) for number in numbers]
-
-
-def _save_weights(path: Path, weights: Sequence[float], names: Sequence[str], average: str) -> None:
-    files = [{"file": str(name), "weight": weight} for name, weight in zip(names, weights, strict=True)]
-    write_whole(path, json.dumps({"average": average, "files": files}, indent=2) + "\n")
 
 
 def _is_ensemble(path: Path) -> bool:

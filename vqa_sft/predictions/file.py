@@ -74,6 +74,11 @@ class Predictions:
         return {row_id: digest for row_id, digest in pairs if digest is not None}
 
     @property
+    def maker(self) -> str:
+        """The run or the base model that scored the rows, for messages."""
+        return str(self.metadata.get("run") or self.metadata.get("base_model") or "an unknown run")
+
+    @property
     def unanswered(self) -> list[str]:
         """Ids of the rows whose answer is unknown."""
         return [row_id for row_id, answer in zip(self.ids, self.answers, strict=True) if answer is None]
@@ -271,14 +276,12 @@ def _fault_of_scales(predictions: Predictions) -> str:
     return "" if are_like and num_scales > 1 else f"scale_logits are not those of {num_scales} scales"
 
 
-def _says_how_to_write(known: object) -> bool:
-    """Whether it is what `answers_as` gives, or nothing."""
-    if known is None:
-        return True
-    names = [known.get("id"), known.get("column")] if isinstance(known, dict) else [None]
-    if not all(isinstance(name, str) for name in names):
-        return False
-    return known.get("format") in (None, *FORMATS) and isinstance(known.get("is_upper"), bool)
+def _says_how_to_write(known: Any) -> bool:
+    """Whether it is a value of `answers_as`, or None."""
+    if not isinstance(known, dict):
+        return known is None
+    are_names = isinstance(known.get("id"), str) and isinstance(known.get("column"), str)
+    return are_names and known.get("format") in (None, *FORMATS) and isinstance(known.get("is_upper"), bool)
 
 
 def _are_like(of_scales: list | None, num_scales: int, num_choices: int) -> bool:
@@ -316,7 +319,7 @@ def check_calibration(values: object, what: str, scales: Sequence[float] | None 
         )
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300  # false of NaN too
 
 
@@ -327,15 +330,9 @@ def scale_names(scales: Sequence[float]) -> dict[str, float]:
 
 def with_answers(predictions: Predictions, answers: dict[str, int]) -> Predictions:
     """`predictions` with the answers of a file, matched by id. Raises InputError for ids without one."""
-    missing = [row_id for row_id in predictions.ids if row_id not in answers]
-    if missing:
+    if missing := [row_id for row_id in predictions.ids if row_id not in answers]:
         raise InputError(f"no answer for {name_rows(missing, len(predictions.ids))}.")
-    matched: Sequence[int] = [answers[row_id] for row_id in predictions.ids]
-    beyond = [
-        row_id
-        for row_id, answer, row in zip(predictions.ids, matched, predictions.choice_logits, strict=True)
-        if answer >= len(row)
-    ]
-    if beyond:
+    pairs = zip(predictions.ids, predictions.choice_logits, strict=True)
+    if beyond := [row_id for row_id, logits in pairs if answers[row_id] >= len(logits)]:
         raise InputError(f"the answer is none of the row's choices in {name_rows(beyond, len(predictions.ids))}.")
-    return replace(predictions, answers=list(matched))
+    return replace(predictions, answers=[answers[row_id] for row_id in predictions.ids])

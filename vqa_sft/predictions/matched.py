@@ -37,8 +37,7 @@ class Rows:
     def check(self, path: str | Path, ids: Sequence[str], digests: Mapping[str, str], name: str | Path) -> None:
         """Raises InputError where `path`, the file of these rows, lacks some of the ids, or has other rows under them;
         `name` is that of the file with the ids and digests."""
-        missing = [row_id for row_id in ids if row_id not in self.choices]
-        if missing:
+        if missing := [row_id for row_id in ids if row_id not in self.choices]:
             raise InputError(f"{path} lacks {name_rows(missing, len(ids))}. Give the data of {name}.")
         check_same_rows(ids, digests, self.digests, [name, path])
 
@@ -61,8 +60,9 @@ def read_rows(path: str | Path, own: Mapping[str, Any] | None, **options: Any) -
     examples = loaded.examples
     ids = examples["id"][:]
     digests = dict(zip(ids, digests_of(examples), strict=True)) if knows_images else {}
-    by_id = (dict(zip(ids, examples[name][:], strict=True)) for name in ("question", "choices", "answer"))
-    return Rows(*by_id, digests)
+    columns = (dict(zip(ids, examples[name][:], strict=True)) for name in ("question", "choices", "answer"))
+    questions, choices, answers = columns
+    return Rows(questions, choices, answers, digests)
 
 
 def read_rows_of(path: str | Path, predictions: Predictions, name: str | Path, **options: Any) -> Rows:
@@ -71,8 +71,7 @@ def read_rows_of(path: str | Path, predictions: Predictions, name: str | Path, *
     rows, ids = read_rows(path, predictions.metadata.get(ANSWERS), **options), predictions.ids
     rows.check(path, ids, predictions.digest_of, name)
     pairs = zip(ids, predictions.choice_logits, strict=True)
-    differ = [row_id for row_id, logits in pairs if max(1, len(rows.choices[row_id])) != len(logits)]
-    if differ:
+    if differ := [row_id for row_id, logits in pairs if max(1, len(rows.choices[row_id])) != len(logits)]:
         raise InputError(
             f"{path} has other numbers of choices in {name_rows(differ, len(ids))}. Give the data of the predictions."
         )
@@ -93,8 +92,7 @@ def read_answers(
     if _has_columns(opened, {"image": []} | columns, _fixed(own, options)) or {"question", "choices"} & given.keys():
         # Rows that are not predicted do not count.
         found = read_rows_of(path, predictions, name, **options).answers
-        unknown = [row_id for row_id in predictions.ids if found[row_id] is None]
-        if unknown:
+        if unknown := [row_id for row_id in predictions.ids if found[row_id] is None]:
             raise InputError(
                 f"{path}: the answer is none of the row's choices in {name_rows(unknown, len(found))}. {HINT}."
             )

@@ -1,6 +1,7 @@
 """Accuracy, NLL, Brier score and ECE of choice probabilities. numpy only, no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -132,12 +133,12 @@ def bootstrap(
     return {name: (float(low), float(high)) for name, (low, high) in low_high.items()}
 
 
-def with_intervals(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> dict[str, float | list[float]]:
+def with_intervals(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> dict[str, Any]:
     """`full_metrics` and their 95% intervals: {"nll": 0.5, ..., "nll_95": [0.4, 0.6], ...}."""
     intervals = bootstrap(probs, answers)
     return full_metrics(probs, answers) | {f"{name}_95": [*interval] for name, interval in intervals.items()}
 
 
-def describe(values: dict[str, float | list[float]], names: Sequence[str]) -> list[str]:
+def describe(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     """Cells of a table from `with_intervals`: "0.5000 [0.400, 0.600]"."""
     return [f"{values[name]:.4f} [{values[f'{name}_95'][0]:.3f}, {values[f'{name}_95'][1]:.3f}]" for name in names]

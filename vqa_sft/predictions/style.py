@@ -70,7 +70,7 @@ class Style:
         columns, rows = read_table(path)
         id_name = _find_id_column(path, columns, rows, ids)
         answers = tuple(name for name in columns if name != id_name)
-        how = {"id": id_name, "header": tuple(columns), "ids": tuple(row[id_name] for row in rows)}
+        how: dict[str, Any] = {"header": tuple(columns), "ids": tuple(row[id_name] for row in rows)}
         most = max(num_choices)
         if len(answers) > 1:
             names, texts = _find_probabilities(path, answers, rows, choices, most, id_name)
@@ -79,7 +79,7 @@ class Style:
                     f"{path} has {len(answers)} columns for probabilities; --answer-format {answer_format} has one."
                 )
             note = f"{path}: {describe_columns(names, texts)}."
-            return cls(answers=names, answer_format=PROBABILITIES, texts=texts, notes=(note,), **how)
+            return cls(id_name, names, PROBABILITIES, texts=texts, notes=(note,), **how)
         if not answers:
             raise _wrong_number(path, answers, most, id_name)
         if answer_format == PROBABILITIES:
@@ -101,9 +101,7 @@ class Style:
                 case = ", upper case" if is_upper else ", lower case"
             own_way = f"written as in the run's data ({answer_format}{case})"
             notes = (f"{path} does not say how answers are written: {own_way}.",)
-        return cls(
-            answers=answers, answer_format=answer_format, is_upper=is_upper, around=_around(letters), notes=notes, **how
-        )
+        return cls(id_name, answers, answer_format, is_upper, around=_around(letters), notes=notes, **how)
 
 
 def _find_probabilities(
@@ -157,8 +155,7 @@ def _is_letter(cell: str) -> bool:
 def _check_numbers(path: str | Path, names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     """Raises InputError where a column that would get probabilities holds something else."""
     for name in names:
-        texts = [row[name] for row in rows if row[name].casefold() not in UNKNOWN and not _is_number(row[name])]
-        if texts:
+        if texts := [row[name] for row in rows if row[name].casefold() not in UNKNOWN and not _is_number(row[name])]:
             raise InputError(
                 f"{path}: {printable(name)} holds {printable(repr(texts[0]), 60)} and is no column of probabilities, "
                 "which as many columns as there are choices are taken for. Remove it."
@@ -224,8 +221,7 @@ def _find_format(
         if own and readable[own]:
             return own, True
         raise InputError(f"{path}: {error} Here that is --answer-format.") from error
-    bad = [cell for cell, texts in known if read_answer(cell, texts, found) is None]
-    if bad:
+    if bad := [cell for cell, texts in known if read_answer(cell, texts, found) is None]:
         raise InputError(
             f"{path}: {len(bad):,} of {len(known):,} cells of `{name}` are no answer as the others are ({found}), such "
             f"as {printable(repr(bad[0]))}. {HINT}. Texts need --data as well."

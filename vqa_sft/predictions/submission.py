@@ -30,8 +30,7 @@ def render(
     if len(row_of) < len(predictions.ids) or sorted(ids) != sorted(predictions.ids):
         raise InputError(f"a submission holds every id once; got {len(ids)} rows for {len(row_of)} ids.")
     all_probs = predictions.probs
-    bad = [i for i, row in zip(predictions.ids, all_probs, strict=True) if not np.isfinite(row).all()]
-    if bad:
+    if bad := [i for i, row in zip(predictions.ids, all_probs, strict=True) if not np.isfinite(row).all()]:
         raise InputError(f"the probabilities are not finite in {name_rows(bad, len(ids))}. Score the rows again.")
     if style.answer_format == "text" and choices is None:
         raise InputError(

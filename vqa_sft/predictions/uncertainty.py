@@ -36,7 +36,9 @@ class Uncertainty:
 def measure_uncertainty(predictions: Predictions) -> Uncertainty:
     probs = predictions.probs
     weights = (predictions.metadata.get(CALIBRATION) or {}).get("scale_weights") or {}
+    # Agreement counts scales equally: with other weights it is not about this best choice.
     counts_equally = max(weights.values(), default=0) - min(weights.values(), default=0) < 1e-9
+    agreement = predictions.agreement if counts_equally else []
     top_two = [np.sort(row)[::-1][:2] for row in probs]
     return Uncertainty(
         predictions.ids,
@@ -44,8 +46,7 @@ def measure_uncertainty(predictions: Predictions) -> Uncertainty:
         np.array([row[0] for row in top_two]),
         np.array([row[0] - (row[1] if len(row) > 1 else 0) for row in top_two]),
         np.array([-sum(p * math.log(p) for p in row if p > 0) for row in probs]),
-        # Agreement counts scales equally: with other weights it is not about this best choice.
-        (counts_equally and predictions.agreement) or [None] * len(probs),
+        agreement or [None] * len(probs),
     )
 
 
@@ -105,13 +106,14 @@ def describe(
         parts.append(risk_coverage_table(predictions, uncertainty))
     if coverage is not None and calibrate_on is not None:
         held_out = _read_held_out(calibrate_on, file, predictions)
-        parts += _beware(calibrate_on, file, held_out, predictions)
+        parts += _note_differences(calibrate_on, file, held_out, predictions)
         threshold = conformal_threshold(held_out, coverage)
         uncertainty.sets = conformal_sets(predictions, threshold)
         parts.append(_describe_sets(uncertainty, predictions, coverage, threshold, len(held_out.ids)))
     if output is not None:
-        _write(output, uncertainty)
-        parts.append(f"Wrote {len(uncertainty.ids):,} rows to {output}.")
+        rows = [_cells(uncertainty, i) for i in range(len(uncertainty.ids))]
+        write_table(output, HEADER, rows)
+        parts.append(f"Wrote {len(rows):,} rows to {output}.")
     return "\n\n".join(parts)
 
 
@@ -143,7 +145,7 @@ def _how(predictions: Predictions) -> str:
     return f"an ensemble ({average})"
 
 
-def _beware(path: str | Path, file: str | Path, held_out: Predictions, predictions: Predictions) -> list[str]:
+def _note_differences(path: str | Path, file: str | Path, held_out: Predictions, predictions: Predictions) -> list[str]:
     """Why the coverage may be another than asked for: the files may be of different runs. No error, for a run may have
     been renamed or merged since."""
     ours, theirs = (_makers(one) for one in (predictions, held_out))
@@ -152,7 +154,7 @@ def _beware(path: str | Path, file: str | Path, held_out: Predictions, predictio
             f"Beware: {path} was scored by {_named(theirs)}, {file} by {_named(ours)}. If these are different runs, "
             "the sets hold the answer more or less often than stated here."
         ]
-    if list(map(_mixing, ours)) != list(map(_mixing, theirs)):
+    if [_role(one) for one in ours] != [_role(one) for one in theirs]:
         return [
             "Beware: the files of the two ensembles have other weights, views or temperatures, and the sets may hold "
             "the answer more or less often than stated here. Held-out rows that predict.py scores as --data have the "
@@ -171,7 +173,7 @@ def _makers(predictions: Predictions) -> list[Predictions]:
     return [Predictions([], [], [], one) for one in sorted(files, key=lambda one: one.get("run") or "")]
 
 
-def _mixing(predictions: Predictions) -> list:
+def _role(predictions: Predictions) -> list:
     """Of a file of an ensemble, what the probabilities of the ensemble depend on: weight, views, calibration."""
     metadata = predictions.metadata
     if (weight := metadata.get("weight")) is None:  # no file of an ensemble
@@ -181,8 +183,7 @@ def _mixing(predictions: Predictions) -> list:
 
 
 def _named(makers: Sequence[Predictions]) -> str:
-    names = [one.metadata.get("run") or one.metadata.get("base_model") or "an unknown run" for one in makers]
-    return ", ".join(map(str, names)) or "an unknown run"
+    return ", ".join(one.maker for one in makers) or "an unknown run"
 
 
 def _least_certain(uncertainty: Uncertainty) -> str:
@@ -216,7 +217,3 @@ def _cells(uncertainty: Uncertainty, i: int) -> list[str]:
     letters = "".join(LETTERS[choice] for choice in uncertainty.sets[i]) if uncertainty.sets else ""
     shown = "" if agreement is None else f"{agreement:.4f}"
     return [uncertainty.ids[i], LETTERS[uncertainty.best[i]], *numbers, shown, letters]
-
-
-def _write(path: str | Path, uncertainty: Uncertainty) -> None:
-    write_table(path, HEADER, (_cells(uncertainty, i) for i in range(len(uncertainty.ids))))

@@ -17,8 +17,8 @@ from vqa_sft.letters import LETTERS
 from vqa_sft.report.check_plots import make_plots
 from vqa_sft.report.check_text import quantile_rows, say_count, say_formats, say_near, say_rows, say_tokens, say_verdict
 
-NUM_SAMPLES = (48, 12)  # rows on the wall of the training rows, and of the others
-NUM_PROBLEMS = (24, 12)  # rows that are shown for their problems
+# On the wall: rows of every question type, and rows that are shown for their problems.
+NUM_TRAINING_ROWS, NUM_OTHER_ROWS = (48, 24), (12, 12)
 _PER_KIND = 3
 _THUMBNAIL_PX, _SMALL_THUMBNAIL_PX = 256, 128  # the only image of a row; one of several
 _MAX_THUMBNAILS = 4
@@ -37,7 +37,9 @@ def write_page(path: str | Path, reports: Sequence[Report]) -> None:
         title=Path(reports[0].loaded.name).name,
         verdict=say_verdict(reports),
         clean=not any(report.num_bad for report in reports),
-        sections=[_section(report, is_first=report is reports[0]) for report in reports],
+        sections=[
+            _section(report, *(NUM_TRAINING_ROWS if report is reports[0] else NUM_OTHER_ROWS)) for report in reports
+        ],
     )
     write_whole(path, PAGE_START + page)
 
@@ -49,8 +51,7 @@ def shown(text: str, limit: int = _MAX_CHARS) -> str:
     return "".join(c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in text)
 
 
-def _section(report: Report, is_first: bool) -> dict:
-    num_samples, num_problems = (limits[0 if is_first else 1] for limits in (NUM_SAMPLES, NUM_PROBLEMS))
+def _section(report: Report, num_samples: int, num_problems: int) -> dict:
     of_row = _problems_of_rows(report)
 
     def cards(rows: Sequence[int]) -> list[dict]:

@@ -148,7 +148,7 @@ def keep_worker(is_listening: torch.Tensor) -> None:
     signal.signal(signal.SIGTERM, lambda *_: None if is_listening else os._exit(0))
 
 
-def goes_on(output_dir: str | Path) -> str:
+def resumes_from(output_dir: str | Path) -> str:
     """The end of a message: what the same command does."""
     checkpoint = last_whole_checkpoint(output_dir)
     if checkpoint is None:

@@ -50,22 +50,22 @@ def merge_run(
 def _merge_run(folder: str, output: str, dtype: str | None, overwrite: bool, model: str | None) -> str:
     [run] = run_folder.read_runs([folder], model)
     recipe = run.recipe
-    name, trust = run.base_model, {"trust_remote_code": bool(recipe.get("trust_remote_code"))}
+    name, trust = run.base_model, bool(recipe.get("trust_remote_code"))
     _check_adapter(folder)
     entries = known_entries(folder)
     _check_output(Path(output), overwrite, reads=(folder, name))
-    config = _base_config(name, recipe.get("model_revision") or "main", **trust)
+    config = _base_config(name, recipe.get("model_revision") or "main", trust)
     dtype = dtype or _own_dtype(config) or run.precision or "bf16"
-    size = _count_weights(config, **trust) * DTYPES[dtype].itemsize
+    size = _count_weights(config, trust) * DTYPES[dtype].itemsize
     _check_room(Path(output).resolve(), size, dtype)
-    processor = load_processor(folder, **trust)
+    processor = load_processor(folder, trust_remote_code=trust)
     if recipe.get("load_in_4bit") or recipe.get("load_in_8bit"):
         bits = 4 if recipe.get("load_in_4bit") else 8
         line = f"The adapter was trained on {name} in {bits} bit and is merged into its unquantised weights: "
         print(line + "probabilities may differ slightly from those of the run.")
     with whole_folder(output) as part:
         (part / run_folder.MARKER).touch()
-        merged = _merged(_load_base(name, recipe, dtype, **trust), folder, dtype)
+        merged = _merged(_load_base(name, recipe, dtype, trust), folder, dtype)
         with explains(ValueError, f"{name} cannot be saved"):  # a generation config that contradicts itself
             merged.save_pretrained(part, max_shard_size=SHARD)
         processor.save_pretrained(part)
@@ -101,10 +101,10 @@ def _is_merge(folder: Path) -> bool:
         return False
 
 
-def _base_config(name: str, revision: str, **trust: bool) -> PreTrainedConfig:
+def _base_config(name: str, revision: str, trust: bool) -> PreTrainedConfig:
     """Raises InputError where it cannot be loaded, or the checkpoint is quantised."""
     with explains(LOADING_ERRORS, f"the base {name!r} cannot be loaded; check the network, or give --model NAME"):
-        config = AutoConfig.from_pretrained(name, revision=revision, **trust)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
     if own := quantized.quantization_of(config):
         raise InputError(
             f"the checkpoint of {name} is quantised itself ({quantized.describe(own)}), and nothing can be added to "
@@ -120,9 +120,9 @@ def _own_dtype(config: PreTrainedConfig) -> str | None:
     return next((name for name, dtype in DTYPES.items() if dtype == own), None)
 
 
-def _count_weights(config: PreTrainedConfig, **trust: bool) -> int:
+def _count_weights(config: PreTrainedConfig, trust: bool) -> int:
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, **trust)
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust)
     return sum(weight.numel() for weight in model.parameters())
 
 
@@ -137,11 +137,12 @@ def _check_room(target: Path, needed: int, dtype: str) -> None:
         )
 
 
-def _load_base(name: str, recipe: dict[str, Any], dtype: str, **trust: bool) -> PreTrainedModel:
+def _load_base(name: str, recipe: dict[str, Any], dtype: str, trust: bool) -> PreTrainedModel:
     """On the CPU, never quantised."""
     revision = recipe.get("model_revision") or "main"
     dtype = str(DTYPES[dtype]).removeprefix("torch.")
-    return load_model(ModelConfig(model_name_or_path=name, model_revision=revision, dtype=dtype), "fp32", **trust)
+    args = ModelConfig(model_name_or_path=name, model_revision=revision, dtype=dtype)
+    return load_model(args, "fp32", trust_remote_code=trust)
 
 
 def _merged(base: PreTrainedModel, folder: str, dtype: str) -> PreTrainedModel:

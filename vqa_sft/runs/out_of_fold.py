@@ -27,8 +27,7 @@ def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
     row_of: dict[str, tuple[list[float], int | None]] = {}
     digest_of: dict[str, str] = {}
     for part in parts.values():
-        twice = [row_id for row_id in part.ids if row_id in row_of]
-        if twice:
+        if twice := [row_id for row_id in part.ids if row_id in row_of]:
             raise InputError(f"two folds validate on {name_rows(twice, len(part.ids))}. Train the folds again.")
         digest_of |= part.digest_of
         row_of |= zip(part.ids, zip(part.choice_logits, part.answers, strict=True), strict=True)
@@ -47,13 +46,13 @@ def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
         (Path(folder) / CALIBRATION).unlink(missing_ok=True)
 
     probs = softmax(logits)
-    values, content = all_metrics(probs, answers), {"rows": len(ids)} | with_intervals(probs, answers)
-    intervals = {name: content[f"{name}_95"] for name in values}
-    content["folds"] = {name: all_metrics(softmax(part.choice_logits), part.answers) for name, part in parts.items()}
-    run_folder.write_json(Path(folder) / METRICS, content)
-    lines = [("", "rows", *values)]
-    for name, part in parts.items():
-        lines.append((name, f"{len(part.ids):,}", *(f"{value:.4f}" for value in content["folds"][name].values())))
-    lines.append(("out of fold", f"{len(ids):,}", *(f"{value:.4f}" for value in values.values())))
-    lines.append(("95% of resamples", "", *(f"{low:.4f}-{high:.4f}" for low, high in intervals.values())))
+    values, with_95 = all_metrics(probs, answers), with_intervals(probs, answers)
+    folds = {name: all_metrics(softmax(part.choice_logits), part.answers) for name, part in parts.items()}
+    run_folder.write_json(Path(folder) / METRICS, {"rows": len(ids)} | with_95 | {"folds": folds})
+    lines = [["", "rows", *values]]
+    for name, of_fold in folds.items():
+        lines.append([name, f"{len(parts[name].ids):,}", *(f"{value:.4f}" for value in of_fold.values())])
+    lines.append(["out of fold", f"{len(ids):,}", *(f"{value:.4f}" for value in values.values())])
+    intervals = [with_95[f"{name}_95"] for name in values]
+    lines.append(["95% of resamples", "", *(f"{low:.4f}-{high:.4f}" for low, high in intervals)])
     return table(lines)

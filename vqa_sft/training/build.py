@@ -126,7 +126,7 @@ def build_trainer(
     return trainer
 
 
-def _speed_up(trainer: AnswerTrainer, recipe: Recipe, num_rows: float) -> None:
+def _speed_up(trainer: AnswerTrainer, recipe: Recipe, num_rows: int) -> None:
     compile_layers, budget = recipe.arguments.compile_layers, recipe.arguments.activation_memory_budget
     if "activation_memory_budget" in recipe.values and not speedups.pays_compilation(num_rows, compile_layers):
         speedups.say("layers are not compiled for so few rows, and keep all; compile_layers: true compiles them")

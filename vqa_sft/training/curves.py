@@ -12,6 +12,8 @@ LOG, PLOT = "log.csv", "log.png"
 # The left panel and the right one.
 PANELS = (("loss", "eval_loss", "eval_average_loss"), ("accuracy", "eval_accuracy", "eval_average_accuracy"))
 
+STYLES: tuple[dict[str, Any], ...] = ({"alpha": 0.6}, {"marker": "o"}, {"marker": "s"})
+
 
 class WriteCurves(TrainerCallback):
     """Writes log.csv whenever something is logged, from the beginning of the run also after a resume, and log.png when
@@ -28,7 +30,7 @@ class WriteCurves(TrainerCallback):
 
 def by_step(history: list[dict[str, float]]) -> list[dict[str, float]]:
     """One mapping for every step, though training and evaluations log it apart."""
-    steps: dict[int, dict[str, float]] = {}
+    steps: dict[float, dict[str, float]] = {}
     for entry in history:
         steps.setdefault(entry["step"], {"step": entry["step"]}).update(entry)
     return [steps[step] for step in sorted(steps)]
@@ -50,7 +52,7 @@ def draw(path: Path, steps: list[dict[str, float]]) -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     has_lines = False
     for axes, names in zip(figure.subplots(1, 2), PANELS, strict=True):
-        for name, style in zip(names, ({"alpha": 0.6}, {"marker": "o"}, {"marker": "s"}), strict=True):
+        for name, style in zip(names, STYLES, strict=True):
             points = [(entry["step"], entry[name]) for entry in steps if name in entry]
             if points:
                 label = {"eval": "validation"}.get(name.split("_")[0], "training")

@@ -1,6 +1,7 @@
 """What a training writes into its run folder, before it begins and once it has ended."""
 
 import sys
+from typing import Any
 
 from trl import SFTConfig
 
@@ -31,7 +32,7 @@ def write_results(
     rows: Rows,
     training_args: SFTConfig,
     predictions: Predictions | None,
-    metrics: dict[str, float | str],
+    metrics: dict[str, Any],
 ) -> str:
     """Write everything but the weights, run.json last but for the card; what was saved, in words. `predictions` are
     those of the validation rows. Called by the main process."""
@@ -43,7 +44,7 @@ def write_results(
         write_predictions(f"{output_dir}/{run_folder.VALIDATION}", predictions)
     run_folder.write_metrics(output_dir, metrics)
     run_folder.describe(
-        run_folder.Run(output_dir, recipe.values, args.prompts, rows.num_letters, columns, metrics["precision"]),
+        run_folder.Run(output_dir, recipe.values, args.prompts, rows.num_letters, columns, str(metrics["precision"])),
         num_rows={"train": rows.num_train, "validation": len(rows.validation or [])},
         num_processes=training_args.world_size,
         micro_batch=training_args.per_device_train_batch_size,

@@ -38,11 +38,11 @@ class Rows:
     def num_train(self) -> int | None:
         return len(self.train) if isinstance(self.train, datasets.Dataset) else None
 
-    def num_seen(self, training_args: SFTConfig) -> float:
+    def num_seen(self, training_args: SFTConfig) -> int:
         """How many rows the training goes through, over all epochs."""
         rows_a_step = training_args.per_device_train_batch_size * training_args.world_size
         by_steps = training_args.max_steps * rows_a_step * training_args.gradient_accumulation_steps
-        return by_steps if by_steps > 0 else len(self.train) * training_args.num_train_epochs
+        return by_steps if by_steps > 0 else int(len(self.train) * training_args.num_train_epochs)
 
 
 def load_data(recipe: Recipe) -> list[Loaded]:

@@ -22,7 +22,7 @@ from vqa_sft.console import note
 from vqa_sft.errors import explains_breakdown
 from vqa_sft.models.memory.needs import Plan, Shape
 from vqa_sft.models.memory.out_of_memory import explains_out_of_memory, halve_batch
-from vqa_sft.runs.checkpoints import SaveAndStop, goes_on, last_whole_checkpoint, stopped_early
+from vqa_sft.runs.checkpoints import SaveAndStop, last_whole_checkpoint, resumes_from, stopped_early
 from vqa_sft.training.trainer import AnswerTrainer
 
 
@@ -58,7 +58,7 @@ def train_runs(
             free_memory()
         if len(runs) > 1:
             note(f"\nFold {number + 1} of {len(runs)}: {folder}")
-        with explains_breakdown(f"for {folder}", functools.partial(goes_on, folder)):
+        with explains_breakdown(f"for {folder}", functools.partial(resumes_from, folder)):
             ended = train(run.retried(settings) if settings else run, stop)
             while isinstance(ended, Retry):
                 settings |= ended.settings
@@ -91,7 +91,7 @@ def fit(
         training_args,
         needs,
         is_evaluating=lambda: not trainer.model.training,
-        resumes=functools.partial(goes_on, output_dir),
+        resumes=functools.partial(resumes_from, output_dir),
         **of_batch,
     )
     with explains, trainer.stop.listening():

@@ -22,7 +22,7 @@ from vqa_sft.errors import InputError, printable
 from vqa_sft.models.fast.speedups import base_of
 from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import supervised_logits
-from vqa_sft.runs.checkpoints import MARKER, MarkWholeCheckpoints, SaveAndStop, goes_on, keep_worker
+from vqa_sft.runs.checkpoints import MARKER, MarkWholeCheckpoints, SaveAndStop, keep_worker, resumes_from
 from vqa_sft.training import averaging
 from vqa_sft.training.averaging import AdapterAverage, trained
 from vqa_sft.training.callbacks import EpochForCollator, Speed, now_s
@@ -36,6 +36,7 @@ class AnswerTrainer(SFTTrainer):
 
     # `compute_loss` divides by the rows of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
+    data_collator: AnswerCollator
 
     def __init__(
         self,
@@ -162,7 +163,7 @@ class AnswerTrainer(SFTTrainer):
             raise InputError(
                 f"{what} is nan or infinite in {rows} {', '.join(map(printable, ids))}. Look at "
                 "them; or lower learning_rate, or take bf16 in place of fp16 (another run: with another --output_dir). "
-                f"Nothing of it was saved; the same command {goes_on(self.args.output_dir)}"
+                f"Nothing of it was saved; the same command {resumes_from(self.args.output_dir)}"
             )
 
     def _first_bad_losses(self) -> tuple[int, str, list[str]] | None:

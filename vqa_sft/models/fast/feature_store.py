@@ -37,10 +37,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from vqa_sft.batch.collator import BLANK_SIZE, AnswerCollator
+from vqa_sft.console import progress
 from vqa_sft.data.images import size_of
 from vqa_sft.data.scan import cache_path, count_cores
 from vqa_sft.errors import InputError
@@ -60,10 +60,8 @@ Place = tuple[int, int]  # number of a row, and of an image in it
 
 
 class FeatureStore:
-    """The files of one tower. Small, for it travels to the data loaders' workers.
-
-    `is_filled` says whether collators may look for features here.
-    """
+    """The files of one tower. Small, for it travels to the data loaders' workers. Once it `is_filled`, collators look
+    for features here."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -143,11 +141,8 @@ def open_store(
     model: nn.Module, processor: ProcessorMixin, packer: Packer | None, precision: str
 ) -> FeatureStore | None:
     """The store of a model's vision tower, still empty for the collators; None, with a line, where the tower is spread
-    over processes.
-
-    Called by every process, and before the tower is sped up, which changes its weights' shapes. Raises InputError for a
-    model whose rows are not packed.
-    """
+    over processes. Called by every process, before the tower is sped up, which changes its weights' shapes. Raises
+    InputError for a model whose rows are not packed."""
     base = base_of(model)
     if packer is None:
         known = " and ".join(family.label for family in FAMILIES.values())
@@ -184,11 +179,10 @@ def fill_store(
     batch_size: int,
     num_workers: int,
 ) -> None:
-    """Compute the features of all images of `parts` that the collator's store lacks, each process its share.
-
-    Called by every process. Raises InputError where the tower is trained, and for an image that cannot be read.
-    """
-    base, store, state = base_of(model), collator.features, PartialState()
+    """Compute the features of all images of `parts` that the collator's store lacks. Called by every process, each does
+    its share. Raises InputError where the tower is trained, and for an image that cannot be read."""
+    base, state = base_of(model), PartialState()
+    store: Any = collator.features
     if not is_frozen(tower_of(base)):
         raise InputError(
             "cache_image_features needs a vision tower that stays as it is, and this run trains it: look at "
@@ -227,7 +221,7 @@ def _plan(
     collator: AnswerCollator, config: PreTrainedConfig, rows: ConcatDataset, precision: str
 ) -> tuple[dict[str, Place], list[str], str | None]:
     """Where each distinct image stands, which are not stored, and why they cannot be."""
-    store = collator.features
+    store: Any = collator.features
     with ThreadPoolExecutor(count_cores()) as pool:  # reading and hashing release the GIL
         places = _find_images(collator, rows, pool)
         sizes = pool.map(store.num_bytes, places)
@@ -303,16 +297,16 @@ def _compute(
     tower = tower_of(base)
     was_training = tower.training
     tower.eval()
+    store: Any = collator.features
     writes: list[Future] = []
     with ThreadPoolExecutor(WRITERS) as pool:
-        is_main = PartialState().is_main_process
-        for digests, inputs in tqdm(loader, desc="Image features", disable=not is_main):
+        for digests, inputs in progress(loader, desc="Image features", in_logs=True):
             computed = _features_of_each(base, inputs, precision)
             problem = _problem_of(writes)  # those of the batch before, which were written meanwhile
             if problem:
                 break
             computed = zip(digests, computed, inputs["image_grid_thw"], strict=True)
-            writes = [pool.submit(collator.features.write, *of_image) for of_image in computed]
+            writes = [pool.submit(store.write, *of_image) for of_image in computed]
         problem = problem or _problem_of(writes)
     tower.train(was_training)
     return problem
@@ -334,7 +328,8 @@ def _preprocess(
     images = [collator.image(rows[number], position) for _, (number, position) in places]
     batch = collator.processor.image_processor(images=images, return_tensors="pt")
     grid = batch["image_grid_thw"]
-    inputs = collator.packer.pack_images(batch["pixel_values"], grid) | {"image_grid_thw": grid}
+    packer: Any = collator.packer
+    inputs = packer.pack_images(batch["pixel_values"], grid) | {"image_grid_thw": grid}
     return [digest for digest, _ in places], inputs
 
 

@@ -51,7 +51,7 @@ class Packer:
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, *, keeps_answers: bool = False) -> None:
         # Only what `get_rope_index` asks of a model: no weights.
         family = FAMILIES[config.model_type]
-        shell = family.model_class.__new__(family.model_class)
+        shell = family.model_class.__new__(family.model_class)  # type: ignore[call-overload]
         nn.Module.__init__(shell)
         shell.config = config
         self.rope_index: Callable = shell.get_rope_index
@@ -73,7 +73,7 @@ class Packer:
                 attention_mask=is_token,
             )
         lengths = is_token.sum(dim=1)
-        cu_seq_lens = _edges(lengths)
+        cu_seq_lens = F.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
         ends = int("end_positions" in batch)
         num_shared = self.num_shared(batch["input_ids"], lengths - ends)
         leaders = batch.get("leaders", torch.arange(len(lengths)))
@@ -147,7 +147,3 @@ def _shared_prefix(
     written = (is_token.flatten().cumsum(dim=0) - 1).view(kept.shape)
     copies = starts.long()[:, None] + shared
     return place[is_token], written[kept], copies[:0] if begins.any() else copies
-
-
-def _edges(lengths: torch.Tensor) -> torch.Tensor:
-    return F.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))

@@ -1,4 +1,4 @@
-"""Which speed-ups a model gets, each exact to the library's own path; where one cannot be had, a line says so.
+"""Which speed-ups a model gets, each exact to the library's own path, with a line for each that it cannot have.
 
     packer = pack_rows(model, precision)      before the trainer is built: rows without padding
     speed_up(model, compile_layers=...)       after it: tower, last layer, compiled layers
@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 
+from vqa_sft.console import note
 from vqa_sft.models import processes
 from vqa_sft.models.families import FAMILIES, head_dim, num_deepstack, tower_of
 from vqa_sft.models.fast import attention, fused_lora, packing, vision
@@ -112,7 +113,7 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
 
 
 def speed_up_training(
-    trainer: Trainer, num_rows: int, *, compile_layers: bool | None, memory_budget: float = 1.0
+    trainer: Trainer, num_rows: float, *, compile_layers: bool | None, memory_budget: float = 1.0
 ) -> None:
     """`speed_up` of a trainer's model, as far as its weights stand whole on every process."""
     if processes.shards_weights():
@@ -163,5 +164,4 @@ def num_compilations() -> int:
 
 
 def say(line: str) -> None:
-    if PartialState().is_main_process:
-        print(f"Speed: {line}.")
+    note(f"Speed: {line}.")

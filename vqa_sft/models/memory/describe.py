@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from vqa_sft.config.recipe import Recipe
+from vqa_sft.console import table
 from vqa_sft.models import processes
 from vqa_sft.models.memory.estimate import estimate, image_tokens, need_gib, num_tokens, scoring_gib
 from vqa_sft.models.memory.fit import MARGIN, as_options, largest_max_pixels, largest_micro_batch, remedies
@@ -79,18 +80,15 @@ def describe(shape: Shape, plans: dict[str, Plan]) -> str:
         f"{shape.trained / 1e6:,.1f} million trained weights, "
         f"{'with' if plan.checkpointing else 'without'} gradient_checkpointing{compiled}. In GiB:",
     ]
-    table = ["  " + line[0].ljust(34) + "".join(cell.rjust(12) for cell in line[1:]) for line in lines]
-    return "\n".join([*rows, *table])
+    return "\n".join([*rows, table(lines, header=len(plans) > 1, indent=2)])
 
 
 def describe_fit(
     shape: Shape, plan: Plan, gpu_gib: float, *, rows: int, accumulated: int | None, is_open: bool
 ) -> tuple[bool, str]:
-    """Whether the plan fits a GPU of so many GiB, and in words: what is the most that fits, and what to change.
-
-    `rows` of one process and optimiser step; `accumulated` the same where the recipe states accumulation itself;
-    `is_open`: layers may yet be compiled.
-    """
+    """Whether the plan fits a GPU of so many GiB, and in words: what is the most that fits, and what to change. `rows`
+    of one process and optimiser step; `accumulated` the same where the recipe states accumulation itself; `is_open`:
+    layers may yet be compiled."""
     gib = (gpu_gib - CONTEXT_GIB) / (1 + MARGIN)
     need = need_gib(shape, plan)
     what = "Uncompiled, it" if is_open else "It"

@@ -52,11 +52,10 @@ def num_patches(shape: Shape, plan: Plan) -> int:
 
 
 def weight_bytes(shape: Shape, plan: Plan) -> tuple[float, float]:
-    """Bytes of the language model and of the vision tower.
+    """Bytes of the language model and of the vision tower; only linear layers of the former are quantised.
 
     4 bit: half a byte and a constant for every 64 weights: 4 bytes, or with nested quantisation 1 byte and 4 for every
-    256 of them (Dettmers et al. 2023, QLoRA, section 3). 8 bit: a byte and an fp32 scale a row. Embeddings, head,
-    norms, biases and the vision tower stay as they are.
+    256 of them (Dettmers et al. 2023, QLoRA, section 3). 8 bit: a byte and an fp32 scale a row.
     """
     linear = shape.decoder_linear * plan.weight_bytes
     if plan.bits == 4:

@@ -43,9 +43,7 @@ def _largest(sizes: Sequence[int], gib: float, need: Callable[[int], float]) -> 
 
 def remedies(shape: Shape, plan: Plan, gib: float, rows: int) -> list[dict[str, Any]]:
     """Settings with which `plan`, which needs more, needs at most `gib`: each of them is enough. Empty: none is known.
-
-    Micro-batches are divisors of `rows`, the rows of one process and optimiser step.
-    """
+    Micro-batches are divisors of `rows`, the rows of one process and optimiser step."""
     recompute, quantise = {"gradient_checkpointing": True}, {"load_in_4bit": True}
     can_recompute, can_quantise = not plan.checkpointing, plan.bits == 16 and not shape.trains_base
     recomputed = replace(plan, checkpointing=True)
@@ -94,10 +92,8 @@ def as_options(settings: dict[str, Any], rows: int | None = None) -> str:
 
 def choose_batch(training_args: SFTConfig, needs: Callable[[], tuple[Shape, Plan]]) -> str:
     """`auto_batch`: set micro-batch, accumulation and recomputation so that training fits the GPU with the smallest
-    free memory; the rows of an optimiser step stay. Says what and why. `needs()` is `needs.read_needs` of the run.
-
-    Called by every process before it loads weights; all come to the same. Raises InputError where nothing fits.
-    """
+    free memory; the rows of an optimiser step stay. Says what and why. Called by every process before it loads weights;
+    all come to the same. Raises InputError where nothing fits."""
     if not torch.cuda.is_available() or training_args.use_cpu:
         return "auto_batch: there is no GPU; nothing is changed."
     if processes.is_sharded():

@@ -212,11 +212,11 @@ def read_needs(
     )
     plan, _ = read_stored(model_args.model_name_or_path, config, plan)
     compiles = compiles and plan.bits == 16 and plan.attention == "grouped" and speedups.can_compile()
-    rows = measure_rows(processor, examples, arguments.prompts) if examples else {}
+    rows: dict[str, Any] = measure_rows(processor, examples, arguments.prompts) if examples else {}
     return shape, replace(plan, compiled=compiles, **rows)
 
 
-def attention_of(device: torch.device, precision: str, fast: bool) -> str:
+def attention_of(device: torch.device, precision: str, fast: bool) -> Literal["grouped", "repeated", "unfused"]:
     """The kind of attention that a GPU computes, as a field of Plan."""
     if fast and attention.can_use_varlen(device, DTYPES[precision]):
         return "grouped"

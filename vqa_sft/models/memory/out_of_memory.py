@@ -18,10 +18,7 @@ from vqa_sft.models.memory.needs import Plan, Shape
 
 def halve_batch(training_args: SFTConfig, *, states_global_batch: bool, auto_batch: bool) -> dict[str, Any] | None:
     """Settings with which a training whose memory ran out resumes: half the micro-batch or less, the same rows a step.
-
-    None at one row; for several processes, of which the others would wait for ever; and where the rows that are
-    dropped at the end of an epoch depend on the micro-batch.
-    """
+    None at one row, for several processes (the others would wait for ever), and for `dataloader_drop_last`."""
     size = training_args.per_device_train_batch_size
     if size == 1 or training_args.world_size > 1 or processes.is_sharded() or training_args.dataloader_drop_last:
         return None
