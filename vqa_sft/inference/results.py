@@ -205,7 +205,11 @@ def check_outputs(args: PredictionArguments, runs: Sequence["Run"]) -> None:
     parquet = output.with_suffix(".parquet") if output.name else output
     if parquet.name in OWN_FILES and (output.parent / OWN_FILES[parquet.name]).is_file():
         raise InputError(f"{parquet} holds the run's own validation predictions. Name another --output.")
-    guard = {"reads": [args.data, args.template], "is_ours": lambda _: _is_ours(parquet), "kind": "submission of ours"}
+    guard: dict[str, Any] = {
+        "reads": [args.data, args.template],
+        "is_ours": lambda _: _is_ours(parquet),
+        "kind": "submission of ours",
+    }
     check_output(output, suffix=".csv", **guard)
     check_output(parquet, suffix=".parquet", **guard)
     for path in [path_of_run(output, folder, folders) for folder in folders] if len(folders) > 1 else []:
