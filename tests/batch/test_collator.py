@@ -5,8 +5,7 @@ from tokenizers.processors import TemplateProcessing
 from trainers import prompt_bytes
 
 from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
-from vqa_sft.batch.prompts import Prompts
-from vqa_sft.batch.template import answer_prefix, render_prompt
+from vqa_sft.batch.prompts import Prompts, answer_prefix, render_prompt
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.images import open_image
 from vqa_sft.letters import draw_order

@@ -113,7 +113,7 @@ def test_a_header_alone_gives_no_rows(tmp_path):
 
 def test_endless_cells_rows_and_files_end_quickly(tmp_path, monkeypatch):
     million = 2**20
-    monkeypatch.setattr("vqa_sft.data.read_csv.MAX_CELL", 2 * million)
+    monkeypatch.setattr("vqa_sft.data.sources.MAX_CELL", 2 * million)
     monkeypatch.setattr("vqa_sft.data.read_lines.MAX_ROW", 8 * million)
     for begin, chunk, part in (
         ("id,a\n1,", "x" * million, "larger than 8 MiB"),

@@ -6,8 +6,7 @@ from families import FAMILIES
 from trl import ModelConfig
 
 from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator
-from vqa_sft.batch.prompts import Prompts
-from vqa_sft.batch.template import answer_prefix, render_prompt
+from vqa_sft.batch.prompts import Prompts, answer_prefix, render_prompt
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError

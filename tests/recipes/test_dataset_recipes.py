@@ -14,7 +14,7 @@ from PIL import Image
 from scripts import RECIPES
 
 from vqa_sft.batch.collator import AnswerCollator
-from vqa_sft.batch.template import check_texts
+from vqa_sft.batch.prompts import check_texts
 from vqa_sft.config.recipe import read_recipe
 from vqa_sft.data.examples import load_examples, read_examples
 from vqa_sft.models.load import load_processor

@@ -19,8 +19,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig
 
 from vqa_sft.batch.collator import AnswerCollator
-from vqa_sft.batch.prompts import Prompts, render_messages
-from vqa_sft.batch.template import answer_prefix, render_prompt
+from vqa_sft.batch.prompts import Prompts, answer_prefix, render_messages, render_prompt
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.images import open_image
 from vqa_sft.data.options import ReadOptions

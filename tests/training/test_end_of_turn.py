@@ -10,8 +10,7 @@ from gradients import assert_same
 from trainers import SPELLING, build_trainer, prompt_bytes
 
 from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, TrainCollator
-from vqa_sft.batch.prompts import Prompts
-from vqa_sft.batch.template import answer_prefix, render_prompt
+from vqa_sft.batch.prompts import Prompts, answer_prefix, render_prompt
 from vqa_sft.data.examples import FEATURES, load_examples
 from vqa_sft.data.images import open_image
 from vqa_sft.data.options import ReadOptions

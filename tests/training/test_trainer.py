@@ -4,8 +4,7 @@ import torch.nn.functional as F
 import transformers
 from trainers import SPELLING, build_trainer
 
-from vqa_sft.batch.prompts import Prompts
-from vqa_sft.batch.template import render_prompt
+from vqa_sft.batch.prompts import Prompts, render_prompt
 from vqa_sft.data.images import open_image
 from vqa_sft.letters import draw_order
 from vqa_sft.models.fast import speedups

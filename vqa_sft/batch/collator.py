@@ -30,8 +30,7 @@ from PIL import Image, ImageOps
 from transformers import ProcessorMixin
 
 from vqa_sft.batch.pixels import process_images
-from vqa_sft.batch.prompts import Prompts
-from vqa_sft.batch.template import answer_prefix, has_control_token, render_prompt
+from vqa_sft.batch.prompts import Prompts, answer_prefix, has_control_token, render_prompt
 from vqa_sft.data.images import MAX_ASPECT, augment, digest_of, open_image
 from vqa_sft.data.references import count_free
 from vqa_sft.errors import InputError, name_rows

@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image
 from transformers import ProcessorMixin
 
-from vqa_sft.batch.prompts import Prompts
-from vqa_sft.batch.template import check_prompts, control_tokens, render_prompt
+from vqa_sft.batch.prompts import Prompts, check_prompts, control_tokens, render_prompt
 from vqa_sft.letters import identity_order
 
 _BATCH = 1_000

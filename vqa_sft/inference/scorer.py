@@ -16,8 +16,7 @@ from accelerate import PartialState
 from transformers import ProcessorMixin
 
 from vqa_sft.batch.collator import AnswerCollator
-from vqa_sft.batch.prompts import Prompts
-from vqa_sft.batch.template import check_texts
+from vqa_sft.batch.prompts import Prompts, check_texts
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.errors import InputError
 from vqa_sft.letters import Views

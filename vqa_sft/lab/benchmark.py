@@ -275,8 +275,7 @@ def mean_tflop(model: Path, data: Path, max_pixels: int, case: Case) -> float:
     from PIL import Image
     from transformers import AutoConfig
 
-    from vqa_sft.batch.prompts import builtin_prompts
-    from vqa_sft.batch.template import render_prompt
+    from vqa_sft.batch.prompts import builtin_prompts, render_prompt
     from vqa_sft.data.examples import load_examples
     from vqa_sft.letters import identity_order
     from vqa_sft.models.load import load_processor

@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 
 from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator
-from vqa_sft.batch.prompts import Prompts
-from vqa_sft.batch.template import answer_prefix, answer_suffix, control_tokens, render_prompt
+from vqa_sft.batch.prompts import Prompts, answer_prefix, answer_suffix, control_tokens, render_prompt
 from vqa_sft.console import progress
 from vqa_sft.data.references import count_free
 from vqa_sft.errors import InputError, explains

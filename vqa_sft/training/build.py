@@ -10,7 +10,7 @@ from transformers import EarlyStoppingCallback, ProcessorMixin
 from trl import SFTConfig
 
 from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
-from vqa_sft.batch.template import check_texts
+from vqa_sft.batch.prompts import check_texts
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.errors import explains
 from vqa_sft.models import processes

@@ -9,8 +9,7 @@ from peft import get_peft_model
 from trl import ModelConfig
 
 from vqa_sft.batch.collator import AnswerCollator
-from vqa_sft.batch.prompts import Prompts
-from vqa_sft.batch.template import render_prompt
+from vqa_sft.batch.prompts import Prompts, render_prompt
 from vqa_sft.models.families import FAMILIES, tower_of
 from vqa_sft.models.fast import fused_lora, speedups, vision
 from vqa_sft.models.load import load_model

@@ -11,8 +11,7 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, PreTrainedConfig, ProcessorMixin
 from trl import ModelConfig, SFTConfig
 
-from vqa_sft.batch.prompts import Prompts
-from vqa_sft.batch.template import render_prompt
+from vqa_sft.batch.prompts import Prompts, render_prompt
 from vqa_sft.config.training import RecipeArguments
 from vqa_sft.errors import InputError, explains
 from vqa_sft.models import quantized
