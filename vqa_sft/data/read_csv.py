@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV files, every cell as text: "1" is no number, "None" and "NA" are no missing values. No torch."""
+"""Rows of CSV and TSV files, every cell as text: "007" stays "007", and "None" and "NA" stay words. No torch."""
 
 import csv
 import itertools
