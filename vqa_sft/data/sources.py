@@ -2,8 +2,8 @@
 
     names -> find_files -> find_encoding, read_csv or read_json (text files) | read_arrow (the rest) -> Source
 
-Text files are read as streams, whatever their size, and every cell of a CSV stays text: "1" is no number, "None" no
-missing value; Parquet and Hub datasets are held on disk by `datasets`, in Arrow.
+Text files are read as streams, whatever their size, and every cell of a CSV stays text: "007" stays "007", "None" a
+word; Parquet and Hub datasets are held on disk by `datasets`, in Arrow.
 """
 
 import csv
