@@ -10,7 +10,7 @@ import yaml
 from vqa_sft.config.packaged import find_packaged, packaged
 from vqa_sft.errors import InputError
 
-HELP = """--accelerate_config NAME_OR_FILE starts it with `accelerate launch` and this configuration, such as cpu or zero3;
+HELP = """--accelerate_config NAME_OR_FILE starts `accelerate launch` with this configuration, such as cpu or zero3;
 --num_processes N starts N processes. All other options are those of the script:
 """
 
