@@ -15,7 +15,6 @@ submission is of their probabilities' mean.
 Scores are saved in submission.csv.parts/ as they are computed: the same command resumes after an interruption.
 """
 
-import os
 import shutil
 import signal
 import sys
@@ -27,7 +26,7 @@ set_library_defaults()
 
 from vqa_sft.config.fields import describe_fields
 from vqa_sft.config.prediction import PredictionArguments, read_prediction
-from vqa_sft.console import note
+from vqa_sft.console import is_main_process, note
 from vqa_sft.errors import exits_with_message, explains_breakdown
 from vqa_sft.files import held
 from vqa_sft.inference.plan import describe_plan, find_runs, plan_passes
@@ -43,7 +42,6 @@ def main() -> None:
     if "--help" in sys.argv or "-h" in sys.argv:
         print(f"{__doc__}\nFields:\n{describe_fields(PredictionArguments)}")
         return
-    is_main = os.environ.get("RANK", "0") == "0"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is scored is written first
 
     # What to score, and how: all of it is in the run folders.
@@ -51,11 +49,11 @@ def main() -> None:
     runs = find_runs(args)
     check_outputs(args, runs)
     # Of several processes of one launch the main one holds it for all.
-    with held([args.output] if is_main else [], "--output"):
-        predict(args, runs, is_main)
+    with held([args.output] if is_main_process() else [], "--output"):
+        predict(args, runs)
 
 
-def predict(args: PredictionArguments, runs: list[Run], is_main: bool) -> None:
+def predict(args: PredictionArguments, runs: list[Run]) -> None:
     # Rows. A template of other rows, a damaged calibration and bad images are found before anything is scored.
     rows = read_rows(args, runs)
     style = style_of(args, rows)
@@ -66,7 +64,9 @@ def predict(args: PredictionArguments, runs: list[Run], is_main: bool) -> None:
     for text in dict.fromkeys(notes):
         note(text)
     args.views.check(rows.num_choices)
-    looks_now = is_main and args.part == "all" and not args.streaming  # training looked at the images of its rows
+    looks_now = (
+        is_main_process() and args.part == "all" and not args.streaming
+    )  # training looked at the images of its rows
     blank = find_blank(rows.sources[0], args.on_bad_row) if looks_now else {}
 
     from vqa_sft.inference.score import join_processes, open_parts, score_passes
@@ -83,8 +83,8 @@ def predict(args: PredictionArguments, runs: list[Run], is_main: bool) -> None:
         note(f"Speed: the base is loaded again for {names}: another base, prompt, image size or adapter.")
     passes = plan_passes(groups, runs, rows)
     with explains_breakdown(f"for {args.output}", lambda: "resumes with what was scored."):
-        plan = describe_plan(args, groups, rows) if is_main else {}
-        opened = open_parts(Path(args.output), plan) if is_main else None
+        plan = describe_plan(args, groups, rows) if is_main_process() else {}
+        opened = open_parts(Path(args.output), plan) if is_main_process() else None
         parts, is_resumed = processes.from_main(opened)
         if is_resumed:
             note(f"Resuming with what {parts} holds.")
@@ -93,7 +93,7 @@ def predict(args: PredictionArguments, runs: list[Run], is_main: bool) -> None:
         score_passes(args, rows, passes, parts, blank)
 
         # Write
-        if is_main:
+        if is_main_process():
             written_as = describe_answers(args, rows)
             metadata = [
                 about[run.folder] | {"precision": group.precision, ANSWERS: written_as}

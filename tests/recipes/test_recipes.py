@@ -347,10 +347,10 @@ def test_a_mistake_found_late_does_not_cost_the_run_that_was_to_be_overwritten(f
 
 def test_prediction_never_overwrites_what_it_did_not_write(families, contest, fails, tmp_path):
     model, before = families("qwen2_5_vl"), (contest / "test.csv").read_bytes()
-    fails(predict, "none", contest, contest / "test.csv", "--model", model, says="is one of the files that are")
-    fails(predict, "none", contest, contest / "train.csv", "--model", model, says="none of our submissions")
+    fails(predict, "none", contest, contest / "test.csv", "--model", model, says="is one of the files that are read")
+    fails(predict, "none", contest, contest / "train.csv", "--model", model, says="is no submission of ours")
     (contest / "other.parquet").write_text("mine")
-    fails(predict, "none", contest, contest / "other.csv", "--model", model, says="none of our submissions")
+    fails(predict, "none", contest, contest / "other.csv", "--model", model, says="is no submission of ours")
     fails(predict, "none", contest, contest / "test.csv" / "x.csv", "--model", model, says="cannot be written")
     assert (contest / "test.csv").read_bytes() == before
 

@@ -88,38 +88,23 @@ class PredictionArguments:
         self.run = self.run if isinstance(self.run, list) else [self.run]
         self.scales = _as_numbers(self.scales)
         self.views  # noqa: B018  raises for what cannot be scored
-        for problem, applies in self._impossible():
-            if applies:
-                raise InputError(problem)
+        validates, is_base = self.part == "validation", BASE in self.run
+        if is_base and (len(self.run) > 1 or validates):
+            raise InputError("--run none scores a base model alone, and has no validation rows.")
+        if is_base and self.model is None:
+            raise InputError("--run none needs --model: the base model to score.")
+        if not is_base and (self.min_pixels, self.max_pixels) != (None, None):
+            raise InputError("min_pixels and max_pixels belong to the run; they go with --run none only.")
+        if self.data is None and not validates:
+            raise InputError("--data is missing: the rows to score.")
+        if validates and (self.streaming or self.limit or self.template):
+            raise InputError("--part validation scores the run's own rows: no --streaming, --limit or --template.")
+        if validates and self.on_bad_row != "error":
+            raise InputError("--part validation: bad rows were found in training. Leave --on_bad_row out.")
+        if self.template and self.streaming:
+            raise InputError("--template needs rows that are known. Leave it out; vqa-sft submit takes it later.")
         check_columns(self.columns or {})
         check_fixed(self.fixed_question, self.fixed_choices)
-
-    def _impossible(self) -> list[tuple[str, Any]]:
-        validates, is_base = self.part == "validation", BASE in self.run
-        return [
-            (
-                "--run none scores a base model alone, and has no validation rows.",
-                is_base and (len(self.run) > 1 or validates),
-            ),
-            ("--run none needs --model: the base model to score.", is_base and self.model is None),
-            (
-                "min_pixels and max_pixels belong to the run; they go with --run none only.",
-                not is_base and (self.min_pixels, self.max_pixels) != (None, None),
-            ),
-            ("--data is missing: the rows to score.", self.data is None and not validates),
-            (
-                "--part validation scores the run's own rows: no --streaming, --limit or --template with it.",
-                validates and (self.streaming or self.limit or self.template),
-            ),
-            (
-                "--part validation: bad rows were found in training. Leave --on_bad_row out.",
-                validates and self.on_bad_row != "error",
-            ),
-            (
-                "--template needs rows that are known. Leave it out, and give it to vqa-sft submit later.",
-                self.template and self.streaming,
-            ),
-        ]
 
     @property
     def views(self) -> Views:

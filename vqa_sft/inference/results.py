@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,13 +79,18 @@ def write_results(
         blocks = _block_of_parts(parts, num_passes, rows.ids)
         split = "validation" if len(about) == 1 else "out-of-fold"
         about = [metadata | {"split": split} for metadata in about]
-    output, written, num_rows, blanked = Path(args.output), _Pieces(parts), 0, []
+    pieces: dict[Path, list[Path]] = {}  # of each file, one of each block
+    num_rows, blanked = 0, []
     for block in blocks:
-        _write_block(block, output, about, style, args.average_runs, written)
+        for path, save in _files_of(block, Path(args.output), about, style, args.average_runs):
+            of_file = pieces.setdefault(path, [])
+            of_file.append(parts / f"{len(of_file)}-{path.name}")
+            save(of_file[-1])
         num_rows += len(block.ids)
         blanked += [row_id for row_id, is_blank in zip(block.ids, block.blanked, strict=True) if is_blank]
-    written.join()
-    lines = [f"Wrote {num_rows:,} answers to {output}"]
+    for path, of_file in pieces.items():
+        _join_files(of_file, path)
+    lines = [f"Wrote {num_rows:,} answers to {args.output}"]
     if blanked:
         lines.append(f"Guessed, because something of them could not be used: {name_rows(blanked, num_rows)}")
     bare = [metadata for metadata in about if "calibration" not in metadata and metadata["run"] is not None]
@@ -96,28 +102,11 @@ def write_results(
     return "\n".join(lines)
 
 
-class _Pieces:
-    """Files that are written a block at a time into the folder `parts`."""
-
-    def __init__(self, parts: Path) -> None:
-        self.parts = parts
-        self.pieces: dict[Path, list[Path]] = {}
-
-    def add(self, path: Path, save: Callable, *content: Any) -> None:
-        pieces = self.pieces.setdefault(path, [])
-        pieces.append(self.parts / f"{len(pieces)}-{path.name}")
-        save(pieces[-1], *content)
-
-    def join(self) -> None:
-        for path, pieces in self.pieces.items():
-            _join_files(pieces, path)
-
-
-def _write_block(
-    block: "Block", output: Path, about: Sequence[dict[str, Any]], style: Style, average_runs: str, written: _Pieces
-) -> None:
-    """Write the rows of a block. Of several runs the metadata of all together are those that they share, and the folder
-    that holds them all."""
+def _files_of(
+    block: "Block", output: Path, about: Sequence[dict[str, Any]], style: Style, average_runs: str
+) -> Iterator[tuple[Path, Callable[[Path], None]]]:
+    """The files of a block of rows, and what writes each to a path. Of several runs the metadata of all together are
+    those that they share, and the folder that holds them all."""
     folders, together = [metadata["run"] for metadata in about], dict(about[0])
     alone = [
         Predictions(
@@ -139,10 +128,10 @@ def _write_block(
     if len(alone) > 1:
         mean = combine(alone, folders, [1 / len(folders)] * len(folders), average_runs)
         for folder, predictions in zip(folders, alone, strict=True):
-            written.add(path_of_run(output, folder, folders), write_predictions, predictions)
+            yield path_of_run(output, folder, folders), partial(write_predictions, predictions=predictions)
     mean = replace(mean, metadata=mean.metadata | together)
-    written.add(output.with_suffix(".parquet"), write_predictions, mean)
-    written.add(output, write, mean, style, block.choices)
+    yield output.with_suffix(".parquet"), partial(write_predictions, predictions=mean)
+    yield output, partial(write, predictions=mean, style=style, choices=block.choices)
 
 
 @dataclass
@@ -213,12 +202,16 @@ def check_outputs(args: PredictionArguments, runs: Sequence["Run"]) -> None:
     """Raises InputError where a file cannot be written, or would replace an input, a run's own predictions, or what we
     did not write."""
     output, folders = Path(args.output), [run.folder for run in runs]
-    check_output(output, suffix=".csv", reads=[args.data, args.template])
-    parquet = output.with_suffix(".parquet")
+    parquet = output.with_suffix(".parquet") if output.name else output
     if parquet.name in OWN_FILES and (output.parent / OWN_FILES[parquet.name]).is_file():
         raise InputError(f"{parquet} holds the run's own validation predictions. Name another --output.")
-    if output.exists() and not _is_ours(parquet) or parquet.exists() and not _is_ours(parquet):
-        raise InputError(f"{output} or {parquet} exists and is none of our submissions. Name another --output.")
+    guard: dict[str, Any] = {
+        "reads": [args.data, args.template],
+        "is_ours": lambda _: _is_ours(parquet),
+        "kind": "submission of ours",
+    }
+    check_output(output, suffix=".csv", **guard)
+    check_output(parquet, suffix=".parquet", **guard)
     for path in [path_of_run(output, folder, folders) for folder in folders] if len(folders) > 1 else []:
         check_output(path, suffix=".parquet", is_ours=_is_ours, kind="prediction file")
     try:
