@@ -33,11 +33,11 @@ from vqa_sft.models.load import add_adapter, choose_precision, load_model
 from vqa_sft.models.memory.fit import choose_batch
 from vqa_sft.predictions.calibration import calibrate_new
 from vqa_sft.runs import folder as run_folder
-from vqa_sft.runs.checkpoints import SaveAndStop
 from vqa_sft.runs.out_of_fold import write_out_of_fold
 from vqa_sft.training.build import build_trainer, prepare_model
 from vqa_sft.training.folder import open_folder, push, write_results
 from vqa_sft.training.rows import load_data, select_rows, split_data
+from vqa_sft.training.saving import SaveAndStop
 from vqa_sft.training.survive import Finished, Interrupted, Retry, fit, train_runs
 from vqa_sft.training.validation import choose_weights
 

@@ -6,7 +6,7 @@ note("3 rows have no answer")                               a line, on the main 
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from tqdm import tqdm
 
@@ -33,8 +33,8 @@ def table(
 
     grid = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     for number in range(len(lines[0])):
-        align: Literal["left", "right"] = "left" if number < left else "right"
-        grid.add_column(justify=align, no_wrap=True, min_width=first_width if number == 0 else None)
+        min_width = first_width if number == 0 else None
+        grid.add_column(justify="left" if number < left else "right", no_wrap=True, min_width=min_width)
     texts = [[Text(printable(cell, limit=len(cell))) for cell in line] for line in lines]
     for number, line in enumerate(texts):
         grid.add_row(*line, style="bold" if header and number == 0 else None)

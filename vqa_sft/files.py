@@ -115,7 +115,7 @@ def check_output(
     are read, or holds what is not `is_ours`; `kind` says in the message what we would replace."""
     path = Path(path)
     if path.suffix.lower() != suffix:
-        raise InputError(f"{option} must end in {suffix}; got {path}.")
+        raise InputError(f"{option} must end in {suffix}; got {path if path.name else 'nothing'}.")
     if path.is_dir():
         raise InputError(f"{option} {path} is a folder. Name a file.")
     if any(path.resolve() == Path(name).resolve() for name in reads if name is not None):

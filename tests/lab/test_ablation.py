@@ -30,7 +30,7 @@ def sets(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["digits", "similar"])
-def test_every_test_row_stands_once_under_each_rotation(sets, name):
+def test_every_test_row_is_there_once_under_each_rotation(sets, name):
     rows = rows_of(sets / name, "test.csv")
     assert len(rows) == 80
     for start in range(0, 80, 4):

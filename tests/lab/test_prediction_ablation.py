@@ -47,7 +47,7 @@ def test_lines_without_temperatures_have_the_weights_of_scales_all_the_same():
 
 
 @pytest.mark.slow
-def test_the_table_has_a_line_for_every_way_and_goes_on_with_what_is_done(tmp_path, monkeypatch, capsys):
+def test_the_table_has_a_line_for_every_way_and_nothing_is_done_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(SETS, "few", TaskSet("a handful", 60, 1))
     arguments = [
         "--sets",

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from prediction_rows import drawn
 
-from vqa_sft.data import split
 from vqa_sft.errors import InputError
 from vqa_sft.predictions import calibration
 from vqa_sft.predictions.calibration import (
@@ -29,7 +28,7 @@ from vqa_sft.predictions.fitting import (
     weigh_scales,
 )
 from vqa_sft.predictions.metrics import full_metrics, nll, softmax
-from vqa_sft.runs import folder as run_folder, out_of_fold
+from vqa_sft.runs import folder as run_folder
 
 
 @pytest.mark.medium
@@ -123,7 +122,7 @@ def test_few_rows_say_little():
 
 
 def nll_of_new_rows(num_rows, temperature, scale, seed):
-    """What a fit on so many rows does to the NLL of 5,000 others: used as it is, and where it proves itself."""
+    """What a fit on so many rows does to the NLL of 5,000 others: always used, and only where `fit` uses it."""
     rng = np.random.default_rng(seed)
 
     def rows(number):
@@ -200,7 +199,7 @@ def test_views_have_one_name(metadata, key):
 
 @pytest.fixture
 def run(tmp_path):
-    """A folder as a run leaves it, with 300 validation rows of a model that is twice too sure."""
+    """A folder as a run leaves it, with 300 validation rows of a model that is twice too confident."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.json").write_text("{}")
@@ -212,7 +211,6 @@ def run(tmp_path):
 
 def test_the_names_of_a_run_folders_files_are_those_of_the_modules_that_write_them():
     assert (calibration.RUN, calibration.VALIDATION) == (run_folder.RUN, run_folder.VALIDATION)
-    assert (calibration.OUT_OF_FOLD, calibration.ROWS) == (out_of_fold.OUT_OF_FOLD, split.ROWS)
 
 
 def test_what_is_found_is_written_and_read_for_the_same_views_only(run):
@@ -330,13 +328,13 @@ def test_weights_are_kept_with_the_run_and_no_scale_makes_it_worse(run):
             assert np.concatenate(test.probs) == pytest.approx(np.concatenate(found.probs(alone)), abs=1e-6)
         entries = json.loads((run / CALIBRATION).read_text())
         entry = entries["orders rotations, scales 0.5 1.0 2.0"]
-        if only:  # what was said: that scale alone scores the same
+        if only:  # that scale alone scores the same
             assert entries["orders rotations"]["temperature"] == entry["temperature"]
         best = fit(alone, test.answers, may_have_bias=False).probs(alone)
         assert entry["after"]["nll"] < nll(best, test.answers) + 0.01
 
 
-def test_what_scales_are_worth_is_said_where_it_is_not_known(run):
+def test_a_note_says_that_the_worth_of_scales_is_unknown(run):
     several = {"orders": "rotations", "scales": [0.5, 1.0]}
     assert f"is not known of {run}: they count equally" in worth_of_scales([run], several)[0]
     for known in ({"scales": [0.5]}, {"orders": "rotations"}):
@@ -423,7 +421,7 @@ def test_a_training_ends_with_the_temperature_of_its_own_rows_and_keeps_one_that
     assert (run / CALIBRATION).read_text() == known != text
 
 
-def test_a_temperature_that_proves_nothing_is_1_and_said_in_a_line(run):
+def test_a_temperature_that_does_not_lower_the_nll_of_other_rows_is_1_with_a_note(run):
     """24 rows that are all right ask for a temperature below 1."""
     right = Predictions([f"v{i}" for i in range(24)], [[3.0, 0.0, 0.0, 0.0]] * 24, [0] * 24, {"run": str(run)})
     write_predictions(run / "validation.parquet", right)
@@ -474,8 +472,8 @@ def test_an_entry_that_was_written_by_hand_is_left_out_of_the_comparison(run, af
     assert read_calibration(run, {"orders": "all"}) == Calibration(2.0)
 
 
-def test_what_the_training_of_a_fold_found_stands_behind_what_was_found_for_all(run):
-    """As where folds were trained one by one; `vqa-sft calibrate` on a fold stands before both."""
+def test_the_calibration_of_all_folds_goes_before_that_of_a_folds_training(run):
+    """As where folds were trained one by one; `vqa-sft calibrate` on a fold goes before both."""
     predictions = read_predictions(run / "validation.parquet")
     (run / "fold0").mkdir()
     (run / "fold0" / "run.json").write_text("{}")

@@ -196,7 +196,7 @@ def test_an_answer_that_one_file_knows_is_kept():
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_weights_are_learned_saved_given_again_and_told(files, tmp_path):
+def test_weights_are_learned_saved_given_again_and_printed(files, tmp_path):
     first, second = mixture(400, 0.9)
     tests = [replace(file, ids=[f"t{i}" for i in range(400)], answers=[None] * 400) for file in (first, second)]
     paths = files(*tests, first, shuffled(second))
@@ -225,7 +225,7 @@ def test_saved_weights_go_by_the_names_of_the_files_where_these_are_the_same(fil
         assert made_of[0]["weight"] == pytest.approx(first)
 
 
-def test_learning_that_proves_nothing_is_said_and_not_used(files, tmp_path):
+def test_learned_weights_that_are_no_better_are_not_used_with_a_note(files, tmp_path):
     true = ragged(200)
     paths = files(other_model(true, 101), other_model(true, 201))
     said = write_ensemble(paths, tmp_path / "out.parquet", weights="learned", learn_on=paths)
@@ -247,7 +247,7 @@ def test_learning_that_proves_nothing_is_said_and_not_used(files, tmp_path):
         (({}, {}), ""),
     ],
 )
-def test_weights_that_were_learned_on_rows_of_other_runs_or_views_are_told(files, tmp_path, runs, said):
+def test_a_note_warns_of_weights_learned_on_rows_of_other_runs_or_views(files, tmp_path, runs, said):
     first, second = mixture(400, 0.9)
     tests = [replace(first, metadata={"run": "runs/a"}), replace(second, metadata={"run": "runs/b"})]
     held_out = [replace(file, metadata=given) for file, given in zip((first, second), runs, strict=True)]

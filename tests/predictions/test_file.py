@@ -95,7 +95,7 @@ def test_probabilities_are_the_softmax_of_tempered_and_shifted_logits():
         assert replace(THREE, metadata=metadata).probs[0].tolist() == THREE.probs[0].tolist()
 
 
-def test_what_each_scale_says_is_kept_and_other_files_have_no_such_column(tmp_path):
+def test_logits_of_each_scale_are_kept_and_other_files_have_no_such_column(tmp_path):
     two = [[row, [number / 2 for number in row]] for row in THREE.choice_logits]
     known = replace(THREE, scale_logits=two, metadata={"scales": [1.0, 0.5]})
     write_predictions(tmp_path / "p.parquet", known)

@@ -248,7 +248,7 @@ def test_format_case_and_names_come_from_the_runs_data_through_ensemble_and_subm
         ("x,A.\ny,\nz,B.\n", as_the_run(), ["A.", "B.", "A."], None),
     ],
 )
-def test_cells_of_a_template_win_and_where_they_say_nothing_the_runs_data_do(tmp_path, template, own, lines, said):
+def test_cells_of_a_template_tell_the_format_and_else_the_runs_data_do(tmp_path, template, own, lines, said):
     write_predictions(tmp_path / "p.parquet", own)
     (tmp_path / "t.csv").write_text("id,answer\n" + template)
     told = submit(tmp_path / "p.parquet", tmp_path / "s.csv", template=tmp_path / "t.csv")

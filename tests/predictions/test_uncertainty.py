@@ -177,7 +177,7 @@ def test_held_out_rows_with_the_same_numbers_and_other_digests_share_nothing(fil
         ({"run": "runs/a"}, {}, None),
     ],
 )
-def test_held_out_rows_of_another_run_are_told(tmp_path, test, held_out, part):
+def test_a_note_warns_of_held_out_rows_of_another_run(tmp_path, test, held_out, part):
     write_predictions(tmp_path / "t.parquet", exchangeable(100, 0, "t", **test))
     write_predictions(tmp_path / "v.parquet", exchangeable(300, 1, "v", **held_out))
     asked = {"coverage": 0.9, "calibrate_on": tmp_path / "v.parquet"}

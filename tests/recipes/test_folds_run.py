@@ -23,6 +23,7 @@ from vqa_sft.predictions.metrics import accuracy, bootstrap, ece, nll, softmax
 from vqa_sft.runs import checkpoints, folder as run_folder
 from vqa_sft.runs.out_of_fold import METRICS, OUT_OF_FOLD, write_out_of_fold
 from vqa_sft.tiny import TINY_PATH
+from vqa_sft.training import saving
 from vqa_sft.training.trainer import AnswerTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,7 +122,7 @@ def test_a_run_out_of_time_saves_and_says_what_is_left(arguments, whole, tmp_pat
         return len(steps) == 6  # before fold 0, and after its fifth step
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.SaveAndStop, "is_over", is_over)
+        patch.setattr(saving.SaveAndStop, "is_over", is_over)
         run_script("sft", *arguments(run, time_budget_h=1))
     said = capsys.readouterr().out
     assert f"Time is up. {run}/fold0 resumes with the same command, then {run}/fold1, {run}/fold2" in said
@@ -155,7 +156,7 @@ def test_overwriting_moves_the_runs_of_all_folds_aside_before_the_first_begins(
     run_script(
         "sft", *arguments(run, max_steps=1, save_strategy="no", eval_strategy="no", load_best_model_at_end=False)
     )
-    monkeypatch.setattr(checkpoints.SaveAndStop, "is_over", lambda self: steps.append(1) or len(steps) == 3)
+    monkeypatch.setattr(saving.SaveAndStop, "is_over", lambda self: steps.append(1) or len(steps) == 3)
     run_script("sft", *arguments(run, time_budget_h=1, overwrite=True))
     assert "resumes with the same command without --overwrite, then" in capsys.readouterr().out
     assert all((run / f"fold{fold}.old" / run_folder.RUN).is_file() for fold in range(3))
@@ -182,7 +183,7 @@ def test_each_fold_is_pushed_to_a_repository_of_its_own(arguments, tmp_path):
 
 def test_a_budget_leaves_time_for_what_a_pause_takes(monkeypatch):
     now_s = time.monotonic()
-    budget = checkpoints.SaveAndStop(1000, now_s)
+    budget = saving.SaveAndStop(1000, now_s)
     budget.longest_pause_s, budget.longest_gap_s = 100, 20
     for later_s, over in ((0, False), (710, False), (730, True)):  # 60 + 2 x 100 + 20 s are reserved
         monkeypatch.setattr(time, "monotonic", lambda later_s=later_s: now_s + later_s)

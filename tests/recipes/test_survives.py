@@ -22,7 +22,7 @@ from vqa_sft.models.scoring import supervised_logits
 from vqa_sft.predictions.file import read_predictions
 from vqa_sft.runs import checkpoints, folder as run_folder
 from vqa_sft.tiny import TINY_PATH
-from vqa_sft.training import trainer
+from vqa_sft.training import saving, trainer
 from vqa_sft.training.loss import answer_loss
 from vqa_sft.training.trainer import AnswerTrainer
 
@@ -120,17 +120,17 @@ def test_a_sigterm_at_the_end_of_an_epoch_saves_once_after_its_evaluation(train,
 
 
 def test_a_sigterm_in_any_process_stops_them_all(monkeypatch):
-    stop = checkpoints.SaveAndStop()
+    stop = saving.SaveAndStop()
     assert not stop.must_stop()
-    monkeypatch.setattr(checkpoints, "gather_object", lambda own: [*own, (False, True, 0.0)])
+    monkeypatch.setattr(saving, "gather_object", lambda own: [*own, (False, True, 0.0)])
     assert stop.must_stop() and stop.got_sigterm
 
 
 def test_several_processes_look_after_every_step_only_where_steps_are_slow(monkeypatch):
     args, control = SimpleNamespace(world_size=2), SimpleNamespace()
-    stop, now_s, looks = checkpoints.SaveAndStop(), [0.0], []
-    monkeypatch.setattr(checkpoints, "gather_object", lambda own: looks.append(step) or own)
-    monkeypatch.setattr(checkpoints.time, "monotonic", lambda: now_s[0])
+    stop, now_s, looks = saving.SaveAndStop(), [0.0], []
+    monkeypatch.setattr(saving, "gather_object", lambda own: looks.append(step) or own)
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now_s[0])
     for step in range(1, 41):
         now_s[0] += 2.0 if step < 5 else 0.1
         stop.on_step_end(args, SimpleNamespace(global_step=step, max_steps=100), control)
@@ -138,7 +138,7 @@ def test_several_processes_look_after_every_step_only_where_steps_are_slow(monke
 
 
 def test_a_training_in_another_thread_leaves_signals_alone():
-    stop, before, found = checkpoints.SaveAndStop(), signal.getsignal(signal.SIGTERM), []
+    stop, before, found = saving.SaveAndStop(), signal.getsignal(signal.SIGTERM), []
 
     def listen():
         with stop.listening():
@@ -276,7 +276,7 @@ def test_a_training_whose_memory_runs_out_goes_on_with_half_the_micro_batch(
 
 
 def test_a_step_that_broke_off_in_the_optimiser_is_not_saved(tmp_path):
-    marks, saved = checkpoints.MarkWholeCheckpoints(), []
+    marks, saved = saving.MarkWholeCheckpoints(), []
     handler = SimpleNamespace(on_save=lambda *args: None)
     state, args = SimpleNamespace(global_step=3), SimpleNamespace(output_dir=tmp_path)
     broken = SimpleNamespace(state=state, args=args, model=None, control=None, callback_handler=handler)
@@ -302,7 +302,7 @@ def full_disk(error):
     [
         # Each library's own words, as they came from a tmpfs that was full.
         ((AnswerTrainer, "_save_optimizer_and_scheduler"), RuntimeError(ZIP), []),
-        ((checkpoints.MarkWholeCheckpoints, "on_save"), OSError(errno.ENOSPC, "No space left on device"), []),
+        ((saving.MarkWholeCheckpoints, "on_save"), OSError(errno.ENOSPC, "No space left on device"), []),
         ((AnswerTrainer, "_save"), SafetensorError(SERIALIZE), []),
         ((run_folder, "describe"), OSError(errno.EDQUOT, "Disk quota exceeded"), [3, 6]),
     ],
@@ -331,8 +331,8 @@ def test_a_checkpoint_that_broke_takes_no_older_one_with_it(train, tmp_path, mon
             raise OSError(errno.ENOSPC, "No space left on device")
         return true_on_save(self, args, state, control, **kwargs)
 
-    run, true_on_save = tmp_path / "run", checkpoints.MarkWholeCheckpoints.on_save
-    monkeypatch.setattr(checkpoints.MarkWholeCheckpoints, "on_save", on_save)
+    run, true_on_save = tmp_path / "run", saving.MarkWholeCheckpoints.on_save
+    monkeypatch.setattr(saving.MarkWholeCheckpoints, "on_save", on_save)
     with pytest.raises(SystemExit):  # at a rate of 0 the first evaluation stays the best, whose checkpoint is kept
         train(run, num_train_epochs=3, learning_rate=0, save_total_limit=2)
     assert sorted(path.parent.name for path in run.glob("*/complete")) == ["checkpoint-3", "checkpoint-6"]

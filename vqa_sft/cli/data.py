@@ -65,17 +65,8 @@ def check(
         if fix:
             check_fix(fix, arguments)
         data = read_data(arguments, test, test_image_root)
-        processor, tokens_note = load_processor(arguments, values)
-        how: dict[str, Any] = {
-            "distance": arguments.duplicate_distance,
-            "max_length": max_length,
-            "tokens_note": tokens_note,
-        }
-        if processor is not None:
-            from vqa_sft.batch.count_tokens import prompt_checks
-
-            how |= prompt_checks(processor, arguments.prompts)
-        reports = check_rows(data, **how)
+        checks = token_checks(arguments, values)
+        reports = check_rows(data, distance=arguments.duplicate_distance, max_length=max_length, **checks)
     # ASCII, for a terminal obeys some characters that JSON leaves as they are.
     text = json.dumps(as_dict(reports), indent=1)
     if json_file not in (None, "-"):
@@ -187,14 +178,15 @@ def read_data(
     return data
 
 
-def load_processor(arguments: "RecipeArguments", values: dict[str, Any]) -> tuple[Any, str]:
-    """The processor of the recipe's model, or None and why there is none."""
+def token_checks(arguments: "RecipeArguments", values: dict[str, Any]) -> dict[str, Any]:
+    """What `data.check.check` takes to count tokens with the recipe's model, or why it cannot."""
     if not values:
-        return None, "a data file names no model; check a recipe."
-    from vqa_sft.models.load import load_processor as load
+        return {"tokens_note": "a data file names no model; check a recipe."}
+    from vqa_sft.batch.count_tokens import prompt_checks
+    from vqa_sft.models.load import load_processor
 
     try:
-        processor = load(
+        processor = load_processor(
             values["model_name_or_path"],
             min_pixels=arguments.min_pixels,
             max_pixels=arguments.max_pixels,
@@ -202,8 +194,8 @@ def load_processor(arguments: "RecipeArguments", values: dict[str, Any]) -> tupl
             trust_remote_code=values.get("trust_remote_code", False),
         )
     except InputError as error:
-        return None, str(error)
-    return processor, ""
+        return {"tokens_note": str(error)}
+    return prompt_checks(processor, arguments.prompts)
 
 
 def write_fix(path: str, arguments: "RecipeArguments", problems: "Problems") -> str:
@@ -211,8 +203,12 @@ def write_fix(path: str, arguments: "RecipeArguments", problems: "Problems") -> 
     from vqa_sft.data.fix import describe_copy, write_copy
     from vqa_sft.data.sources import open_source
 
-    options: dict[str, Any] = {"config": arguments.data_config, "encoding": arguments.encoding}
-    source = open_source(arguments.train_data, split=arguments.train_split, **options)
+    source = open_source(
+        arguments.train_data,
+        split=arguments.train_split,
+        config=arguments.data_config,
+        encoding=arguments.encoding,
+    )
     num_rows = write_copy(path, source, problems.bad_rows())
     return describe_copy(path, num_rows, arguments.train_data, arguments.image_root, problems)
 

@@ -82,7 +82,8 @@ def add(
 
 @exits_with_message
 def main() -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may not know every letter of the data
+    # A terminal may not know every letter of the data.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = build_app()(prog_name="vqa-sft", standalone_mode=False)
     except typer.TyperException as error:  # what typer says of a wrong use

@@ -1,6 +1,6 @@
 """Commands on prediction files."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from typer import Argument, Option
 
@@ -95,13 +95,10 @@ def ensemble(
     """
     from vqa_sft.predictions.ensemble import write_ensemble
 
-    how: dict[str, Any] = {
-        "average": average,
-        "weights": weights,
-        "learn_on": learn_on or [],
-        "save_weights": save_weights,
-    }
-    print(write_ensemble(predictions, output, **how))
+    ensemble = write_ensemble(
+        predictions, output, average=average, weights=weights, learn_on=learn_on or [], save_weights=save_weights
+    )
+    print(ensemble)
 
 
 @with_options(DataOptions)
@@ -138,8 +135,16 @@ def submit(
     """
     from vqa_sft.predictions.submission import submit as write_submission
 
-    how: dict[str, Any] = {"template": template, "answer_format": answer_format, "data": data, "overwrite": overwrite}
-    print(write_submission(predictions, output, **how, **options.read()))
+    submission = write_submission(
+        predictions,
+        output,
+        template=template,
+        answer_format=answer_format,
+        data=data,
+        overwrite=overwrite,
+        **options.read(),
+    )
+    print(submission)
 
 
 @with_options(AnswerOptions)
@@ -190,5 +195,4 @@ def uncertainty(
     """
     from vqa_sft.predictions.uncertainty import describe
 
-    how: dict[str, Any] = {"coverage": coverage, "calibrate_on": calibrate_on, "output": output, "overwrite": overwrite}
-    print(describe(predictions, **how))
+    print(describe(predictions, coverage=coverage, calibrate_on=calibrate_on, output=output, overwrite=overwrite))

@@ -55,10 +55,10 @@ def describe_fields(kind: type) -> str:
     for spec in fields(kind):
         factory = spec.default_factory
         default = spec.default if factory is MISSING else factory()
-        shown = "required" if default is MISSING else f"default: {default!r}"
+        shown = " (required)" if default is MISSING else "" if default is None else f" (default: {default!r})"
         words = [str(word) for member in _members(hints[spec.name]) for word in _words(member)]
         choices = " " + "|".join(words) if words else ""
-        lines.append(f"  --{spec.name}{choices}: {spec.metadata['help']} ({shown})")
+        lines.append(f"  --{spec.name}{choices}: {spec.metadata['help']}{shown}")
     return "\n".join(lines)
 
 

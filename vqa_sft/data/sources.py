@@ -25,22 +25,16 @@ class Source:
     """An opened source. `notes` are facts to tell the user once.
 
     `table` holds the rows of Parquet, saved and Hub datasets, in the order of `rows()`, images undecoded; it is None
-    for text files.
+    for text files. `rows()` gives (folder of its file, row) of every row, from the start at every call; the folder is
+    None for what is no file, and rows of a `table` come without their images. It raises InputError at the first row
+    that cannot be read, once it has found the others of its file.
     """
 
     name: str
     columns: list[str]
     notes: list[str]
     table: Table | None
-    read: Callable[[], Iterator[tuple[str | None, dict]]]
-
-    def rows(self) -> Iterator[tuple[str | None, dict]]:
-        """(folder of its file, row) of every row, from the start at every call; None for what is no file.
-
-        Rows of a `table` come without their images. Raises InputError at the first row that cannot be read, once it
-        has found the others of its file.
-        """
-        return self.read()
+    rows: Callable[[], Iterator[tuple[str | None, dict]]]
 
     @property
     def features(self) -> datasets.Features | None:

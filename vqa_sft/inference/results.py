@@ -213,8 +213,7 @@ def check_outputs(args: PredictionArguments, runs: Sequence["Run"]) -> None:
     check_output(output, suffix=".csv", **guard)
     check_output(parquet, suffix=".parquet", **guard)
     for path in [path_of_run(output, folder, folders) for folder in folders] if len(folders) > 1 else []:
-        if path.exists() and not _is_ours(path):
-            raise InputError(f"{path} exists and is no prediction file. Name another --output.")
+        check_output(path, suffix=".parquet", is_ours=_is_ours, kind="prediction file")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output.parent):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vqa_sft.console import table
+from vqa_sft.data.split import ROWS
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.files import write_whole
 from vqa_sft.predictions.file import Predictions, check_calibration, is_fold, read_predictions, shared_rows
@@ -29,8 +30,7 @@ from vqa_sft.predictions.metrics import describe, softmax, with_intervals
 
 CALIBRATION = "calibration.json"
 AT_THE_END = "at_the_end_of_training"  # of an entry that nobody asked for
-# Files of a run folder, which runs and data write.
-RUN, VALIDATION, OUT_OF_FOLD, ROWS = "run.json", "validation.parquet", "out_of_fold.parquet", "rows.csv"
+RUN, VALIDATION, OUT_OF_FOLD = "run.json", "validation.parquet", "out_of_fold.parquet"  # files of a run folder
 
 
 def views_key(metadata: Mapping[str, Any]) -> str:

@@ -1,4 +1,7 @@
-"""Accuracy, NLL, Brier score and ECE of choice probabilities. numpy only, no torch."""
+"""Accuracy, NLL, Brier score and ECE of choice probabilities. numpy only, no torch.
+
+Not scikit-learn's metrics (1.9): they refuse rows with different numbers of choices, and have no ECE.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +11,7 @@ import numpy as np
 
 def accuracy(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> float:
     """Share of rows whose most probable choice is the answer; ties go to the first one. Rows may differ in length."""
-    return float(np.mean([int(np.argmax(row)) == answer for row, answer in zip(probs, answers, strict=True)]))
+    return float(_top_choices(probs, answers)[1].mean())
 
 
 def nll(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> float:
@@ -29,9 +32,13 @@ def minus_log(of_answer: np.ndarray) -> np.ndarray:
 
 def ece(probs: Sequence[Sequence[float]], answers: Sequence[int], num_bins: int = 15) -> float:
     """Expected calibration error with equal-width bins of the top probability (Guo et al. 2017, arXiv 1706.04599)."""
-    confidence = np.array([max(row) for row in probs])
-    correct = np.array([int(np.argmax(row)) == answer for row, answer in zip(probs, answers, strict=True)])
-    return ece_of(confidence, correct, num_bins)
+    return ece_of(*_top_choices(probs, answers), num_bins)
+
+
+def _top_choices(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The top probability (N,) of each row, and whether that choice is the answer (N,)."""
+    correct = [int(np.argmax(row)) == answer for row, answer in zip(probs, answers, strict=True)]
+    return np.array([max(row) for row in probs]), np.array(correct)
 
 
 def ece_of(confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15) -> float:
@@ -47,8 +54,7 @@ def ece_equal_mass(probs: Sequence[Sequence[float]], answers: Sequence[int], num
 
     Of equal-width bins the last holds most rows of a sure model. Rows of one top probability stay in their order.
     """
-    confidence = np.array([max(row) for row in probs])
-    correct = np.array([int(np.argmax(row)) == answer for row, answer in zip(probs, answers, strict=True)])
+    confidence, correct = _top_choices(probs, answers)
     order = np.argsort(confidence, kind="stable")
     return float(_equal_mass((confidence - correct)[order][None], num_bins)[0])
 
@@ -106,13 +112,12 @@ def bootstrap(
     high.
     """
     rng = np.random.default_rng(seed)
-    confidence = np.array([max(row) for row in probs])
+    confidence, correct = _top_choices(probs, answers)
     # In the order of their confidence, so that sorted ranks are sorted confidences. The rows drawn do not depend on the
     # probabilities, so that before and after may be compared.
     order = np.argsort(confidence, kind="stable")
     rank = np.argsort(order)
-    confidence, num_rows, num_bins = confidence[order], len(order), 15
-    correct = np.array([int(np.argmax(row)) == answer for row, answer in zip(probs, answers, strict=True)])[order]
+    confidence, correct, num_rows, num_bins = confidence[order], correct[order], len(order), 15
     losses = losses_of(probs, answers)[order]
     squares = np.array([_brier_of(row, answer) for row, answer in zip(probs, answers, strict=True)])[order]
     gaps = confidence - correct

@@ -27,7 +27,7 @@ import yaml
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.columns import Columns
 from vqa_sft.errors import InputError
-from vqa_sft.files import remove_unfinished, write_whole
+from vqa_sft.files import lying_in, remove_unfinished, write_whole
 from vqa_sft.runs.checkpoints import last_whole_checkpoint, remove_broken_checkpoints
 
 RECIPE, RUN, METRICS, VALIDATION = "recipe.yaml", "run.json", "metrics.json", "validation.parquet"
@@ -92,7 +92,7 @@ def check(folder: str | Path, values: dict[str, Any], overwrite: bool, inputs: I
     if is_used and not (folder / MARKER).is_file():
         raise InputError(f"output_dir {folder} is not empty and holds no run of ours. Choose another.")
     if overwrite:
-        inside = [str(path) for path in inputs if Path(path).exists() and Path(path).resolve().is_relative_to(folder)]
+        inside = lying_in(folder, inputs)
         if inside:
             raise InputError(f"output_dir {folder} holds what the run reads: {', '.join(inside)}. Choose another.")
         if _aside(folder).exists() and not (_aside(folder) / MARKER).is_file():

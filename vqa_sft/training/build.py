@@ -21,11 +21,11 @@ from vqa_sft.models.lora import lora_config
 from vqa_sft.models.memory.needs import Plan, Shape, read_needs
 from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
-from vqa_sft.runs.checkpoints import SaveAndStop
 from vqa_sft.training.averaging import AdapterAverage
 from vqa_sft.training.curves import WriteCurves
 from vqa_sft.training.loss import LossSettings
 from vqa_sft.training.rows import Rows
+from vqa_sft.training.saving import SaveAndStop
 from vqa_sft.training.trainer import AnswerTrainer
 
 

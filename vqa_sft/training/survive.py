@@ -22,7 +22,8 @@ from vqa_sft.console import note
 from vqa_sft.errors import explains_breakdown
 from vqa_sft.models.memory.needs import Plan, Shape
 from vqa_sft.models.memory.out_of_memory import explains_out_of_memory, halve_batch
-from vqa_sft.runs.checkpoints import SaveAndStop, last_whole_checkpoint, resumes_from, stopped_early
+from vqa_sft.runs.checkpoints import last_whole_checkpoint, resumes_from, stopped_early
+from vqa_sft.training.saving import SaveAndStop
 from vqa_sft.training.trainer import AnswerTrainer
 
 

@@ -22,12 +22,13 @@ from vqa_sft.errors import InputError, printable
 from vqa_sft.models.fast.speedups import base_of
 from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import supervised_logits
-from vqa_sft.runs.checkpoints import MARKER, MarkWholeCheckpoints, SaveAndStop, keep_worker, resumes_from
+from vqa_sft.runs.checkpoints import MARKER, resumes_from
 from vqa_sft.training import averaging
 from vqa_sft.training.averaging import AdapterAverage, trained
 from vqa_sft.training.callbacks import EpochForCollator, Speed, now_s
 from vqa_sft.training.loss import LossSettings, answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
 from vqa_sft.training.metrics import letter_metrics
+from vqa_sft.training.saving import MarkWholeCheckpoints, SaveAndStop, keep_worker
 
 
 class AnswerTrainer(SFTTrainer):
