@@ -1,4 +1,5 @@
 """A run's folder: its files and checkpoints, out-of-fold predictions, merging, soups, the Hub.
 
-Import from here: `folder`, `checkpoints`, `out_of_fold`, `merge`, `soup`, `hub`. May import: models, predictions and what is below them.
+Import from here: `folder`, `checkpoints`, `out_of_fold`, `merge`, `soup`, `hub`.
+May import: models, predictions and what is below them.
 """
