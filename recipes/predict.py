@@ -64,9 +64,8 @@ def predict(args: PredictionArguments, runs: list[Run]) -> None:
     for text in dict.fromkeys(notes):
         note(text)
     args.views.check(rows.num_choices)
-    looks_now = (
-        is_main_process() and args.part == "all" and not args.streaming
-    )  # training looked at the images of its rows
+    # Training looked at the images of its own rows; those of a stream are looked at block by block.
+    looks_now = is_main_process() and args.part == "all" and not args.streaming
     blank = find_blank(rows.sources[0], args.on_bad_row) if looks_now else {}
 
     from vqa_sft.inference.score import join_processes, open_parts, score_passes

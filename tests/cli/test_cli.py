@@ -247,6 +247,17 @@ def test_a_wrong_use_is_told_in_one_line(run):
         assert code == 2 and not out and err.startswith("error: ") and says in err and err.count("\n") == 1, err
 
 
+@pytest.mark.parametrize("name", ["train", "predict"])
+def test_train_and_predict_are_the_scripts_of_recipes(name, run):
+    script = {"train": "sft", "predict": "predict"}[name]
+    code, out, _ = run(name, "--help")
+    assert code == 0 and out.startswith("--accelerate_config NAME_OR_FILE") and f"recipes/{script}.py" in out
+    code, _, err = run(name, "--config", "nowhere.yaml")
+    assert code == 2 and err == "error: no such yaml: nowhere.yaml.\n"
+    code, _, err = run(name, "--num-processes", 2)
+    assert code == 2 and "--num_processes goes with --accelerate_config" in err
+
+
 def test_options_are_spelt_with_hyphens_or_underscores_and_take_several_values():
     names, several = {"--learn-on", "--output", "--json", "--max-length"}, {"--learn-on"}
     for given, plain in (

@@ -10,9 +10,16 @@ import yaml
 from vqa_sft.config.packaged import find_packaged, packaged
 from vqa_sft.errors import InputError
 
+HELP = """--accelerate_config NAME_OR_FILE starts `accelerate launch` with this configuration, such as cpu or zero3;
+--num_processes N starts N processes. All other options are those of the script:
+"""
+
 
 def run_script(name: str, arguments: list[str], accelerate_config: str | None, num_processes: int | None) -> None:
+    """Run it as `python recipes/NAME.py` does. Does not return after a launch."""
     script = str(packaged("recipes") / f"{name}.py")
+    if not {"-h", "--help"}.isdisjoint(arguments):
+        print(HELP)
     if accelerate_config is None:
         if num_processes is not None:
             raise InputError("--num_processes goes with --accelerate_config, such as multi_gpu.")
