@@ -293,7 +293,7 @@ def test_a_folder_that_is_in_the_way_is_left_alone(three, tmp_path, capsys):
     [
         ("run/out_of_fold.csv", "holds the run's own validation predictions"),
         ("run/fold0/validation.csv", "holds the run's own validation predictions"),
-        ("", "must end in .csv; got ."),
+        ("", "must end in .csv; got nothing"),
         ("run", "must end in .csv"),
         ("folds.csv", "is no submission of ours"),
         ("folder.csv", "is a folder. Name a file."),
