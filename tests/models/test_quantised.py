@@ -25,6 +25,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "smolvlm")
 
 
+@pytest.fixture(autouse=True)
+def no_packed_kernel(monkeypatch):
+    """On a CPU with AVX512-BF16 bitsandbytes packs 4-bit weights in blocks of 64 columns; the tiny models have 32."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
 @pytest.fixture(scope="module")
 def quantised(families, tmp_path_factory):
     """`quantised("fp8", "llava")`: the folder of such a checkpoint, made once a module."""
