@@ -170,8 +170,8 @@ def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: PreTraine
     kept = names_beside_decoder(model)
     if not kept:
         raise InputError(
-            f"the vision tower of {type(model).__name__} does not stand beside its language model, so a 4- or 8-bit "
-            "base would round it too. Remove load_in_4bit and load_in_8bit."
+            f"the vision tower of {type(model).__name__} is not apart from its language model, so a 4- or 8-bit base "
+            "would round it too. Remove load_in_4bit and load_in_8bit."
         )
     quantization.llm_int8_skip_modules = [*kept, "lm_head"]  # which must be named once a list is given
     return quantization
