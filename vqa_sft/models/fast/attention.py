@@ -2,7 +2,7 @@
 
     lengths 5, 3, 4 -> q, k, v (1, H, 12, D), cu_seq_lens [0, 5, 8, 12] -> every row attends to itself alone
 
-With a `shared_prefix` (packing.py) the tokens that all rows begin with stand once in q, k and v; the rows are written
+With a `shared_prefix` (packing.py) the tokens that all rows begin with are once in q, k and v; the rows are written
 out for the attention alone.
 
 Registered with transformers' AttentionInterface under two names. The vision tower asks for `TOWER`, whose name holds

@@ -4,12 +4,12 @@
         -> input_ids (1, N), position_ids (3, 1, N), cu_seq_lens_q, max_length_q, answer_positions (B,), ...
            pixel_values in the precision of the tower, and the tower's positions, windows and lengths
 
-N is the number of tokens without padding, where those that all rows begin with (the system prompt) stand once:
+N is the number of tokens without padding, where those that all rows begin with (the system prompt) count once:
 
     rows  s s a a a | s s b b | s s c c c c   ->   s s a a a b b c c c c
     shared_prefix = places (M,), own (N,), copies (B, P)      M tokens in the rows written out, P of them shared
 
-Where rows have `leaders`, what a row and its leader begin with stands once as well: the image and the question of the
+Where rows have `leaders`, what a row and its leader begin with is there once as well: the image and the question of the
 orders of a row, the image of several questions about it. Such a batch is for scoring: without `copies` it has no
 gradients. Attention alone sees the rows written out (attention.py), for which `cu_seq_lens_q` holds.
 
@@ -137,7 +137,7 @@ def _shared_prefix(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """From masks (B, T) of the rows' tokens and of those that stand in the packed row, and where the rows written out
     start (B,): for each token written out, its place in the packed row; for each of the packed row, its (first) place
-    in the rows written out; where the shared ones stand there."""
+    in the rows written out; where the shared ones are written there."""
     shared = torch.arange(num_shared)
     place = (kept.flatten().cumsum(dim=0) - 1).view(kept.shape)
     place[:, :num_shared] = shared
