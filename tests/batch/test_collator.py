@@ -1,9 +1,13 @@
+import itertools
+import random
+
 import pytest
 import torch
 from PIL import ImageOps
 from tokenizers.processors import TemplateProcessing
 from trainers import prompt_bytes
 
+from vqa_sft.batch.augment import augment
 from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
 from vqa_sft.batch.prompts import Prompts, answer_prefix, render_prompt
 from vqa_sft.data.examples import load_examples
@@ -79,6 +83,16 @@ def test_images_are_changed_by_seed_epoch_row_and_place_alone(processor, example
     assert not any(a == b for i, a in enumerate(one) for b in one[:i])
     for plain in (TrainCollator(processor, Prompts(), 4, seed=5), AnswerCollator(processor, Prompts(), 4)):
         assert plain.images(rows[1]) == [open_image(rows[0]["images"][0])] * 2
+
+
+def test_a_run_of_an_earlier_version_draws_the_same_changes_of_images(processor, examples):
+    both = Augmentation(image_augmentation=0.2, flip_images=True)
+    collator = TrainCollator(processor, Prompts(), 4, seed=5, augmentation=both)
+    for epoch, row in itertools.product(range(2), [examples[i] for i in range(4)]):
+        collator.epoch.fill_(epoch)
+        rng = random.Random(f"5/{epoch}/{row['id']}/picture 0")
+        image = augment(open_image(row["images"][0]), 0.2, rng)
+        assert collator.images(row) == [ImageOps.mirror(image) if rng.random() < 0.5 else image]
 
 
 def test_changed_images_leave_the_texts_as_they_are(processor, examples):

@@ -236,10 +236,12 @@ def test_a_command_refuses_options_that_it_does_not_have(tmp_path, run):
 def test_a_wrong_use_is_told_in_one_line(run):
     for arguments, says in (
         ((), "Missing command. See `vqa-sft --help`."),
-        (("chekc", "train.csv"), "Did you mean 'check'"),
+        (("chekc", "train.csv"), "No such command 'chekc'. Did you mean 'check'? See `vqa-sft --help`.\n"),
         (("score",), "Missing argument 'FILE'. See `vqa-sft score --help`."),
         (("ensemble", "a", "b", "--output"), "Option '--output' requires an argument."),
-        (("merge", "a", "b", "--dtype", "fp8"), "'fp8' is not one of 'bf16', 'fp16', 'fp32'"),
+        (("merge", "a", "b", "--dtype", "fp8"), "'--dtype': 'fp8' is not one of 'bf16', 'fp16', 'fp32'. See"),
+        (("soup", "a", "--output", "o", "--weights", "x"), "'--weights': must be a number; got 'x'. See `vqa-sft soup"),
+        (("folds", "a.csv", "--output", "f", "--num-folds", "2.5"), "must be a whole number; got '2.5'. See"),
         (("folds", "train.csv", "--output", "f.csv"), "give --num-folds N or --holdout SHARE"),
         (("memory", "recipe.yaml", "--images", 0), "--images must be above 0; got 0"),
     ):

@@ -64,4 +64,4 @@ def test_bounds_and_required_fields_are_checked():
 def test_help_shows_choices_sentence_and_default():
     text = describe_fields(Arguments)
     assert "  --data: What to read. (required)" in text and "--scales: Image scales. (default: [1.0])" in text
-    assert "  --orders identity|all: Orders to score. (default: 'identity')" in text
+    assert "  --orders N|identity|all: Orders to score. (default: 'identity')" in text

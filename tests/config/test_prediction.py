@@ -54,6 +54,7 @@ def test_flags_are_read_as_they_always_were(options, name, value):
     ("argv", "part"),
     [
         (("--data", "test.csv", "--output", "out.csv"), "`run` is not set"),
+        (("--run", "[]", *GIVEN[2:]), "`run` is not set"),
         (GIVEN[:4], "`output` is not set"),
         ((*GIVEN[:2], *GIVEN[4:]), "--data is missing"),
         ((*GIVEN, "--batchsize", "4"), "unknown key `batchsize`. Did you mean `batch_size`?"),

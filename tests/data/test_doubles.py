@@ -25,7 +25,7 @@ def test_no_image_that_was_saved_again_resized_or_cropped_lies_in_two_folds(doub
     folds = make_folds(strata_of(examples), row_groups(scan, DISTANCE), num_folds=5, seed=0)
     folds_of_original = {}
     for original, way, fold in zip(originals, ways, folds, strict=True):
-        if way != "brighter":  # where highlights are cut off, a few are not recognised: docs/measured.md
+        if way != "brighter":  # where highlights are cut off, a few are not recognised (docs/measurements)
             folds_of_original.setdefault(original, set()).add(fold)
     assert max(map(len, folds_of_original.values())) == 1
 

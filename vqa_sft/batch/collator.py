@@ -265,8 +265,8 @@ class TrainCollator(AnswerCollator):
 
     def image(self, row: dict, position: int) -> Image.Image:
         image = super().image(row, position)
-        # As draw_order: any worker, process or resumed run draws the same.
-        rng = random.Random(f"{self.seed}/{self._round()}/{row['id']}/image {position}")
+        # As draw_order: any worker, process or resumed run draws the same, one that an earlier version began too.
+        rng = random.Random(f"{self.seed}/{self._round()}/{row['id']}/picture {position}")
         if self.augmentation.image_augmentation:
             image = augment(image, self.augmentation.image_augmentation, rng)
         return ImageOps.mirror(image) if self.augmentation.flip_images and rng.random() < 0.5 else image

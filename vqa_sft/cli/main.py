@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
-from vqa_sft.errors import InputError, exits_with_message
+from vqa_sft.errors import InputError, exits_with_message, printable
 
 BARE = {"--json": "-"}  # options that may have no value, and what they mean then
 
@@ -80,15 +80,26 @@ def add(
         app.command(cls=Command, context_settings=settings, **how)(command)
 
 
+def describe_use(error: typer.TyperException) -> str:
+    """What typer says of a wrong use, with the value that it got."""
+    message = " ".join(error.format_message().replace("Value error, ", "").split())
+    name, is_number, _ = message.partition("Input should be a valid ")
+    if is_number and error.__cause__ is not None:  # pydantic's error, which knows the value
+        first = error.__cause__.errors()[0]  # type: ignore[attr-defined]
+        kind = "a whole number" if first["type"].startswith("int") else "a number"
+        message = f"{name}must be {kind}; got {printable(repr(first['input']))}"
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "vqa-sft"
+    end = "" if message.endswith((".", "?")) else "."
+    return f"{message}{end} See `{command} --help`."
+
+
 @exits_with_message
 def main() -> None:
     # A terminal may not know every letter of the data.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = build_app()(prog_name="vqa-sft", standalone_mode=False)
-    except typer.TyperException as error:  # what typer says of a wrong use
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context else "vqa-sft"
-        message = " ".join(error.format_message().split()).rstrip(".")
-        raise InputError(f"{message}. See `{command} --help`.") from error
+    except typer.TyperException as error:
+        raise InputError(describe_use(error)) from error
     sys.exit(code or 0)

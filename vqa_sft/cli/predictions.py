@@ -178,7 +178,7 @@ def uncertainty(
         Option(
             metavar="HELD_OUT",
             help="prediction file with answers, scored as FILE is and with none of its rows, from which the size of "
-            "the sets is learnt: validation or out-of-fold rows, which share none with test rows",
+            "the sets is learned: validation or out-of-fold rows, which share none with test rows",
         ),
     ] = None,
     output: Annotated[str | None, Option(metavar="CSV", help="write a line for every row")] = None,

@@ -56,8 +56,10 @@ def describe_fields(kind: type) -> str:
         factory = spec.default_factory
         default = spec.default if factory is MISSING else factory()
         shown = " (required)" if default is MISSING else "" if default is None else f" (default: {default!r})"
-        words = [str(word) for member in _members(hints[spec.name]) for word in _words(member)]
-        choices = " " + "|".join(words) if words else ""
+        members = _members(hints[spec.name])
+        words = [str(word) for member in members for word in _words(member)]
+        others = [name for kind, name in {int: "N", dict: "{...}"}.items() if words and kind in members]
+        choices = " " + "|".join([*others, *words]) if words else ""
         lines.append(f"  --{spec.name}{choices}: {spec.metadata['help']}{shown}")
     return "\n".join(lines)
 

@@ -151,7 +151,7 @@ def read_prediction(argv: list[str]) -> PredictionArguments:
     values, _ = read_values(argv, PredictionArguments)
     check_bounds(values, bounds_of(PredictionArguments))
     # An empty output is no missing one: it may come from a variable of a shell.
-    check_required({name: value is not None for name, value in values.items()}, ("run", "output"))
+    check_required({name: value not in (None, []) for name, value in values.items()}, ("run", "output"))
     if values.get("model"):
         values["model"] = find_base(values["model"])
     return build(PredictionArguments, values)

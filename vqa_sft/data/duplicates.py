@@ -2,9 +2,10 @@
 
     Image.miniature -> hashes of the whole and 195 windows -> pairs within `distance` -> laid over one another -> near
 
-Hashes (hash_images.py) alone would join pages, charts and drawings of one style by the thousand (docs/measured.md); so
-every pair that they find is checked (compare_images.py): one miniature is laid over the other where the two agree best,
-and they are near only if they agree everywhere. Flipped and turned images are different images.
+Hashes (hash_images.py) alone would join pages, charts and drawings of one style by the thousand
+(docs/measurements/recipes.md); so every pair that they find is checked (compare_images.py): one miniature is laid over
+the other where the two agree best, and they are near only if they agree everywhere. Flipped and turned images are
+different images.
 """
 
 from collections import defaultdict

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations import deepspeed, sdpa_attention
 from trl import ModelConfig, get_quantization_config
 
-from vqa_sft.batch.image_size import limit_pixels
+from vqa_sft.batch.pixels import limit_pixels
 from vqa_sft.console import note
 from vqa_sft.errors import InputError, explains
 from vqa_sft.models import quantized
@@ -170,8 +170,8 @@ def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: PreTraine
     kept = names_beside_decoder(model)
     if not kept:
         raise InputError(
-            f"the vision tower of {type(model).__name__} is not next to its language model, so a 4- or 8-bit "
-            "base would round it too. Remove load_in_4bit and load_in_8bit."
+            f"the vision tower of {type(model).__name__} is not apart from its language model, so a 4- or 8-bit base "
+            "would round it too. Remove load_in_4bit and load_in_8bit."
         )
     quantization.llm_int8_skip_modules = [*kept, "lm_head"]  # which must be named once a list is given
     return quantization

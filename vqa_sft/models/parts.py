@@ -11,7 +11,7 @@ def decoder_name(model: PreTrainedModel) -> str:
 
 
 def names_beside_decoder(model: PreTrainedModel) -> list[str]:
-    """The vision tower and what connects it: everything but the language model."""
+    """The vision tower and what connects it: everything outside the language model."""
     parent, _, name = decoder_name(model).rpartition(".")
     children = [child for child, _ in model.get_submodule(parent).named_children() if child not in (name, "lm_head")]
     return [f"{parent}.{child}".lstrip(".") for child in children]

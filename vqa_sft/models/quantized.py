@@ -76,7 +76,7 @@ def check(name: str, config: PreTrainedConfig, *, device_map: dict | None = None
     check_asked(name, own, is_asked=is_asked)
     what = f"the model {name!r} is quantised itself ({describe(own)})"
     if method_of(own) not in {*AUTO_QUANTIZER_MAPPING, BITSANDBYTES}:
-        # transformers would go on with a warning, and read numbers of 4 or 8 bit as if they were weights.
+        # transformers would only warn, and read numbers of 4 or 8 bit as if they were weights.
         raise InputError(f"{what}, which transformers does not load. {REMEDY}")
     try:
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(own), pre_quantized=True)

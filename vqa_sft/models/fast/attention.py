@@ -1,4 +1,4 @@
-"""Attention over rows that stand one after another in one long row, without padding.
+"""Attention over rows that follow one another in one long row, without padding.
 
     lengths 5, 3, 4 -> q, k, v (1, H, 12, D), cu_seq_lens [0, 5, 8, 12] -> every row attends to itself alone
 

@@ -137,7 +137,7 @@ def _shared_prefix(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """From masks (B, T) of the rows' tokens and of those that stand in the packed row, and where the rows written out
     start (B,): for each token written out, its place in the packed row; for each of the packed row, its (first) place
-    in the rows written out; where the shared ones are written there."""
+    in the rows written out; where the shared ones are."""
     shared = torch.arange(num_shared)
     place = (kept.flatten().cumsum(dim=0) - 1).view(kept.shape)
     place[:, :num_shared] = shared

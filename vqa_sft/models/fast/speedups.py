@@ -115,7 +115,7 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
 def speed_up_training(
     trainer: Trainer, num_rows: float, *, compile_layers: bool | None, memory_budget: float = 1.0
 ) -> None:
-    """`speed_up` of a trainer's model, as far as every process has its whole weights."""
+    """`speed_up` of a trainer's model, where every process has all of its weights."""
     if processes.shards_weights():
         say("vision tower and layers stay the library's: their weights are spread over processes")
         return
