@@ -68,7 +68,7 @@ def predict(args: PredictionArguments, runs: list[Run]) -> None:
     looks_now = is_main_process() and args.part == "all" and not args.streaming
     blank = find_blank(rows.sources[0], args.on_bad_row) if looks_now else {}
 
-    from vqa_sft.inference.score import join_processes, open_parts, score_passes
+    from vqa_sft.inference.passes import join_processes, open_parts, score_passes
     from vqa_sft.inference.scorer import groups_of
     from vqa_sft.models import processes
 

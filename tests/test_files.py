@@ -26,7 +26,7 @@ from vqa_sft.files import (
     whole_folder,
     write_whole,
 )
-from vqa_sft.inference import score
+from vqa_sft.inference import passes
 from vqa_sft.predictions.file import read_predictions
 from vqa_sft.runs import folder as run_folder
 from vqa_sft.tiny import TINY_PATH
@@ -73,7 +73,7 @@ def full_disk(monkeypatch):
         lambda folder: run_folder.write_json(folder / "run.json", {}),
         lambda folder: curves.write_log(folder / "log.csv", [{"step": 1, "loss": 2.0}]),
         lambda folder: curves.draw(folder / "log.png", [{"step": 1, "loss": 2.0}]),
-        lambda folder: score.write_table(score.SCHEMA.empty_table(), folder / "0.parquet"),
+        lambda folder: passes.write_table(passes.SCHEMA.empty_table(), folder / "0.parquet"),
         lambda folder: write_whole(folder / "report.html", "x"),
     ],
     ids=["folds", "run.json", "log.csv", "log.png", "shard", "report"],

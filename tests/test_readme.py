@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from vqa_sft.config.prediction import read_prediction
 from vqa_sft.config.recipe import read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +33,24 @@ def test_every_launch_line_of_the_readme_names_real_files_and_parses():
         assert words[2] == "--config_file" and (ROOT / words[3]).is_file() and (ROOT / words[4]).is_file()
         if words[4] == "recipes/sft.py":
             assert read_recipe([str(ROOT / word) if word.startswith("recipes/") else word for word in words[5:]])
+
+
+def test_every_launch_of_the_docs_parses(tmp_path):
+    (tmp_path / "predict.yaml").write_text("run: [runs/folds]\ndata: test.csv\noutput: out.csv\norders: rotations\n")
+    lines = [
+        line.strip() for page in PAGES for line in page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+    ]
+    launches = [shlex.split(line, comments=True) for line in lines if line.startswith("accelerate launch")]
+    parsed = {"recipes/sft.py": 0, "recipes/predict.py": 0}
+    for words in launches:
+        script = next(word for word in words if word.endswith(".py"))
+        own = [
+            word.replace("predict.yaml", str(tmp_path / "predict.yaml")) for word in words[words.index(script) + 1 :]
+        ]
+        own = [str(ROOT / word) if word.startswith("recipes/") else word for word in own]
+        assert read_recipe(own) if script == "recipes/sft.py" else read_prediction(own)
+        parsed[script] += 1
+    assert parsed["recipes/sft.py"] >= 3 and parsed["recipes/predict.py"] >= 6
 
 
 def test_every_command_of_ours_in_the_readme_exists():

@@ -7,10 +7,11 @@ from PIL import ImageOps
 from tokenizers.processors import TemplateProcessing
 from trainers import prompt_bytes
 
+from vqa_sft.batch.augment import augment
 from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
 from vqa_sft.batch.prompts import Prompts, answer_prefix, render_prompt
 from vqa_sft.data.examples import load_examples
-from vqa_sft.data.images import augment, open_image
+from vqa_sft.data.images import open_image
 from vqa_sft.letters import draw_order
 from vqa_sft.models.load import load_processor
 

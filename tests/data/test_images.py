@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vqa_sft.batch.augment import augment
 from vqa_sft.data import images
-from vqa_sft.data.images import augment, examine, make_miniature, open_image
+from vqa_sft.data.images import examine, make_miniature, open_image
 from vqa_sft.data.problems import KINDS
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)

@@ -17,7 +17,7 @@ from vqa_sft.predictions.calibration import (
     worth_of_scales,
 )
 from vqa_sft.predictions.file import Predictions, read_predictions, write_predictions
-from vqa_sft.predictions.fitting import (
+from vqa_sft.predictions.fit_calibration import (
     Calibration,
     calibrated_nll,
     cross_fit,

@@ -26,7 +26,7 @@ from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
-from vqa_sft.inference import results, rows, score
+from vqa_sft.inference import passes, results, rows
 from vqa_sft.models import scoring
 from vqa_sft.predictions.calibration import calibrate_run, read_calibration
 from vqa_sft.predictions.ensemble import write_ensemble
@@ -386,7 +386,7 @@ def test_a_prediction_killed_at_any_moment_gives_the_same_bytes(three, tmp_path,
         writer = csv.DictWriter(file, [*first[0]])
         writer.writeheader()
         writer.writerows(rows)
-    code = "import runpy, sys; from vqa_sft.inference import score; score.EVERY_S = 0.2; sys.argv = sys.argv[1:]; "
+    code = "import runpy, sys; from vqa_sft.inference import passes; passes.EVERY_S = 0.2; sys.argv = sys.argv[1:]; "
     code += "runpy.run_path(sys.argv[0], run_name='__main__')"
     command = [sys.executable, "-c", code, str(RECIPES / "predict.py"), "--run", str(run), "--use_cpu"]
     command += ["--data", str(many / "test.csv"), "--batch_size", "8", "--num_workers", "0", "--orders", "rotations"]
@@ -412,13 +412,13 @@ def test_a_prediction_killed_at_any_moment_gives_the_same_bytes(three, tmp_path,
 
 def test_a_broken_shard_of_a_lost_machine_is_scored_again(tmp_path):
     folder = tmp_path / "pass0-block0"
-    shard = score.Shards(folder, every_s=0)
+    shard = passes.Shards(folder, every_s=0)
     shard.add([2, 0], [[[-1.0, -0.5]], [[-0.1, -2.0]]], [[1.0], [1.0]], [[[]], [[]]])
     shard.add([1], [[[-0.7, -0.7, -3.0]]], [[0.5]], [[[]]])
-    assert score.rows_done(folder) == {0, 1, 2}
-    assert score.read_shards(folder)["row"].to_pylist() == [0, 1, 2]
+    assert passes.rows_done(folder) == {0, 1, 2}
+    assert passes.read_shards(folder)["row"].to_pylist() == [0, 1, 2]
     next(folder.iterdir()).write_bytes(b"PAR1")
-    assert score.rows_done(folder) < {0, 1, 2}
+    assert passes.rows_done(folder) < {0, 1, 2}
 
 
 # --- vqa_sft.Predictor ------------------------------------------------------------------------------------------------

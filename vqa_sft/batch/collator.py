@@ -29,9 +29,10 @@ import torch
 from PIL import Image, ImageOps
 from transformers import ProcessorMixin
 
-from vqa_sft.batch.pixels import process_images
+from vqa_sft.batch.augment import augment
+from vqa_sft.batch.image_size import process_images
 from vqa_sft.batch.prompts import Prompts, answer_prefix, has_control_token, render_prompt
-from vqa_sft.data.images import MAX_ASPECT, augment, digest_of, open_image
+from vqa_sft.data.images import MAX_ASPECT, digest_of, open_image
 from vqa_sft.data.references import count_free
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.letters import LETTERS, choice_to_letter, draw_order, identity_order, view_orders
@@ -230,7 +231,7 @@ class Augmentation:
     """What training changes of a row, drawn by seed, epoch and row id: the order of its choices, and its images."""
 
     shuffle_choices: bool = True
-    image_augmentation: float = 0.0  # strength of images.augment
+    image_augmentation: float = 0.0  # strength of augment.augment
     flip_images: bool = False  # mirrors half of them
     counts_batches: bool = False  # draws for every batch that a worker makes: a stream has no epochs
 

@@ -141,7 +141,7 @@ def _fill(template: str, **texts: str) -> str:
     if "{context}" not in template:
         line = template.rfind("\n", 0, template.index("{question}")) + 1
         template = f"{template[:line]}{{context}}{template[line:]}"
-    # Line ends after {context} are those of the text that stands there: without it, no empty line remains. Only the
+    # Line ends after {context} are those of that text: without it, no empty line remains. Only the
     # template is split, so that a question that contains "{choices}" stays as it is.
     parts = re.split(r"\{(question|choices|context)\}", re.sub(r"(\{context\})\n+", r"\1", template))
     return "".join(texts[part] if i % 2 else part for i, part in enumerate(parts))

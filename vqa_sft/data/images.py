@@ -4,7 +4,6 @@ import errno
 import hashlib
 import io
 import os
-import random
 import re
 import stat
 import warnings
@@ -13,7 +12,7 @@ from pathlib import PurePath
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageEnhance, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 # Above the limit Pillow warns, above twice the limit it refuses; we say the first ourselves.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -83,18 +82,6 @@ def size_of(image: dict) -> tuple[int, int]:
     """Width and height as the header of one {bytes, path} says; nothing is decoded. Raises what Pillow raises."""
     with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
         return opened.size
-
-
-def augment(decoded: Image.Image, strength: float, rng: random.Random) -> Image.Image:
-    """The image with each side, brightness, contrast and colour times a factor from [1 - strength, 1 + strength]."""
-    width, height, *factors = (rng.uniform(1 - strength, 1 + strength) for _ in range(5))
-    size = max(1, round(decoded.width * width)), max(1, round(decoded.height * height))
-    if max(size) <= MAX_ASPECT * min(size):
-        decoded = decoded.resize(size)
-    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
-    for enhancer, factor in zip(enhancers, factors, strict=True):
-        decoded = enhancer(decoded).enhance(factor)
-    return decoded
 
 
 def examine(image: dict, *, miniature: bool = True) -> ImageFacts:

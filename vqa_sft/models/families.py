@@ -1,8 +1,8 @@
 """What a model family needs beyond what transformers gives every model: one row a family, by its `model_type`.
 
 A model without a row trains and predicts too: its language model, vision tower and merger are found in the model itself
-(parts.py), its pixel limits in its processor (batch/pixels.py). A row adds rows without padding, the fast vision tower,
-features on disk, several image scales, fused adapters, compiled layers and the memory estimate.
+(parts.py), its pixel limits in its processor (batch/image_size.py). A row adds rows without padding, the fast vision
+tower, features on disk, several image scales, fused adapters, compiled layers and the memory estimate.
 
 A new family is a row here and a tiny model in tests/families.py: the tests of fast/ and memory/ run for every row.
 """

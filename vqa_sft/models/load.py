@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations import deepspeed, sdpa_attention
 from trl import ModelConfig, get_quantization_config
 
-from vqa_sft.batch.pixels import limit_pixels
+from vqa_sft.batch.image_size import limit_pixels
 from vqa_sft.console import note
 from vqa_sft.errors import InputError, explains
 from vqa_sft.models import quantized

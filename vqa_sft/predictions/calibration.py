@@ -17,7 +17,7 @@ from vqa_sft.data.split import ROWS
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.files import write_whole
 from vqa_sft.predictions.file import Predictions, check_calibration, is_fold, read_predictions, shared_rows
-from vqa_sft.predictions.fitting import (
+from vqa_sft.predictions.fit_calibration import (
     MIN_ROWS,
     Calibration,
     Weighing,

@@ -27,7 +27,7 @@ from vqa_sft.predictions.file import (
     shared_rows,
     write_predictions,
 )
-from vqa_sft.predictions.fitting import MIN_ROWS, NUM_FOLDS, deal_rows, is_lower
+from vqa_sft.predictions.fit_calibration import MIN_ROWS, NUM_FOLDS, deal_rows, is_lower
 from vqa_sft.predictions.pooling import TINY, learn_weights, log_rows, own_choices, pool
 
 AVERAGES = ("mean", "log", "vote")

@@ -91,7 +91,7 @@ def softmax(
 
 
 def all_metrics(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> dict[str, float]:
-    """The metrics that training logs."""
+    """The metrics of a fold, or of all folds."""
     return {"accuracy": accuracy(probs, answers), "nll": nll(probs, answers), "ece": ece(probs, answers)}
 
 

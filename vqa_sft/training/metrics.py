@@ -6,7 +6,7 @@ import numpy as np
 from transformers import EvalPrediction
 
 from vqa_sft.predictions import metrics
-from vqa_sft.predictions.fitting import calibrated_nll
+from vqa_sft.predictions.fit_calibration import calibrated_nll
 
 METRICS = ("accuracy", "nll", "nll_calibrated", "ece")
 

@@ -4,7 +4,8 @@
         ended = train(run, stop)                           recipes/sft.py: one run, from its rows to its folder
             ended = fit(trainer, run, needs)               the training itself
 
-A killed run resumes from its last complete checkpoint with the same command; so does an interrupted one.
+The handler of SIGTERM and the time budget are in saving.py. A killed or interrupted run resumes from its last complete
+checkpoint with the same command.
 """
 
 import contextlib
