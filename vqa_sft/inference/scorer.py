@@ -1,4 +1,4 @@
-"""One model that scores rows as the runs on it do: what score.py and `vqa_sft.Predictor` load.
+"""One model that scores rows as the runs on it do: what passes.py and `vqa_sft.Predictor` load.
 
 base model            loaded once
 adapters of R runs    take turns in it (adapters.py), where they are of one kind
