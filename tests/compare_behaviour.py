@@ -93,16 +93,17 @@ MAKE = {
     "--adapt_tower true --adapt_merger true --vision_learning_rate 1e-4 --image_augmentation 0.2 --flip_images true "
     "--letter_smoothing 0.1 --vocabulary_weight 0.5 --supervise_end_of_turn true --type_prompts builtin "
     "--prompt_language ko --gradient_checkpointing true --output_dir runs/tower",
-    "train, plain path": f"sft {SHORT} --fast false --shuffle_choices false --on_bad_row skip --init_adapter runs/demo "
-    "--train_data data/digits/broken.csv --output_dir runs/plain",
-    "train, cache": f"sft {NOISY} {OFTEN} --cache_image_features true --validation_data data/digits/broken.csv "
-    "--on_bad_row skip --loss vocabulary --early_stopping_patience 1 --output_dir runs/cached",
+    "train, plain path": f"sft {SHORT} --fast false --shuffle_choices false --init_adapter runs/demo --lora_r null "
+    "--lora_alpha null --train_data data/digits/clean.csv --output_dir runs/plain",
+    "train, cache": f"sft {NOISY} {OFTEN} --cache_image_features true --validation_data data/digits/clean.csv "
+    "--loss vocabulary --early_stopping_patience 1 --output_dir runs/cached",
     "train, all weights": f"sft {NOISY} --use_peft false --limit 60 --output_dir runs/whole",
 }
 PREDICT = {
     "resume": f"sft {LONG} --output_dir runs/stopped",
     "base": f"predict --run none --model vqa_sft/tiny/base {SMALL} --output out/base.csv",
     "identity": "predict --run runs/demo --data data/digits/test.csv --output out/demo.csv",
+    "resumed": "predict --run runs/stopped --data data/digits/test.csv --output out/resumed.csv",
     "rotations": f"predict --run runs/demo --orders rotations {SMALL} --output out/rotations.csv",
     "orders, scales": f"predict --run runs/demo --orders 3 --scales 0.7,1.0 --average log {SMALL} --limit 60 --output "
     "out/scales.csv",
@@ -128,7 +129,7 @@ USE = {
     "ensemble": "vqa-sft ensemble out/rotations.parquet out/base.parquet out/folds.parquet --output out/mean.parquet",
     "ensemble, vote": "vqa-sft ensemble out/folds.fold0.parquet out/folds.fold1.parquet --average vote --output "
     "out/vote.parquet",
-    "ensemble, learned": "vqa-sft ensemble out/demo.parquet out/demo.parquet --average log --weights learned "
+    "ensemble, learned": "vqa-sft ensemble out/demo.parquet out/resumed.parquet --average log --weights learned "
     "--learn-on runs/demo/validation.parquet runs/stopped/validation.parquet --save-weights out/weights.json --output "
     "out/learned.parquet",
     "submit": "vqa-sft submit out/mean.parquet --output out/submit.csv --template data/template.csv",
@@ -142,10 +143,16 @@ USE = {
     "soup, predict": f"predict --run runs/soup {SMALL} --limit 40 --output out/soup.csv",
     "merge": "vqa-sft merge runs/tower runs/merged --dtype fp32",
 }
+# Out-of-fold files name their run by its whole path, which is another one where a copy of the old files is used.
+NOT_COPIED = ("calibrate, folds", "calibrated")
 PHASES = {"make": MAKE, "predict": PREDICT, "use": USE}
 SIDES = {"new": [*PHASES], "cross-predict": ["predict"], "cross-use": ["use"]}  # what runs the new tree -> its phases
 CODES = {"check, json": 1, "check, fix": 1, "train, other recipe": 2, "train, stopped": 143}  # of others 0
 STOP_AT = {"train, stopped": "runs/stopped/checkpoint-6/complete"}  # SIGTERM as soon as this file is there
+
+
+def steps_of(side: str, phase: str) -> dict[str, str]:
+    return {step: command for step, command in PHASES[phase].items() if side != "cross-use" or step not in NOT_COPIED}
 
 
 class Side:
@@ -155,7 +162,8 @@ class Side:
         self.folder, self.slots, self.helps = folder, slots, {}
         self.owner: dict[str, str] = {}  # path -> the last step that wrote it
         self.codes: dict[str, int] = {}  # step -> exit code
-        own = {"PYTHONPATH": str(folder), "HF_HOME": str(folder / "home"), "CUDA_VISIBLE_DEVICES": ""}
+        paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+        own = {"PYTHONPATH": os.pathsep.join(paths), "HF_HOME": str(folder / "home"), "CUDA_VISIBLE_DEVICES": ""}
         own |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         own |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb"}
         self.how = {"cwd": folder, "env": os.environ | own}
@@ -164,7 +172,7 @@ class Side:
         (self.folder / "texts").mkdir(exist_ok=True)
         (self.folder / "out").mkdir(exist_ok=True)
         stamps = self.stamps()
-        for name, command in PHASES[phase].items():
+        for name, command in steps_of(self.folder.name, phase).items():
             with self.slots:
                 started_s = time.monotonic()
                 self.codes[name] = self.run_step(name, self.argv(command))
@@ -343,7 +351,7 @@ def report(sides: dict[str, Side]) -> tuple[int, int]:
     old, table, num_reworded = sides["old"], [], 0
     for name, side in sides.items():
         owner = side.owner | old.owner
-        for step in [step for phase in SIDES.get(name, []) for step in PHASES[phase]]:
+        for step in [step for phase in SIDES.get(name, []) for step in steps_of(name, phase)]:
             files = sorted(path for path in owner if owner[path] == step)
             files = [path for path in files if (old.folder / path).is_file() or (side.folder / path).is_file()]
             files += [f"texts/{step}.out", f"texts/{step}.err"]
