@@ -93,8 +93,8 @@ MAKE = {
     "--adapt_tower true --adapt_merger true --vision_learning_rate 1e-4 --image_augmentation 0.2 --flip_images true "
     "--letter_smoothing 0.1 --vocabulary_weight 0.5 --supervise_end_of_turn true --type_prompts builtin "
     "--prompt_language ko --gradient_checkpointing true --output_dir runs/tower",
-    "train, plain path": f"sft {SHORT} --fast false --shuffle_choices false --init_adapter runs/demo --lora_r null "
-    "--lora_alpha null --train_data data/digits/clean.csv --output_dir runs/plain",
+    "train, plain path": f"sft {SHORT} --fast false --shuffle_choices false "
+    "--train_data data/digits/clean.csv --output_dir runs/plain",
     "train, cache": f"sft {NOISY} {OFTEN} --cache_image_features true --validation_data data/digits/clean.csv "
     "--loss vocabulary --early_stopping_patience 1 --output_dir runs/cached",
     "train, all weights": f"sft {NOISY} --use_peft false --limit 60 --output_dir runs/whole",

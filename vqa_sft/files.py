@@ -80,8 +80,8 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
                 raise
             raise InputError(f"{folder} cannot be written: {error}. Name another folder.") from error
         yield part
-        (part / UNFINISHED).unlink()
         _replace(part, target)
+        (target / UNFINISHED).unlink()  # now, so that a kill before leaves nothing that the next start refuses
     except BaseException:  # an interruption too
         shutil.rmtree(part, ignore_errors=True)
         raise
