@@ -65,3 +65,9 @@ def test_help_shows_choices_sentence_and_default():
     text = describe_fields(Arguments)
     assert "  --data: What to read. (required)" in text and "--scales: Image scales. (default: [1.0])" in text
     assert "  --orders N|identity|all: Orders to score. (default: 'identity')" in text
+
+
+def test_an_option_without_a_value_says_that_it_needs_one():
+    assert read("--data", "x.csv", "--use_cpu").use_cpu is True
+    with pytest.raises(InputError, match="`scales` needs a value: "):
+        read("--data", "x.csv", "--scales")

@@ -178,9 +178,11 @@ def read_yaml(path: str) -> dict[str, Any]:
 
 def from_tokens(name: str, tokens: list[str], known: Known) -> Any:
     """A value from the command line: the first reading of the text that fits the field."""
-    if not tokens:
-        return True
     hint = known.get(name, (Any, None))[0]
+    if not tokens:
+        if name in known and not _fits(True, hint):
+            raise InputError(f"`{name}` needs a value: {_describe(hint)}.")
+        return True
     texts = [_as_yaml(token) for token in tokens]
     readings = [texts[0], tokens[0]] if len(tokens) == 1 else []
     readings += [texts, tokens]
