@@ -281,8 +281,8 @@ def lines_of(path: Path, name: str) -> list[str]:
         return lines + str(table.schema.remove_metadata()).splitlines() + [repr(row) for row in table.to_pylist()]
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            # safetensors writes its metadata in an order that changes from process to process.
             tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
+            # safetensors writes its metadata in an order that changes from process to process.
             return [repr(sorted((file.metadata() or {}).items())), *lines_of_value(tensors)]
     if path.suffix in (".pt", ".pth", ".bin"):
         return lines_of_value(torch.load(path, weights_only=False))
