@@ -8,20 +8,19 @@ import sys
 from pathlib import Path
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# Runs commands one after another, each in a process of its own, and prints their exit codes. Imports once for all.
+# Runs groups of commands, those of a group at once, each in a process of its own; prints exit codes. Imports once.
 FORKS = """
 import json, os, runpy, sys, traceback
 from vqa_sft.environment import set_library_defaults
 
 set_library_defaults()
-import vqa_sft.inference.scorer
+import vqa_sft.inference.scorer, vqa_sft.models.memory.out_of_memory, vqa_sft.training.trainer
 
-for number, (command, environment) in enumerate(json.loads(sys.argv[1])):
+def begin(name, command, environment):
     if pid := os.fork():
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-        continue
+        return pid
     for output in (1, 2):
-        os.dup2(os.open(f"{sys.argv[2]}/{number}-{output}.txt", os.O_WRONLY | os.O_CREAT), output)
+        os.dup2(os.open(f"{sys.argv[2]}/{name}-{output}.txt", os.O_WRONLY | os.O_CREAT), output)
     os.environ.update(environment)
     sys.argv, code = command, 0
     try:
@@ -34,6 +33,10 @@ for number, (command, environment) in enumerate(json.loads(sys.argv[1])):
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+for number, group in enumerate(json.loads(sys.argv[1])):
+    pids = [begin(f"{number}-{which}", *command) for which, command in enumerate(group)]
+    print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
 """
 
 
@@ -51,16 +54,20 @@ def run_script(name, *arguments):
         sys.argv = before
 
 
-def run_forked(commands, folder):
-    """Of every command, `(["recipes/predict.py", ...], {"RANK": "1"})`, its exit code, output and errors."""
+def run_forked(groups, folder):
+    """Of every command of every group, `(["recipes/predict.py", ...], {"RANK": "1"})`, its exit code, output, errors.
+    The commands of a group run at once."""
     root = RECIPES.parent
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    given = json.dumps([([*map(str, command)], variables) for command, variables in commands])
+    given = json.dumps([[([*map(str, command)], own) for command, own in group] for group in groups])
     process = [sys.executable, "-c", FORKS, given, str(folder)]
     done = subprocess.run(process, stdout=subprocess.PIPE, text=True, cwd=root, env=environment, check=True)
     return [
-        (int(code), *((folder / f"{number}-{output}.txt").read_text() for output in (1, 2)))
-        for number, code in enumerate(done.stdout.split())
+        [
+            (int(code), *((folder / f"{number}-{which}-{output}.txt").read_text() for output in (1, 2)))
+            for which, code in enumerate(line.split())
+        ]
+        for number, line in enumerate(done.stdout.splitlines())
     ]
 
 

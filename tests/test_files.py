@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from contest import write_hard_contest
-from scripts import RECIPES
+from scripts import RECIPES, run_forked
 
 from vqa_sft.data import folds
 from vqa_sft.errors import InputError
@@ -197,53 +197,11 @@ def test_a_folder_that_cannot_be_written_is_told_as_such(tmp_path):
 
 
 # Starts pairs of commands at once, one pair after another, and prints their exit codes. Imports once for all of them.
-PAIRS = """
-import json, os, runpy, sys, traceback
-from vqa_sft.environment import set_library_defaults
-
-set_library_defaults()
-import vqa_sft.models.memory.out_of_memory, vqa_sft.inference.scorer, vqa_sft.training.trainer
-
-def begin(command, log):
-    if pid := os.fork():
-        return pid
-    for output in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), output)
-    sys.argv, code = command, 0
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)
-
-for number, pair in enumerate(json.loads(sys.argv[1])):
-    pids = [begin(command, f"{sys.argv[2]}/{number}-{which}.txt") for which, command in enumerate(pair)]
-    print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
-"""
-
-
-def run_pairs(pairs, folder):
-    """Of every pair the exit codes and outputs."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    given = json.dumps([[list(map(str, command)) for command in pair] for pair in pairs])
-    command = [sys.executable, "-c", PAIRS, given, str(folder)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment, check=True)
-    codes = [[int(code) for code in line.split()] for line in done.stdout.splitlines()]
-    return [
-        [(code, (folder / f"{number}-{which}.txt").read_text()) for which, code in enumerate(pair)]
-        for number, pair in enumerate(codes)
-    ]
-
-
 def assert_one_was_refused(ended, what):
-    (works, _), (refused, error) = sorted(ended, key=lambda end: end[0])
+    (works, *_), (refused, _, error) = sorted(ended)
     assert (works, refused) == (0, 2), ended
     assert "is being written by process" in error and f"choose another {what}" in error and "Traceback" not in error
-    return next(number for number, (code, _) in enumerate(ended) if code == 0)
+    return next(number for number, (code, *_) in enumerate(ended) if code == 0)
 
 
 @pytest.mark.medium
@@ -264,7 +222,7 @@ def test_of_two_trainings_and_two_predictions_started_at_once_one_works_and_one_
         run, output = tmp_path / f"run{number}", tmp_path / f"out{number}.csv"
         pairs.append([["recipes/sft.py", *given, "--output_dir", run, "--seed", seed] for seed in seeds])
         pairs.append([[*common, "--run", run, "--output", output, "--orders", order] for order in orders])
-    ended, known = run_pairs(pairs, tmp_path), {}
+    ended, known = run_forked([[(command, {}) for command in pair] for pair in pairs], tmp_path), {}
     for number, (trainings, predictions) in enumerate(zip(ended[::2], ended[1::2], strict=True)):
         run, output = tmp_path / f"run{number}", tmp_path / f"out{number}.csv"
         seed = seeds[assert_one_was_refused(trainings, "output_dir")]

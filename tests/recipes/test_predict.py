@@ -268,7 +268,7 @@ def launched_by_nobody(three, tmp_path_factory):
     folder = tmp_path_factory.mktemp("launched_by_nobody")
     command = ["recipes/predict.py", "--run", three[1] / "fold0", "--data", three[0] / "test.csv"]
     command += ["--output", folder / "s.csv", "--use_cpu", "--num_workers", "0"]
-    return run_forked([(command, environment) for environment, _ in NO_LAUNCHER], folder)
+    return [ended for [ended] in run_forked([[(command, environment)] for environment, _ in NO_LAUNCHER], folder)]
 
 
 @pytest.mark.parametrize("number", range(len(NO_LAUNCHER)))
