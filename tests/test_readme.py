@@ -65,7 +65,7 @@ def test_every_command_of_ours_in_the_readme_exists():
         assert all((ROOT / word).is_file() for word in words if word.startswith("recipes/"))
 
 
-def test_the_way_of_a_row_has_at_most_nine_and_eleven_files():
+def test_a_row_changes_its_form_in_at_most_nine_and_eleven_files():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     way = text[text.index("## The way of a row") : text.index("## How to add")]
     for part, most in zip(way.split("Prediction, from")[:2], (9, 11), strict=True):
