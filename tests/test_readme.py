@@ -65,17 +65,6 @@ def test_every_command_of_ours_in_the_readme_exists():
         assert all((ROOT / word).is_file() for word in words if word.startswith("recipes/"))
 
 
-def test_a_row_changes_its_form_in_at_most_nine_and_eleven_files():
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    way = text[text.index("## The way of a row") : text.index("## How to add")]
-    for part, most in zip(way.split("Prediction, from")[:2], (9, 11), strict=True):
-        files = []
-        for cell in re.findall(r"^\| ([\w/.]+\.py(?:, [\w/.]+)*) \|", part, re.MULTILINE):
-            folder = cell.partition("/")[0]
-            files += [name if "/" in name else f"{folder}/{name}" for name in cell.split(", ")]
-        assert len(files) >= 9 and len({*files}) <= most and all((ROOT / "vqa_sft" / name).is_file() for name in files)
-
-
 def test_every_link_leads_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):

@@ -11,9 +11,9 @@ from vqa_sft.batch.augment import augment
 from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
 from vqa_sft.batch.prompts import Prompts, answer_prefix, render_prompt
 from vqa_sft.data.examples import load_examples
-from vqa_sft.data.images import open_image
-from vqa_sft.letters import draw_order
+from vqa_sft.images import open_image
 from vqa_sft.models.load import load_processor
+from vqa_sft.questions.letters import draw_order
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from dataclasses import fields, replace
 import pytest
 
 from vqa_sft.batch.prompts import LANGUAGES, Prompts, builtin_prompts, render_messages
-from vqa_sft.data.question_types import TYPES
 from vqa_sft.errors import InputError
+from vqa_sft.questions.types import TYPES
 
 
 def row(num_images=0, question="Which?", choices=("cat", "dog"), **more):

@@ -1,6 +1,7 @@
 import pytest
 
-from vqa_sft.data.answers import FORMATS, infer_format, is_upper_case, read_answer, unwrap, write_answer
+from vqa_sft.data.answers import FORMATS, infer_format
+from vqa_sft.data.cells import is_upper_case, read_answer, unwrap, write_answer
 from vqa_sft.errors import InputError
 
 CHOICES = ["cat", "dog", "Fox"]

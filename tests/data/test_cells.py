@@ -1,6 +1,7 @@
 import pytest
 
-from vqa_sft.data.cells import find_split, read_label, read_list, split_labelled, split_text, strip_labels
+from vqa_sft.data.cells import read_label, read_list, split_labelled, split_text, strip_labels
+from vqa_sft.data.settle_columns import find_split
 from vqa_sft.errors import InputError
 
 

@@ -10,8 +10,8 @@ from sklearn.datasets import load_digits, load_sample_images
 from vqa_sft.data.compare_images import fit_parts, place_windows
 from vqa_sft.data.duplicates import DISTANCE, near_pairs, row_groups
 from vqa_sft.data.hash_images import ASPECT_TOLERANCE, PARTS, Wholes, find_near_hashes, hash_windows, unpack
-from vqa_sft.data.images import ImageFacts, examine
 from vqa_sft.data.scan import Scan
+from vqa_sft.images import ImageFacts, examine
 
 
 def scan_of(*rows):

@@ -10,9 +10,9 @@ from PIL import Image
 from vqa_sft.data.columns import Columns
 from vqa_sft.data.digests import row_digest
 from vqa_sft.data.examples import FEATURES, load_examples, read_examples, stream_examples
-from vqa_sft.data.images import open_image
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
+from vqa_sft.images import open_image
 
 
 def load(contest, **options):

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from vqa_sft.data.examples import read_examples, stream_examples
+from vqa_sft.data.missing_images import describe_missing
 from vqa_sft.data.options import ReadOptions
-from vqa_sft.data.paths import ImagePaths, describe_missing
+from vqa_sft.data.read_images import ImagePaths
 from vqa_sft.data.scan import scan_images
 
 COMPOSED, APART = (unicodedata.normalize(form, "강아지.png") for form in ("NFC", "NFD"))

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from vqa_sft.data.columns import USUAL_NAMES
 from vqa_sft.data.examples import FEATURES, load_examples, read_examples, stream_examples
 from vqa_sft.data.options import ReadOptions
-from vqa_sft.data.question_types import TYPES
 from vqa_sft.errors import InputError
-from vqa_sft.letters import LETTERS
+from vqa_sft.questions.letters import LETTERS
+from vqa_sft.questions.types import TYPES
 
 NAMES = st.sampled_from(
     [name for usual in USUAL_NAMES.values() for name in usual] + [*"abcdABC", "choice_1", "choice_2"]

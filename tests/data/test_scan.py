@@ -12,9 +12,9 @@ from PIL import Image
 
 from vqa_sft.data import scan as scans
 from vqa_sft.data.examples import FEATURES
-from vqa_sft.data.images import ImageFacts, examine
 from vqa_sft.data.problems import Problems
 from vqa_sft.data.scan import scan_images
+from vqa_sft.images import ImageFacts, examine
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,9 @@ from PIL import Image
 
 from vqa_sft.data.find_encoding import find_encoding
 from vqa_sft.data.find_files import find_files
-from vqa_sft.data.images import open_image
 from vqa_sft.data.sources import open_source
 from vqa_sft.errors import InputError
+from vqa_sft.images import open_image
 
 HEADER = "id,question,a,b\n"
 KOREAN = "번호,질문\n1,사진 속 고양이는 무슨 색인가요?\n"
@@ -113,8 +113,8 @@ def test_a_header_alone_gives_no_rows(tmp_path):
 
 def test_endless_cells_rows_and_files_end_quickly(tmp_path, monkeypatch):
     million = 2**20
-    monkeypatch.setattr("vqa_sft.data.sources.MAX_CELL", 2 * million)
-    monkeypatch.setattr("vqa_sft.data.read_lines.MAX_ROW", 8 * million)
+    monkeypatch.setattr("vqa_sft.data.read_text.MAX_CELL", 2 * million)
+    monkeypatch.setattr("vqa_sft.data.read_text.MAX_ROW", 8 * million)
     for begin, chunk, part in (
         ("id,a\n1,", "x" * million, "larger than 8 MiB"),
         ('id,a\n1,"', "x\n" * (million // 2), "limit (2097152), in the row that begins on line 2"),

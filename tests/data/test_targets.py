@@ -12,8 +12,8 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.columns import Columns, known_columns
 from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.data.options import ReadOptions
-from vqa_sft.letters import draw_order
 from vqa_sft.models.load import load_processor
+from vqa_sft.questions.letters import draw_order
 from vqa_sft.training.loss import letter_targets
 
 

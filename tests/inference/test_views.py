@@ -13,7 +13,6 @@ from trl import ModelConfig
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.examples import load_examples
-from vqa_sft.letters import choices_to_letters, view_orders
 from vqa_sft.models.fast import speedups
 from vqa_sft.models.load import load_model, load_processor
 from vqa_sft.models.scoring import (
@@ -24,6 +23,7 @@ from vqa_sft.models.scoring import (
     score_batches,
     to_choice_logits,
 )
+from vqa_sft.questions.letters import choices_to_letters, view_orders
 
 PACKED = ("qwen2_5_vl", "qwen3_vl")
 

@@ -15,8 +15,8 @@ from trl import ModelConfig
 
 from vqa_sft.batch.prompts import Prompts, render_messages
 from vqa_sft.data.examples import load_examples
-from vqa_sft.data.images import open_image
 from vqa_sft.errors import InputError
+from vqa_sft.images import open_image
 from vqa_sft.models import load as models, quantized
 from vqa_sft.models.fast import vision
 from vqa_sft.predictions.file import read_predictions

@@ -10,7 +10,6 @@ from vqa_sft.batch.prompts import Prompts, answer_prefix, render_prompt
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
-from vqa_sft.letters import choice_to_letter, choices_to_letters
 from vqa_sft.models.load import load_model, load_processor
 from vqa_sft.models.scoring import (
     answer_logits,
@@ -20,6 +19,7 @@ from vqa_sft.models.scoring import (
     same_images_together,
     to_choice_logits,
 )
+from vqa_sft.questions.letters import choice_to_letter, choices_to_letters
 
 
 @pytest.fixture(params=FAMILIES)

@@ -348,7 +348,7 @@ def test_labels_that_training_left_out_are_left_out_where_other_rows_have_them(f
     ("cells", "written"), [("ABAB", "A"), (["A. cat", "B. dog"] * 2, "A"), ("가나가나", "A"), ("abab", "a")]
 )
 def test_the_letter_case_of_answers_is_that_of_their_labels(folder, cells, written):
-    from vqa_sft.data.answers import write_answer
+    from vqa_sft.data.cells import write_answer
 
     rows = [{"question": f"{i}?", "a": "cat", "b": "dog", "answer": cells[i]} for i in range(4)]
     columns = read_examples(write(folder, rows)).columns

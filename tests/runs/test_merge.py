@@ -21,10 +21,10 @@ from trl import ModelConfig
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts, answer_prefix, render_messages, render_prompt
 from vqa_sft.data.examples import load_examples
-from vqa_sft.data.images import open_image
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.files import UNFINISHED
+from vqa_sft.images import open_image
 from vqa_sft.models.load import load_processor, load_trained
 from vqa_sft.models.scoring import find_letter_ids, letter_logits
 from vqa_sft.predictions.calibration import read_calibration

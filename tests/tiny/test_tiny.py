@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vqa_sft.batch.prompts import Prompts, render_messages
-from vqa_sft.letters import LETTERS, identity_order
+from vqa_sft.questions.letters import LETTERS, identity_order
 from vqa_sft.tiny import TINY_PATH
 from vqa_sft.tiny.build import build_tokenizer
 from vqa_sft.tiny.digits import write_digits

@@ -12,13 +12,13 @@ from trainers import SPELLING, build_trainer, prompt_bytes
 from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, TrainCollator
 from vqa_sft.batch.prompts import Prompts, answer_prefix, render_prompt
 from vqa_sft.data.examples import FEATURES, load_examples
-from vqa_sft.data.images import open_image
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
-from vqa_sft.letters import LETTERS, draw_order
+from vqa_sft.images import open_image
 from vqa_sft.models.fast import speedups
 from vqa_sft.models.load import load_processor
 from vqa_sft.models.scoring import answer_logits, find_end_of_turn
+from vqa_sft.questions.letters import LETTERS, draw_order
 
 
 def rows_of(contest, num_rows):

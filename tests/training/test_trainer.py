@@ -5,10 +5,10 @@ import transformers
 from trainers import SPELLING, build_trainer
 
 from vqa_sft.batch.prompts import Prompts, render_prompt
-from vqa_sft.data.images import open_image
-from vqa_sft.letters import draw_order
+from vqa_sft.images import open_image
 from vqa_sft.models.fast import speedups
 from vqa_sft.models.scoring import answer_logits
+from vqa_sft.questions.letters import draw_order
 from vqa_sft.training.metrics import letter_metrics
 from vqa_sft.training.validation import predict_examples
 

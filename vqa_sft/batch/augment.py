@@ -4,7 +4,7 @@ import random
 
 from PIL import Image, ImageEnhance
 
-from vqa_sft.data.images import MAX_ASPECT
+from vqa_sft.images import MAX_ASPECT
 
 
 def augment(image: Image.Image, strength: float, rng: random.Random) -> Image.Image:

@@ -32,10 +32,10 @@ from transformers import ProcessorMixin
 from vqa_sft.batch.augment import augment
 from vqa_sft.batch.image_size import process_images
 from vqa_sft.batch.prompts import Prompts, answer_prefix, has_control_token, render_prompt
-from vqa_sft.data.images import MAX_ASPECT, digest_of, open_image
-from vqa_sft.data.references import count_free
 from vqa_sft.errors import InputError, name_rows
-from vqa_sft.letters import LETTERS, choice_to_letter, draw_order, identity_order, view_orders
+from vqa_sft.images import MAX_ASPECT, digest_of, open_image
+from vqa_sft.questions.letters import LETTERS, choice_to_letter, draw_order, identity_order, view_orders
+from vqa_sft.questions.references import count_free
 
 BLANK_SIZE = (448, 448)  # pixels
 BLANK_DIGEST = hashlib.sha256(f"blank {BLANK_SIZE}".encode()).hexdigest()
@@ -52,12 +52,17 @@ class Features(Protocol):
         """`image_features` and `image_grid_thw` of all these images; None where one is not stored."""
 
 
+def supervised_positions(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Where a batch is supervised: (B, 1), or (B, 2) where rows carry their letter."""
+    return torch.stack([batch[name] for name in ("answer_positions", "end_positions") if name in batch], dim=1)
+
+
 @dataclass(eq=False, repr=False)
 class AnswerCollator:
     """For evaluation and prediction: every choice under its own letter.
 
     With other `views` than "identity" (letters.view_orders) the batch holds every row in several orders, one after
-    another; a row whose choices refer to each other (data/references.py) in those that leave them in place. With a
+    another; a row whose choices refer to each other (questions/references.py) in those that leave them in place. With a
     `packer` images are there once for all orders of a row, and for all rows whose prompts are the same up to their
     images and these, by `leaders`. With a `scale` other than 1, of packed rows alone, images have that times the sides
     that they would have.
@@ -238,8 +243,8 @@ class Augmentation:
 
 @dataclass(eq=False, repr=False)
 class TrainCollator(AnswerCollator):
-    """For training. Choices that refer to others keep their places (data/references.py); the letter of a row without
-    an answer is that of its largest target."""
+    """For training. Choices that refer to others keep their places (questions/references.py); the letter of a row
+    without an answer is that of its largest target."""
 
     shows_targets = True
     shares_images = False  # rows that share more than their first words have no gradients

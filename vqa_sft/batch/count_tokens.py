@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from vqa_sft.batch.prompts import Prompts, check_prompts, control_tokens, render_prompt
-from vqa_sft.letters import identity_order
+from vqa_sft.questions.letters import identity_order
 
 _BATCH = 1_000
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 
-from vqa_sft.data.question_types import TYPES
 from vqa_sft.errors import InputError, name_rows
-from vqa_sft.letters import LETTERS, choices_to_letters
+from vqa_sft.questions.letters import LETTERS, choices_to_letters
+from vqa_sft.questions.types import TYPES
 
 if TYPE_CHECKING:
     import datasets

@@ -8,7 +8,7 @@ from vqa_sft.config.packaged import find_base
 from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
-from vqa_sft.letters import MOST_ORDERS, Views
+from vqa_sft.questions.letters import MOST_ORDERS, Views
 
 BASE = "none"  # in place of a run: the base model as it is
 

@@ -1,15 +1,12 @@
 """How a source writes its answers: as a letter, as an index, or as the choice's text. Standard library only."""
 
-import ast
 import itertools
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from vqa_sft.data.cells import NARROW, PLACES, read_label
+from vqa_sft.data.cells import read_answer
 from vqa_sft.errors import InputError
-from vqa_sft.letters import LETTERS
 
 FORMATS = ("letter", "index_from_0", "index_from_1", "text")
 # What test sets write where the answer is not given.
@@ -18,105 +15,6 @@ UNKNOWN = ("", "?", "-", "-1", "nan", "none", "null")
 PLACEHOLDERS = ("hidden", "unknown", "n/a", "na", "tbd", "todo", "x", "_", "--", "...", "<hidden>", "[hidden]")
 # A format is ruled out by so many rows, and this share of them, that it cannot read and another can.
 FEWEST, SHARE = 3, 0.01
-# "Option A", "option_a", "Answer: (B)", "The answer is C."
-_BEFORE = re.compile(
-    r"(the\s+)?(correct\s+|right\s+)?(answer|option|choice|정답|답|보기|선택지)[\s_:.#-]*((is|은|는)[\s:]+)?",
-    re.IGNORECASE | re.ASCII,
-)
-_LETTER = re.compile(r"[(\[]?([A-Za-zⓐ-ⓩ가나다라마바사아자차카타파하ㄱ-ㅎ㉠-㉭])[)\].:]*")
-_LABELLED = re.compile(r"[(\[]?([A-Za-z])[)\].:]\s")
-_INDEX = re.compile(r"[(\[]?([0-9]{1,3})(?:\.0)?[)\].:]*")
-_FROM_1 = re.compile(r"([1-9][0-9]?)\s*번\.?|([①-⑳❶-❿])")
-# Choices that a truth value can answer.
-_TRUTHS = (("true", "false"), ("yes", "no"), ("correct", "incorrect"), ("예", "아니오"), ("예", "아니요"))
-_TRUTHS += (("네", "아니오"), ("네", "아니요"), ("참", "거짓"), ("o", "x"))
-_TRUE, _FALSE = {"1", "t", "y"}, {"0", "f", "n"}
-_TRUE |= {true for true, _ in _TRUTHS}
-_FALSE |= {false for _, false in _TRUTHS}
-
-
-def read_answer(cell: str, choices: Sequence[str], answer_format: str) -> int | None:
-    """The index of the right choice, or None when the cell is no answer in this format.
-
-    Letters count in either case and in any dress: "(b)", "b.", "Option B", "나"; so do indices: "(2)", "2.0" as
-    spreadsheets write them, and "②" and "2번", which count from 1. A text is compared as it is, then without case; of
-    two equal choices it means the first. A letter or index before the text of its choice ("B. dog") is both. True and
-    False are texts of choices that say yes and no.
-    """
-    if answer_format == "text":
-        index = _find_text(cell, choices)
-    else:
-        bare = cell.translate(NARROW).strip()
-        before = _BEFORE.match(bare)
-        bare = bare[before.end() :] if before else bare
-        index = _find_place(bare, answer_format)
-    labelled = read_label(cell)
-    if index is None and labelled and _fits_format(cell, answer_format):
-        place, text = labelled
-        index = place if place < len(choices) and _fold(choices[place]) == _fold(text) else None
-    if index is None and cell.startswith("[") and (inner := unwrap(cell)) != cell:
-        return read_answer(str(inner).strip(), choices, answer_format)
-    return index if index is not None and 0 <= index < len(choices) else None
-
-
-def _find_place(text: str, answer_format: str) -> int | None:
-    if answer_format == "letter":
-        match = _LETTER.fullmatch(text)
-        return PLACES.get(match[1]) if match else None
-    if match := _INDEX.fullmatch(text):
-        return int(match[1]) - (1 if answer_format == "index_from_1" else 0)
-    match = _FROM_1.fullmatch(text) if answer_format == "index_from_1" else None
-    return PLACES.get(match[1] or match[2]) if match else None
-
-
-def _fits_format(labelled: str, answer_format: str) -> bool:
-    """Whether the label before a text is a letter or an index, as the format says."""
-    is_number = re.match(r"[(\[]?[0-9①-⑳❶-❿]", labelled.translate(NARROW)) is not None
-    return answer_format == "text" or (answer_format == "index_from_1" if is_number else answer_format == "letter")
-
-
-def _find_text(cell: str, choices: Sequence[str]) -> int | None:
-    """The choice with this text; None where there is none, or where different choices would do."""
-    choices = list(choices)
-    if not cell:
-        return None
-    if cell in choices:
-        return choices.index(cell)
-    wanted, folded = _fold(cell), [_fold(choice) for choice in choices]
-    found = [i for i, text in enumerate(folded) if text == wanted]
-    if not found and (wanted in _TRUE or wanted in _FALSE):
-        pairs = [pair for pair in _TRUTHS if sorted(folded) == sorted(pair)]
-        words = {true if wanted in _TRUE else false for true, false in pairs}
-        found = [i for i, text in enumerate(folded) if text in words]
-    return found[0] if len({choices[i] for i in found}) == 1 else None
-
-
-def _fold(text: str) -> str:
-    """Without case; 3.0 is 3, which a table with an empty cell makes of it."""
-    text = unicodedata.normalize("NFC", text).casefold()
-    return text[:-2] if re.fullmatch(r"-?[0-9]+\.0", text) else text
-
-
-def unwrap(cell: object) -> object:
-    """The only item of a list, or of a text that spells one: "A" of ["A"] and of "['A']"; else the cell."""
-    values = cell
-    if isinstance(cell, str) and cell.startswith("["):
-        try:
-            values = ast.literal_eval(cell)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            return cell
-    if isinstance(values, list | tuple) and len(values) == 1 and not isinstance(values[0], list | tuple | dict):
-        return values[0]
-    return cell
-
-
-def write_answer(choice: int, choices: Sequence[str], answer_format: str | None, is_upper: bool) -> str:
-    """The inverse of `read_answer`, as the source writes its answers."""
-    if answer_format == "text":
-        return choices[choice]
-    if answer_format in ("index_from_0", "index_from_1"):
-        return str(choice + 1 if answer_format == "index_from_1" else choice)
-    return LETTERS[choice] if is_upper else LETTERS[choice].lower()
 
 
 def is_plain(cell: str, choices: Sequence[str], answer_format: str) -> bool:
@@ -126,14 +24,6 @@ def is_plain(cell: str, choices: Sequence[str], answer_format: str) -> bool:
     if answer_format == "text":
         return cell.casefold() in [choice.casefold() for choice in choices]
     return re.fullmatch(r"[0-9]+(\.0)?", cell) is not None
-
-
-def is_upper_case(cells: Iterable[str]) -> bool:
-    """Whether most of the letters among the cells, or before their texts, are upper case; where there are none, yes."""
-    bare = [_BEFORE.sub("", cell, count=1) for cell in cells]
-    labels = [match for cell in bare if (match := _LETTER.fullmatch(cell) or _LABELLED.match(cell))]
-    letters = [match[1] for match in labels if match[1].isascii()]
-    return sum(letter.isupper() for letter in letters) * 2 > len(letters) if letters else True
 
 
 def infer_format(rows: Iterable[tuple[str, Sequence[str]]], may_be_odd: bool = True) -> str:

@@ -1,7 +1,7 @@
 """A report on a data set, before a GPU is needed. No torch.
 
 Problems between rows are found here: equal questions with other answers, images of the training set in a test set.
-What is wrong with one row is found where it is read (check_row.py), with an image where it is scanned (scan.py).
+What is wrong with one row is found where it is read (read_row.py), with an image where it is scanned (scan.py).
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from scipy.special import chdtrc
 
 from vqa_sft.data.duplicates import near_pairs, row_groups
 from vqa_sft.data.examples import Loaded
-from vqa_sft.data.images import ImageFacts
 from vqa_sft.data.scan import Scan, scan_images
-from vqa_sft.letters import LETTERS
+from vqa_sft.images import ImageFacts
+from vqa_sft.questions.letters import LETTERS
 
 TRAINING, VALIDATION, TEST = "training", "validation", "test"
 QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
@@ -231,7 +231,7 @@ def _compare_answers(loaded: Loaded, rows: list[int]) -> None:
         other = next((c for c in choices if c in answered and c != choices[example["answer"]]), None)
         if other is not None:
             detail = f"{choices[example['answer']][:40]!r}, and {other[:40]!r} in {answered[other]}"
-            loaded.problems.add("answers_differ", example["id"], loaded.numbers[row], detail)
+            loaded.problems.add(example["id"], loaded.numbers[row], "answers_differ", detail)
 
 
 def _plain(text: str) -> str:
@@ -252,7 +252,7 @@ def _find_in_training(loaded: Loaded, scan: Scan, training: Loaded, training_sca
     for row, images in enumerate(scan.of_row):
         for apart, other in sorted(nearest[image] for image in images if image in nearest)[:1]:
             kind = "near_training" if apart else "in_training"
-            loaded.problems.add(kind, ids[row], loaded.numbers[row], f"{training_ids[row_of[other]]} there")
+            loaded.problems.add(ids[row], loaded.numbers[row], kind, f"{training_ids[row_of[other]]} there")
 
 
 def _find_control_tokens(loaded: Loaded, control_tokens: re.Pattern) -> None:
@@ -260,7 +260,7 @@ def _find_control_tokens(loaded: Loaded, control_tokens: re.Pattern) -> None:
     for row, (row_id, question, context, choices) in enumerate(_columns(loaded.examples, *names)):
         found = control_tokens.search("\n".join([context, question, *choices]))
         if found:
-            loaded.problems.add("control_token", row_id, loaded.numbers[row], found.group())
+            loaded.problems.add(row_id, loaded.numbers[row], "control_token", found.group())
 
 
 def _tokens_of(loaded: Loaded, scan: Scan, count_tokens: CountTokens) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vqa_sft.errors import InputError, printable
-from vqa_sft.letters import LETTERS
+from vqa_sft.questions.letters import LETTERS
 
 # Compared without case, spaces, "_" and "-"; the first that a source has is taken.
 # fmt: off

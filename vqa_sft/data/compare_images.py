@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from vqa_sft.data.hash_images import PARTS, aspects_of, unpack
-from vqa_sft.data.images import COLOUR_PX, MINIATURE_PX, ImageFacts
+from vqa_sft.images import COLOUR_PX, MINIATURE_PX, ImageFacts
 
 # Values of grey are 0 to 255, cells are those of a miniature.
 MARGIN = 2  # cells at the border are not compared: there the blur would need what was cropped

@@ -18,8 +18,8 @@ import numpy as np
 from vqa_sft.console import progress
 from vqa_sft.data.compare_images import GAINS, MAX_COLOUR_ERROR, are_crops, are_same, have_detail
 from vqa_sft.data.hash_images import PARTS, Wholes, aspects_of, find_near_hashes, hash_windows, unpack
-from vqa_sft.data.images import ImageFacts
 from vqa_sft.data.scan import Scan, count_cores
+from vqa_sft.images import ImageFacts
 
 DISTANCE = 16  # of 64 bits; a crop that lies between two windows differs in up to so many
 MAX_DISTANCE = 20

@@ -21,9 +21,9 @@ import pyarrow.compute as pc
 
 from vqa_sft.data.columns import Columns, are_here
 from vqa_sft.data.find_columns import find_columns
+from vqa_sft.data.images_in_tables import IMAGES, add_images
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.problems import Problems
-from vqa_sft.data.read_images import IMAGES
 from vqa_sft.data.read_row import NUMBER, RowReader, columns_with_images
 from vqa_sft.data.settle_answers import settle_answers
 from vqa_sft.data.settle_columns import settle_columns
@@ -97,9 +97,9 @@ def read_examples(source: str | Sequence[str], options: ReadOptions = ReadOption
     if reader.images.inside:
 
         def report(row: int, kind: str, detail: str = "") -> None:
-            reader.problems.add(kind, examples[row]["id"], numbers[row], detail)
+            reader.problems.add(examples[row]["id"], numbers[row], kind, detail)
 
-        examples = reader.images.add_column(examples, reader.source.table.select(numbers), folder, report)
+        examples = add_images(examples, reader.source.table.select(numbers), reader.images, folder, report)
     reader.check_that_some_have_images(len(numbers))
     notes = [*reader.source.notes, *reader.notes, reader.describe(len(numbers)), *reader.images.paths.notes()]
     notes += note_kept_orders(name, reader.problems)
@@ -141,11 +141,12 @@ def _read_texts(reader: RowReader, limit: int | None) -> tuple[pa.Table, list[in
 
 
 def _read_answers(reader: RowReader, texts: pa.Table, numbers: Sequence[int]) -> list[int | None]:
-    targets = texts["targets"].to_pylist() if reader.columns.targets else [None] * len(numbers)
-    rows = zip(_cells_and_choices(texts), texts["id"], numbers, targets, strict=True)
-    return [
-        reader.answer(cell, choices, row_id.as_py(), number, target) for (cell, choices), row_id, number, target in rows
-    ]
+    names = ["cell", "choices", "id", *(["targets"] if reader.columns.targets else [])]
+    answers: list[int | None] = []
+    for start in range(0, len(numbers), _BATCH):
+        cells, choices, ids, *targets = texts.select(names).slice(start, _BATCH).to_pydict().values()
+        answers += map(reader.answer, cells, choices, ids, numbers[start : start + _BATCH], *targets)
+    return answers
 
 
 def _cells_and_choices(texts: pa.Table) -> Iterator[tuple[str, list[str]]]:

@@ -8,7 +8,7 @@ from typing import Any
 from vqa_sft.data.columns import IN_QUESTION, USUAL_NAMES, Columns, fields_of, find_usual, plain_name
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError, printable
-from vqa_sft.letters import LETTERS
+from vqa_sft.questions.letters import LETTERS
 
 # What precedes the letter or the number in choice_a, option1, ...
 CHOICE_PREFIXES = ("option", "opt", "choice", "candidate", "alternative", "answer", "보기", "선택지")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vqa_sft.data.images import COLOUR_PX, MINIATURE_PX, ImageFacts
+from vqa_sft.images import COLOUR_PX, MINIATURE_PX, ImageFacts
 
 FREQUENCIES = 8  # a side; 64 bits
 # A window takes one of these parts (start, length) of either side, the whole first: crops keep at least 70% of it.

@@ -3,7 +3,7 @@
 import re
 
 from vqa_sft.data.cells import split_labelled
-from vqa_sft.letters import LETTERS
+from vqa_sft.questions.letters import LETTERS
 
 _END = r"([A-Z]|[1-9]|1[0-9]|2[0-6])\b"
 _RANGE = re.compile(rf"\b([A1])\s?(?:-|–|~|to|through)\s?{_END}")

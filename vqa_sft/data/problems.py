@@ -4,7 +4,7 @@ Standard library only. An error stops a run, because the row cannot be used as i
 that `vqa-sft check` shows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -110,15 +110,11 @@ class Problems:
         self.hints: dict[str, str] = {}  # by kind, how to fix it in these data
         self._found: dict[str, list[tuple[str, int]]] = {}
 
-    def add(self, kind: str, row_id: str, row: int, detail: str = "") -> None:
-        """`kind` is a key of KINDS, `row` the number of the row in the source, from 0; `detail` shows the evidence."""
+    def add(self, row_id: str, row: int, kind: str, detail: str = "") -> None:
+        """`row` is the number of the row in the source, from 0; `kind` a key of KINDS; `detail` shows the evidence."""
         assert kind in KINDS, kind
         label = row_id or f"number {row}"
         self._found.setdefault(kind, []).append((f"{label} ({detail})" if detail else label, row))
-
-    def of_row(self, row_id: str, row: int) -> Callable[..., None]:
-        """`add` for one row: report(kind, detail)."""
-        return lambda kind, detail="": self.add(kind, row_id, row, detail)
 
     def __iter__(self) -> Iterator[tuple[str, Kind, list[str]]]:
         """(key, kind, labels of the rows): errors first, then warnings."""

@@ -1,31 +1,32 @@
-"""How the images of a row are found: paths, templates and base64 in its cells, or images inside a table. No torch.
+"""The images that the cells of a row name: paths, templates of paths, base64. No torch.
 
 An image is {bytes, path}, as `datasets.Image(decode=False)` holds it. Nothing is opened here.
+
+A table made on another system writes `img\\1.JPG`, `/img/1.jpg`, or `강아지.png` with its letters apart (NFD). Where
+exactly one file fits such a name, it is taken, with a note; a folder is listed once, however many rows name its files.
 """
 
 import base64
-import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-import datasets
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
 
 from vqa_sft.data.cells import is_writable, read_list
 from vqa_sft.data.columns import Columns, fields_of, fill
 from vqa_sft.data.options import ReadOptions
-from vqa_sft.data.paths import ImagePaths
-from vqa_sft.errors import InputError
+from vqa_sft.errors import InputError, printable
 
-IMAGES = datasets.List({"bytes": datasets.Value("binary"), "path": datasets.Value("string")})
 # How JPEG, PNG, GIF and WebP begin in base64: benchmark files in TSV hold their images so.
 _BASE64 = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
+# Suffixes of one format stand for one another, and each for a name that has none.
+SUFFIXES = {
+    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif"), "JPEG"),
+    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
+    **{".png": "PNG", ".gif": "GIF", ".webp": "WebP", ".bmp": "BMP", ".avif": "AVIF"},
+}
 
 
 class ImageReader:
@@ -40,7 +41,8 @@ class ImageReader:
         self.paths = ImagePaths()
         # In place of an image that is not opened, where its row is answered all the same.
         self.unopened = [{"bytes": b"", "path": None}] if options.on_bad_row == "guess" else []
-        self._id_column, self._root = columns.id, options.image_root
+        self._root = options.image_root
+        self._templates = {name: fields for name in self.named if (fields := fields_of(name, columns.id))}
         self._roots: dict[str | None, Path] = {}
 
     def root_of(self, folder: str | None) -> Path:
@@ -80,50 +82,13 @@ class ImageReader:
 
     def _cells(self, row: dict, name: str, row_id: str, text_of: Callable[[object], str]) -> list:
         """The paths in a column, or the one that a template gives."""
-        parts = fields_of(name, self._id_column)
-        if parts:
-            return [fill(name, {part: text_of(row.get(part)) for part in parts} | {"id": row_id})]
+        if name in self._templates:
+            parts = {part: text_of(row.get(part)) for part in self._templates[name]}
+            return [fill(name, parts | {"id": row_id})]
         listed = None if isinstance(row[name], dict) else read_list(row[name])
         cells = [row[name]] if listed is None else listed
         # As `datasets` writes an image into JSON.
         return [cell.get("path") if isinstance(cell, dict) and "path" in cell else cell for cell in cells]
-
-    def read_inside(self, row: dict, folder: str | None, report: Callable[..., None]) -> list[dict]:
-        """Every image that a streamed row holds itself."""
-        root = self.root_of(folder)
-        images = _collect_images(row, self.inside, str(root))["images"]
-        for image in images:
-            if image["bytes"] is None:
-                path = self.paths.find(root, image["path"])
-                if path is None:
-                    report("path_outside", image["path"][:60])
-                    image["bytes"] = b""
-                image["path"] = path
-        return images
-
-    def add_column(
-        self, examples: datasets.Dataset, table: datasets.Dataset, folder: str | None, report: Callable[..., None]
-    ) -> datasets.Dataset:
-        """The examples with the images that the rows of `table` hold themselves; `report(row, kind, detail)`."""
-        root = self.root_of(folder)
-        images = _images_inside(table, self.inside, root)
-        names = examples.column_names
-        examples = datasets.concatenate_datasets([examples.remove_columns("images"), images], axis=1)
-        other = {}  # paths that are spelled otherwise, or lead outside: None
-        for row, paths in enumerate(_paths_only(images)):
-            if paths is None:
-                report(row, "no_image")
-            for path in paths or ():
-                found = self.paths.find(root, path)
-                if found is None:
-                    report(row, "path_outside", path[:60])
-                if found != path:
-                    other[path] = found
-        examples = examples.select_columns(names)
-        if other:  # nobody opens those outside
-            replace_paths = partial(_replace_paths, other=other, unopened=self.unopened)
-            examples = examples.map(replace_paths, desc="Naming images")
-        return examples
 
 
 def _decode_base64(text: str) -> bytes:
@@ -134,74 +99,128 @@ def _decode_base64(text: str) -> bytes:
         return b""
 
 
-def _images_inside(table: datasets.Dataset, names: Sequence[str], root: Path) -> datasets.Dataset:
-    """The column `images` from columns that hold images themselves. Bytes are not copied where every row has one
-    image; else `datasets` writes the lists to its cache, so that they are not held in memory either."""
-    features = datasets.Features({"images": IMAGES})
-    column = table.data.column(names[0])
-    if len(names) == 1 and table._indices is None and _is_one_image_a_row(column):
-        storage = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-        chunks = [
-            pa.ListArray.from_arrays(np.arange(len(chunk) + 1, dtype=np.int32), chunk.cast(storage))
-            for chunk in column.chunks
-        ]
-        lists = pa.table({"images": pa.chunked_array(chunks, type=pa.list_(storage))})
-        return datasets.Dataset(datasets.table.InMemoryTable(lists.cast(features.arrow_schema)))
-    # Not beside a saved dataset, which may lie on a disk that cannot be written.
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "vqa_sft"
-    cache.mkdir(parents=True, exist_ok=True)
-    key = hashlib.sha256(repr((table._fingerprint, names, str(root))).encode()).hexdigest()[:24]
-    return table.select_columns(list(names)).map(
-        partial(_collect_images, names=list(names), root=str(root)),
-        remove_columns=list(names),
-        features=features,
-        cache_file_name=str(cache / f"images-{key}.arrow"),
-        desc="Collecting images",
-    )
+class ImagePaths:
+    """Finds images in the folder that they must stay in, and counts those whose names are spelled otherwise there."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, set[str]] = {}
+        self._alike: dict[str, dict[tuple[str, str], list[str]]] = {}
+        self._folders: dict[str, str | None] = {}
+        self._real: dict[str, str] = {}
+        self._respelled: dict[str, str] = {}  # as written -> the path that was found
+
+    def __getstate__(self) -> dict:
+        return ImagePaths().__dict__  # a worker lists the folders itself
+
+    def find(self, root: Path, text: str) -> str | None:
+        """The absolute path of an image, whether there is one or not; None for one outside of `root`, a real path."""
+        top = str(root)
+        written = os.path.abspath(os.path.join(top, text))
+        path, found = written, None
+        if "\0" in text:
+            pass
+        elif _is_inside(path, top):
+            found = self._look(top, path)
+            within = os.path.relpath(path, top)
+            if found is None and "\\" in within:
+                path = os.path.abspath(os.path.join(top, within.replace("\\", "/").lstrip("/")))
+                found = self._look(top, path) if _is_inside(path, top) else None
+        elif text.startswith("/"):
+            path = self._real_path(path)  # a root that is written through a link to it
+            if not _is_inside(path, top) and not os.path.lexists(written):
+                path = os.path.abspath(os.path.join(top, text.lstrip("/")))
+            found = self._look(top, path) if _is_inside(path, top) else None
+            if found is None and not _is_inside(self._real_path(written), top):
+                return None
+        if not _is_inside(path, top):
+            return None
+        if found is not None and found != written:
+            self._respelled[text] = found
+        return found or path
+
+    def notes(self) -> list[str]:
+        """How many images were found under another spelling, with an example."""
+        if not self._respelled:
+            return []
+        text, found = next(iter(self._respelled.items()))
+        parts = PurePath(found).parts[-len(PurePath(text.replace("\\", "/").lstrip("/")).parts) :]
+        count = len(self._respelled)
+        images = f"{count:,} images are" if count > 1 else "1 image is"
+        shown, same = "/".join(parts), unicodedata.normalize("NFC", text)
+        example = printable(f"{shown!r} for {text!r}")
+        if unicodedata.normalize("NFC", shown) == same:  # which look alike
+            example = f"{printable(same)!r} with its letters apart in one of the two (NFD)"
+        return [f"{images} found under another spelling of the name, such as {example}"]
+
+    def candidates(self, path: str) -> list[str]:
+        """Names in the folder of a path that may be meant by its own, which is not there."""
+        folder, name = os.path.split(path)
+        stem, suffix = os.path.splitext(name)
+        alike = self._list_alike(folder)
+        found = dict.fromkeys(alike["name", _fold(name)])
+        if suffix.lower() in SUFFIXES:
+            found |= dict.fromkeys(alike[SUFFIXES[suffix.lower()], _fold(stem)])
+        else:
+            found |= dict.fromkeys(alike["any", _fold(name)])
+        return list(found)
+
+    def _look(self, top: str, path: str) -> str | None:
+        """The path of the one file that a path inside the folder `top` means; None where none or several fit."""
+        folder, name = os.path.split(path)
+        if path == top:
+            return path
+        if folder not in self._folders:
+            self._folders[folder] = self._look_for_folder(top, folder)
+        folder = self._folders[folder]
+        if folder is None:
+            return None
+        if name in self._list(folder):
+            return os.path.join(folder, name)
+        found = self.candidates(os.path.join(folder, name))
+        return os.path.join(folder, found[0]) if len(found) == 1 else None
+
+    def _look_for_folder(self, top: str, folder: str) -> str | None:
+        if os.path.isdir(folder):
+            return folder
+        found = top
+        for part in PurePath(folder).relative_to(top).parts:
+            names = [part] if part in self._list(found) else self._list_alike(found)["name", _fold(part)]
+            folders = [name for name in names if os.path.isdir(os.path.join(found, name))]
+            if len(folders) != 1:
+                return None
+            found = os.path.join(found, folders[0])
+        return found
+
+    def _list(self, folder: str) -> set[str]:
+        if folder not in self._names:
+            try:
+                self._names[folder] = set(os.listdir(folder))
+            except OSError:  # reported when the image is opened
+                self._names[folder] = set()
+        return self._names[folder]
+
+    def _list_alike(self, folder: str) -> dict[tuple[str, str], list[str]]:
+        """The names in a folder by what is the same in all spellings: of the name, and of what is before a suffix."""
+        if folder not in self._alike:
+            alike = self._alike[folder] = defaultdict(list)
+            for name in sorted(self._list(folder)):
+                stem, suffix = os.path.splitext(name)
+                alike["name", _fold(name)].append(name)
+                if suffix.lower() in SUFFIXES:
+                    alike["any", _fold(stem)].append(name)
+                    alike[SUFFIXES[suffix.lower()], _fold(stem)].append(name)
+        return self._alike[folder]
+
+    def _real_path(self, path: str) -> str:
+        folder, name = os.path.split(path)
+        if folder not in self._real:
+            self._real[folder] = os.path.realpath(folder)
+        return os.path.join(self._real[folder], name)
 
 
-def _collect_images(row: dict, names: Sequence[str], root: str) -> dict:
-    images = [image for name in names for image in _images_of(row[name])]
-    for image in images:
-        if image["bytes"] is None:
-            image["path"] = os.path.abspath(os.path.join(root, image["path"]))
-    return {"images": images}
+def _is_inside(path: str, top: str) -> bool:
+    return path == top or path.startswith(top.rstrip(os.sep) + os.sep)
 
 
-def _replace_paths(row: dict, other: Mapping[str, str | None], unopened: Sequence[dict]) -> dict:
-    """The images of a row with their other paths; `unopened` in place of those whose other path is None."""
-    images = []
-    for image in row["images"]:
-        path = other.get(image["path"], image["path"])
-        images += [image | {"path": path}] if image["bytes"] is not None or path is not None else unopened
-    return {"images": images}
-
-
-def _paths_only(images: datasets.Dataset) -> Iterator[list[str] | None]:
-    """Of every row, the paths of the images whose bytes it does not hold; None for a row without images."""
-    for chunk in images.data.column("images").chunks:
-        paths = pc.if_else(chunk.flatten().field("bytes").is_valid(), None, chunk.flatten().field("path")).to_pylist()
-        lengths = pc.list_value_length(chunk).to_pylist()
-        start = 0
-        for length in lengths:
-            yield [path for path in paths[start : start + length] if path is not None] if length else None
-            start += length or 0
-
-
-def _is_one_image_a_row(column: pa.ChunkedArray) -> bool:
-    """Whether every row holds the bytes of one image."""
-    is_struct = pa.types.is_struct(column.type) and {field.name for field in column.type} == {"bytes", "path"}
-    if not is_struct or column.null_count:
-        return False
-    return all(chunk.field("bytes").null_count == 0 for chunk in column.chunks)  # looks at validity, not at bytes
-
-
-def _images_of(cell: Any) -> list[dict]:
-    """{bytes, path} of what one cell of an image column holds."""
-    if isinstance(cell, list):
-        return [image for item in cell for image in _images_of(item)]
-    if isinstance(cell, bytes):
-        return [{"bytes": cell, "path": None}]
-    if cell is None or (cell.get("bytes") is None and cell.get("path") is None):
-        return []
-    return [{"bytes": cell["bytes"], "path": cell["path"]}]
+def _fold(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -9,7 +9,7 @@ from typing import Any
 
 from vqa_sft.data.columns import USUAL_NAMES, find_usual
 from vqa_sft.data.find_files import quote
-from vqa_sft.data.read_lines import MAX_ROW, Lines, open_text
+from vqa_sft.data.read_text import MAX_ROW, Lines, open_text
 from vqa_sft.errors import InputError, explains, name_rows, printable
 
 MAX_JSON_LIST = 256 * 2**20  # bytes of a file that has to be read as a whole

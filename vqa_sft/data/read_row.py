@@ -1,28 +1,41 @@
 """One raw row -> the texts and images of an example; what is wrong with it goes to `problems`. No torch."""
 
 import hashlib
+import math
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
 
-from vqa_sft.data.answers import PLACEHOLDERS, UNKNOWN, read_answer, unwrap
-from vqa_sft.data.cells import is_writable, read_list, split_text, strip_labels, text_of
-from vqa_sft.data.check_row import check_texts, clean_text, read_targets, without_odd_characters
+from vqa_sft.data.answers import PLACEHOLDERS, UNKNOWN
+from vqa_sft.data.cells import (
+    EMPTY_WORDS,
+    is_writable,
+    read_answer,
+    read_list,
+    split_text,
+    strip_labels,
+    text_of,
+    unwrap,
+)
 from vqa_sft.data.columns import IN_QUESTION, Columns
+from vqa_sft.data.images_in_tables import read_inside
 from vqa_sft.data.in_question import split_choices
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.problems import PREDICTION_HINT, STREAM_HINT, Problems
-from vqa_sft.data.question_types import find_type
 from vqa_sft.data.read_arrow import holds_images
 from vqa_sft.data.read_images import ImageReader
 from vqa_sft.data.sources import Source
 from vqa_sft.errors import InputError, printable, safe
-from vqa_sft.letters import LETTERS
+from vqa_sft.questions.letters import LETTERS
+from vqa_sft.questions.references import find_references
+from vqa_sft.questions.types import find_type
 
 NUMBER = "vqa_sft_number"  # of a streamed row in its source
 _SHOWN = 10  # values of a column in a message
+_LONG_TEXT = 20_000  # characters, some five thousand tokens
 
 
 class RowReader:
@@ -58,6 +71,7 @@ class RowReader:
         self.sparse: str | None = None  # one that may be none
         self.constant: str | None = None  # the answer of every row, which is none
         self.first_split: str | None = None  # of choices in the question, to show
+        self._kinds = source.features or {}
         self._empty_cells = {*(options.empty_cells or ()), ""}
         self._values: dict[str, dict[str, None]] = {name: {} for name in keep_rows}  # some that are there
         self._seen: set[str] = set()
@@ -110,7 +124,7 @@ class RowReader:
         name = name or self.columns.answer
         if name is None or name not in row:
             return None
-        kind = (self.source.features or {}).get(name)
+        kind = self._kinds.get(name)
         if isinstance(kind, datasets.ClassLabel) and isinstance(row[name], int) and 0 <= row[name] < kind.num_classes:
             return kind.int2str(row[name])
         return row[name] if isinstance(row[name], str) else unwrap(row[name])
@@ -138,7 +152,7 @@ class RowReader:
         """The canonical fields of a row but for `answer`, whose cell stays text until its format is known."""
         columns = self.columns
         row_id = str(number) if columns.id is None else self.value(row[columns.id])
-        report = self.problems.of_row(row_id, number)
+        report = partial(self.problems.add, row_id, number)
         question = self._question_cell(row)
         texts: dict[str, Any] = {"id": row_id, "question": question, "cell": self.answer_cell(row)}
         texts["context"] = row[columns.context] if columns.context else None
@@ -153,18 +167,18 @@ class RowReader:
             if cells is None:
                 report("bad_choices", repr(row[columns.choices])[:60])
         for name in ("question", "context", "cell"):
-            texts[name] = clean_text(texts[name], self.value(texts[name]), report)
-        choices = _without_empty_end([clean_text(cell, self.value(cell), report) for cell in cells or ()])
+            texts[name] = _clean_text(texts[name], self.value(texts[name]), report)
+        choices = _without_empty_end([_clean_text(cell, self.value(cell), report) for cell in cells or ()])
         if cells is not None:
             choices = self._without_labels(choices, report)
         self._report_left_out(row, report)
         texts["id"] = self._clean_id(row_id, number)
-        check_texts(texts["question"], texts["context"], None if cells is None else choices, report)
+        _check_texts(texts["question"], texts["context"], None if cells is None else choices, report)
         images = [] if self.images.inside else self.images.read(row, folder, row_id, self.value, report)
         texts |= {"choices": choices, "images": images, "question_type": find_type(texts["question"], choices)}
         if columns.targets:
             cell = row[columns.targets]
-            texts["targets"] = read_targets(cell, not self.value(cell), len(choices), report)
+            texts["targets"] = _read_targets(cell, not self.value(cell), len(choices), report)
         return texts
 
     def _without_labels(self, choices: list[str], report: Callable[..., None]) -> list[str]:
@@ -187,14 +201,14 @@ class RowReader:
     def _clean_id(self, row_id: str, number: int) -> str:
         """The id as files can hold it: a line break in it would break files of ids."""
         if not row_id:
-            self.problems.add("empty_id", row_id, number)
+            self.problems.add(row_id, number, "empty_id")
         elif row_id in self._seen:
-            self.problems.add("duplicate_id", row_id, number)
+            self.problems.add(row_id, number, "duplicate_id")
         self._seen.add(row_id)
         if is_writable(row_id) and not any(unicodedata.category(char) == "Cc" for char in row_id):
             return row_id
-        self.problems.add("bad_text", repr(row_id)[:60], number, "the id")
-        return without_odd_characters(row_id)
+        self.problems.add(repr(row_id)[:60], number, "bad_text", "the id")
+        return _without_odd_characters(row_id)
 
     def is_no_answer(self, cell: str) -> bool:
         """Whether a cell stands for no answer."""
@@ -213,9 +227,9 @@ class RowReader:
             return None
         index = read_answer(cell, choices, self.columns.answer_format or "letter")
         if index is None and not (self.options.answers == "optional" and self.is_no_answer(cell)):
-            self.problems.add("bad_answer" if cell else "no_answer", row_id, number, repr(cell)[:60] if cell else "")
+            self.problems.add(row_id, number, "bad_answer" if cell else "no_answer", repr(cell)[:60] if cell else "")
         elif index is not None and not choices[index]:
-            self.problems.add("bad_answer", row_id, number, f"{cell!r}, which is empty")
+            self.problems.add(row_id, number, "bad_answer", f"{cell!r}, which is empty")
         return index
 
     def example(self, row: dict, number: int, folder: str | None = None) -> dict:
@@ -229,10 +243,10 @@ class RowReader:
         cell, targets = texts.pop("cell"), texts.get("targets")
         answer = self.answer(cell, texts["choices"], texts["id"], number, targets)
         if len(texts["choices"]) > self.max_choices:
-            self.problems.add("more_choices", texts["id"], number, f"{len(texts['choices'])}, not {self.max_choices}")
+            self.problems.add(texts["id"], number, "more_choices", f"{len(texts['choices'])}, not {self.max_choices}")
         self.raise_if_any()
         if self.images.inside:
-            texts["images"] = self.images.read_inside(row, folder, self.problems.of_row(texts["id"], number))
+            texts["images"] = read_inside(self.images, row, folder, partial(self.problems.add, texts["id"], number))
             self.raise_if_any()
         return texts | {"answer": answer}
 
@@ -254,3 +268,59 @@ def _without_empty_end(choices: list[str]) -> list[str]:
     while choices and not choices[-1]:
         choices.pop()
     return choices
+
+
+def _clean_text(cell: object, text: str, report: Callable[..., None]) -> str:
+    """The text of a cell as every later stage can hold it."""
+    if isinstance(cell, list | dict | bytes):
+        report("bad_text", f"{text[:40]!r} is a {type(cell).__name__}")
+    elif "\0" in text or not is_writable(text):
+        report("bad_text", repr(text[:40]))
+        return _without_odd_characters(text)
+    return text
+
+
+def _without_odd_characters(text: str) -> str:
+    return text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+
+
+def _check_texts(question: str, context: str, choices: Sequence[str] | None, report: Callable[..., None]) -> None:
+    """`choices` None: the row's cell was no list, which is reported already."""
+    if not question:
+        report("empty_question")
+    if choices is None:
+        return
+    if len(choices) < 2:
+        report("few_choices")
+    elif len(choices) > len(LETTERS):
+        report("many_choices", str(len(choices)))
+    elif len(set(choices)) == 1:
+        report("same_choices")
+    elif len(set(choices)) < len(choices):
+        report("equal_choices", repr(max(choices, key=choices.count))[:60])
+    if "" in choices:
+        report("empty_choice")
+    empty_words = [text for text in (*choices, context) if text.casefold() in EMPTY_WORDS]
+    if empty_words:
+        report("nan_choice", repr(empty_words[0]))
+    num_free, reference = find_references(question, choices)
+    if num_free < len(choices):
+        report("keeps_last" if num_free else "keeps_order", repr(reference)[:60])
+    if len(question) + len(context) + sum(map(len, choices)) > _LONG_TEXT:
+        report("long_text")
+
+
+def _read_targets(cell: object, is_empty: bool, num_choices: int, report: Callable[..., None]) -> list[float] | None:
+    """The target of each choice, in all 1; None where nothing is given."""
+    values = read_list(cell)
+    if values is None and is_empty:
+        return None
+    try:
+        numbers = [float(value) for value in values or ()]
+    except (TypeError, ValueError):
+        numbers = []
+    total = sum(numbers)
+    if len(numbers) != num_choices or min(numbers, default=-1) < 0 or not 0 < total < math.inf:
+        report("bad_targets", repr(cell)[:60])
+        return None
+    return [value / total for value in numbers]

@@ -20,9 +20,9 @@ import PIL
 from huggingface_hub import constants
 
 from vqa_sft.console import progress
-from vqa_sft.data.images import ImageFacts, examine
-from vqa_sft.data.paths import describe_missing
+from vqa_sft.data.missing_images import describe_missing
 from vqa_sft.data.problems import Problems
+from vqa_sft.images import ImageFacts, examine
 
 # Count up when the columns, or what `examine` and `make_miniature` find, change; another Pillow may read other files.
 TABLE = "images_3"
@@ -54,7 +54,7 @@ class Scan:
                 for kind in filter(None, (image.problem, *image.findings)):
                     names.setdefault(kind, []).append(self.names[number])
             for kind, found in names.items():
-                problems.add(kind, ids[row], row if rows is None else rows[row], ", ".join(filter(None, found)))
+                problems.add(ids[row], row if rows is None else rows[row], kind, ", ".join(filter(None, found)))
         problems.hints["missing_image"] = describe_missing(self.missing)
 
 

@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from vqa_sft.data.answers import PLACEHOLDERS, UNKNOWN, infer_formats, is_plain, is_upper_case, read_answer
+from vqa_sft.data.answers import PLACEHOLDERS, UNKNOWN, infer_formats, is_plain
+from vqa_sft.data.cells import is_upper_case, read_answer
 from vqa_sft.data.read_row import RowReader
 from vqa_sft.errors import InputError, safe
 

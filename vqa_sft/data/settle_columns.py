@@ -6,12 +6,21 @@ with labels. Raises InputError where that can be understood in two ways.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from vqa_sft.data.answers import FORMATS, find_answer_column, read_answer
-from vqa_sft.data.cells import EMPTY_WORDS, find_split, read_label, read_list, strip_labels
+from vqa_sft.data.answers import FORMATS, find_answer_column
+from vqa_sft.data.cells import (
+    EMPTY_WORDS,
+    SEPARATORS,
+    SPLITS,
+    read_answer,
+    read_label,
+    read_list,
+    split_text,
+    strip_labels,
+)
 from vqa_sft.data.columns import IN_QUESTION
 from vqa_sft.data.find_columns import find_choice_columns, find_others
 from vqa_sft.data.read_row import RowReader, columns_with_images
@@ -140,6 +149,44 @@ def _all_have_labels(reader: RowReader, rows: Rows) -> bool:
             f"{name_rows(out_of_order, num_rows)}. Put the choices in the order of their labels, or take these off."
         )
     return num_rows > 0 and not out_of_order
+
+
+def find_split(cells: Iterable[object]) -> str | None:
+    """The one of SPLITS by which the cells of a column become choices; None for a column of lists.
+
+    Labels come first, as they count. A cell that cannot be split as the others are is for the caller to name. Raises
+    InputError where two separators would do and mean other choices.
+    """
+    fits: Counter[str] = Counter()
+    alone: Counter[tuple[str, str]] = Counter()
+    examples: dict[frozenset[str], str] = {}
+    num_lists = num_texts = 0
+    for cell in cells:
+        if not isinstance(cell, str) or read_list(cell) is not None:
+            num_lists += cell is not None
+            if num_lists >= 1_000 and not num_texts:
+                return None
+            continue
+        found = {how: choices for how in SPLITS if (choices := split_text(cell, how))}
+        num_texts += bool(cell.strip())
+        fits.update(found.keys())
+        alone.update((one, other) for one in found for other in SPLITS if other not in found)
+        for how in found:
+            examples.setdefault(frozenset((how, *found)), cell)
+    if not fits or num_lists >= num_texts:
+        return None
+    best = max(SPLITS, key=lambda how: (fits[how], how == "labels"))
+    enough = max(3, num_texts / 100)
+    if fits["labels"] and alone[best, "labels"] < enough:
+        return "labels"
+    left = [how for how in SEPARATORS if fits[how] and alone[best, how] < enough]
+    both = [cell for names, cell in examples.items() if len(names & {*left}) > 1]
+    if both and best != "labels":
+        raise InputError(
+            f"the choices can be split by {' and by '.join(f'{how!r} ({fits[how]:,} cells)' for how in left)}, such as "
+            f"{both[0]!r:.200}. Write them as a JSON list or in columns a, b, c, ..."
+        )
+    return best
 
 
 def is_stray(rows: Texts, is_other_case: bool) -> bool:

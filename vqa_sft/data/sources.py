@@ -1,13 +1,10 @@
 """Raw rows of any source: text files, Parquet, what `datasets` saved, the Hub. No torch.
 
-    names -> find_files -> find_encoding, read_csv or read_json (text files) | read_arrow (the rest) -> Source
+    names -> find_files -> find_encoding, read_text or read_json (text files) | read_arrow (the rest) -> Source
 
-Text files are read as streams, whatever their size, and every cell of a CSV stays text: "007" stays "007", "None" a
-word; Parquet and Hub datasets are held on disk by `datasets`, in Arrow.
+Text files are read as streams; Parquet and Hub datasets are held on disk by `datasets`, in Arrow.
 """
 
-import csv
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,14 +13,11 @@ from pathlib import Path
 import datasets
 
 from vqa_sft.data.find_encoding import find_encoding
-from vqa_sft.data.find_files import FORMATS, check_headers, find_files, name_files
+from vqa_sft.data.find_files import check_headers, find_files, name_files
 from vqa_sft.data.read_arrow import Folders, Table, load_dataset, load_parquet, read_table
 from vqa_sft.data.read_json import open_json, read_json
-from vqa_sft.data.read_lines import Lines
-from vqa_sft.errors import InputError, name_rows
-
-MAX_CELL = 16 * 2**20  # characters; an image in base64 fits
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+from vqa_sft.data.read_text import SEPARATORS, find_separator, read_csv, read_files, read_header
+from vqa_sft.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -113,70 +107,4 @@ def _open_texts(name: str, files: list[Path], encoding: str | None) -> Source:
     check_headers(files, columns)
     notes = [f"{name_files(paths)}: {fact}" for fact, paths in facts.items()]
     folders = [str(path.parent) for path in files]
-    return Source(name, columns[0], notes, None, partial(_read_files, folders, readers, columns[0]))
-
-
-def _read_files(
-    folders: list[str], readers: list[Callable[[], Iterator[dict]]], columns: list[str]
-) -> Iterator[tuple[str, dict]]:
-    """Every row with all columns in the order of the first file; a key that a JSON object lacks gives None."""
-    empty = dict.fromkeys(columns)
-    for folder, read in zip(folders, readers, strict=True):
-        for row in read():
-            yield folder, empty | row
-
-
-def find_separator(path: Path, encoding: str, usual: str) -> str:
-    """The mark that separates most names of the header; spreadsheets in Europe write semicolons into a .csv."""
-    header = next((line for line in Lines(path, encoding) if line.strip()), "")
-    return max([usual, *SEPARATORS], key=header.count)  # the first of equals
-
-
-def read_header(path: Path, encoding: str, separator: str) -> list[str]:
-    line, header = next(_read_cells(path, encoding, separator), (0, []))
-    if not header:
-        raise InputError(f"{path} cannot be read as {FORMATS[path.suffix.lower()]}: it is empty.")
-    names = [cell.strip() for cell in header]
-    if "" in names:
-        raise InputError(
-            f"{path}: column {names.index('') + 1} has no name (line {line}). Name it or remove it; pandas writes such "
-            "a column for its index unless told index=False."
-        )
-    return names
-
-
-def read_csv(path: Path, encoding: str, separator: str) -> Iterator[dict]:
-    """Every row. Raises InputError at the first that has not as many cells as the header, with all others."""
-    names = read_header(path, encoding, separator)
-    bad, sizes, total = [], set(), 0
-    for line, cells in itertools.islice(_read_cells(path, encoding, separator), 1, None):
-        total += 1
-        if len(cells) != len(names):
-            bad.append(f"on line {line} ({len(cells)} cells)")
-            sizes.add("longer" if len(cells) > len(names) else "shorter")
-        elif not bad:
-            yield dict(zip(names, cells, strict=True))
-    if bad:
-        raise InputError(
-            f"{path} has rows {' and '.join(sorted(sizes))} than its header ({len(names)} cells): "
-            f"{name_rows(bad, total)}. Is a comma or a line break in a text that needs quotes?"
-        )
-
-
-def _read_cells(path: Path, encoding: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """(line on which it begins, cells) of the header and every row; blank lines are none."""
-    csv.field_size_limit(MAX_CELL)  # of the whole process
-    lines = Lines(path, encoding)
-    reader = csv.reader(lines, delimiter=separator, strict=True)
-    line = 1
-    try:
-        for cells in reader:
-            if len(cells) > 1 or "".join(cells).strip():
-                yield line, cells
-            line = reader.line_num + 1
-            lines.held = 0
-    except csv.Error as error:
-        raise InputError(
-            f"{path} cannot be read as {FORMATS[path.suffix.lower()]}: {error}, in the row that begins on line {line}. "
-            "Is a quote never closed, or one inside a text not doubled?"
-        ) from error
+    return Source(name, columns[0], notes, None, partial(read_files, folders, readers, columns[0]))

@@ -26,10 +26,10 @@ from vqa_sft.data.digests import digest, digests_of
 from vqa_sft.data.duplicates import row_groups
 from vqa_sft.data.examples import Loaded
 from vqa_sft.data.folds import hold_out_rows, read_folds
-from vqa_sft.data.images import ImageFacts, digest_of
 from vqa_sft.data.scan import Scan, scan_images
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import whole
+from vqa_sft.images import ImageFacts, digest_of
 
 TRAIN, VALIDATION, LEFT_OUT = "train", "validation", "left_out"
 STREAM = "stream"

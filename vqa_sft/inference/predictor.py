@@ -17,15 +17,15 @@ from accelerate import PartialState
 from PIL import Image
 
 from vqa_sft.batch.collator import AnswerCollator
-from vqa_sft.data.images import source_of
-from vqa_sft.data.question_types import find_type
 from vqa_sft.errors import InputError, explains
+from vqa_sft.images import source_of
 from vqa_sft.inference import scorer
-from vqa_sft.letters import LETTERS, Views, describe_value, view_orders
 from vqa_sft.models import scoring
 from vqa_sft.predictions.calibration import Calibration, read_calibration
 from vqa_sft.predictions.ensemble import AVERAGES, combine
 from vqa_sft.predictions.file import Predictions
+from vqa_sft.questions.letters import LETTERS, Views, describe_value, view_orders
+from vqa_sft.questions.types import find_type
 from vqa_sft.runs.folder import read_runs, runs_in
 
 ImageInput: TypeAlias = str | Path | bytes | Image.Image

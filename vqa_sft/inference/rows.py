@@ -16,7 +16,7 @@ from vqa_sft.data.problems import GUESSED, PREDICTION_HINT, Problems
 from vqa_sft.data.scan import scan_images
 from vqa_sft.data.split import VALIDATION, read_parts, select
 from vqa_sft.errors import InputError, name_rows
-from vqa_sft.letters import LETTERS
+from vqa_sft.questions.letters import LETTERS
 
 BLOCK_ROWS = 10_000  # of a stream
 

@@ -19,12 +19,12 @@ from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts, check_texts
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.errors import InputError
-from vqa_sft.letters import Views
 from vqa_sft.models import load as models, processes, scoring
 from vqa_sft.models.adapters import Adapters, kind_of
 from vqa_sft.models.fast import speedups
 from vqa_sft.models.fast.feature_store import FeatureStore, fill_store, open_store
 from vqa_sft.models.fast.packing import Packer
+from vqa_sft.questions.letters import Views
 from vqa_sft.runs.folder import Run
 
 # What of a recipe makes the base another one.

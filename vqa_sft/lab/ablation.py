@@ -187,9 +187,9 @@ def train_naive(values: dict[str, Any]) -> None:
     from vqa_sft.config.recipe import read_recipe
     from vqa_sft.data.examples import read_examples
     from vqa_sft.data.split import TRAIN, choose_parts, select
-    from vqa_sft.letters import LETTERS, identity_order
     from vqa_sft.models import load as models
     from vqa_sft.models.lora import lora_config
+    from vqa_sft.questions.letters import LETTERS, identity_order
     from vqa_sft.runs import folder as run_folder
     from vqa_sft.training import curves
 

@@ -277,8 +277,8 @@ def mean_tflop(model: Path, data: Path, max_pixels: int, case: Case) -> float:
 
     from vqa_sft.batch.prompts import builtin_prompts, render_prompt
     from vqa_sft.data.examples import load_examples
-    from vqa_sft.letters import identity_order
     from vqa_sft.models.load import load_processor
+    from vqa_sft.questions.letters import identity_order
 
     processor = load_processor(str(model), min_pixels=min(50176, max_pixels), max_pixels=max_pixels)
     config, prompts = AutoConfig.from_pretrained(model), builtin_prompts("en", by_type=True)

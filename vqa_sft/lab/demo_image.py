@@ -13,8 +13,8 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from vqa_sft.letters import LETTERS
 from vqa_sft.predictions.file import read_predictions
+from vqa_sft.questions.letters import LETTERS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

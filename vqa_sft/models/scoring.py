@@ -13,16 +13,15 @@ from jinja2 import TemplateError
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 
-from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator
+from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, supervised_positions
 from vqa_sft.batch.prompts import Prompts, answer_prefix, answer_suffix, control_tokens, render_prompt
 from vqa_sft.console import progress
-from vqa_sft.data.references import count_free
 from vqa_sft.errors import InputError, explains
-from vqa_sft.letters import LETTERS, view_orders
 from vqa_sft.models.adapters import Adapters
-from vqa_sft.models.fast.packing import supervised_positions
 from vqa_sft.models.fast.vision import encoder_outputs, run_tower, vision_inputs
 from vqa_sft.models.load import DTYPES
+from vqa_sft.questions.letters import LETTERS, view_orders
+from vqa_sft.questions.references import count_free
 
 
 def find_letter_ids(processor: ProcessorMixin, num_letters: int, prompts: Prompts = Prompts()) -> torch.Tensor:

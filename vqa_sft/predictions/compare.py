@@ -10,14 +10,14 @@ import numpy as np
 from scipy.stats import binomtest
 
 from vqa_sft.console import table
-from vqa_sft.data.answers import read_answer
+from vqa_sft.data.cells import read_answer
 from vqa_sft.data.columns import USUAL_NAMES
 from vqa_sft.errors import InputError, name_rows, printable
-from vqa_sft.letters import LETTERS
 from vqa_sft.predictions.ensemble import align
 from vqa_sft.predictions.file import ANSWERS, Predictions, read_predictions
 from vqa_sft.predictions.matched import Rows, as_indices, read_rows
-from vqa_sft.predictions.submission_file import describe_columns, order_columns, read_table
+from vqa_sft.predictions.read_submission import describe_columns, order_columns, read_table
+from vqa_sft.questions.letters import LETTERS
 
 SHOWN = 20  # ids, and lines of the table
 

@@ -34,9 +34,9 @@ from vqa_sft.data.answers import FORMATS
 from vqa_sft.data.columns import Columns
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import whole
-from vqa_sft.letters import LETTERS
 from vqa_sft.predictions.metrics import softmax
 from vqa_sft.predictions.pooling import experts_of_scales, log_rows, pool
+from vqa_sft.questions.letters import LETTERS
 
 SCHEMA = pa.schema(
     [

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vqa_sft.data.answers import FORMATS, infer_format, read_answer
-from vqa_sft.data.cells import text_of
+from vqa_sft.data.answers import FORMATS, infer_format
+from vqa_sft.data.cells import read_answer, text_of
 from vqa_sft.data.columns import USUAL_NAMES, are_here, find_usual
 from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples
@@ -18,8 +18,8 @@ from vqa_sft.data.find_columns import find_columns
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.sources import Source, open_source
 from vqa_sft.errors import InputError, name_rows, printable
-from vqa_sft.letters import LETTERS
 from vqa_sft.predictions.file import ANSWERS, Predictions, check_same_rows
+from vqa_sft.questions.letters import LETTERS
 
 FIXED = ("fixed_question", "fixed_choices")
 HINT = f"Give --answer-format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vqa_sft.data.answers import FORMATS, UNKNOWN, infer_format, is_upper_case, read_answer
+from vqa_sft.data.answers import FORMATS, UNKNOWN, infer_format
+from vqa_sft.data.cells import is_upper_case, read_answer
 from vqa_sft.errors import InputError, name_rows, printable
-from vqa_sft.letters import LETTERS
 from vqa_sft.predictions.matched import HINT
-from vqa_sft.predictions.submission_file import describe_columns, order_columns, read_table
+from vqa_sft.predictions.read_submission import describe_columns, order_columns, read_table
+from vqa_sft.questions.letters import LETTERS
 
 PROBABILITIES = "probabilities"
 STYLES = (*FORMATS, PROBABILITIES)

@@ -1,19 +1,21 @@
 """`vqa-sft submit`: the submission of a prediction file. No torch."""
 
+import csv
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vqa_sft.data.answers import write_answer
-from vqa_sft.errors import InputError, name_rows
-from vqa_sft.letters import LETTERS
+from vqa_sft.data.cells import write_answer
+from vqa_sft.errors import InputError, name_rows, printable
+from vqa_sft.files import check_output, whole
 from vqa_sft.predictions.file import ANSWERS, Predictions, read_predictions
 from vqa_sft.predictions.matched import read_rows_of
 from vqa_sft.predictions.style import PROBABILITIES, Style
-from vqa_sft.predictions.submission_file import check_table, write_table
+from vqa_sft.questions.letters import LETTERS
 
 DIGITS = 6  # of a probability
 
@@ -107,3 +109,33 @@ def submit(
     like = f", as {template} has them" if template else ""
     said = f"Wrote {len(predictions.ids):,} rows to {output}: {', '.join(style.header)} ({style.answer_format}){like}."
     return "\n".join([*style.notes, said])
+
+
+def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Write a CSV, whole or not at all, that every reader cuts into these rows: a cell is quoted if it holds anything
+    that some reader drops or takes for the end of a line. Python's csv leaves a lone carriage return unquoted, which is
+    a new row for pandas."""
+    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
+        for row in itertools.chain([header], rows):
+            file.write(",".join(map(_quoted, row)) + "\n")
+
+
+def check_table(
+    path: str | Path, header: Sequence[str], reads: Sequence[str | Path | None], overwrite: bool = False
+) -> None:
+    """`files.check_output` for a CSV with this header: without `overwrite`, only one with the same may be replaced."""
+    check_output(path, suffix=".csv", reads=reads)
+    if overwrite or not Path(path).exists():
+        return
+    with Path(path).open(newline="", encoding="utf-8", errors="replace") as file:
+        found = next(csv.reader([file.readline(10_000)]), [])
+    if found != list(header):
+        raise InputError(
+            f"{path} exists and has other columns ({printable(', '.join(found))}) than what would be written "
+            f"({', '.join(header)}). Name another --output, or give --overwrite."
+        )
+
+
+def _quoted(cell: str) -> str:
+    is_plain = len(cell.splitlines()) == 1 and cell == cell.strip() and not set(cell) & set(',"\r\n\0\ufeff')
+    return cell if is_plain or cell == "" else '"' + cell.replace('"', '""') + '"'

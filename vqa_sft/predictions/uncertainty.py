@@ -9,10 +9,10 @@ import numpy as np
 
 from vqa_sft.console import table
 from vqa_sft.errors import InputError, name_rows, printable
-from vqa_sft.letters import LETTERS
 from vqa_sft.predictions.calibration import views_key
 from vqa_sft.predictions.file import CALIBRATION, Predictions, may_be_of_one_run, read_predictions, shared_rows
-from vqa_sft.predictions.submission_file import check_table, write_table
+from vqa_sft.predictions.submission import check_table, write_table
+from vqa_sft.questions.letters import LETTERS
 
 HEADER = ("id", "best", "probability", "margin", "entropy", "agreement", "set")
 COVERAGES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vqa_sft.data.check import Report, Skew, quantiles
-from vqa_sft.letters import LETTERS
+from vqa_sft.questions.letters import LETTERS
 
 
 def as_dict(reports: Sequence[Report]) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from typing import Any
 import jinja2
 
 from vqa_sft.data.check import Report
-from vqa_sft.data.images import ImageFacts, open_image
 from vqa_sft.data.problems import KINDS
-from vqa_sft.data.question_types import TYPES
 from vqa_sft.files import write_whole
-from vqa_sft.letters import LETTERS
+from vqa_sft.images import ImageFacts, open_image
+from vqa_sft.questions.letters import LETTERS
+from vqa_sft.questions.types import TYPES
 from vqa_sft.report.check_plots import make_plots
 from vqa_sft.report.check_text import quantile_rows, say_count, say_formats, say_near, say_rows, say_tokens, say_verdict
 

@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from vqa_sft.data.check import Report, quantiles
-from vqa_sft.letters import LETTERS
+from vqa_sft.questions.letters import LETTERS
 from vqa_sft.report.check_text import say_skew, say_tokens
 
 if TYPE_CHECKING:

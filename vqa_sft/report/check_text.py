@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from vqa_sft.console import table
 from vqa_sft.data.check import Found, Report, Skew, quantiles
 from vqa_sft.errors import name_rows, printable
-from vqa_sft.letters import LETTERS
+from vqa_sft.questions.letters import LETTERS
 
 _LABELS = {"p5": "5%", "p25": "25%", "median": "50%", "p75": "75%", "p95": "95%"}
 _NAME_WIDTH = 16

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from vqa_sft.letters import LETTERS
+from vqa_sft.questions.letters import LETTERS
 
 VOCABULARY_SIZE = 1000  # bytes and merges, without the special tokens
 SPECIAL_TOKENS = (

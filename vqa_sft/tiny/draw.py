@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from vqa_sft.letters import LETTERS
+from vqa_sft.questions.letters import LETTERS
 from vqa_sft.tiny.glyphs import FONTS, HELD_OUT_FONTS, glyph_mask
 from vqa_sft.tiny.words import COLOURS, NUMBER_WORDS, PLACES, SHAPES, WORDINGS, YES_NO, with_particle
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from vqa_sft.batch.prompts import Prompts, render_messages
-from vqa_sft.letters import LETTERS, identity_order
+from vqa_sft.questions.letters import LETTERS, identity_order
 
 
 def load_base(path: Path) -> tuple[ProcessorMixin, PreTrainedModel]:

@@ -12,7 +12,7 @@ Letters alone do not move a model of this size from chance; four easier tasks be
 import numpy as np
 
 from vqa_sft.batch.prompts import Prompts, render_messages
-from vqa_sft.letters import LETTERS, choice_to_letter
+from vqa_sft.questions.letters import LETTERS, choice_to_letter
 
 TASKS = ("letter", "variant", "both", "words", "reading")
 DEFAULT = Prompts()

@@ -41,9 +41,9 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from vqa_sft.batch.collator import BLANK_SIZE, AnswerCollator
 from vqa_sft.console import progress
-from vqa_sft.data.images import size_of
 from vqa_sft.data.scan import cache_path, count_cores
 from vqa_sft.errors import InputError
+from vqa_sft.images import size_of
 from vqa_sft.models import processes
 from vqa_sft.models.families import FAMILIES, num_deepstack, tower_of
 from vqa_sft.models.fast.packing import Packer

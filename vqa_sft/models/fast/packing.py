@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedConfig
 
+from vqa_sft.batch.collator import supervised_positions
 from vqa_sft.models.families import FAMILIES, round_up
 
 # What the packed row makes needless.
@@ -112,11 +113,6 @@ class Packer:
         """What the tower is given: pixels in its precision, positions, windows and lengths."""
         computed = {f"image_{name}": value for name, value in self.tower_inputs(grid).items()}
         return {"pixel_values": pixel_values.to(self.dtype)} | computed
-
-
-def supervised_positions(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Where a batch is supervised: (B, 1), or (B, 2) where rows carry their letter."""
-    return torch.stack([batch[name] for name in ("answer_positions", "end_positions") if name in batch], dim=1)
 
 
 def _common_starts(input_ids: torch.Tensor, lengths: torch.Tensor, leaders: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 
-from vqa_sft.letters import LETTERS
+from vqa_sft.questions.letters import LETTERS
 
 # Sequences of labels, each known by its first. Roman numbers label choices and name statements, but name no choices.
 _NAMING = (

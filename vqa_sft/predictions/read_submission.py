@@ -1,15 +1,12 @@
-"""The CSV of a submission: reading one, which column holds which choice's probability, writing one. No torch."""
+"""Reads a submission's CSV: its rows, and which column holds which choice's probability. No torch."""
 
-import csv
-import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from vqa_sft.data.sources import open_source
 from vqa_sft.errors import InputError, printable
-from vqa_sft.files import check_output, whole
-from vqa_sft.letters import LETTERS
+from vqa_sft.questions.letters import LETTERS
 
 
 def read_table(path: str | Path) -> tuple[list[str], list[dict[str, str]]]:
@@ -74,33 +71,3 @@ def describe_columns(names: Sequence[str], texts: Sequence[str]) -> str:
     of = [repr(text) for text in texts] or [f"choice {letter}" for letter in LETTERS]
     said = [f"{printable(name, 40)} is that of {printable(text, 40)}" for name, text in zip(names, of, strict=False)]
     return "probabilities by column: " + ", ".join(said)
-
-
-def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a CSV, whole or not at all, that every reader cuts into these rows: a cell is quoted if it holds anything
-    that some reader drops or takes for the end of a line. Python's csv leaves a lone carriage return unquoted, which is
-    a new row for pandas."""
-    with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        for row in itertools.chain([header], rows):
-            file.write(",".join(map(_quoted, row)) + "\n")
-
-
-def check_table(
-    path: str | Path, header: Sequence[str], reads: Sequence[str | Path | None], overwrite: bool = False
-) -> None:
-    """`files.check_output` for a CSV with this header: without `overwrite`, only one with the same may be replaced."""
-    check_output(path, suffix=".csv", reads=reads)
-    if overwrite or not Path(path).exists():
-        return
-    with Path(path).open(newline="", encoding="utf-8", errors="replace") as file:
-        found = next(csv.reader([file.readline(10_000)]), [])
-    if found != list(header):
-        raise InputError(
-            f"{path} exists and has other columns ({printable(', '.join(found))}) than what would be written "
-            f"({', '.join(header)}). Name another --output, or give --overwrite."
-        )
-
-
-def _quoted(cell: str) -> str:
-    is_plain = len(cell.splitlines()) == 1 and cell == cell.strip() and not set(cell) & set(',"\r\n\0\ufeff')
-    return cell if is_plain or cell == "" else '"' + cell.replace('"', '""') + '"'

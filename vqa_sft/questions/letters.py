@@ -9,7 +9,7 @@ letter ``i``. With the choices ``["cat", "dog", "fox"]`` and the order ``(2, 0, 
 
 Everything on disk is in choice space; letters exist only between the collator and scoring.
 
-Choices that refer to others keep their places (data/references.py): with `num_free` only so many choices, from the
+Choices that refer to others keep their places (questions/references.py): with `num_free` only so many choices, from the
 first one on, are permuted, and the order is the identity beyond them. None means all of them.
 """
 

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from vqa_sft.letters import choice_to_letter, choices_to_letters, draw_order, identity_order, view_orders
+from vqa_sft.questions.letters import choice_to_letter, choices_to_letters, draw_order, identity_order, view_orders
 
 
 def test_an_order_says_which_choice_stands_under_which_letter():

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vqa_sft import images
 from vqa_sft.batch.augment import augment
-from vqa_sft.data import images
-from vqa_sft.data.images import examine, make_miniature, open_image
 from vqa_sft.data.problems import KINDS
+from vqa_sft.images import examine, make_miniature, open_image
 
 RED, WHITE, BLUE = (255, 0, 0), (255, 255, 255), (0, 0, 255)
 

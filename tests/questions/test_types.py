@@ -3,7 +3,7 @@ import unicodedata
 
 import pytest
 
-from vqa_sft.data.question_types import RULES, TYPES, WORDS, find_type
+from vqa_sft.questions.types import RULES, TYPES, WORDS, find_type
 
 WORDS_OF_CHOICES = ["cat", "dog", "fox"]
 

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from vqa_sft.data.references import count_free, find_references
+from vqa_sft.questions.references import count_free, find_references
 
 
 def lines(table):
