@@ -6,7 +6,15 @@ import vqa_sft
 
 PACKAGE = Path(vqa_sft.__file__).parent
 WITHOUT_TORCH = ("data", "config", "predictions", "report", "cli")  # and all in them
-SOLE_MODULES_WITHOUT_TORCH = ("errors", "files", "letters", "environment", "batch.prompts", "inference.results")
+SOLE_MODULES_WITHOUT_TORCH = (
+    "errors",
+    "files",
+    "images",
+    "questions.letters",
+    "environment",
+    "batch.prompts",
+    "inference.results",
+)
 
 
 def test_what_runs_on_a_laptop_loads_without_torch():
