@@ -212,7 +212,9 @@ def test_the_digest_changes_with_any_text_and_all_texts_holds_it():
         "image": "Look! {number}",
         "types": {"ocr": "Look! {question}{choices}"},
     }
-    assert set(texts) == {field.name for field in fields(Prompts)}
+    found = {"template_options": {"effort": "low"}, "system_as_text": True}
+    assert {*texts, *found} == {field.name for field in fields(Prompts)}
     changed = [Prompts(**{name: text}) for name, text in texts.items()]
-    assert len({Prompts().digest, *(prompts.digest for prompts in changed)}) == 7
+    more = [Prompts(**{name: value}) for name, value in found.items()]
+    assert len({Prompts().digest, *(prompts.digest for prompts in [*changed, *more])}) == 9
     assert all("Look!" in prompts.all_texts for prompts in changed)

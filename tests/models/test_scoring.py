@@ -6,7 +6,7 @@ from families import FAMILIES
 from trl import ModelConfig
 
 from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator
-from vqa_sft.batch.prompts import Prompts, answer_prefix, render_prompt
+from vqa_sft.batch.prompts import Prompts, render_prompt
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
@@ -98,18 +98,26 @@ def test_a_thinking_template_is_scored_after_its_empty_thought(families):
         '{{- "<|im_start|>" + message.role + "\\n" -}}'
         '{%- if message.role == "assistant" -%}{{- "<think>\\n\\n</think>\\n\\n" -}}{%- endif -%}',
     )
-    answer_prefix.cache_clear()
     row = {"question": "Q?", "choices": ["x", "y"], "images": []}
     text = render_prompt(processor, row, (0, 1), Prompts())
     assert text.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert find_letter_ids(processor, 3).tolist() == plain.tolist()
 
 
+def test_the_letter_follows_a_generation_prompt_that_no_shown_answer_begins_with(families):
+    processor = load_processor(families("qwen2_5_vl"))
+    plain = find_letter_ids(processor, 3)
+    processor.chat_template = processor.chat_template.replace("assistant\\n", "assistant says\\n")
+    row = {"question": "Q?", "choices": ["x", "y"], "images": []}
+    assert render_prompt(processor, row, (0, 1), Prompts()).endswith("<|im_start|>assistant says\n")
+    assert find_letter_ids(processor, 3).tolist() == plain.tolist()
+
+
 def test_a_template_that_hides_the_answer_is_refused(families):
     processor = load_processor(families("qwen2_5_vl"))
-    processor.chat_template = processor.chat_template.replace("assistant\\n", "assistant says\\n")
-    answer_prefix.cache_clear()
-    with pytest.raises(InputError, match="does not put the answer after its generation prompt"):
+    hides = "{%- for message in messages if message.role != 'assistant' -%}"
+    processor.chat_template = processor.chat_template.replace("{%- for message in messages -%}", hides)
+    with pytest.raises(InputError, match="does not show an answer"):
         find_letter_ids(processor, 3)
 
 

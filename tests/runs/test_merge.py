@@ -19,7 +19,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import ModelConfig
 
 from vqa_sft.batch.collator import AnswerCollator
-from vqa_sft.batch.prompts import Prompts, answer_prefix, render_messages, render_prompt
+from vqa_sft.batch.prompts import Prompts, render_messages, render_prompt
+from vqa_sft.batch.template import answer_prefix
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
@@ -89,7 +90,7 @@ def plain(folder, contest):
         messages = render_messages(row, (0, 1, 2, 3), Prompts())
         text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         inputs = processor(text=[text], images=[open_image(row["images"][0])], return_tensors="pt")
-        spaces = answer_prefix(processor)[1]
+        spaces = answer_prefix(processor, {})[1]
         ids = [processor.tokenizer(spaces + letter, add_special_tokens=False)["input_ids"][-1] for letter in "ABCD"]
         found.append(model(**inputs).logits[0, -1, ids])
     return torch.stack(found)
@@ -328,7 +329,8 @@ def test_what_the_docs_send_to_a_server_is_the_prompt_of_the_run(train, tmp_path
     (block,) = (found for found in re.findall(r"```python\n(.*?)```", docs, re.DOTALL) if "OpenAI" in found)
     exec(block, found := {})
 
-    assert found["before"] == "" and sent["extra_body"] == {"structured_outputs": {"choice": letters}}
+    extra = {"structured_outputs": {"choice": letters}, "chat_template_kwargs": {}}
+    assert found["before"] == "" and sent["extra_body"] == extra
     expected = torch.tensor([-4.0, 0.0, -1.0, -2.0]).softmax(0).tolist()
     assert found["probs"] == pytest.approx(expected)
     # The server calls an image by the name that templates know.

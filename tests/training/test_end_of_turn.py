@@ -10,7 +10,7 @@ from gradients import assert_same
 from trainers import SPELLING, build_trainer, prompt_bytes
 
 from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, TrainCollator
-from vqa_sft.batch.prompts import Prompts, answer_prefix, render_prompt
+from vqa_sft.batch.prompts import Prompts, render_prompt
 from vqa_sft.data.examples import FEATURES, load_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
@@ -123,11 +123,9 @@ def test_the_end_of_a_turn_is_the_token_after_the_answer(families, family):
     assert find_end_of_turn(processor) == processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     template = processor.chat_template
     processor.chat_template = template.replace("<|im_end|>", "<|box_end|>")
-    answer_prefix.cache_clear()
     assert find_end_of_turn(processor) == processor.tokenizer.convert_tokens_to_ids("<|box_end|>")
     for without in ("", " ", "ok<|im_end|>", "\\n<|im_end|>"):
         processor.chat_template = template.replace("<|im_end|>", without)
-        answer_prefix.cache_clear()
         with pytest.raises(InputError, match="does not end a turn by a control token: after an answer it puts"):
             find_end_of_turn(processor)
 

@@ -31,7 +31,8 @@ from transformers import ProcessorMixin
 
 from vqa_sft.batch.augment import augment
 from vqa_sft.batch.image_size import process_images
-from vqa_sft.batch.prompts import Prompts, answer_prefix, has_control_token, render_prompt
+from vqa_sft.batch.prompts import Prompts, has_control_token, render_prompt
+from vqa_sft.batch.template import answer_prefix
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.images import MAX_ASPECT, digest_of, open_image
 from vqa_sft.questions.letters import LETTERS, choice_to_letter, draw_order, identity_order, view_orders
@@ -130,7 +131,7 @@ class AnswerCollator:
         texts = [render_prompt(self.processor, row, order, self.prompts) for row, order in views]
         if not self.supervises_end:
             return texts
-        spaces = answer_prefix(self.processor)[1]
+        spaces = answer_prefix(self.processor, self.prompts.template_options)[1]
         return [text + spaces + LETTERS[letter] for text, letter in zip(texts, letters, strict=True)]
 
     def model_inputs(

@@ -10,6 +10,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 from vqa_sft.batch.prompts import Prompts, check_prompts, control_tokens, render_prompt
+from vqa_sft.batch.template import Options, render
 from vqa_sft.questions.letters import identity_order
 
 _BATCH = 1_000
@@ -31,7 +32,7 @@ def count_tokens(
     sizes: Sequence[Sequence[tuple[int, int]]],
 ) -> np.ndarray:
     """How many tokens the collator makes of every row; `sizes` holds the (width, height) of its images."""
-    added = _image_tokens(processor, sorted({size for of_row in sizes for size in of_row}))
+    added = _image_tokens(processor, prompts.template_options, sorted({size for of_row in sizes for size in of_row}))
     bos = processor.tokenizer.bos_token
     rows = examples.select_columns(["question", "choices", "context", "question_type"])
     counts = []
@@ -47,12 +48,14 @@ def count_tokens(
     return np.array(counts, dtype=int)
 
 
-def _image_tokens(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
+def _image_tokens(
+    processor: ProcessorMixin, options: Options, sizes: Sequence[tuple[int, int]]
+) -> dict[tuple[int, int], int]:
     """How many tokens an image of each (width, height) adds to its placeholder."""
     if not sizes:
         return {}
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
-    prompt = processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+    prompt = render(processor, [message], options)
     without = len(processor.tokenizer(prompt).input_ids)
 
     def added(size: tuple[int, int]) -> int:

@@ -5,20 +5,17 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
-
-from vqa_sft.errors import InputError, name_rows
+from vqa_sft.batch import template
+from vqa_sft.errors import InputError, explains, name_rows
 from vqa_sft.questions.letters import LETTERS, choices_to_letters
 from vqa_sft.questions.types import TYPES
 
 if TYPE_CHECKING:
     import datasets
     from transformers import ProcessorMixin
-
-_ANSWER = "Answer-of-a-row"  # stands in no template
 
 
 @dataclass(frozen=True)
@@ -29,6 +26,9 @@ class Prompts:
     holds such a text for each question type that does not use `user`. `choice` uses {letter} and {text}. `context`
     surrounds a hint or passage, its label and line end included, before the line of the question or at {context}.
     `image` stands before each image of a row with several, {number} from 1.
+
+    `template_options` go to the chat template, and `system_as_text` says that it wants the system text as a text and
+    not as a list of content: what `settle_prompts` found for the model. Runs made before it have neither.
     """
 
     system: str = "Answer the multiple-choice question with the letter of the right choice."
@@ -38,6 +38,8 @@ class Prompts:
     # With the space, because some chat templates put all images first and then all texts in one line.
     image: str = "Image {number}: "
     types: dict[str, str] = field(default_factory=dict)
+    template_options: dict[str, Any] = field(default_factory=dict)
+    system_as_text: bool = False
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.types if name not in TYPES]
@@ -50,6 +52,8 @@ class Prompts:
             _check(name, text, ("{question}", "{choices}"))
             if text.count("{context}") > 1:
                 raise InputError(f"prompt `{name}` may contain {{context}} once only; got {text!r}.")
+        with explains((TypeError, ValueError), f"template_options must be plain values; got {self.template_options!r}"):
+            json.dumps(self.template_options, sort_keys=True, allow_nan=False)
 
     @property
     def all_texts(self) -> str:
@@ -59,7 +63,11 @@ class Prompts:
     @property
     def digest(self) -> str:
         """Twelve hexadecimal digits that name these texts in prediction files."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        texts = asdict(self)
+        for name in ("template_options", "system_as_text"):  # older files were named without them
+            if not texts[name]:
+                del texts[name]
+        return hashlib.sha256(json.dumps(texts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _check(name: str, text: str, fields: Sequence[str]) -> None:
@@ -126,7 +134,8 @@ def render_messages(row: dict, order: Sequence[int], prompts: Prompts) -> list[d
     content = [*_image_blocks(len(row["images"]), prompts.image), {"type": "text", "text": text}]
     messages = [{"role": "user", "content": content}]
     if prompts.system:
-        messages.insert(0, {"role": "system", "content": [{"type": "text", "text": prompts.system}]})
+        system = prompts.system if prompts.system_as_text else [{"type": "text", "text": prompts.system}]
+        messages.insert(0, {"role": "system", "content": system})
     return messages
 
 
@@ -147,47 +156,25 @@ def _fill(template: str, **texts: str) -> str:
     return "".join(texts[part] if i % 2 else part for i, part in enumerate(parts))
 
 
+def settle_prompts(processor: "ProcessorMixin", prompts: Prompts) -> tuple[Prompts, list[str]]:
+    """The prompts as the model's chat template takes them, and what to tell the user of that. Raises InputError where
+    it cannot take them."""
+    options, lines = template.choose_options(processor, prompts.template_options), []
+    if "enable_thinking" in options.keys() - prompts.template_options.keys():
+        lines.append("Thinking is off: the chat template gets enable_thinking: false. template_options changes that.")
+    template.check_content(processor, options)
+    as_text = False
+    if prompts.system:
+        as_text, is_shown = template.find_system_form(processor, options)
+        if not is_shown:
+            lines.append('The chat template leaves the system text out; system_prompt: "" says the same.')
+    return replace(prompts, template_options=options, system_as_text=as_text), lines
+
+
 def render_prompt(processor: "ProcessorMixin", row: dict, order: Sequence[int], prompts: Prompts) -> str:
     """The text that the model reads before the letter, generation prompt included."""
-    messages = render_messages(row, order, prompts)
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return prompt + answer_prefix(processor)[0]
-
-
-@functools.lru_cache
-def answer_prefix(processor: "ProcessorMixin") -> tuple[str, str]:
-    """What the template puts between the generation prompt and the answer: (what belongs to the prompt, what belongs to
-    the letter's token). Most put nothing; after "Assistant:" comes " A", which is another token than "A"; templates of
-    thinking models close an empty thought first ("\\n</think>\\n\\nA").
-
-    Raises InputError where the template does not show the answer right after its own generation prompt.
-    """
-    prompt, whole = _show_answer(processor)
-    start, found, _ = whole.rpartition(_ANSWER)
-    if not found or not start.startswith(prompt):
-        raise InputError(
-            "the chat template of this model does not put the answer after its generation prompt, so the place of the "
-            f"letter is not known. It ends a prompt with {prompt[-40:]!r} and a shown answer with {whole[-60:]!r}."
-        )
-    between = start[len(prompt) :]
-    spaces = between[len(between.rstrip(" ")) :]  # a space before the letter is part of its token
-    return between[: len(between) - len(spaces)], spaces
-
-
-def answer_suffix(processor: "ProcessorMixin") -> str:
-    """What the template puts after the answer: "<|im_end|>\\n" for one, nothing for others."""
-    return _show_answer(processor)[1].rpartition(_ANSWER)[2]
-
-
-def _show_answer(processor: "ProcessorMixin") -> tuple[str, str]:
-    """A prompt, and what the template makes of it once it is answered."""
-    question = [{"role": "user", "content": [{"type": "text", "text": "?"}]}]
-    answer = {"role": "assistant", "content": [{"type": "text", "text": _ANSWER}]}
-    try:
-        prompt = processor.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
-        return prompt, processor.apply_chat_template([*question, answer], tokenize=False)
-    except TemplateError as error:
-        raise InputError(f"the chat template of this model refuses a question and its answer: {error}") from error
+    prompt = template.render(processor, render_messages(row, order, prompts), prompts.template_options)
+    return prompt + template.answer_prefix(processor, prompts.template_options)[0]
 
 
 @functools.lru_cache

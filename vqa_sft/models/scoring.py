@@ -9,14 +9,14 @@ import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
-from jinja2 import TemplateError
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 
 from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, supervised_positions
-from vqa_sft.batch.prompts import Prompts, answer_prefix, answer_suffix, control_tokens, render_prompt
+from vqa_sft.batch.prompts import Prompts, control_tokens, render_prompt
+from vqa_sft.batch.template import answer_prefix, answer_suffix
 from vqa_sft.console import progress
-from vqa_sft.errors import InputError, explains
+from vqa_sft.errors import InputError
 from vqa_sft.models.adapters import Adapters
 from vqa_sft.models.fast.vision import encoder_outputs, run_tower, vision_inputs
 from vqa_sft.models.load import DTYPES
@@ -31,7 +31,7 @@ def find_letter_ids(processor: ProcessorMixin, num_letters: int, prompts: Prompt
     """
     tokenizer = processor.tokenizer
     prompt = _sample_prompt(processor, prompts)
-    spaces = answer_prefix(processor)[1]
+    spaces = answer_prefix(processor, prompts.template_options)[1]
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = []
     for letter in LETTERS[:num_letters]:
@@ -67,20 +67,21 @@ def find_spellings(processor: ProcessorMixin, num_letters: int, prompts: Prompts
 
 def _sample_prompt(processor: ProcessorMixin, prompts: Prompts) -> str:
     row = {"question": "?", "choices": ["x", "y"], "images": [None]}
-    with explains(TemplateError, "the chat template of this model refuses the prompt; try an empty system_prompt"):
-        return render_prompt(processor, row, (0, 1), prompts)
+    return render_prompt(processor, row, (0, 1), prompts)
 
 
 def find_end_of_turn(processor: ProcessorMixin, prompts: Prompts = Prompts()) -> int:
     """Id of the token that the chat template puts right after the answer. Raises InputError where it puts none."""
-    answered = _sample_prompt(processor, prompts) + answer_prefix(processor)[1] + LETTERS[0]
-    texts = [answered, answered + answer_suffix(processor)]
+    options = prompts.template_options
+    answered, suffix = _sample_prompt(processor, prompts), answer_suffix(processor, options)
+    answered += answer_prefix(processor, options)[1] + LETTERS[0]
+    texts = [answered, answered + suffix]
     answered_ids, ended_ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
     after = processor.tokenizer.convert_ids_to_tokens(ended_ids[len(answered_ids) :])
     if ended_ids[: len(answered_ids)] != answered_ids or not after or not control_tokens(processor).fullmatch(after[0]):
         raise InputError(
             "the chat template of this model does not end a turn by a control token: after an answer it puts "
-            f"{answer_suffix(processor)[:20]!r}. Remove supervise_end_of_turn."
+            f"{suffix[:20]!r}. Remove supervise_end_of_turn."
         )
     return ended_ids[len(answered_ids)]
 

@@ -1,0 +1,177 @@
+"""What a model's chat template takes, and where it puts the answer: its options, its form of texts, what is before the
+letter. No torch.
+
+A template is a program that came with the model. Whatever it raises is an InputError here.
+"""
+
+import functools
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+from jinja2 import meta
+from jinja2.ext import Extension
+
+from vqa_sft.errors import InputError, printable
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+Options = dict[str, Any]  # what goes to the template beside the messages
+
+_ANSWER, _SYSTEM, _QUESTION = "Answer-of-a-row", "Text-of-the-system", "Text-of-a-question"  # stand in no template
+_OPEN_THOUGHT = re.compile(r"(<think>|\[THINK\]|◁think▷|<\|channel>thought)\s*$")
+# Variables that transformers fills in.
+_FILLED = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now"}
+
+
+def render(processor: "ProcessorMixin", messages: list[dict], options: Options, *, asks: bool = True) -> str:
+    """The text of the messages, ready for an answer where it `asks` for one. Raises InputError."""
+    try:
+        return processor.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False, **options)
+    except Exception as error:
+        raise InputError(f"the chat template of this model refuses the messages: {_said(error)}.") from error
+
+
+def _is_shown(text: str, shown: str) -> bool:
+    """And not as part of a list of content that was written as it is: "[{'type': 'text', 'text': 'Which?'}]"."""
+    return text in shown and not re.search(rf"""['"]text['"]: ?['"]{text}""", shown)
+
+
+def _said(error: BaseException | None) -> str:
+    text = printable(" ".join(str(error).split()), limit=300)
+    return f"{type(error).__name__}: {text}".rstrip(": .")
+
+
+def _message(role: str, text: str, *, as_text: bool = False) -> dict:
+    return {"role": role, "content": text if as_text else [{"type": "text", "text": text}]}
+
+
+def choose_options(processor: "ProcessorMixin", given: Options) -> Options:
+    """What goes to the template: what is `given`, and `enable_thinking: false` where the template knows that and
+    nothing else is given; what is given as None is left to the template. Raises InputError for what it does not know.
+    """
+    known = _variables(_source(processor)) - _FILLED - {*processor.tokenizer.special_tokens_map}
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise InputError(
+            f"template_options: the chat template of this model has no option {unknown[0]!r}. It has "
+            f"{', '.join(sorted(known)) or 'none'}."
+        )
+    found = {"enable_thinking": False} if "enable_thinking" in known else {}
+    return {name: value for name, value in (found | given).items() if value is not None}
+
+
+def _source(processor: "ProcessorMixin") -> str:
+    template = processor.chat_template
+    return template.get("default", "") if isinstance(template, dict) else template
+
+
+class _Generation(Extension):
+    """The block of transformers that marks an answer."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+@functools.lru_cache
+def _variables(template: str) -> frozenset[str]:
+    """The variables that a template reads and does not set itself."""
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
+    try:
+        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+    except jinja2.TemplateError as error:
+        raise InputError(f"the chat template of this model cannot be read: {_said(error)}.") from error
+
+
+def check_content(processor: "ProcessorMixin", options: Options) -> None:
+    """Raises InputError for a template that writes a question's list of content as it is, and so shows no image."""
+    shown = render(processor, [_message("user", _QUESTION)], options)
+    if not _is_shown(_QUESTION, shown):
+        raise InputError(
+            f"the chat template of this model is one for texts alone: of a question it makes {shown[-120:]!r}. Use a "
+            "vision-language model with its own template."
+        )
+
+
+def find_system_form(processor: "ProcessorMixin", options: Options) -> tuple[bool, bool]:
+    """Whether the template wants the system text as a text and not as a list of content, and whether it shows it at
+    all. Raises InputError where it refuses it."""
+    refused, without = None, []
+    for as_text in (False, True):
+        messages = [_message("system", _SYSTEM, as_text=as_text), _message("user", _QUESTION)]
+        try:
+            shown = render(processor, messages, options)
+        except InputError as error:
+            refused = error.__cause__
+            continue
+        if _is_shown(_SYSTEM, shown):
+            return as_text, True
+        if _SYSTEM not in shown:
+            without.append(as_text)
+    if without:
+        return without[0], False
+    raise InputError(
+        f'the chat template of this model refuses a system text ({_said(refused)}). Set system_prompt: "".'
+    ) from refused
+
+
+def answer_prefix(processor: "ProcessorMixin", options: Options) -> tuple[str, str]:
+    """What stands between the generation prompt and the answer: (what belongs to the prompt, what belongs to the
+    letter's token).
+
+    The prompt is the generation prompt. Where the template shows an answered question with that prompt and more, the
+    rest belongs to it too: thinking models close an empty thought there ("\\n</think>\\n\\nA"). Spaces belong to the
+    letter: after "Assistant:" comes " A", which is another token than "A". Elsewhere an answer is shown in another way
+    than it is asked for (Gemma 4 from 12B on closes an empty thought in the generation prompt alone, LLaVA-OneVision
+    has a space more), and the letter comes right after the generation prompt.
+
+    Raises InputError where the template shows no answer, or the letter would stand in an open thought.
+    """
+    return _find_answer(processor, str(processor.chat_template), json.dumps(options, sort_keys=True))[:2]
+
+
+def answer_suffix(processor: "ProcessorMixin", options: Options) -> str:
+    """What the template puts after the answer: "<|im_end|>\\n" for one, nothing for others."""
+    return _find_answer(processor, str(processor.chat_template), json.dumps(options, sort_keys=True))[2]
+
+
+@functools.lru_cache
+def _find_answer(processor: "ProcessorMixin", template: str, options_json: str) -> tuple[str, str, str]:
+    """What stands before and after the answer; `template` and `options_json` are there to be remembered by."""
+    options = json.loads(options_json)
+    prompt = render(processor, [_message("user", _QUESTION)], options)
+    start, suffix = _show_answer(processor, options)
+    between = start[len(prompt) :] if start.startswith(prompt) else ""
+    before = between.rstrip(" ")
+    if _OPEN_THOUGHT.search(prompt + before):
+        raise InputError(
+            "the chat template of this model opens a thought in its generation prompt, and does not close it where it "
+            f"shows an answer, so the place of the letter is not known. It ends a prompt with {prompt[-40:]!r}. An "
+            "option of the template may turn thoughts off: template_options."
+        )
+    return before, between[len(before) :], suffix
+
+
+def _show_answer(processor: "ProcessorMixin", options: Options) -> tuple[str, str]:
+    """What the template writes before and after the answer to a question."""
+    refused = None
+    for as_text in (False, True):
+        messages = [_message("user", _QUESTION), _message("assistant", _ANSWER, as_text=as_text)]
+        try:
+            shown = render(processor, messages, options, asks=False)
+        except InputError as error:
+            refused = error.__cause__
+            continue
+        if _is_shown(_ANSWER, shown):
+            start, _, suffix = shown.rpartition(_ANSWER)
+            return start, suffix
+    why = f" ({_said(refused)})" if refused else ""
+    raise InputError(
+        f"the chat template of this model does not show an answer{why}, so the place of the letter is not known. Use "
+        "an instruction-tuned model with its own template."
+    ) from refused
