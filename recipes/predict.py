@@ -95,7 +95,8 @@ def predict(args: PredictionArguments, runs: list[Run]) -> None:
         if is_main_process():
             written_as = describe_answers(args, rows)
             metadata = [
-                about[run.folder] | {"precision": group.precision, ANSWERS: written_as}
+                about[run.folder]
+                | {"prompts_digest": run.prompts.digest, "precision": group.precision, ANSWERS: written_as}
                 for group in groups
                 for run in group.runs
             ]

@@ -82,7 +82,7 @@ def train(recipe: Recipe, stop: SaveAndStop) -> Finished | Interrupted | Retry:
     if args.auto_batch:
         note(choose_batch(training_args, setup.needs))
     if is_main_process():
-        open_folder(recipe, rows)
+        open_folder(recipe, rows, setup.prompts)
     PartialState().wait_for_everyone()
 
     # Train, from the last complete checkpoint if there is one.
@@ -100,7 +100,7 @@ def train(recipe: Recipe, stop: SaveAndStop) -> Finished | Interrupted | Retry:
     predictions, of_validation = choose_weights(trainer, rows.validation)
     trainer.save_model(output_dir)
     if is_main_process():
-        print(write_results(recipe, rows, training_args, predictions, metrics | of_validation))
+        print(write_results(recipe, rows, training_args, setup.prompts, predictions, metrics | of_validation))
         if predictions is not None and len(recipe.folders) == 1:  # folds are calibrated together
             print(calibrate_new(output_dir))
         if recipe.values.get("push_to_hub"):

@@ -183,6 +183,7 @@ def token_checks(arguments: "RecipeArguments", values: dict[str, Any]) -> dict[s
     if not values:
         return {"tokens_note": "a data file names no model; check a recipe."}
     from vqa_sft.batch.count_tokens import prompt_checks
+    from vqa_sft.batch.prompts import settle_prompts
     from vqa_sft.models.load import load_processor
 
     try:
@@ -195,7 +196,10 @@ def token_checks(arguments: "RecipeArguments", values: dict[str, Any]) -> dict[s
         )
     except InputError as error:
         return {"tokens_note": str(error)}
-    return prompt_checks(processor, arguments.prompts)
+    prompts, lines = settle_prompts(processor, arguments.prompts)
+    for line in lines:
+        print(line)
+    return prompt_checks(processor, prompts)
 
 
 def write_fix(path: str, arguments: "RecipeArguments", problems: "Problems") -> str:

@@ -82,6 +82,8 @@ class PredictionArguments:
     )
     min_pixels: int | None = option("With `run: none`; a run has its own.", default=None, bounds=(1, 10**8))
     max_pixels: int | None = option("With `run: none`; a run has its own.", default=None, bounds=(1, 10**8))
+    system_prompt: str | None = option("With `run: none`: as in a recipe; a run has its own.", default=None)
+    template_options: dict | None = option("With `run: none`: as in a recipe; a run has its own.", default=None)
     use_cpu: bool = option("Do not use the GPU.", default=False)
 
     def __post_init__(self) -> None:
@@ -93,8 +95,8 @@ class PredictionArguments:
             raise InputError("--run none scores a base model alone, and has no validation rows.")
         if is_base and self.model is None:
             raise InputError("--run none needs --model: the base model to score.")
-        if not is_base and (self.min_pixels, self.max_pixels) != (None, None):
-            raise InputError("min_pixels and max_pixels belong to the run; they go with --run none only.")
+        if not is_base and any(value is not None for value in self.of_base.values()):
+            raise InputError(f"{', '.join(self.of_base)} belong to the run; they go with --run none only.")
         if self.data is None and not validates:
             raise InputError("--data is missing: the rows to score.")
         if validates and (self.streaming or self.limit or self.template):
@@ -105,6 +107,12 @@ class PredictionArguments:
             raise InputError("--template needs rows that are known. Leave it out; vqa-sft submit takes it later.")
         check_columns(self.columns or {})
         check_fixed(self.fixed_question, self.fixed_choices)
+
+    @property
+    def of_base(self) -> dict[str, Any]:
+        """Fields of a recipe that a base model has here, and a run has of its own."""
+        names = ("min_pixels", "max_pixels", "system_prompt", "template_options")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def views(self) -> Views:

@@ -80,6 +80,11 @@ class RecipeArguments:
     system_prompt: str | None = option("System text; empty: the model's own; default: built in.", default=None)
     user_prompt: str | None = option("User text with {question} and {choices}; default: built in.", default=None)
     choice_prompt: str = option("One line of {choices}, with {letter} and {text}.", default=Prompts.choice)
+    template_options: dict | None = option(
+        "Options of the model's chat template, as {enable_thinking: false}, which is the default where it has that; "
+        "null: the template's own.",
+        default=None,
+    )
 
     loss: Literal["letters", "vocabulary"] = option(
         "Cross-entropy over the row's own letters, or over the whole vocabulary.", default="letters"
@@ -186,6 +191,7 @@ class RecipeArguments:
     def prompts(self) -> Prompts:
         prompts = builtin_prompts(self.prompt_language, by_type=self.type_prompts == "builtin")
         given: dict[str, Any] = {"system": self.system_prompt, "user": self.user_prompt, "choice": self.choice_prompt}
+        given["template_options"] = self.template_options
         if isinstance(self.type_prompts, dict):
             given["types"] = self.type_prompts
         return replace(prompts, **{name: text for name, text in given.items() if text is not None})

@@ -38,12 +38,11 @@ class Pass:
 
 
 def find_runs(args: PredictionArguments) -> list[Run]:
-    """The runs that score, or the base model as it is, with our default prompts. Raises InputError."""
+    """The runs that score, or the base model as it is, with our built-in prompts. Raises InputError."""
     if args.run != [BASE]:
         return read_runs(runs_in(args.run), args.model)
-    pixels: dict[str, Any] = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
-    prompts = RecipeArguments(train_data="none", **pixels).prompts
-    return [Run(None, {"model_name_or_path": args.model} | pixels, prompts)]
+    prompts = RecipeArguments(train_data="none", **args.of_base).prompts
+    return [Run(None, {"model_name_or_path": args.model} | args.of_base, prompts)]
 
 
 def plan_passes(groups: Sequence["Group"], runs: Sequence[Run], rows: Rows) -> list[Pass]:
@@ -67,6 +66,8 @@ def describe_plan(args: PredictionArguments, groups: Sequence["Group"], rows: Ro
     for folder in [*names, *sorted({run.base_model for run in runs})]:  # a base may be a folder
         files = [path for pattern in MODEL_FILES for path in sorted(Path(folder).glob(pattern))]
         plan.setdefault("models", []).append([folder, [_describe_file(path) for path in files]])
+    if args.run == [BASE]:  # a run's are in its run.json
+        plan["prompts"] = runs[0].prompts.digest
     digest = hashlib.sha256()
     for source in rows.sources:
         digest.update(f"{source.name} {source.columns}".encode())

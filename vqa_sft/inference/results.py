@@ -40,7 +40,7 @@ def describe_run(args: PredictionArguments, run: "Run") -> dict[str, Any]:
     """The metadata of a run's prediction file, with the calibration that is known for it and these views. Raises
     InputError for a damaged one."""
     metadata = args.views.metadata
-    about = {"base_model": run.base_model, "run": run.folder, "prompts_digest": run.prompts.digest}
+    about = {"base_model": run.base_model, "run": run.folder}
     # A temperature is fitted on validation rows as they were scored.
     uses_calibration = run.folder is not None and args.part == "all"
     found = read_calibration(run.folder, metadata) if uses_calibration else None

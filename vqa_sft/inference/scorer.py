@@ -7,7 +7,7 @@ processor, prompts    of the run folder: what was scored in training is scored h
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from accelerate import PartialState
 from transformers import ProcessorMixin
 
 from vqa_sft.batch.collator import AnswerCollator
-from vqa_sft.batch.prompts import Prompts, check_texts
+from vqa_sft.batch.prompts import Prompts, check_texts, settle_prompts
 from vqa_sft.config.recipe import Recipe
+from vqa_sft.console import note
 from vqa_sft.errors import InputError
 from vqa_sft.models import load as models, processes, scoring
 from vqa_sft.models.adapters import Adapters, kind_of
@@ -42,9 +43,11 @@ class Group:
 
 
 def groups_of(runs: Sequence[Run], use_cpu: bool) -> list[Group]:
-    """The runs, those together that have the same base, prompts, letters, images, precision and kind of adapter."""
+    """The runs, those together that have the same base, prompts, letters, images, precision and kind of adapter. The
+    prompts of a base model are settled for it, as training did it for a run. Raises InputError."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
+        run = run if run.folder else _settle_base(run)
         parts = [run.num_letters, vars(run.prompts), run.precision, *(run.recipe.get(name) for name in _OF_BASE)]
         if run.folder is not None:
             parts.append(kind_of(run.folder) or run.folder)
@@ -53,6 +56,14 @@ def groups_of(runs: Sequence[Run], use_cpu: bool) -> list[Group]:
             parts += [path.read_text("utf-8", "replace") for path in files if path.is_file()]
         groups.setdefault(json.dumps(parts, sort_keys=True, default=str), []).append(run)
     return [Group(of_group, _precision_of(of_group[0], use_cpu)) for of_group in groups.values()]
+
+
+def _settle_base(run: Run) -> Run:
+    processor = models.load_processor(run.base_model, trust_remote_code=bool(run.recipe.get("trust_remote_code")))
+    prompts, lines = settle_prompts(processor, run.prompts)
+    for line in lines:
+        note(line)
+    return replace(run, prompts=prompts)
 
 
 def _precision_of(run: Run, use_cpu: bool) -> str:

@@ -2,6 +2,7 @@
 
 runs/demo/
   recipe.yaml           what the user asked for; micro-batches as they are when a GPU's memory ran out
+  prompts.json          the prompts as the chat template takes them, for whoever resumes the run
   run.json              what it became: precision, micro-batch, letters, prompts, columns, versions, commit
   adapter_model.safetensors, adapter_config.json, processor files
   metrics.json          validation metrics of the weights that were kept

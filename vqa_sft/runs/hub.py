@@ -43,6 +43,7 @@ def _card_text(folder: Path, run: Run, metrics: dict[str, float], is_adapter: bo
     num_rows = run.content["num_rows"]["train"]
     trained_on = f"{'a stream of' if num_rows is None else num_rows} rows of `{', '.join(sources)}`"
     of_types = "".join(f"\nFor {kind} questions: `{text!r}`.\n" for kind, text in prompts.types.items())
+    options = f"\nOptions of the chat template: `{prompts.template_options}`.\n" if prompts.template_options else ""
     rows = [f"| {key} | {metrics[key]:.4f} |" for key in ("accuracy", "nll", "ece") if key in metrics]
     validation = "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "None was asked for."
     return f"""# {name}
@@ -73,7 +74,7 @@ processor = AutoProcessor.from_pretrained(folder)
 System: `{prompts.system}`
 
 User, after the image: `{prompts.user!r}`, each choice as `{prompts.choice!r}`.
-{of_types}
+{of_types}{options}
 ## Recipe
 
 ```yaml

@@ -10,8 +10,9 @@ from transformers import EarlyStoppingCallback, ProcessorMixin
 from trl import SFTConfig
 
 from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
-from vqa_sft.batch.prompts import check_texts
+from vqa_sft.batch.prompts import Prompts, check_texts, settle_prompts
 from vqa_sft.config.recipe import Recipe
+from vqa_sft.console import note
 from vqa_sft.errors import explains
 from vqa_sft.models import processes
 from vqa_sft.models.fast import speedups
@@ -23,6 +24,7 @@ from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
 from vqa_sft.training.averaging import AdapterAverage
 from vqa_sft.training.curves import WriteCurves
+from vqa_sft.training.folder import kept_prompts
 from vqa_sft.training.loss import LossSettings
 from vqa_sft.training.rows import Rows
 from vqa_sft.training.saving import SaveAndStop
@@ -34,6 +36,7 @@ class ModelSetup:
     """What a run knows of its model before the weights are loaded."""
 
     processor: ProcessorMixin
+    prompts: Prompts  # as the chat template takes them
     adapter: LoraConfig | None  # None: all weights are trained, or those of `init_adapter`
     loss: LossSettings
     precision: str
@@ -43,7 +46,7 @@ class ModelSetup:
 def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precision: str) -> ModelSetup:
     """Processor, adapter and letters. Raises InputError for a model, an adapter or prompts that cannot be used, without
     loading a weight."""
-    args, model_args, prompts = recipe.arguments, recipe.model_args(), recipe.arguments.prompts
+    args, model_args = recipe.arguments, recipe.model_args()
     trust = {"trust_remote_code": training_args.trust_remote_code}
     processor = load_processor(
         model_args.model_name_or_path,
@@ -52,6 +55,11 @@ def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precisio
         revision=model_args.model_revision,
         **trust,
     )
+    prompts = kept_prompts(recipe)
+    if prompts is None:
+        prompts, lines = settle_prompts(processor, args.prompts)
+        for line in lines:
+            note(line)
     skeleton, adapter = build_skeleton(model_args, device_map=processes.device_map(), **trust), None
     if args.init_adapter is None:
         adapter = lora_config(model_args, skeleton, **args.adapted_parts)
@@ -70,10 +78,11 @@ def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precisio
         args,
         processor,
         None if args.streaming else rows.train,
+        prompts,
         precision=precision,
         compiles=speedups.pays_compilation(rows.num_seen(training_args), args.compile_layers),
     )
-    return ModelSetup(processor, adapter, loss, precision, needs)
+    return ModelSetup(processor, prompts, adapter, loss, precision, needs)
 
 
 def build_trainer(
@@ -85,7 +94,7 @@ def build_trainer(
     features = open_store(model, processor, packer, setup.precision) if args.cache_image_features else None
     train_collator = TrainCollator(
         processor,
-        args.prompts,
+        setup.prompts,
         rows.num_letters,
         seed=training_args.seed,
         augmentation=Augmentation(
@@ -109,7 +118,7 @@ def build_trainer(
             eval_dataset=rows.validation,
             processing_class=processor,
             data_collator=train_collator,
-            eval_collator=AnswerCollator(processor, args.prompts, rows.num_letters, packer=packer, features=features),
+            eval_collator=AnswerCollator(processor, setup.prompts, rows.num_letters, packer=packer, features=features),
             loss=setup.loss,
             vision_learning_rate=args.vision_learning_rate,
             average=average,

@@ -193,6 +193,7 @@ def read_needs(
     arguments: RecipeArguments,
     processor: ProcessorMixin,
     examples: datasets.Dataset | None,
+    prompts: Prompts,
     *,
     precision: str,
     compiles: bool,
@@ -211,7 +212,7 @@ def read_needs(
     )
     plan, _ = read_stored(model_args.model_name_or_path, config, plan)
     compiles = compiles and plan.bits == 16 and plan.attention == "grouped" and speedups.can_compile()
-    rows: dict[str, Any] = measure_rows(processor, examples, arguments.prompts) if examples else {}
+    rows: dict[str, Any] = measure_rows(processor, examples, prompts) if examples else {}
     return shape, replace(plan, compiled=compiles, **rows)
 
 
