@@ -4,9 +4,11 @@ from typing import get_args, get_type_hints
 
 import pytest
 
+from vqa_sft.batch.prompts import Prompts
 from vqa_sft.config.prediction import PredictionArguments, read_prediction
 from vqa_sft.data.split import VALIDATION
 from vqa_sft.errors import InputError
+from vqa_sft.inference.plan import find_runs
 from vqa_sft.predictions.ensemble import AVERAGES
 from vqa_sft.predictions.style import STYLES
 
@@ -44,6 +46,7 @@ def test_a_yaml_and_the_command_line_say_the_same_and_the_command_line_counts(tm
         (("--scales", "0.5", "1.0"), "scales", [0.5, 1.0]),
         (("--keep_rows", "{part: yes}"), "keep_rows", {"part": "yes"}),
         (("--data_config", "2024"), "data_config", "2024"),
+        (("--image_root", ""), "image_root", None),
     ],
 )
 def test_flags_are_read_as_they_always_were(options, name, value):
@@ -67,6 +70,12 @@ def test_flags_are_read_as_they_always_were(options, name, value):
         ((*GIVEN, "--columns", "{idd: key}"), "idd"),
         ((*GIVEN, "--fixed_choices", "a", "a"), "fixed_choices must be"),
         ((*GIVEN, "--max_pixels", "100"), "they go with --run none only"),
+        ((*GIVEN, "--system_prompt", ""), "they go with --run none only"),
+        ((*GIVEN, "--template_options", "{enable_thinking: true}"), "they go with --run none only"),
+        (
+            (*BASE, "--template_options", "enable_thinking"),
+            "`template_options` must be a mapping; got 'enable_thinking'",
+        ),
         ((*GIVEN, "--part", "validation", "--limit", "3"), "no --streaming, --limit or --template"),
         ((*GIVEN, "--part", "validation", "--on_bad_row", "guess"), "bad rows were found in training"),
         ((*GIVEN, "--template", "t.csv", "--streaming"), "--template needs rows that are known"),
@@ -80,6 +89,13 @@ def test_what_cannot_be_predicted_is_named(argv, part):
     with pytest.raises(InputError) as error:
         read_prediction([*argv])
     assert part in str(error.value)
+
+
+def test_a_base_model_has_a_system_text_and_template_options_of_its_own():
+    args = read_prediction([*BASE, "--system_prompt", "", "--template_options", "{enable_thinking: no}"])
+    (run,) = find_runs(args)
+    assert run.prompts == Prompts(system="", template_options={"enable_thinking": False})
+    assert find_runs(read_prediction([*BASE]))[0].prompts == Prompts()
 
 
 def test_words_of_a_prediction_are_those_of_the_modules_that_use_them():

@@ -204,6 +204,26 @@ def test_prompts_follow_language_and_type_and_can_be_overridden(tmp_path):
     assert read(tmp_path, "").arguments.prompts == Prompts()
 
 
+@pytest.mark.parametrize("given", ["system_prompt: ''\n", 'system_prompt: ""\n', "", "system_prompt: S\n"])
+def test_an_empty_system_prompt_is_one_in_the_yaml_and_on_the_command_line(tmp_path, given):
+    if given.startswith("system_prompt: S") or not given:
+        assert read(tmp_path, given, "--system_prompt", "").arguments.prompts.system == ""
+        assert read(tmp_path, given, "--system_prompt=").arguments.prompts.system == ""
+    else:
+        assert read(tmp_path, given).arguments.prompts.system == ""
+    assert read(tmp_path, "system_prompt: null\n").arguments.prompts == Prompts()
+
+
+def test_options_of_the_chat_template_are_a_mapping_of_any_values(tmp_path):
+    given = "template_options: {enable_thinking: off, effort: low, depth: 2, x: null}\n"
+    expected = {"enable_thinking": False, "effort": "low", "depth": 2, "x": None}
+    assert read(tmp_path, given).arguments.prompts.template_options == expected
+    read_again = read(tmp_path, given, "--template_options", "{effort: high}").arguments.prompts
+    assert read_again.template_options == {"effort": "high"} and read(tmp_path).arguments.prompts == Prompts()
+    with pytest.raises(InputError, match="template_options must be plain values"):
+        read(tmp_path, "template_options: {since: 2026-11-29}\n")
+
+
 def test_help_shows_every_field_of_ours():
     text = describe_fields(RecipeArguments)
     assert "--train_data" in text and "--max_pixels" in text and "(required)" in text

@@ -24,6 +24,7 @@ from vqa_sft.config.packaged import find_packaged
 from vqa_sft.errors import InputError
 
 TEXT_FIELDS = ("columns", "keep_rows", "type_prompts")  # mappings that hold names and cells of data
+EMPTY_FIELDS = ("system_prompt",)  # an empty text means one, and not that nothing is given
 # Name of a field -> its type and, where it has them, its choices.
 Known = dict[str, tuple[Any, list | None]]
 # Name of a field -> its smallest and its largest value; None: no limit.
@@ -183,6 +184,8 @@ def from_tokens(name: str, tokens: list[str], known: Known) -> Any:
         if name in known and not _fits(True, hint):
             raise InputError(f"`{name}` needs a value: {_describe(hint)}.")
         return True
+    if tokens == [""] and name in EMPTY_FIELDS:
+        return ""
     texts = [_as_yaml(token) for token in tokens]
     readings = [texts[0], tokens[0]] if len(tokens) == 1 else []
     readings += [texts, tokens]
