@@ -2,7 +2,8 @@ import itertools
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, PLAIN_TEMPLATE
+from transformers import PaliGemmaProcessor, SiglipImageProcessor
 from trl import ModelConfig
 
 from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator
@@ -118,6 +119,23 @@ def test_a_template_that_hides_the_answer_is_refused(families):
     hides = "{%- for message in messages if message.role != 'assistant' -%}"
     processor.chat_template = processor.chat_template.replace("{%- for message in messages -%}", hides)
     with pytest.raises(InputError, match="does not show an answer"):
+        find_letter_ids(processor, 3)
+
+
+def test_a_processor_that_writes_the_prompt_itself_is_refused(families):
+    tokenizer = load_processor(families("llava")).tokenizer
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    images = SiglipImageProcessor(size={"height": 56, "width": 56})
+    images.image_seq_length = 16
+    processor = PaliGemmaProcessor(images, tokenizer, chat_template=PLAIN_TEMPLATE)
+    with pytest.raises(InputError, match=r"PaliGemmaProcessor does not leave prompts as they are: .*sistant:\\n'"):
+        find_letter_ids(processor, 3)
+
+
+def test_a_template_that_shows_no_image_is_refused(families):
+    processor = load_processor(families("qwen2_5_vl"))
+    processor.chat_template = processor.chat_template.replace("<|image_pad|>", "")
+    with pytest.raises(InputError, match="refuses a prompt with an image"):
         find_letter_ids(processor, 3)
 
 

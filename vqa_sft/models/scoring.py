@@ -16,21 +16,26 @@ from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, supervised_posit
 from vqa_sft.batch.prompts import Prompts, control_tokens, render_prompt
 from vqa_sft.batch.template import answer_prefix, answer_suffix
 from vqa_sft.console import progress
-from vqa_sft.errors import InputError
+from vqa_sft.errors import InputError, explains
 from vqa_sft.models.adapters import Adapters
 from vqa_sft.models.fast.vision import encoder_outputs, run_tower, vision_inputs
 from vqa_sft.models.load import DTYPES
 from vqa_sft.questions.letters import LETTERS, view_orders
 from vqa_sft.questions.references import count_free
 
+# A row whose image is shown as a white square.
+_SAMPLE: dict[str, Any] = {"id": "sample", "question": "?", "context": "", "choices": ["x", "y"], "answer": None}
+_SAMPLE["images"] = [None]
+
 
 def find_letter_ids(processor: ProcessorMixin, num_letters: int, prompts: Prompts = Prompts()) -> torch.Tensor:
     """Token ids (L,) of the letters right after the prompt.
 
-    Raises InputError when a letter is not one token there, or the chat template refuses the prompt.
+    Raises InputError when a letter is not one token there, or chat template or processor do not take the prompt.
     """
     tokenizer = processor.tokenizer
     prompt = _sample_prompt(processor, prompts)
+    _check_batch(processor, prompts, prompt)
     spaces = answer_prefix(processor, prompts.template_options)[1]
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = []
@@ -66,8 +71,22 @@ def find_spellings(processor: ProcessorMixin, num_letters: int, prompts: Prompts
 
 
 def _sample_prompt(processor: ProcessorMixin, prompts: Prompts) -> str:
-    row = {"question": "?", "choices": ["x", "y"], "images": [None]}
-    return render_prompt(processor, row, (0, 1), prompts)
+    return render_prompt(processor, _SAMPLE, (0, 1), prompts)
+
+
+def _check_batch(processor: ProcessorMixin, prompts: Prompts, prompt: str) -> None:
+    """Raises InputError where the processor does not leave the end of the prompt as it is: the letter would come after
+    something else. PaliGemma's adds a line end, and labels of its own."""
+    with explains(Exception, "the processor of this model refuses a prompt with an image"):
+        batch = AnswerCollator(processor, prompts, num_letters=2, blank={_SAMPLE["id"]: [0]})([_SAMPLE])
+    own = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    made = batch["input_ids"][0, : batch["answer_positions"][0] + 1].tolist()
+    if made[-4:] != own[-4:] or "labels" in batch:
+        texts = [processor.tokenizer.decode(ids[-8:]) for ids in (own, made)]
+        raise InputError(
+            f"{type(processor).__name__} does not leave prompts as they are: of {texts[0]!r} at the end it makes "
+            f"{texts[1]!r}, so the place of the letter is not known. Use a model whose chat template writes the prompt."
+        )
 
 
 def find_end_of_turn(processor: ProcessorMixin, prompts: Prompts = Prompts()) -> int:
