@@ -3,12 +3,14 @@ behave (their repositories on the Hub, llama.cpp's models/templates, Google's "G
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from vqa_sft.batch.prompts import Prompts, render_prompt, settle_prompts
+from vqa_sft.batch.prompts import Prompts, render_messages, render_prompt, settle_prompts
 from vqa_sft.batch.template import answer_prefix, answer_suffix
 from vqa_sft.errors import InputError
 
@@ -128,6 +130,10 @@ EXPECTED = {
     "LFM2-VL": ("<|im_start|>assistant\n", "", False, False),
     "GLM-4.6V": ("/nothink<|im_start|>assistant\n<think></think>\n", "", True, False),
 }
+# Those that TRL brings along, if it still does; of some families it has several.
+PUBLIC = Path(find_spec("trl").origin).parent / "chat_templates"
+SHOW_IMAGES = {"gemma3", "gemma4", "idefics3", "lfm2_2_5_vl", "llava_next", "qwen2_5_vl", "qwen3_5_think", "qwen3_8"}
+SHOW_IMAGES |= {"qwen3_vl", "smolvlm"}
 ROW = {"question": "Which?", "choices": ["cat", "dog"], "images": [None]}
 ORDER = (0, 1)
 
@@ -155,6 +161,22 @@ def test_the_prompt_is_what_the_model_would_continue():
         assert render_prompt(processor, ROW, ORDER, prompts) == asked
 
 
+@pytest.mark.parametrize("path", sorted(PUBLIC.glob("*.jinja")), ids=lambda path: path.stem)
+def test_public_templates_are_taken_or_refused_in_one_line(path):
+    processor = Processor(path.read_text(encoding="utf-8"))
+    try:
+        prompts, _ = settle_prompts(processor, Prompts(system="Look."))
+    except InputError as error:
+        assert "\n" not in str(error) and path.stem.removesuffix("_training") not in SHOW_IMAGES
+        return
+    text = render_prompt(processor, ROW, ORDER, prompts)
+    asked = processor.apply_chat_template(
+        render_messages(ROW, ORDER, prompts), True, tokenize=False, **prompts.template_options
+    )
+    assert text.startswith(asked) and text.count("Look.") == text.count("Which?\nA. cat\nB. dog") == 1
+    assert "'type'" not in text and "effort" not in text and text.count("<think>") == text.count("</think>")
+
+
 # ---- options
 
 
@@ -180,8 +202,8 @@ def test_what_is_given_counts_more_than_what_is_found_and_null_is_left_to_the_te
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        ({"enable_thinkng": False}, "has no option 'enable_thinkng'. It has enable_thinking."),
-        ({"chat_template": "x"}, "has no option 'chat_template'"),
+        ({"enable_thinkng": False}, "has no option 'enable_thinkng'. Did you mean 'enable_thinking'?"),
+        ({"chat_template": "x"}, "has no option 'chat_template'. It has enable_thinking."),
         ({"messages": []}, "has no option 'messages'"),
         ({"bos_token": ""}, "has no option 'bos_token'"),
         ({1: 2}, "has no option 1"),
@@ -191,8 +213,28 @@ def test_an_option_that_the_template_does_not_know_is_named(options, part):
     with pytest.raises(InputError) as error:
         settle_prompts(Processor("{{ bos_token }}" + TEMPLATES["Qwen3.5"]), Prompts(template_options=options))
     assert part in str(error.value)
-    with pytest.raises(InputError, match="It has none"):
-        settle_prompts(Processor(TEMPLATES["Qwen2.5-VL"]), Prompts(template_options={"enable_thinking": False}))
+    sets = "{% set name = 1 %}{{ name }}{% for m in messages %}{% set text = m.content %}{% endfor %}"
+    for template in (TEMPLATES["Qwen2.5-VL"], TEMPLATES["Qwen2.5-VL"] + sets):
+        with pytest.raises(InputError, match="It has none"):
+            settle_prompts(Processor(template), Prompts(template_options={"enable_thinking": False}))
+
+
+def test_the_date_of_the_training_stays_in_the_prompt():
+    written = chatml(start="Today: {{ date_string or strftime_now('%d %b %Y') }}{{ raised }}\n")
+    processor = Processor(written)
+    prompts, (line,) = settle_prompts(processor, Prompts())
+    today = prompts.template_options["date_string"]
+    assert line == f"The chat template writes the date; the run keeps today's, date_string: {today}."
+    assert render_prompt(processor, ROW, ORDER, prompts) == render_prompt(processor, ROW, ORDER, Prompts())
+    assert render_prompt(processor, ROW, ORDER, prompts).startswith(f"Today: {today}<")
+    given = Prompts(template_options={"date_string": "26 Jul 2024"})
+    assert settle_prompts(processor, given) == (given, [])
+    with pytest.raises(InputError, match=f"writes the time of a prediction into its prompt \\({today}\\)"):
+        settle_prompts(Processor(written.replace("date_string or ", "")), Prompts())
+    unread = chatml(start="{%- if messages[0].role != 'system' -%}{{ strftime_now('%d %b %Y') }}{%- endif -%}")
+    assert settle_prompts(Processor(unread), Prompts()) == (Prompts(), [])
+    with pytest.raises(InputError, match="Set a system_prompt"):
+        settle_prompts(Processor(unread), Prompts(system=""))
 
 
 def test_options_that_cannot_be_saved_are_refused():

@@ -151,4 +151,4 @@ def test_options_that_the_template_does_not_know_end_before_the_model_is_loaded(
     with pytest.raises(SystemExit) as stop:
         sft(thinking, tmp_path / "run", template_options="{enable_thinkng: true}")
     assert stop.value.code == 2 and not Path(tmp_path / "run").exists()
-    assert "has no option 'enable_thinkng'. It has effort, enable_thinking." in capsys.readouterr().err
+    assert "has no option 'enable_thinkng'. Did you mean 'enable_thinking'?" in capsys.readouterr().err

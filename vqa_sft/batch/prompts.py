@@ -168,7 +168,12 @@ def settle_prompts(processor: "ProcessorMixin", prompts: Prompts) -> tuple[Promp
         as_text, is_shown = template.find_system_form(processor, options)
         if not is_shown:
             lines.append('The chat template leaves the system text out; system_prompt: "" says the same.')
-    return replace(prompts, template_options=options, system_as_text=as_text), lines
+    settled = replace(prompts, system_as_text=as_text)
+    row = {"question": "?", "choices": ["x", "y"], "images": [None]}
+    dated = template.keep_date(processor, options, render_messages(row, (0, 1), settled))
+    for name in dated.keys() - options.keys():
+        lines.append(f"The chat template writes the date; the run keeps today's, {name}: {dated[name]}.")
+    return replace(settled, template_options=dated), lines
 
 
 def render_prompt(processor: "ProcessorMixin", row: dict, order: Sequence[int], prompts: Prompts) -> str:

@@ -4,13 +4,15 @@ letter. No torch.
 A template is a program that came with the model. Whatever it raises is an InputError here.
 """
 
+import difflib
 import functools
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
-from jinja2 import meta
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 
 from vqa_sft.errors import InputError, printable
@@ -52,15 +54,38 @@ def choose_options(processor: "ProcessorMixin", given: Options) -> Options:
     """What goes to the template: what is `given`, and `enable_thinking: false` where the template knows that and
     nothing else is given; what is given as None is left to the template. Raises InputError for what it does not know.
     """
-    known = _variables(_source(processor)) - _FILLED - {*processor.tokenizer.special_tokens_map}
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise InputError(
-            f"template_options: the chat template of this model has no option {unknown[0]!r}. It has "
-            f"{', '.join(sorted(known)) or 'none'}."
-        )
+    known, own = _options(processor), _read_source(_source(processor)).sets
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"It has {', '.join(sorted(known - own)) or 'none'}."
+            raise InputError(f"template_options: the chat template of this model has no option {name!r}. {hint}")
     found = {"enable_thinking": False} if "enable_thinking" in known else {}
     return {name: value for name, value in (found | given).items() if value is not None}
+
+
+def keep_date(processor: "ProcessorMixin", options: Options, messages: list[dict]) -> Options:
+    """The options, and today's date among them where the template would write it into such messages: another day's
+    prediction must read the same prompt. Raises InputError where the template has no option for it."""
+    shown = render(processor, messages, options)
+    dates = {datetime.now().strftime(pattern) for pattern in _read_source(_source(processor)).dates}
+    dates = {date for date in dates if date in shown}
+    for name in sorted(_options(processor) - options.keys()):
+        for date in dates:
+            if "date" in name and render(processor, messages, options | {name: date}) == shown:
+                return options | {name: date}
+    if dates:
+        raise InputError(
+            f"the chat template of this model writes the time of a prediction into its prompt ({', '.join(dates)}), so "
+            "that no prediction would read what was trained. Set a system_prompt, or an option of the template that "
+            "fixes it in template_options."
+        )
+    return options
+
+
+def _options(processor: "ProcessorMixin") -> set[str]:
+    """The names of the options that the template reads."""
+    return _read_source(_source(processor)).reads - _FILLED - {*processor.tokenizer.special_tokens_map}
 
 
 def _source(processor: "ProcessorMixin") -> str:
@@ -78,14 +103,29 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Names(NamedTuple):
+    """What a template names."""
+
+    reads: set[str]  # variables that it reads before it has set them
+    sets: set[str]  # variables that are its own
+    dates: set[str]  # how it writes the time, as strftime takes it
+
+
 @functools.lru_cache
-def _variables(template: str) -> frozenset[str]:
-    """The variables that a template reads and does not set itself."""
+def _read_source(template: str) -> _Names:
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
     try:
-        return frozenset(meta.find_undeclared_variables(environment.parse(template)))
+        tree = environment.parse(template)
+        reads = meta.find_undeclared_variables(tree)
     except jinja2.TemplateError as error:
         raise InputError(f"the chat template of this model cannot be read: {_said(error)}.") from error
+    calls = [call for call in tree.find_all(nodes.Call) if getattr(call.node, "name", None) == "strftime_now"]
+    dates = {call.args[0].value for call in calls if call.args and isinstance(call.args[0], nodes.Const)}
+    sets = {name.name for name in tree.find_all(nodes.Name) if name.ctx != "load"}
+    for asked in tree.find_all((nodes.Test, nodes.Filter)):
+        if asked.name in ("defined", "undefined", "default") and isinstance(asked.node, nodes.Name):
+            sets.discard(asked.node.name)  # set where nothing was given
+    return _Names(reads, sets, dates)
 
 
 def check_content(processor: "ProcessorMixin", options: Options) -> None:
