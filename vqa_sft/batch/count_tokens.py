@@ -31,7 +31,7 @@ def count_tokens(
     sizes: Sequence[Sequence[tuple[int, int]]],
 ) -> np.ndarray:
     """How many tokens the collator makes of every row; `sizes` holds the (width, height) of its images."""
-    added = _image_tokens(processor, sorted({size for of_row in sizes for size in of_row}))
+    added = image_tokens(processor, sorted({size for of_row in sizes for size in of_row}))
     bos = processor.tokenizer.bos_token
     rows = examples.select_columns(["question", "choices", "context", "question_type"])
     counts = []
@@ -47,8 +47,9 @@ def count_tokens(
     return np.array(counts, dtype=int)
 
 
-def _image_tokens(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
-    """How many tokens an image of each (width, height) adds to its placeholder."""
+def image_tokens(processor: ProcessorMixin, sizes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
+    """How many tokens an image of each (width, height) adds to its placeholder; blank images of these sizes are
+    processed where the processor does not count by itself."""
     if not sizes:
         return {}
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
