@@ -9,7 +9,7 @@ it is read from the image processor, which a run folder holds.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +19,6 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from vqa_sft.data.images import MAX_ASPECT
 
-_RATIOS = tuple(1 + n / 16 for n in range(65))
 BUDGETS = (70, 140, 280, 560, 1120)  # tokens; Gemma 4's processor takes no others (transformers 5.23)
 
 
@@ -95,8 +94,7 @@ def _padded(processor: ProcessorMixin, low: int | None, high: int | None) -> Siz
         pixels = math.floor(side**2 + added * side + padding**2)
         values = {"max_patches": math.floor((side / patch_px) ** 2)}
         # Which shapes need most padding cannot be seen; their tokens are counted without a pixel.
-        sides = [(side * scale, side * scale * ratio) for scale in (1.1, 1.3, 2, 4) for ratio in _RATIOS]
-        shown = tuple((round(width), round(height)) for width, height in sides)
+        shown = tuple(size for scale in (1.1, 1.3, 2, 4) for size in _shapes((scale * side) ** 2))
         return Setting(pixels, token_px**2, values, shown, f"{token_px} px a token")
 
     now = setting(math.sqrt(process.max_patches) * patch_px)
@@ -186,7 +184,9 @@ def _slices(processor: ProcessorMixin, low: int | None, high: int | None) -> Siz
         values = {"scale_resolution": px, "max_slice_nums": num}
         pixels = (num + (num > 1)) * px**2
         label = f"slices of {px} px, max_slice_nums {num}, sides rounded to {token_px} px"
-        return Setting(pixels, px**2, values, (*_cut(num, px), (5 * px, px), (3 * px, 2 * px)), label)
+        # Upright, for each row of slices begins a line.
+        shown = _shapes(1.1 * num * px**2, ratios=[1 / (1 + n / 2) for n in range(9)])
+        return Setting(pixels, px**2, values, (*_cut(num, px), *shown), label)
 
     now = setting(side, process.max_slice_nums if process.slice_mode else 1)
     smaller = [setting(px, 1) for px in range(token_px, side, token_px)]
@@ -227,10 +227,10 @@ def _pinpoints(processor: ProcessorMixin, low: int | None, high: int | None) -> 
 
     def setting(area: int) -> Setting:
         kept = [sides for sides in own if math.prod(sides) <= area]
-        shown = tuple((width, height) for height, width in kept if height * width == area)
         label = f"tiles of {tile_px} px, {area // tile_px**2} at most"
         values = {"image_grid_pinpoints": [list(sides) for sides in kept]}
-        return Setting(area + tile_px**2, areas[0] + tile_px**2, values, shown, label)
+        # The model leaves out what lies beside the image: which shape fills a size best cannot be seen.
+        return Setting(area + tile_px**2, areas[0] + tile_px**2, values, _shapes(4 * area), label)
 
     return Sizes(setting(areas[-1]), [setting(area) for area in areas])
 
@@ -251,6 +251,13 @@ def _fill(pixels: int, token_px: int) -> tuple[tuple[int, int], ...]:
     num = pixels // token_px**2
     rows = max(range(max(1, math.isqrt(num // 3)), math.isqrt(num) + 1), key=lambda rows: (num // rows) * rows)
     return ((num // rows * token_px, rows * token_px),)
+
+
+def _shapes(pixels: float, ratios: Sequence[float] = ()) -> tuple[tuple[int, int], ...]:
+    """(width, height) of images of this area. By default many, the longest with sides of 3 and 1, for families that
+    count their tokens without processing an image."""
+    ratios = ratios or [(1 + n / 16) ** sign for n in range(33) for sign in (1, -1)]
+    return tuple((round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))) for ratio in ratios)
 
 
 def _cut(num: int, px: int) -> tuple[tuple[int, int], ...]:

@@ -65,10 +65,10 @@ def _choose(sizes: Sizes, name: str, low: int | None, high: int | None) -> Setti
 
 def _own_areas(processor: ProcessorMixin) -> list[int]:
     """The pixels that a processor whose limits cannot be set shows of images of several shapes."""
-    return sorted({shown_pixels(processor, Image.new("RGB", size)) for size in _SHAPES})
+    return sorted({_shown_pixels(processor, Image.new("RGB", size)) for size in _SHAPES})
 
 
-def shown_pixels(processor: ProcessorMixin, image: Image.Image) -> int:
+def _shown_pixels(processor: ProcessorMixin, image: Image.Image) -> int:
     """The pixels (width x height) that the vision tower is given of one image, its tiles and thumbnail included."""
     process, how = processor.image_processor, getattr(processor, "images_kwargs", {})
     batch = process([image], **how | {"return_tensors": "pt"})
