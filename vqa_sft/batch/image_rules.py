@@ -229,8 +229,9 @@ def _pinpoints(processor: ProcessorMixin, low: int | None, high: int | None) -> 
         kept = [sides for sides in own if math.prod(sides) <= area]
         label = f"tiles of {tile_px} px, {area // tile_px**2} at most"
         values = {"image_grid_pinpoints": [list(sides) for sides in kept]}
-        # The model leaves out what lies beside the image: which shape fills a size best cannot be seen.
-        return Setting(area + tile_px**2, areas[0] + tile_px**2, values, _shapes(4 * area), label)
+        # What lies beside the image is left out: which shape fills a size best cannot be seen.
+        shown = (*((width, height) for height, width in kept), *_shapes(4 * area))
+        return Setting(area + tile_px**2, areas[0] + tile_px**2, values, shown, label)
 
     return Sizes(setting(areas[-1]), [setting(area) for area in areas])
 
