@@ -267,7 +267,13 @@ def test_bad_input_to_training_ends_with_a_message_before_any_weight_is_loaded(f
     fails(sft, model, run, train_data=contest / "none.csv", says="no such file")
     fails(sft, model, run, image_root=tmp_path, says="image is missing: rows row_000 (images/000.png), row_001")
     fails(sft, tmp_path / "no_model", run, says="cannot be loaded")
-    fails(sft, families("llava"), run, max_pixels=9999, says="remove min_pixels and max_pixels")
+    fails(
+        sft,
+        families("llava"),
+        run,
+        max_pixels=9999,
+        says="shows every image at 3,136 pixels, whatever its size; remove max_pixels",
+    )
 
     assert not (run / "run.json").exists()
 

@@ -12,7 +12,7 @@ import vqa_sft
 from vqa_sft.batch import collator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.examples import load_examples
-from vqa_sft.data.images import open_image
+from vqa_sft.images import open_image
 from vqa_sft.predictions.file import read_predictions
 from vqa_sft.runs.folder import read_run
 from vqa_sft.runs.merge import merge_run

@@ -32,7 +32,7 @@ def count_tokens(
     sizes: Sequence[Sequence[tuple[int, int]]],
 ) -> np.ndarray:
     """How many tokens the collator makes of every row; `sizes` holds the (width, height) of its images."""
-    added = _image_tokens(processor, prompts.template_options, sorted({size for of_row in sizes for size in of_row}))
+    added = image_tokens(processor, sorted({size for of_row in sizes for size in of_row}), prompts.template_options)
     bos = processor.tokenizer.bos_token
     rows = examples.select_columns(["question", "choices", "context", "question_type"])
     counts = []
@@ -48,14 +48,15 @@ def count_tokens(
     return np.array(counts, dtype=int)
 
 
-def _image_tokens(
-    processor: ProcessorMixin, options: Options, sizes: Sequence[tuple[int, int]]
+def image_tokens(
+    processor: ProcessorMixin, sizes: Sequence[tuple[int, int]], options: Options | None = None
 ) -> dict[tuple[int, int], int]:
-    """How many tokens an image of each (width, height) adds to its placeholder."""
+    """How many tokens an image of each (width, height) adds to its placeholder; blank images of these sizes are
+    processed where the processor does not count by itself."""
     if not sizes:
         return {}
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
-    prompt = render(processor, [message], options)
+    prompt = render(processor, [message], options or {})
     without = len(processor.tokenizer(prompt).input_ids)
 
     def added(size: tuple[int, int]) -> int:

@@ -1,27 +1,105 @@
 """How many pixels (width x height) of an image a processor shows, and images at another scale.
 
-For processors that keep an image's shape and count its pixels, as those of Qwen-VL do.
+`min_pixels` and `max_pixels` mean the same for every family: the area that the model is given of one image. What they
+become in its image processor is in image_rules.py.
 """
 
 import torch
 from PIL import Image
 from transformers import ProcessorMixin
+from transformers.image_utils import SizeDict
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
+from vqa_sft.batch.count_tokens import image_tokens
+from vqa_sft.batch.image_rules import Setting, Sizes, sizes_of
 from vqa_sft.errors import InputError
+
+# (width, height) of images by which a processor without known limits is judged.
+_SHAPES = ((640, 480), (300, 900), (1600, 1200), (64, 64))
 
 
 def limit_pixels(processor: ProcessorMixin, name: str, min_pixels: int | None, max_pixels: int | None) -> None:
-    """Set the processor's limits. Raises InputError where the model `name` has none."""
-    if min_pixels is None and max_pixels is None:
+    """Set the processor's limits, as near as its family allows and never above `max_pixels`, up to whole tokens. Raises
+    InputError where the model `name` has no such limits, or none between these two."""
+    given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    fields = [field for field, pixels in given.items() if pixels is not None]
+    if not fields:
         return
-    size = processor.image_processor.size
-    # Qwen-VL keeps pixel counts under these two names, in this release of transformers.
-    low, high = getattr(size, "shortest_edge", None), getattr(size, "longest_edge", None)
-    if not hasattr(processor.image_processor, "merge_size") or low is None or high is None:
-        raise InputError(f"{name} shows every image at a size of its own ({size}); remove min_pixels and max_pixels.")
-    limits = {"shortest_edge": min_pixels or min(low, max_pixels), "longest_edge": max_pixels or max(high, min_pixels)}
-    processor.image_processor.size = limits
+    sizes = sizes_of(processor, min_pixels, max_pixels)
+    if sizes is None:
+        areas = _own_areas(processor)
+        own = f"every image at {areas[0]:,} pixels, whatever its size"
+        if len(areas) > 1:
+            own = f"images at sizes of its own ({areas[0]:,} to {areas[-1]:,} pixels of those tried)"
+        raise InputError(f"{name} shows {own}; remove {' and '.join(fields)}.")
+    setting = _choose(sizes, name, min_pixels, max_pixels)
+    for attribute, value in setting.values.items():
+        setattr(processor.image_processor, attribute, SizeDict(**value) if attribute == "size" else value)
+
+
+def _choose(sizes: Sizes, name: str, low: int | None, high: int | None) -> Setting:
+    choices, most = sizes.choices, sizes.now.most if high is None else high
+    fitting = [setting for setting in choices if setting.most <= most]
+    if high is not None and not fitting:
+        raise InputError(
+            f"{name} shows an image at {choices[0].most:,} pixels or more; got max_pixels: {high}. Give at least "
+            f"{choices[0].most}, or remove max_pixels."
+        )
+    if low is None:
+        return fitting[-1]
+    large = [setting for setting in choices if setting.least >= low]
+    if not large:
+        least = max(setting.least for setting in choices)
+        raise InputError(
+            f"{name} does not enlarge a small image to more than {least:,} pixels; got min_pixels: {low}. Give at most "
+            f"{least}, or remove min_pixels."
+        )
+    between = [setting for setting in fitting if setting in large]
+    if high is not None and not between:
+        raise InputError(
+            f"{name} has no size for images between min_pixels: {low} and max_pixels: {high}. Set max_pixels to "
+            f"{large[0].most}, or remove min_pixels."
+        )
+    return between[-1] if between else large[0]
+
+
+def _own_areas(processor: ProcessorMixin) -> list[int]:
+    """The pixels that a processor whose limits cannot be set shows of images of several shapes."""
+    return sorted({_shown_pixels(processor, Image.new("RGB", size)) for size in _SHAPES})
+
+
+def _shown_pixels(processor: ProcessorMixin, image: Image.Image) -> int:
+    """The pixels (width x height) that the vision tower is given of one image, its tiles and thumbnail included."""
+    process, how = processor.image_processor, getattr(processor, "images_kwargs", {})
+    batch = process([image], **how | {"return_tensors": "pt"})
+    if "image_grid_thw" in batch:
+        return int(batch["image_grid_thw"].prod()) * process.patch_size**2
+    pixels = batch["pixel_values"]
+    shown = pixels.numel() / 3  # channels
+    # What is there for the shape of the batch alone does not count.
+    if "image_position_ids" in batch:
+        shown *= float((batch["image_position_ids"][..., 0] >= 0).float().mean())
+    if "pixel_attention_mask" in batch:
+        shown *= float(batch["pixel_attention_mask"].float().mean())
+    return round(shown)
+
+
+def describe_images(processor: ProcessorMixin, max_pixels: int | None = None) -> str:
+    """A line: the most pixels and tokens of an image, how the family puts it, and `max_pixels` where that is none of
+    its sizes."""
+    sizes, family = sizes_of(processor), type(processor).__name__.removesuffix("Processor")
+    if sizes is None:
+        tokens, areas = 1 + max(image_tokens(processor, _SHAPES).values()), _own_areas(processor)
+        own = f"{areas[0]:,} pixels each, whatever their size" if len(areas) == 1 else "of sizes of their own"
+        return f"images: {own}, {tokens:,} tokens at most ({family})"
+    now = sizes.now
+    # A small one first: where the processor counts by itself, that is the one it is compared with.
+    tokens = 1 + max(image_tokens(processor, [(224, 224), *now.largest]).values())
+    label = now.label or ", ".join(f"{name} {value}" for name, value in now.values.items())
+    line = f"images: at most {now.most:,} pixels, {tokens:,} tokens each ({family}: {label})"
+    if max_pixels is not None and now.most < max_pixels:
+        line += f", the largest size within max_pixels {max_pixels:,}"
+    return line
 
 
 def process_images(processor: ProcessorMixin, images: list[Image.Image], scale: float = 1.0) -> dict[str, torch.Tensor]:

@@ -65,13 +65,15 @@ def check(
         if fix:
             check_fix(fix, arguments)
         data = read_data(arguments, test, test_image_root)
-        checks = token_checks(arguments, values)
+        checks, images = token_checks(arguments, values)
         reports = check_rows(data, distance=arguments.duplicate_distance, max_length=max_length, **checks)
     # ASCII, for a terminal obeys some characters that JSON leaves as they are.
     text = json.dumps(as_dict(reports), indent=1)
     if json_file not in (None, "-"):
         write_whole(json_file, text + "\n")
     print(text if json_file == "-" else describe(reports))
+    if images:
+        print(images, file=sys.stderr if json_file == "-" else sys.stdout)
     if html:
         write_page(html, reports)
     if fix and reports[0].num_bad == reports[0].num_rows:
@@ -178,11 +180,13 @@ def read_data(
     return data
 
 
-def token_checks(arguments: "RecipeArguments", values: dict[str, Any]) -> dict[str, Any]:
-    """What `data.check.check` takes to count tokens with the recipe's model, or why it cannot."""
+def token_checks(arguments: "RecipeArguments", values: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What `data.check.check` takes to count tokens with the recipe's model, or why it cannot; and a line about the
+    sizes of its images."""
     if not values:
-        return {"tokens_note": "a data file names no model; check a recipe."}
+        return {"tokens_note": "a data file names no model; check a recipe."}, ""
     from vqa_sft.batch.count_tokens import prompt_checks
+    from vqa_sft.batch.image_size import describe_images
     from vqa_sft.batch.prompts import settle_prompts
     from vqa_sft.models.load import load_processor
 
@@ -195,11 +199,11 @@ def token_checks(arguments: "RecipeArguments", values: dict[str, Any]) -> dict[s
             trust_remote_code=values.get("trust_remote_code", False),
         )
     except InputError as error:
-        return {"tokens_note": str(error)}
+        return {"tokens_note": str(error)}, ""
     prompts, lines = settle_prompts(processor, arguments.prompts)
     for line in lines:
         print(line)
-    return prompt_checks(processor, prompts)
+    return prompt_checks(processor, prompts), describe_images(processor, arguments.max_pixels)
 
 
 def write_fix(path: str, arguments: "RecipeArguments", problems: "Problems") -> str:

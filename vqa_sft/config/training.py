@@ -68,10 +68,14 @@ class RecipeArguments:
     )
 
     min_pixels: int | None = option(
-        "Smallest width x height of an image, for models that keep its shape.", default=None, bounds=(1, 10**8)
+        "Smaller images are enlarged to this width x height, where the model can; docs/training.md, image size.",
+        default=None,
+        bounds=(1, 10**8),
     )
     max_pixels: int | None = option(
-        "Largest width x height of an image, for models that keep its shape.", default=None, bounds=(1, 10**8)
+        "Largest width x height that the model is shown of one image; docs/training.md, image size.",
+        default=None,
+        bounds=(1, 10**8),
     )
     prompt_language: Literal["en", "ko", "both"] = option("Language of the built-in prompts.", default="en")
     type_prompts: dict | Literal["builtin"] | None = option(

@@ -124,6 +124,7 @@ def load(
     if examples is not None:
         check_texts(processor, examples, run.prompts)
     model = models.load_trained(run.folder or "none", model_args, precision, device_map=processes.device_map(), **trust)
+    models.follow_processor(model, processor)
     model.to(PartialState().device).eval().requires_grad_(False)
     packer = store = None
     adapters = Adapters(model, [other.folder for other in runs]) if len(runs) > 1 else None

@@ -79,6 +79,14 @@ def load_processor(
     return processor
 
 
+def follow_processor(model: torch.nn.Module, processor: ProcessorMixin) -> None:
+    """LLaVA-NeXT's and OneVision's models hold the list of sizes that their processor cuts images by, which
+    `limit_pixels` shortens. Without the same list they would put an image together wrongly."""
+    sizes = getattr(processor.image_processor, "image_grid_pinpoints", None)
+    if sizes is not None and hasattr(model.config, "image_grid_pinpoints"):
+        model.config.image_grid_pinpoints = sizes
+
+
 def read_config(
     model_args: ModelConfig, *, trust_remote_code: bool = False, device_map: dict | None = None
 ) -> PreTrainedConfig:

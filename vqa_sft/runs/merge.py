@@ -23,7 +23,7 @@ from vqa_sft.data.split import ROWS
 from vqa_sft.errors import InputError, explains
 from vqa_sft.files import held, lying_in, whole_folder
 from vqa_sft.models import quantized
-from vqa_sft.models.load import DTYPES, LOADING_ERRORS, add_adapter, load_model, load_processor
+from vqa_sft.models.load import DTYPES, LOADING_ERRORS, add_adapter, follow_processor, load_model, load_processor
 from vqa_sft.predictions.calibration import CALIBRATION, known_entries
 from vqa_sft.runs import folder as run_folder, hub
 
@@ -66,6 +66,7 @@ def _merge_run(folder: str, output: str, dtype: str | None, overwrite: bool, mod
     with whole_folder(output) as part:
         (part / run_folder.MARKER).touch()
         merged = _merged(_load_base(name, recipe, dtype, trust), folder, dtype)
+        follow_processor(merged, processor)
         with explains(ValueError, f"{name} cannot be saved"):  # a generation config that contradicts itself
             merged.save_pretrained(part, max_shard_size=SHARD)
         processor.save_pretrained(part)

@@ -10,6 +10,7 @@ from transformers import EarlyStoppingCallback, ProcessorMixin
 from trl import SFTConfig
 
 from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
+from vqa_sft.batch.image_size import describe_images
 from vqa_sft.batch.prompts import Prompts, check_texts, settle_prompts
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.console import note
@@ -17,7 +18,7 @@ from vqa_sft.errors import explains
 from vqa_sft.models import processes
 from vqa_sft.models.fast import speedups
 from vqa_sft.models.fast.feature_store import fill_store, open_store
-from vqa_sft.models.load import build_skeleton, load_processor
+from vqa_sft.models.load import build_skeleton, follow_processor, load_processor
 from vqa_sft.models.lora import lora_config
 from vqa_sft.models.memory.needs import Plan, Shape, read_needs
 from vqa_sft.models.parts import vision_parameters
@@ -55,6 +56,7 @@ def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precisio
         revision=model_args.model_revision,
         **trust,
     )
+    note(describe_images(processor, args.max_pixels))
     prompts = kept_prompts(recipe)
     if prompts is None:
         prompts, lines = settle_prompts(processor, args.prompts)
@@ -89,6 +91,7 @@ def build_trainer(
     recipe: Recipe, rows: Rows, training_args: SFTConfig, setup: ModelSetup, model: nn.Module, stop: SaveAndStop
 ) -> AnswerTrainer:
     args, processor = recipe.arguments, setup.processor
+    follow_processor(model, processor)
     packer = speedups.pack_rows(model, setup.precision) if args.fast else None
     # Opened now, because the shapes of the tower's weights change when it is sped up.
     features = open_store(model, processor, packer, setup.precision) if args.cache_image_features else None

@@ -7,7 +7,7 @@ from vqa_sft.console import table
 from vqa_sft.models import processes
 from vqa_sft.models.memory.estimate import estimate, image_tokens, need_gib, num_tokens, scoring_gib
 from vqa_sft.models.memory.fit import MARGIN, as_options, largest_max_pixels, largest_micro_batch, remedies
-from vqa_sft.models.memory.needs import Plan, Shape, pixel_limit, read_config, read_plan, read_shape, read_stored
+from vqa_sft.models.memory.needs import Plan, Shape, read_config, read_images, read_plan, read_shape, read_stored
 
 SHARED_TOKENS = 20  # Qwen's template with our own prompt in English: 22
 # The CUDA context lies outside of what torch counts: 14.56 GiB of a T4 leave 13.8.
@@ -21,13 +21,14 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
     name, fast = model_args.model_name_or_path, arguments.fast
     config, note = read_config(model_args, trust_remote_code=training_args.trust_remote_code)
     shape = read_shape(model_args, config, **arguments.adapted_parts)
+    max_pixels, images_line = read_images(model_args, arguments, shape)
     asked = {name: recipe.values.get(name) for name in ("bf16", "fp16")}
     precision = "fp16" if asked["fp16"] else "fp32" if asked == {"bf16": False, "fp16": False} else "bf16"
     plan = read_plan(
         training_args,
         model_args,
         precision=precision,
-        max_pixels=arguments.max_pixels or pixel_limit(model_args),
+        max_pixels=max_pixels,
         fast=fast,
         memory_budget=arguments.activation_memory_budget,
         # fp16 is for GPUs before compute capability 8.0.
@@ -51,7 +52,7 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
     lines.append(f"{name}, {bits}, computing in {precision}.")
     if precision == "bf16":
         lines[-1] += " For GPUs before Ampere: --fp16 true."
-    lines.append(describe(shape, plans))
+    lines += [images_line, describe(shape, plans)]
     fits = True
     if gpu_gib is not None:
         rows = plan.micro_batch * training_args.gradient_accumulation_steps

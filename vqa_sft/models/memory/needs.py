@@ -8,9 +8,11 @@ import datasets
 import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, PreTrainedConfig, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, ProcessorMixin
 from trl import ModelConfig, SFTConfig
 
+from vqa_sft.batch.image_rules import sizes_of
+from vqa_sft.batch.image_size import describe_images, limit_pixels
 from vqa_sft.batch.prompts import Prompts, render_prompt
 from vqa_sft.config.training import RecipeArguments
 from vqa_sft.errors import InputError, explains
@@ -178,13 +180,23 @@ def read_stored(name: str, config: PreTrainedConfig, plan: Plan) -> tuple[Plan, 
     return replace(plan, bits=bits, stored_bytes=stored or plan.weight_bytes), f"{note}."
 
 
-def pixel_limit(model_args: ModelConfig) -> int:
-    """The largest image (width x height) that the model's own processor shows."""
+def read_images(model_args: ModelConfig, arguments: RecipeArguments, shape: Shape) -> tuple[int, str]:
+    """The largest image (width x height) that is shown with the recipe's limits, and a line about it: from the model's
+    processor, or as Qwen-VL's would have it where that is not on this machine."""
+    name, limits = model_args.model_name_or_path, (arguments.min_pixels, arguments.max_pixels)
     try:
-        processor = AutoImageProcessor.from_pretrained(model_args.model_name_or_path, local_files_only=True)
-        return processor.size["longest_edge"]
-    except (*LOADING_ERRORS, AttributeError):
-        return MAX_PIXELS
+        processor = AutoProcessor.from_pretrained(name, revision=model_args.model_revision, local_files_only=True)
+    except LOADING_ERRORS:
+        pixels, token_px = arguments.max_pixels or MAX_PIXELS, shape.patch_px * shape.merge
+        tokens = pixels // token_px**2
+        return pixels, f"images: at most {pixels:,} pixels, {tokens:,} tokens each ({token_px} px a token)"
+    limit_pixels(processor, name, *limits)
+    return largest_image(processor), describe_images(processor, arguments.max_pixels)
+
+
+def largest_image(processor: ProcessorMixin) -> int:
+    sizes = sizes_of(processor)
+    return sizes.now.most if sizes is not None else MAX_PIXELS
 
 
 def read_needs(
@@ -208,7 +220,7 @@ def read_needs(
         fast=arguments.fast,
         memory_budget=arguments.activation_memory_budget,
         attention=attention_of(training_args.device, precision, arguments.fast),
-        max_pixels=processor.image_processor.size["longest_edge"],
+        max_pixels=largest_image(processor),
     )
     plan, _ = read_stored(model_args.model_name_or_path, config, plan)
     compiles = compiles and plan.bits == 16 and plan.attention == "grouped" and speedups.can_compile()
