@@ -6,7 +6,6 @@ from families import (
     HALF_ROPE,
     LINEAR_ATTENTION,
     MROPE,
-    PIXELS,
     QWEN_IMAGE,
     QWEN_TOWER,
     TOWER,
@@ -274,4 +273,60 @@ def lfm3_vl(tokenizer) -> Built:
     return model, qwen_processor("Lfm3Vl", tokenizer, patch_size=16)
 
 
-_ = PIXELS
+@tiny("<|image|>")
+def llama4(tokenizer) -> Built:
+    tokens = ("image", "image_start", "image_end", "patch", "tile_x_separator", "tile_y_separator")
+    ids = add_tokens(tokenizer, *(f"<|{token}|>" for token in tokens))
+    vision = TOWER | {"image_size": 56, "patch_size": 14, "vision_output_dim": 32, "projector_input_dim": 32}
+    vision |= {"projector_output_dim": 32, "intermediate_size": 128}
+    text = {"head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 2}
+    text |= {"attention_chunk_size": 64, "no_rope_layers": [1, 0], "bos_token_id": None}
+    images = transformers.Llama4ImageProcessor(size={"height": 56, "width": 56}, max_patches=4)
+    own = {"image_token_index": ids("<|patch|>"), "boi_token_index": ids("<|image_start|>")}
+    own |= {"eoi_token_index": ids("<|image_end|>")}
+    return model_of("llama4", tokenizer, text, vision, **own), transformers.Llama4Processor(images, tokenizer)
+
+
+@tiny("<|media_begin|><|media_pad|><|media_end|>")
+def kimi_k25(tokenizer) -> Built:
+    tokens = ("media_begin", "media_end", "media_pad", "kimi_k25_video_placeholder", "media_content")
+    ids = add_tokens(tokenizer, *(f"<|{token}|>" for token in tokens))
+    text = {"model_type": "deepseek_v3", "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8}
+    text |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "q_lora_rank": 8}
+    text |= {"num_key_value_heads": 4, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    vision = TOWER | {"patch_size": 14, "pos_emb_height": 8, "pos_emb_width": 8}
+    own = {"image_token_id": ids("<|media_pad|>"), "video_token_id": ids("<|kimi_k25_video_placeholder|>")}
+    own |= {"vision_start_token_id": ids("<|media_begin|>"), "vision_end_token_id": ids("<|media_end|>")}
+    limits = {"max_patches": 64}
+    processor = transformers.Kimi_K25Processor(
+        transformers.Kimi_K25ImageProcessor(**limits), tokenizer, transformers.Kimi_K25VideoProcessor(**limits)
+    )
+    return model_of("kimi_k25", tokenizer, text, vision, projection_hidden_size=32, **own), processor
+
+
+@tiny("<|IMG_PATCH|>")
+def cohere2_vision(tokenizer) -> Built:
+    named = {"image_token": "<|IMG_PATCH|>", "boi_token": "<|START_OF_IMG|>", "eoi_token": "<|END_OF_IMG|>"}
+    ids = add_tokens(tokenizer, **named, img_line_break_token="<|IMG_LINE_BREAK|>")
+    text = {"model_type": "cohere2", "head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    images = transformers.Cohere2VisionImageProcessor(size={"height": 56, "width": 56}, patch_size=2, max_patches=4)
+    own = {"image_token_id": ids("<|IMG_PATCH|>"), "alignment_intermediate_size": 64}
+    model = model_of("cohere2_vision", tokenizer, text | {"sliding_window": 64}, SIGLIP, **own)
+    return model, transformers.Cohere2VisionProcessor(images, tokenizer)
+
+
+@tiny("<|image|>")
+def molmo2(tokenizer) -> Built:
+    tokens = ("im_patch", "im_col", "im_start", "low_res_im_start", "frame_start", "im_end", "frame_end", "im_low")
+    ids = add_tokens(tokenizer, "<|image|>", "<|video|>", *(f"<{token}>" for token in tokens))
+    vision = TOWER | {"num_key_value_heads": 2, "head_dim": 16, "image_size": [56, 56], "patch_size": 14}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
+    adapter = heads | {"hidden_size": 32, "intermediate_size": 64, "text_hidden_size": 32, "vision_feature_layer": [-1]}
+    own = {"image_start_token_id": "im_start", "low_res_image_start_token_id": "low_res_im_start"}
+    own |= {"image_end_token_id": "im_end", "image_patch_id": "im_patch", "frame_start_token_id": "frame_start"}
+    own = {name: ids(f"<{token}>") for name, token in (own | {"frame_end_token_id": "frame_end"}).items()}
+    size = {"height": 56, "width": 56}
+    images = transformers.Molmo2ImageProcessor(size=size, max_crops=4, overlap_margins=[1, 1])
+    processor = transformers.Molmo2Processor(images, transformers.Molmo2VideoProcessor(size=size), tokenizer)
+    text = {"head_dim": 8, "additional_vocab_size": 8}
+    return model_of("molmo2", tokenizer, text, vision, adapter_config=adapter, **own), processor

@@ -134,6 +134,10 @@ FAMILIES = {
     "llava_onevision": Family("LLaVA-OneVision", ("llava-hf/llava-onevision-qwen2-7b-ov-hf",)),
     "minicpmv4_6": Family("MiniCPM-V 4.6", ("openbmb/MiniCPM-V-4.6",)),
     "minicpmv4_7": Family("MiniCPM-V 4.7", ("openbmb/MiniCPM-V-4.7-1B",)),
+    "molmo2": Family("Molmo 2", ("allenai/Molmo2-8B",)),
+    "kimi_k25": Family("Kimi K2.5, K2.6", ("moonshotai/Kimi-K2.6",)),
+    "llama4": Family("Llama 4", ("meta-llama/Llama-4-Scout-17B-16E-Instruct",)),
+    "cohere2_vision": Family("Command A Vision", ("CohereLabs/command-a-vision-07-2025",)),
     "exaone4_5": Family("EXAONE 4.5", ("LGAI-EXAONE/EXAONE-4.5-33B",)),
     "hyperclovax_vision_v2": Family("HyperCLOVAX-SEED Think", ("naver-hyperclovax/HyperCLOVAX-SEED-Think-32B",)),
 }
