@@ -162,19 +162,22 @@ def prediction(run, contest):
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
     """`launch("zero2", 2, "sft", key=value, ...)` runs a recipe by `accelerate launch` and asserts that the number of
-    processes worked together; there is no compiler."""
+    processes worked together, or that it ended with a message that `says` so; there is no compiler."""
     counted = tmp_path_factory.mktemp("counted") / "counted.py"
     counted.write_text(COUNTED)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CC": "/no/compiler", "CXX": "/no/compiler"}
     environment |= {"TORCH_EXTENSIONS_DIR": str(counted.parent)}
 
-    def run(name, num_processes, recipe, **values):
+    def run(name, num_processes, recipe, says=None, **values):
         command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
         command += ["--config_file", f"accelerate_configs/{name}.yaml", "--num_processes", str(num_processes)]
         command += [str(counted), f"recipes/{recipe}.py"]
         for key, value in values.items():
             command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        if says is not None:
+            assert done.returncode and says in done.stderr, done.stdout + done.stderr
+            return
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"processes that worked together: {num_processes}" in done.stdout
 
@@ -293,3 +296,13 @@ def test_an_evaluation_on_two_processes_counts_every_row_once(contest, launch, t
     names = {f"eval_{name}" for name in (*CHOSEN_BY, "letters_mass", "average_loss", "average_letters_mass")}
     assert names <= one.keys() == two.keys()
     assert two == pytest.approx(one, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_layers_without_a_gradient_are_left_out_or_refused_on_two_processes(contest, launch, families, tmp_path):
+    values = RECIPE | {"model_name_or_path": families("qwen4_exp"), "train_data": contest / "train.csv", "max_steps": 2}
+    launch("multi_gpu", 2, "sft", **values, output_dir=tmp_path / "default")
+    # What chooses the tokens that attention sees, which the default leaves out.
+    asked = {"lora_target_modules": r".*(self_attn\.q_proj|index_qk_proj)", "ddp_find_unused_parameters": "false"}
+    says = "trained weights have no gradient"
+    launch("multi_gpu", 2, "sft", says=says, **values, **asked, output_dir=tmp_path / "asked")

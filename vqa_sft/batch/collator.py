@@ -40,6 +40,7 @@ from vqa_sft.questions.references import count_free
 
 BLANK_SIZE = (448, 448)  # pixels
 BLANK_DIGEST = hashlib.sha256(f"blank {BLANK_SIZE}".encode()).hexdigest()
+HALF = (torch.bfloat16, torch.float16)
 # Keys of a batch that are ours and not the model's.
 TARGET_KEYS = ("answer_positions", "answers", "ids", "num_choices", "orders", "targets", "end_positions", "groups")
 
@@ -149,7 +150,10 @@ class AnswerCollator:
             vision_inputs = self.pixels(seen)
         if vision_inputs is None:
             images = [self.images(rows[number]) for number in groups]
-            return self.processor(text=texts, images=images if any(images) else None, **how)
+            inputs = self.processor(text=texts, images=images if any(images) else None, **how)
+            # Llama 4's processor gives pixels in bf16, which a model in fp32 does not take; autocast takes both.
+            half = [name for name, value in inputs.items() if getattr(value, "dtype", None) in HALF]
+            return inputs | {name: inputs[name].float() for name in half}
         of_seen = vision_inputs["image_grid_thw"].split([len(row["images"]) for row in seen])
         grids_of_rows = dict(zip(sorted(set(roots)), of_seen, strict=True))
         grids = torch.cat([grids_of_rows[roots[number]] for number in groups])

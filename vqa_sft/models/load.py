@@ -21,13 +21,14 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.integrations import deepspeed, sdpa_attention
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from trl import ModelConfig, get_quantization_config
 
 from vqa_sft.batch.image_size import limit_pixels
 from vqa_sft.console import note
 from vqa_sft.errors import InputError, explains
 from vqa_sft.models import quantized
-from vqa_sft.models.parts import decoder_name, names_beside_decoder
+from vqa_sft.models.parts import decoder_name, fused_experts, names_beside_decoder
 
 # What transformers, peft and safetensors raise for a folder that is wrong, damaged or of another model.
 LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, SafetensorError)
@@ -68,7 +69,10 @@ def load_processor(
     except LOADING_ERRORS as error:
         raise _cannot_load(name, error) from error
     if not isinstance(processor, ProcessorMixin):
-        raise InputError(f"{name} has no processor for images and text; got {type(processor).__name__}.")
+        raise InputError(
+            f"{name} has no processor for images and text, as models that read text alone have none; got "
+            f"{type(processor).__name__}. Take a vision-language model."
+        )
     limit_pixels(processor, name, min_pixels, max_pixels)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "right"
@@ -90,8 +94,8 @@ def follow_processor(model: torch.nn.Module, processor: ProcessorMixin) -> None:
 def read_config(
     model_args: ModelConfig, *, trust_remote_code: bool = False, device_map: dict | None = None
 ) -> PreTrainedConfig:
-    """The base's configuration. Raises InputError where it cannot be had, or the checkpoint is quantised in a way that
-    cannot be loaded here."""
+    """The base's configuration. Raises InputError where it cannot be had, is of no model that we can train, or the
+    checkpoint is quantised in a way that cannot be loaded here."""
     name = model_args.model_name_or_path
     try:
         config = AutoConfig.from_pretrained(
@@ -99,6 +103,16 @@ def read_config(
         )
     except LOADING_ERRORS as error:
         raise _cannot_load(name, error) from error
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"{name} is an encoder-decoder ({config.model_type}); the letter is read after the prompt, which only a "
+            "model with one sequence has. Take another model."
+        )
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not trust_remote_code:
+        raise InputError(
+            f"{name} ({config.model_type}) is no model of images and text that transformers knows. Take a "
+            "vision-language model, in the format of transformers."
+        )
     quantized.check(name, config, device_map=device_map, is_asked=model_args.load_in_4bit or model_args.load_in_8bit)
     return config
 
@@ -182,6 +196,10 @@ def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: PreTraine
             "would round it too. Remove load_in_4bit and load_in_8bit."
         )
     quantization.llm_int8_skip_modules = [*kept, "lm_head"]  # which must be named once a list is given
+    if experts := fused_experts(model):
+        size = sum(weight.numel() for weight in experts.values()) * getattr(dtype, "itemsize", 2) / 2**30
+        field = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
+        note(f"{field} leaves the routed experts whole ({size:,.2f} GiB): bitsandbytes rounds linear layers alone.")
     return quantization
 
 
@@ -283,6 +301,11 @@ def avoid_math_attention() -> None:
 
 
 def _cannot_load(name: str, error: Exception) -> InputError:
+    if "custom code" in str(error):
+        return InputError(
+            f"the model {name!r} brings code of its own. Set trust_remote_code: true if you trust it, or take the same "
+            "model in the format of transformers (some end in -hf)."
+        )
     lines = str(error).strip().splitlines() or [type(error).__name__]
     where = "" if Path(name).exists() else " Check the name or path, and the network."
     return InputError(f"the model {name!r} cannot be loaded: {lines[0]}{where}")

@@ -14,11 +14,12 @@ import datasets
 import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
 from vqa_sft.batch.collator import AnswerCollator, TrainCollator
-from vqa_sft.errors import InputError, printable
+from vqa_sft.errors import InputError, ProcessError, printable
 from vqa_sft.models.fast.speedups import base_of
 from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import supervised_logits
@@ -128,6 +129,20 @@ class AnswerTrainer(SFTTrainer):
             # DDP averages gradients over processes; the sum over all rows is wanted.
             loss = losses.sum() / num_items_in_batch * self.accelerator.num_processes
         return (loss, (letter_logits, losses, letters_mass)) if return_outputs else loss
+
+    def training_step(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Raises ProcessError where the first step leaves a trained weight without a gradient for which the processes
+        would wait for ever."""
+        loss = super().training_step(model, *args, **kwargs)
+        waits = isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
+        if waits and not self.state.global_step:
+            weights = trained(self.model).items()
+            if bare := [name for name, weight in weights if weight.grad is None]:
+                raise ProcessError(
+                    f"{len(bare):,} of {len(weights):,} trained weights have no gradient ({bare[0]}, ...), and several "
+                    "processes would wait for it. Name other layers, or set ddp_find_unused_parameters: true."
+                )
+        return loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """The Trainer's own estimate for a micro-batch, which would count the weights each time (4 ms for 7B)."""
