@@ -88,7 +88,7 @@ def check_combinations(values: dict[str, Any], own: RecipeArguments) -> None:
 def _of_weights(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
     """What is trained, and in which precision."""
     is_full, quantised = values.get("use_peft") is False, _is_quantised(values)
-    adapts = _adapted(own)
+    adapts = [name for name, is_adapted in own.adapted_parts.items() if is_adapted]
     if values.get("bf16") and values.get("fp16"):
         yield "bf16 and fp16 are both set. Keep one, or none to let the GPU decide."
     if values.get("fp16") and values.get("use_cpu"):
@@ -99,6 +99,12 @@ def _of_weights(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
         yield f"{' and '.join(adapts)}: full fine-tuning trains all weights; remove that, or use_peft: false."
     if adapts and values.get("lora_target_modules"):
         yield f"{' and '.join(adapts)}: lora_target_modules names all layers itself; keep one of the two."
+    if own.adapt_experts and values.get("lora_target_parameters"):
+        yield "adapt_experts is lora_target_parameters with the experts' names. Keep one of the two."
+    if own.adapt_experts or values.get("lora_target_parameters"):
+        for name in ("lora_dropout", "use_dora"):
+            if values.get(name):
+                yield f"{name}: PEFT has none for the parameters of experts. Remove it."
     if own.vision_learning_rate is not None and not reaches_vision(values, own):
         yield "vision_learning_rate: nothing outside the language model is trained; set adapt_tower or adapt_merger."
     if own.loss == "vocabulary" and own.vocabulary_weight != 1:
@@ -182,7 +188,7 @@ def _of_speed(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
         yield "cache_image_features needs rows that are known before they are trained on; remove streaming."
     if values.get("use_peft") is False:
         yield "cache_image_features needs a frozen vision tower; remove use_peft: false."
-    if adapts := _adapted(own):
+    if adapts := [name for name, is_adapted in own.adapted_vision.items() if is_adapted]:
         yield f"cache_image_features stores what tower and merger compute of an image; remove {' and '.join(adapts)}."
     if own.image_augmentation or own.flip_images:
         yield "cache_image_features keeps one set of features for an image; remove image_augmentation and flip_images."
@@ -206,10 +212,6 @@ def _of_batch(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
 
 def _is_quantised(values: dict[str, Any]) -> bool:
     return bool(values.get("load_in_4bit") or values.get("load_in_8bit"))
-
-
-def _adapted(own: RecipeArguments) -> list[str]:
-    return [name for name, is_adapted in own.adapted_parts.items() if is_adapted]
 
 
 def _same_rows(own: RecipeArguments) -> bool:

@@ -102,6 +102,7 @@ class RecipeArguments:
     adapt_merger: bool = option(
         "Adapt the linear layers of the merger or projector too, from the tower to the language model.", default=False
     )
+    adapt_experts: bool = option("Adapt the routed experts of a mixture of experts too.", default=False)
     vision_learning_rate: float | None = option(
         "Learning rate outside the language model; default: learning_rate.", default=None, bounds=(0, 1e3)
     )
@@ -178,9 +179,13 @@ class RecipeArguments:
         return replace(self.data_options, split=self.validation_split, **values)
 
     @property
-    def adapted_parts(self) -> dict[str, bool]:
-        """What `models.load.lora_config` takes beside TRL's fields."""
+    def adapted_vision(self) -> dict[str, bool]:
         return {"adapt_tower": self.adapt_tower, "adapt_merger": self.adapt_merger}
+
+    @property
+    def adapted_parts(self) -> dict[str, bool]:
+        """What `models.lora.lora_config` takes beside TRL's fields."""
+        return self.adapted_vision | {"adapt_experts": self.adapt_experts}
 
     @property
     def prompts(self) -> Prompts:

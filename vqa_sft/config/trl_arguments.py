@@ -96,7 +96,7 @@ def accelerator_config(values: dict[str, Any]) -> dict[str, Any]:
 def reaches_vision(values: dict[str, Any], own: RecipeArguments) -> bool:
     """Whether something outside the language model may be trained."""
     named = any(values.get(name) for name in ("lora_target_modules", "lora_modules_to_save"))
-    return named or values.get("use_peft") is False or any(own.adapted_parts.values()) or bool(own.init_adapter)
+    return named or values.get("use_peft") is False or any(own.adapted_vision.values()) or bool(own.init_adapter)
 
 
 def num_processes() -> int:

@@ -307,7 +307,7 @@ def needed_tflop(config: Any, num_tokens: int, num_patches: int, *, trains: bool
     Training adds the gradient of the decoder's activations, as much again as its forward; the tower is frozen. The last
     layer's MLP and `lm_head` are needed at the answer alone. LoRA (1%) is left out.
     """
-    from vqa_sft.models.families import FAMILIES
+    from vqa_sft.models.families import PACKED
 
     text, vision = config.text_config, config.vision_config
     hidden, head_dim = text.hidden_size, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -319,7 +319,7 @@ def needed_tflop(config: Any, num_tokens: int, num_patches: int, *, trains: bool
     # Causal: half of all pairs, for the products with keys and with values.
     decoder = 2 * weights + text.num_hidden_layers * 2 * num_tokens**2 * queries
     width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
-    block = 4 * width**2 + len(FAMILIES[config.model_type].tower_mlp) * width * vision.intermediate_size
+    block = 4 * width**2 + len(PACKED[config.model_type].tower_mlp) * width * vision.intermediate_size
     mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
     merger = merged * (merged + vision.out_hidden_size) / vision.spatial_merge_size**2 * mergers
     patch = 3 * vision.temporal_patch_size * vision.patch_size**2 * width

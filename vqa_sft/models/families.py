@@ -1,10 +1,11 @@
-"""What a model family needs beyond what transformers gives every model: one row a family, by its `model_type`.
+"""The one table of model families, by their `model_type`: what no rule finds in the model or in its processor.
 
-A model without a row trains and predicts too: its language model, vision tower and merger are found in the model itself
-(parts.py), its pixel limits in its processor (batch/image_size.py). A row adds rows without padding, the fast vision
+A model without a row trains and predicts too: its language model, vision tower, merger, routers and experts are found
+in the model (parts.py, lora.py), its pixel limits in its processor (batch/image_size.py). A row names the family for
+docs/models.md and messages, and says whether it is `packed`: rows without padding, shared prefixes, the fast vision
 tower, features on disk, several image scales, fused adapters, compiled layers and the memory estimate.
 
-A new family is a row here and a tiny model in tests/families.py: the tests of fast/ and memory/ run for every row.
+A new family is a row here and a tiny model in tests/families.py; `python tests/models_page.py` writes the page.
 """
 
 from collections.abc import Callable
@@ -25,8 +26,9 @@ from transformers.vision_utils import (
 
 
 @dataclass(frozen=True)
-class Family:
-    label: str  # in messages
+class Packed:
+    """What rows without padding need of a family (fast/), and with them the memory estimate."""
+
     config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]  # its `get_rope_index` gives the positions of a prompt with images
     # (vision_config, grid (images, 3)) -> what the tower would compute of it on the GPU, as arguments of its forward
@@ -34,6 +36,15 @@ class Family:
     tower_mlp: tuple[str, ...]  # linear layers of the MLP of a tower's block; the last one takes what the others give
     rope: dict[str, Any]  # of the published shapes (shapes.py)
     tower: str = "model.visual"
+
+
+@dataclass(frozen=True)
+class Family:
+    label: str  # in messages and in docs/models.md
+    examples: tuple[str, ...]  # checkpoints on the Hub
+    packed: Packed | None = None
+    package: str | None = None  # that its processor needs, beside ours
+    no_lora: tuple[str, ...] = ()  # linear layers of the language model that get no adapter
 
 
 def round_up(length: int) -> int:
@@ -78,17 +89,15 @@ def _qwen3_vl_tower(config: PreTrainedConfig, grid: torch.Tensor) -> dict[str, A
     }
 
 
-FAMILIES = {
-    "qwen2_5_vl": Family(
-        label="Qwen2.5-VL",
+PACKED = {
+    "qwen2_5_vl": Packed(
         config_class=Qwen2_5_VLConfig,
         model_class=Qwen2_5_VLModel,
         tower_inputs=_qwen2_5_vl_tower,
         tower_mlp=("gate_proj", "up_proj", "down_proj"),
         rope={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     ),
-    "qwen3_vl": Family(
-        label="Qwen3-VL",
+    "qwen3_vl": Packed(
         config_class=Qwen3VLConfig,
         model_class=Qwen3VLModel,
         tower_inputs=_qwen3_vl_tower,
@@ -96,11 +105,43 @@ FAMILIES = {
         rope={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
     ),
 }
+FAMILIES = {
+    "qwen2_vl": Family("Qwen2-VL", ("Qwen/Qwen2-VL-7B-Instruct",)),
+    "qwen2_5_vl": Family("Qwen2.5-VL", ("Qwen/Qwen2.5-VL-7B-Instruct",), PACKED["qwen2_5_vl"]),
+    "qwen3_vl": Family("Qwen3-VL", ("Qwen/Qwen3-VL-8B-Instruct",), PACKED["qwen3_vl"]),
+    "qwen3_vl_moe": Family("Qwen3-VL MoE", ("Qwen/Qwen3-VL-30B-A3B-Instruct",)),
+    "qwen3_5": Family("Qwen3.5", ("Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-9B", "Qwen/Qwen3.5-27B")),
+    "qwen3_5_moe": Family("Qwen3.5 MoE", ("Qwen/Qwen3.5-35B-A3B",)),
+    "qwen4_exp": Family("Qwen4-Exp", ("Qwen/Qwen4-Exp",)),
+    "gemma3": Family("Gemma 3", ("google/gemma-3-4b-it",)),
+    "gemma4": Family("Gemma 4", ("google/gemma-4-E4B-it", "google/gemma-4-26B-A4B-it", "google/gemma-4-31B-it")),
+    "gemma4_unified": Family("Gemma 4 12B", ("google/gemma-4-12B-it",)),
+    "internvl": Family("InternVL3, 3.5", ("OpenGVLab/InternVL3-1B-hf", "OpenGVLab/InternVL3_5-8B-HF")),
+    "mistral3": Family(
+        "Mistral Small 3.1, Ministral 3",
+        ("mistralai/Ministral-3-8B-Instruct-2512-BF16", "mistralai/Mistral-Small-3.1-24B-Instruct-2503"),
+    ),
+    "glm4v": Family("GLM-4.1V, 4.6V-Flash", ("zai-org/GLM-4.1V-9B-Thinking", "zai-org/GLM-4.6V-Flash")),
+    # PEFT 0.21 takes them for experts as transformers 4 had them, and adapts the routed ones in their place.
+    "glm4v_moe": Family("GLM-4.5V", ("zai-org/GLM-4.5V",), no_lora=("gate_proj", "up_proj", "down_proj")),
+    "glm46v": Family("GLM-4.6V", ()),
+    "lfm2_vl": Family("LFM2-VL", ("LiquidAI/LFM2-VL-1.6B",)),
+    "lfm3_vl": Family("LFM3-VL", ("LiquidAI/LFM3-VL-2B",)),
+    "smolvlm": Family("SmolVLM", ("HuggingFaceTB/SmolVLM2-2.2B-Instruct",), package="num2words"),
+    "idefics3": Family("Idefics3", ("HuggingFaceM4/Idefics3-8B-Llama3",)),
+    "llava": Family("LLaVA 1.5", ("llava-hf/llava-1.5-7b-hf",)),
+    "llava_next": Family("LLaVA-NeXT", ("llava-hf/llava-v1.6-mistral-7b-hf",)),
+    "llava_onevision": Family("LLaVA-OneVision", ("llava-hf/llava-onevision-qwen2-7b-ov-hf",)),
+    "minicpmv4_6": Family("MiniCPM-V 4.6", ("openbmb/MiniCPM-V-4.6",)),
+    "minicpmv4_7": Family("MiniCPM-V 4.7", ("openbmb/MiniCPM-V-4.7-1B",)),
+    "exaone4_5": Family("EXAONE 4.5", ("LGAI-EXAONE/EXAONE-4.5-33B",)),
+    "hyperclovax_vision_v2": Family("HyperCLOVAX-SEED Think", ("naver-hyperclovax/HyperCLOVAX-SEED-Think-32B",)),
+}
 
 
 def tower_of(model: PreTrainedModel) -> nn.Module:
-    """The vision tower of a model whose family has a row."""
-    return model.get_submodule(FAMILIES[model.config.model_type].tower)
+    """The vision tower of a model whose family is packed."""
+    return model.get_submodule(PACKED[model.config.model_type].tower)
 
 
 def num_deepstack(config: PreTrainedConfig) -> int:

@@ -10,14 +10,25 @@ from trl import ModelConfig, get_peft_config
 
 from vqa_sft.errors import InputError, explains
 from vqa_sft.models import quantized
-from vqa_sft.models.parts import decoder_name, vision_layers
+from vqa_sft.models.families import FAMILIES
+from vqa_sft.models.parts import decoder_name, fused_experts, vision_layers
+
+# Modules of the language model whose linear layers get no adapter: what chooses experts, the gate of a shared expert,
+# and what chooses the tokens that attention sees (Qwen4-Exp), for a choice passes no gradient on.
+LEFT_OUT = {"lm_head", "router", "gate", "shared_expert_gate", "indexer"}
 
 
 def lora_config(
-    model_args: ModelConfig, model: PreTrainedModel, *, adapt_tower: bool = False, adapt_merger: bool = False
+    model_args: ModelConfig,
+    model: PreTrainedModel,
+    *,
+    adapt_tower: bool = False,
+    adapt_merger: bool = False,
+    adapt_experts: bool = False,
 ) -> LoraConfig | None:
-    """TRL's LoRA settings; by default every linear layer of the language model is adapted but routers of experts (fused
-    experts, as in Qwen3-VL-MoE, are none), and if asked for those of the vision tower's blocks and of its merger.
+    """TRL's LoRA settings; by default every linear layer in the language model's layers is adapted but those of
+    LEFT_OUT, and if asked for those of the vision tower's blocks, of its merger, and the routed experts, which are no
+    linear layers but one parameter for all of them.
 
     The usual bare names (q_proj, ..., down_proj) would also hit the vision tower's MLP in Qwen2.5-VL.
     """
@@ -31,12 +42,7 @@ def lora_config(
         return None
     _check_names(config, model)
     if config.target_modules is None:
-        layers = {
-            name.rpartition(".")[2]
-            for name, module in model.get_decoder().named_modules()
-            if isinstance(module, torch.nn.Linear)
-        } - {"lm_head", "router", "gate", "shared_expert_gate"}
-        config.target_modules = re.escape(decoder_name(model)) + rf"\..*\.({'|'.join(sorted(layers))})"
+        config.target_modules = _decoder_layers(model)
         asked = {"adapt_tower": adapt_tower, "adapt_merger": adapt_merger}
         for (field, is_asked), names in zip(asked.items(), vision_layers(model), strict=True):
             if not is_asked:
@@ -44,7 +50,48 @@ def lora_config(
             if not names:
                 raise InputError(f"{field}: no such linear layers are found in {type(model).__name__}. Remove it.")
             config.target_modules = "|".join([config.target_modules, *map(re.escape, names)])
+    if adapt_experts:
+        config.target_parameters = _expert_names(model)
     return config
+
+
+def _decoder_layers(model: PreTrainedModel) -> str:
+    """A regular expression of the names of the linear layers in the language model's layers that get an adapter."""
+    family = FAMILIES.get(model.config.model_type)
+    left_out = LEFT_OUT.union(family.no_lora if family else ())
+    layers = [name for name, module in model.get_decoder().named_modules() if isinstance(module, torch.nn.Linear)]
+    kept = {name.rpartition(".")[2] for name in layers if "." in name and left_out.isdisjoint(name.split("."))}
+    # A router may have a layer that is called as others are.
+    but = "".join(rf"(?!.*\b{name}\.)" for name in sorted(left_out) if any(f".{name}." in layer for layer in layers))
+    return rf"{re.escape(decoder_name(model))}\.{but}.*\.({'|'.join(sorted(kept))})"
+
+
+def _expert_names(model: PreTrainedModel) -> list[str]:
+    """The ends of the names of fused experts' weights: "experts.gate_up_proj". Raises InputError where there are none,
+    or they are not whole numbers that an adapter can be added to."""
+    if own := quantized.quantization_of(model.config):
+        raise InputError(
+            f"adapt_experts needs whole experts, and this checkpoint is quantised itself ({quantized.describe(own)}). "
+            "Remove it, or take the checkpoint that it was made from."
+        )
+    names = sorted({".".join(name.split(".")[-2:]) for name in fused_experts(model)})
+    if not names:
+        raise InputError(f"adapt_experts: {type(model).__name__} has no routed experts in one parameter. Remove it.")
+    return names
+
+
+def describe_experts(model: PreTrainedModel, config: LoraConfig | None) -> str:
+    """What the adapter is to the routed experts, and what it would cost there; empty for a model without them."""
+    experts = fused_experts(model)
+    if not experts or config is None:
+        return ""
+    num_all, num_routed = (sum(weight.numel() for weight in of) for of in (model.parameters(), experts.values()))
+    # Every expert has an A and a B of its own.
+    num_trained = sum(config.r * weight.shape[0] * sum(weight.shape[1:]) for weight in experts.values())
+    routed = f"the routed experts ({num_routed:,} parameters, {num_routed / num_all:.0%} of the model)"
+    if config.target_parameters:
+        return f"Adapters of {routed} have {num_trained:,} parameters."
+    return f"No adapter for {routed}; adapt_experts: true would train {num_trained:,} parameters for them."
 
 
 def _check_names(config: LoraConfig, model: PreTrainedModel) -> None:

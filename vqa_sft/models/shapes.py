@@ -2,7 +2,7 @@
 
 from transformers import PreTrainedConfig
 
-from vqa_sft.models.families import FAMILIES
+from vqa_sft.models.families import PACKED
 
 SHAPES = {
     "Qwen/Qwen2.5-VL-3B-Instruct": (
@@ -37,7 +37,7 @@ SHAPES = {
 def shape_config(name: str, pad_token_id: int | None = None, **token_ids: int) -> PreTrainedConfig:
     """The configuration of `name` from its published shape."""
     model_type, text, vision = SHAPES[name]
-    family = FAMILIES[model_type]
+    family = PACKED[model_type]
     return family.config_class(
         text_config=text | {"rope_parameters": family.rope, "pad_token_id": pad_token_id},
         vision_config=vision,

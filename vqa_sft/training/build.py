@@ -12,12 +12,13 @@ from trl import SFTConfig
 from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
 from vqa_sft.batch.prompts import check_texts
 from vqa_sft.config.recipe import Recipe
+from vqa_sft.console import note
 from vqa_sft.errors import explains
 from vqa_sft.models import processes
 from vqa_sft.models.fast import speedups
 from vqa_sft.models.fast.feature_store import fill_store, open_store
 from vqa_sft.models.load import build_skeleton, load_processor
-from vqa_sft.models.lora import lora_config
+from vqa_sft.models.lora import describe_experts, lora_config
 from vqa_sft.models.memory.needs import Plan, Shape, read_needs
 from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
@@ -55,6 +56,8 @@ def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precisio
     skeleton, adapter = build_skeleton(model_args, device_map=processes.device_map(), **trust), None
     if args.init_adapter is None:
         adapter = lora_config(model_args, skeleton, **args.adapted_parts)
+        if line := describe_experts(skeleton, adapter):
+            note(line)
     loss = LossSettings(
         letter_ids=find_letter_ids(processor, rows.num_letters, prompts),
         vocabulary_weight=args.vocabulary_weight,

@@ -19,7 +19,7 @@ from vqa_sft.batch import collator as collators
 from vqa_sft.batch.collator import AnswerCollator, TrainCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.examples import FEATURES
-from vqa_sft.models.families import FAMILIES
+from vqa_sft.models.families import PACKED
 from vqa_sft.models.fast import feature_store, speedups, vision
 from vqa_sft.models.load import load_model, load_processor
 from vqa_sft.models.scoring import answer_logits
@@ -211,7 +211,7 @@ def test_weights_limits_and_precision_have_folders_of_their_own(families, tmp_pa
     assert feature_store.tower_key(again, load_processor(folders[0]), "fp32") == keys[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", PACKED)
 def test_training_and_prediction_with_features_end_as_without(
     families, contest, sft, tmp_path, home, opened, capsys, family
 ):

@@ -10,7 +10,7 @@ from trl import ModelConfig
 
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts, render_prompt
-from vqa_sft.models.families import FAMILIES, tower_of
+from vqa_sft.models.families import PACKED, tower_of
 from vqa_sft.models.fast import fused_lora, speedups, vision
 from vqa_sft.models.load import load_model
 from vqa_sft.models.lora import lora_config
@@ -51,7 +51,7 @@ def test_tokens_that_all_rows_begin_with_stand_once(road):
 def test_a_padded_mlp_gives_the_features_of_its_own_width(road):
     model, processor, _, rows = road
     base = model.get_base_model()
-    tower, mlp = tower_of(base), FAMILIES[base.config.model_type].tower_mlp
+    tower, mlp = tower_of(base), PACKED[base.config.model_type].tower_mlp
     batch = AnswerCollator(processor, Prompts(), 4)(rows)
     images = batch["pixel_values"], batch["image_grid_thw"]
     with torch.no_grad():

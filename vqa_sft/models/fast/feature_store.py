@@ -45,7 +45,7 @@ from vqa_sft.data.scan import cache_path, count_cores
 from vqa_sft.errors import InputError
 from vqa_sft.images import size_of
 from vqa_sft.models import processes
-from vqa_sft.models.families import FAMILIES, num_deepstack, tower_of
+from vqa_sft.models.families import FAMILIES, PACKED, num_deepstack, tower_of
 from vqa_sft.models.fast.packing import Packer
 from vqa_sft.models.fast.speedups import base_of, say
 from vqa_sft.models.fast.vision import is_frozen, run_tower
@@ -145,7 +145,7 @@ def open_store(
     InputError for a model whose rows are not packed."""
     base = base_of(model)
     if packer is None:
-        known = " and ".join(family.label for family in FAMILIES.values())
+        known = " and ".join(FAMILIES[name].label for name in PACKED)
         raise InputError(
             f"cache_image_features is known for {known} with attn_implementation sdpa; this model is "
             f"{base.config.model_type}, or its attention another. Remove cache_image_features."

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from vqa_sft.batch.collator import supervised_positions
-from vqa_sft.models.families import FAMILIES, round_up
+from vqa_sft.models.families import PACKED, round_up
 
 # What the packed row makes needless.
 DROPPED = ("attention_mask", "mm_token_type_ids", "grids_of_rows", "leaders")
@@ -34,7 +34,7 @@ DROPPED = ("attention_mask", "mm_token_type_ids", "grids_of_rows", "leaders")
 
 def why_not(config: PreTrainedConfig) -> str | None:
     """Why rows of this model cannot be packed, if they cannot."""
-    if config.model_type not in FAMILIES:
+    if config.model_type not in PACKED:
         return f"packing is not known for {config.model_type}"
     if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
         return "packed rows know no sliding windows, which this model has"
@@ -51,7 +51,7 @@ class Packer:
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, *, keeps_answers: bool = False) -> None:
         # Only what `get_rope_index` asks of a model: no weights.
-        family = FAMILIES[config.model_type]
+        family = PACKED[config.model_type]
         shell = family.model_class.__new__(family.model_class)  # type: ignore[call-overload]
         nn.Module.__init__(shell)
         shell.config = config

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer
 
 from vqa_sft.console import note
 from vqa_sft.models import processes
-from vqa_sft.models.families import FAMILIES, head_dim, num_deepstack, tower_of
+from vqa_sft.models.families import PACKED, head_dim, num_deepstack, tower_of
 from vqa_sft.models.fast import attention, fused_lora, packing, vision
 from vqa_sft.models.load import DTYPES
 
@@ -83,7 +83,7 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
     """Speed up the vision tower, and compile its blocks and the decoder's layers if asked and able. Of what a compiled
     layer would keep for its backward pass, it keeps the share `memory_budget` and computes again what is cheapest."""
     base = base_of(model)
-    family = FAMILIES.get(base.config.model_type)
+    family = PACKED.get(base.config.model_type)
     if family is None:
         if compile_layers:
             say(f"layers are not compiled: that is not known for {base.config.model_type}")

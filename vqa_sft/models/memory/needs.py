@@ -15,7 +15,7 @@ from vqa_sft.batch.prompts import Prompts, render_prompt
 from vqa_sft.config.training import RecipeArguments
 from vqa_sft.errors import InputError, explains
 from vqa_sft.models import quantized
-from vqa_sft.models.families import FAMILIES, head_dim, tower_of
+from vqa_sft.models.families import PACKED, head_dim, tower_of
 from vqa_sft.models.fast import attention, speedups
 from vqa_sft.models.load import DTYPES, LOADING_ERRORS
 from vqa_sft.models.lora import lora_config
@@ -95,9 +95,9 @@ def read_config(model_args: ModelConfig, *, trust_remote_code: bool = False) -> 
 def read_shape(model_args: ModelConfig, config: PreTrainedConfig, **adapted_parts: bool) -> Shape:
     """Count the model's parameters, those of its adapter included, on the meta device; `adapted_parts` are those of
     `lora_config`."""
-    family = FAMILIES.get(config.model_type)
+    family = PACKED.get(config.model_type)
     if family is None:
-        known = " and ".join(FAMILIES)
+        known = " and ".join(PACKED)
         raise InputError(f"the memory of {config.model_type} cannot be estimated; {known} can.")
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
