@@ -21,9 +21,9 @@ training row carries its letter only where the end of the turn is supervised; no
 
 import hashlib
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image, ImageOps
@@ -43,6 +43,14 @@ BLANK_DIGEST = hashlib.sha256(f"blank {BLANK_SIZE}".encode()).hexdigest()
 HALF = (torch.bfloat16, torch.float16)
 # Keys of a batch that are ours and not the model's.
 TARGET_KEYS = ("answer_positions", "answers", "ids", "num_choices", "orders", "targets", "end_positions", "groups")
+
+
+class Packer(Protocol):
+    """What makes one row without padding of a batch (models/fast/packing.py)."""
+
+    shares_images: bool  # whether images may be there once for several rows
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]: ...
 
 
 class Features(Protocol):
@@ -77,7 +85,7 @@ class AnswerCollator:
     prompts: Prompts
     num_letters: int  # fixed for a run, so that letter logits of all batches and processes have one shape
     blank: Mapping[str, Sequence[int]] | None = None  # row id -> which of its images are shown as white squares
-    packer: Callable[[dict], dict] | None = None  # makes one row without padding of a batch (models/fast/packing.py)
+    packer: Packer | None = None
     features: Features | None = None  # images whose features are all stored are not opened
     views: str | int = "identity"
     scale: float = 1.0
@@ -97,7 +105,7 @@ class AnswerCollator:
         texts = self.texts(views, letters)
         first = [groups.index(number) for number in range(len(rows))]  # of the orders of each row
         roots = self.roots(rows, [texts[place] for place in first])
-        is_shared = self.packer is not None and len(set(roots)) < len(groups)
+        is_shared = bool(self.packer and self.packer.shares_images) and len(set(roots)) < len(groups)
         inputs = self.model_inputs(rows, texts, groups, roots, is_shared)
         # The last real token, whichever side is padded.
         last = (inputs["attention_mask"] * torch.arange(inputs["input_ids"].shape[1])).argmax(dim=1)
@@ -162,7 +170,7 @@ class AnswerCollator:
 
     def roots(self, rows: list[dict], texts: list[str]) -> list[int]:
         """For each row the first one with the same images whose prompt is the same up to them; itself without."""
-        if not self.packer or not self.shares_images:
+        if not self.packer or not self.packer.shares_images or not self.shares_images:
             return [*range(len(rows))]
         found: dict[Hashable, int] = {}
         roots = []

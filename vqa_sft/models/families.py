@@ -2,21 +2,32 @@
 
 A model without a row trains and predicts too: its language model, vision tower, merger, routers and experts are found
 in the model (parts.py, lora.py), its pixel limits in its processor (batch/image_size.py). A row names the family for
-docs/models.md and messages, and says whether it is `packed`: rows without padding, shared prefixes, the fast vision
-tower, features on disk, several image scales, fused adapters, compiled layers and the memory estimate.
+docs/models.md and messages. `packs_rows` says that its language model takes rows without padding: shared prefixes and
+compiled layers come with it. `packed` adds the fast vision tower, features on disk and several image scales.
 
 A new family is a row here and a tiny model in tests/families.py; `python tests/models_page.py` writes the page.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
+    Qwen3VLConfig,
+    Qwen3VLMoeConfig,
+)
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Model
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeModel
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLModel
+from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeModel
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
@@ -43,6 +54,8 @@ class Family:
     label: str  # in messages and in docs/models.md
     examples: tuple[str, ...]  # checkpoints on the Hub
     packed: Packed | None = None
+    # Every layer attends to all earlier tokens, and positions count tokens.
+    packs_rows: bool = False
     package: str | None = None  # that its processor needs, beside ours
     no_lora: tuple[str, ...] = ()  # linear layers of the language model that get no adapter
 
@@ -105,21 +118,28 @@ PACKED = {
         rope={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
     ),
 }
+for _name, _config, _model in (
+    ("qwen3_vl_moe", Qwen3VLMoeConfig, Qwen3VLMoeModel),
+    ("qwen3_5", Qwen3_5Config, Qwen3_5Model),
+    ("qwen3_5_moe", Qwen3_5MoeConfig, Qwen3_5MoeModel),
+):
+    PACKED[_name] = replace(PACKED["qwen3_vl"], config_class=_config, model_class=_model)
 FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL", ("Qwen/Qwen2-VL-7B-Instruct",)),
     "qwen2_5_vl": Family("Qwen2.5-VL", ("Qwen/Qwen2.5-VL-7B-Instruct",), PACKED["qwen2_5_vl"]),
     "qwen3_vl": Family("Qwen3-VL", ("Qwen/Qwen3-VL-8B-Instruct",), PACKED["qwen3_vl"]),
-    "qwen3_vl_moe": Family("Qwen3-VL MoE", ("Qwen/Qwen3-VL-30B-A3B-Instruct",)),
-    "qwen3_5": Family("Qwen3.5", ("Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-9B", "Qwen/Qwen3.5-27B")),
-    "qwen3_5_moe": Family("Qwen3.5 MoE", ("Qwen/Qwen3.5-35B-A3B",)),
+    "qwen3_vl_moe": Family("Qwen3-VL MoE", ("Qwen/Qwen3-VL-30B-A3B-Instruct",), PACKED["qwen3_vl_moe"]),
+    "qwen3_5": Family("Qwen3.5", ("Qwen/Qwen3.5-4B", "Qwen/Qwen3.5-9B", "Qwen/Qwen3.5-27B"), PACKED["qwen3_5"]),
+    "qwen3_5_moe": Family("Qwen3.5 MoE", ("Qwen/Qwen3.5-35B-A3B",), PACKED["qwen3_5_moe"]),
     "qwen4_exp": Family("Qwen4-Exp", ("Qwen/Qwen4-Exp",)),
     "gemma3": Family("Gemma 3", ("google/gemma-3-4b-it",)),
     "gemma4": Family("Gemma 4", ("google/gemma-4-E4B-it", "google/gemma-4-26B-A4B-it", "google/gemma-4-31B-it")),
     "gemma4_unified": Family("Gemma 4 12B", ("google/gemma-4-12B-it",)),
-    "internvl": Family("InternVL3, 3.5", ("OpenGVLab/InternVL3-1B-hf", "OpenGVLab/InternVL3_5-8B-HF")),
+    "internvl": Family("InternVL3, 3.5", ("OpenGVLab/InternVL3-1B-hf", "OpenGVLab/InternVL3_5-8B-HF"), packs_rows=True),
     "mistral3": Family(
         "Mistral Small 3.1, Ministral 3",
         ("mistralai/Ministral-3-8B-Instruct-2512-BF16", "mistralai/Mistral-Small-3.1-24B-Instruct-2503"),
+        packs_rows=True,
     ),
     "glm4v": Family("GLM-4.1V, 4.6V-Flash", ("zai-org/GLM-4.1V-9B-Thinking", "zai-org/GLM-4.6V-Flash")),
     # PEFT 0.21 takes them for experts as transformers 4 had them, and adapts the routed ones in their place.
@@ -127,11 +147,11 @@ FAMILIES = {
     "glm46v": Family("GLM-4.6V", ()),
     "lfm2_vl": Family("LFM2-VL", ("LiquidAI/LFM2-VL-1.6B",)),
     "lfm3_vl": Family("LFM3-VL", ("LiquidAI/LFM3-VL-2B",)),
-    "smolvlm": Family("SmolVLM", ("HuggingFaceTB/SmolVLM2-2.2B-Instruct",), package="num2words"),
-    "idefics3": Family("Idefics3", ("HuggingFaceM4/Idefics3-8B-Llama3",)),
-    "llava": Family("LLaVA 1.5", ("llava-hf/llava-1.5-7b-hf",)),
-    "llava_next": Family("LLaVA-NeXT", ("llava-hf/llava-v1.6-mistral-7b-hf",)),
-    "llava_onevision": Family("LLaVA-OneVision", ("llava-hf/llava-onevision-qwen2-7b-ov-hf",)),
+    "smolvlm": Family("SmolVLM", ("HuggingFaceTB/SmolVLM2-2.2B-Instruct",), package="num2words", packs_rows=True),
+    "idefics3": Family("Idefics3", ("HuggingFaceM4/Idefics3-8B-Llama3",), packs_rows=True),
+    "llava": Family("LLaVA 1.5", ("llava-hf/llava-1.5-7b-hf",), packs_rows=True),
+    "llava_next": Family("LLaVA-NeXT", ("llava-hf/llava-v1.6-mistral-7b-hf",), packs_rows=True),
+    "llava_onevision": Family("LLaVA-OneVision", ("llava-hf/llava-onevision-qwen2-7b-ov-hf",), packs_rows=True),
     "minicpmv4_6": Family("MiniCPM-V 4.6", ("openbmb/MiniCPM-V-4.6",)),
     "minicpmv4_7": Family("MiniCPM-V 4.7", ("openbmb/MiniCPM-V-4.7-1B",)),
     "molmo2": Family("Molmo 2", ("allenai/Molmo2-8B",)),

@@ -222,8 +222,8 @@ class LetterModel:
 
     def letter_logits(self, batch: dict[str, Any], runs: Sequence[int]) -> list[torch.Tensor]:
         """(B, L) by each of the runs with these numbers; images go through a tower that they share once."""
-        is_packed = "cu_seq_lens_q" in batch and "pixel_values" in batch
-        if is_packed and self.adapters is not None and len(runs) > 1 and self.adapters.share_tower:
+        has_grids = "cu_seq_lens_q" in batch and "image_cu_seqlens" in batch
+        if has_grids and self.adapters is not None and len(runs) > 1 and self.adapters.share_tower:
             inputs = vision_inputs(batch)
             batch = {name: value for name, value in batch.items() if name not in inputs}
             batch["image_features"] = run_tower(self.adapters.base, inputs, self.precision)

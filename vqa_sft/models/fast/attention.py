@@ -164,6 +164,14 @@ def _starts_of_length(cu_seq_lens: torch.Tensor) -> dict[int, torch.Tensor]:
     return known
 
 
+def _mask(batch_size: int, q_length: int, kv_length: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The library's own, but none for one row without padding: of packed rows it would be one of all their tokens,
+    which nobody reads."""
+    if batch_size == 1 and q_length == kv_length and kwargs.get("attention_mask") is None:
+        return None
+    return sdpa_mask(batch_size, q_length, kv_length, *args, **kwargs)
+
+
 for _name, _attention in ((DECODER, packed_attention), (TOWER, tower_attention)):
     AttentionInterface.register(_name, _attention)
-    AttentionMaskInterface.register(_name, sdpa_mask)
+    AttentionMaskInterface.register(_name, _mask)

@@ -142,9 +142,9 @@ def open_store(
 ) -> FeatureStore | None:
     """The store of a model's vision tower, still empty for the collators; None, with a line, where the tower is spread
     over processes. Called by every process, before the tower is sped up, which changes its weights' shapes. Raises
-    InputError for a model whose rows are not packed."""
+    InputError for a family without it."""
     base = base_of(model)
-    if packer is None:
+    if packer is None or not packer.has_grids:
         known = " and ".join(FAMILIES[name].label for name in PACKED)
         raise InputError(
             f"cache_image_features is known for {known} with attn_implementation sdpa; this model is "

@@ -1,7 +1,7 @@
 """A padded batch -> one row without padding, with everything that the model would else compute on the GPU.
 
     input_ids (B, T), attention_mask, mm_token_type_ids, pixel_values, image_grid_thw
-        -> input_ids (1, N), position_ids (3, 1, N), cu_seq_lens_q, max_length_q, answer_positions (B,), ...
+        -> input_ids (1, N), position_ids (3, 1, N) or (1, N), cu_seq_lens_q, max_length_q, answer_positions (B,), ...
            pixel_values in the precision of the tower, and the tower's positions, windows and lengths
 
 N is the number of tokens without padding, where those that all rows begin with (the system prompt) count once:
@@ -13,7 +13,8 @@ Where rows have `leaders`, what a row and its leader begin with is there once as
 orders of a row, the image of several questions about it. Such a batch is for scoring: without `copies` it has no
 gradients. Attention alone sees the rows written out (attention.py), for which `cu_seq_lens_q` holds.
 
-Made in the data loader's workers, by the library's own functions, so that no forward or copy waits for the GPU.
+Made in the data loader's workers, by the library's own functions, so that no forward or copy waits for the GPU. Rows of
+a model with linear attention or windows (Qwen3.5) stay padded, with the positions and what the tower needs.
 """
 
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from vqa_sft.batch.collator import supervised_positions
-from vqa_sft.models.families import PACKED, round_up
+from vqa_sft.models.families import FAMILIES, round_up
 
 # What the packed row makes needless.
 DROPPED = ("attention_mask", "mm_token_type_ids", "grids_of_rows", "leaders")
@@ -34,29 +35,38 @@ DROPPED = ("attention_mask", "mm_token_type_ids", "grids_of_rows", "leaders")
 
 def why_not(config: PreTrainedConfig) -> str | None:
     """Why rows of this model cannot be packed, if they cannot."""
-    if config.model_type not in PACKED:
+    family = FAMILIES.get(config.model_type)
+    if family is None or not (family.packed or family.packs_rows):
         return f"packing is not known for {config.model_type}"
-    if "sliding_attention" in (getattr(config.text_config, "layer_types", None) or ()):
-        return "packed rows know no sliding windows, which this model has"
+    kinds = {*(getattr(config.text_config, "layer_types", None) or ())}
+    has_windows = not kinds and getattr(config.text_config, "sliding_window", None) is not None  # Mistral
+    if has_windows or kinds - {"full_attention"}:
+        return f"packed rows know full attention alone; this model has {', '.join(sorted(kinds)) or 'sliding windows'}"
     if getattr(config.text_config, "attention_dropout", 0):
         return "packed rows know no attention_dropout, which this model has"
     return None
 
 
 class Packer:
-    """`Packer(config, dtype)(batch)`; `dtype` is that of the vision tower's weights.
+    """`Packer(config, dtype)(batch)`; `dtype` is that of the vision tower's weights. Images of families that are not
+    `packed` stay as the processor gives them, and rows do not share them; without `packs_rows` rows stay padded.
 
     With `keeps_answers` the model's last layer looks for `keep_positions` and gives the answer positions alone.
     """
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, *, keeps_answers: bool = False) -> None:
-        # Only what `get_rope_index` asks of a model: no weights.
-        family = PACKED[config.model_type]
-        shell = family.model_class.__new__(family.model_class)  # type: ignore[call-overload]
-        nn.Module.__init__(shell)
-        shell.config = config
-        self.rope_index: Callable = shell.get_rope_index
-        self.tower_inputs = partial(family.tower_inputs, config.vision_config)
+    def __init__(
+        self, config: PreTrainedConfig, dtype: torch.dtype, *, packs_rows: bool = True, keeps_answers: bool = False
+    ) -> None:
+        packed = FAMILIES[config.model_type].packed
+        self.packs_rows, self.has_grids = packs_rows, packed is not None
+        self.shares_images = packs_rows and self.has_grids
+        if packed is not None:
+            # Only what `get_rope_index` asks of a model: no weights.
+            shell = packed.model_class.__new__(packed.model_class)  # type: ignore[call-overload]
+            nn.Module.__init__(shell)
+            shell.config = config
+            self.rope_index: Callable = shell.get_rope_index
+            self.tower_inputs = partial(packed.tower_inputs, config.vision_config)
         self.dtype = dtype
         self.keeps_answers = keeps_answers
         self.image_token_id = config.image_token_id
@@ -64,15 +74,19 @@ class Packer:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         is_token = batch["attention_mask"].bool()
         grid = batch.get("image_grid_thw")
-        if grid is None:
-            positions = (batch["attention_mask"].cumsum(dim=1) - 1).expand(3, -1, -1)
-        else:
+        positions = batch["attention_mask"].cumsum(dim=1) - 1  # (B, T), of texts
+        if self.has_grids:
+            positions = positions.expand(3, -1, -1)
+        if self.has_grids and grid is not None:
             positions, _ = self.rope_index(
                 batch["input_ids"],
                 batch["mm_token_type_ids"],
                 image_grid_thw=batch.get("grids_of_rows", grid),
                 attention_mask=is_token,
             )
+        images = self.pack_images(batch["pixel_values"], grid) if self.has_grids and "pixel_values" in batch else {}
+        if not self.packs_rows:
+            return batch | {"position_ids": positions} | images
         lengths = is_token.sum(dim=1)
         cu_seq_lens = F.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
         ends = int("end_positions" in batch)
@@ -85,7 +99,7 @@ class Packer:
         packed = {key: value for key, value in batch.items() if key not in DROPPED}
         packed |= {
             "input_ids": batch["input_ids"][kept][None],
-            "position_ids": positions[:, kept][:, None],
+            "position_ids": positions[..., kept].unsqueeze(-2),  # (3, 1, N) or (1, N)
             "answer_positions": last - ends,  # the prompt ends where the letter begins
             "cu_seq_lens_q": cu_seq_lens,
             "max_length_q": round_up(int(lengths.max())),
@@ -96,9 +110,7 @@ class Packer:
             packed["shared_prefix"] = _shared_prefix(is_token, kept, cu_seq_lens[:-1], num_shared, leaders, begins)
         if self.keeps_answers:
             packed["keep_positions"] = supervised_positions(packed).flatten()
-        if "pixel_values" in batch:
-            packed |= self.pack_images(batch["pixel_values"], grid)
-        return packed
+        return packed | images
 
     def num_shared(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> int:
         """How many tokens all rows begin with, before any image; 0 where it is not worth the trouble."""

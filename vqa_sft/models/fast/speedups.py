@@ -33,17 +33,23 @@ def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) ->
     model = base_of(model)
     config = model.config
     own = getattr(config, "text_config", config)._attn_implementation
-    if reason := packing.why_not(config):
-        say(f"rows are padded: {reason}")
-        return None
+    reason = packing.why_not(config)
     if own not in ("sdpa", attention.DECODER):
         say(f"rows are padded: attn_implementation is {own}, and packing needs sdpa")
         return None
-    config.text_config._attn_implementation = attention.DECODER
-    config.vision_config._attn_implementation = attention.TOWER
+    if reason:
+        say(f"rows are padded: {reason}")
+    head_dims = []
+    if config.model_type in PACKED:
+        config.vision_config._attn_implementation = attention.TOWER
+        head_dims.append(config.vision_config.hidden_size // config.vision_config.num_heads)
+    elif reason:
+        return None
+    if not reason:
+        config.text_config._attn_implementation = attention.DECODER
+        head_dims.append(head_dim(config.text_config))
     device = PartialState().device  # where the model will be, if it is not there yet
-    of_tower = config.vision_config.hidden_size // config.vision_config.num_heads
-    use_varlen = attention.can_use_varlen(device, DTYPES[precision], (head_dim(config.text_config), of_tower))
+    use_varlen = attention.can_use_varlen(device, DTYPES[precision], head_dims)
     if device.type == "cuda" and not use_varlen:
         say("attention goes row by row: this GPU or precision has no kernel for rows of different lengths")
     for module in model.modules():
@@ -51,8 +57,9 @@ def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) ->
             module.use_varlen = use_varlen
     layers = model.get_decoder().layers
     # Qwen3-VL adds image features after its first layers, at every place.
-    keeps = answers_only and num_deepstack(config) < len(layers) and keep_only_answers(layers[-1])
-    return packing.Packer(config, tower_of(model).dtype, keeps_answers=keeps)
+    keeps = answers_only and not reason and num_deepstack(config) < len(layers) and keep_only_answers(layers[-1])
+    dtype = tower_of(model).dtype if config.model_type in PACKED else model.dtype
+    return packing.Packer(config, dtype, packs_rows=not reason, keeps_answers=keeps)
 
 
 def keep_only_answers(layer: nn.Module) -> bool:
@@ -83,16 +90,14 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
     """Speed up the vision tower, and compile its blocks and the decoder's layers if asked and able. Of what a compiled
     layer would keep for its backward pass, it keeps the share `memory_budget` and computes again what is cheapest."""
     base = base_of(model)
-    family = PACKED.get(base.config.model_type)
-    if family is None:
-        if compile_layers:
-            say(f"layers are not compiled: that is not known for {base.config.model_type}")
-        return
-    tower = tower_of(base)
-    if done := vision.speed_up_tower(tower, family.tower_mlp):
-        say("vision tower: " + ", ".join(done))
+    family, layers = PACKED.get(base.config.model_type), [*base.get_decoder().layers]
+    if family is not None:
+        tower = tower_of(base)
+        if done := vision.speed_up_tower(tower, family.tower_mlp):
+            say("vision tower: " + ", ".join(done))
+        layers += tower.blocks if vision.is_frozen(tower) else ()
     # On a CPU the wide tensors are not what takes the time.
-    if tower.device.type == "cuda" and (num_mlps := fused_lora.fuse(base.get_decoder())):
+    if base.device.type == "cuda" and (num_mlps := fused_lora.fuse(base.get_decoder())):
         say(f"{num_mlps} MLPs have their adapters inside the base's products")
     if not compile_layers:
         return
@@ -106,7 +111,6 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
         # A shape that does not compile runs uncompiled.
         torch._dynamo.config.suppress_errors = True
         torch._functorch.config.activation_memory_budget = memory_budget
-        layers = [*base.get_decoder().layers, *(tower.blocks if vision.is_frozen(tower) else ())]
         for layer in layers:
             layer.compile(dynamic=True)  # in place: names stay, and a copy of the model is not compiled
         say(f"{len(layers)} layers are compiled; the first steps are slow")

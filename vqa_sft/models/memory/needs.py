@@ -29,6 +29,8 @@ MAX_PIXELS = 12_845_056  # the processors' own limit, where a recipe sets none a
 # Bytes of the optimiser per trained fp32 value: AdamW keeps two fp32 values; what is not named here, as AdamW.
 OPTIMIZER_BYTES = {"8bit": 2, "lion": 4, "adafactor": 0, "sgd": 0}
 
+ESTIMATED = ("qwen2_5_vl", "qwen3_vl")  # families whose peaks were measured
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -97,10 +99,10 @@ def read_config(model_args: ModelConfig, *, trust_remote_code: bool = False) -> 
 def read_shape(model_args: ModelConfig, config: PreTrainedConfig, **adapted_parts: bool) -> Shape:
     """Count the model's parameters, those of its adapter included, on the meta device; `adapted_parts` are those of
     `lora_config`."""
-    family = PACKED.get(config.model_type)
-    if family is None:
-        known = " and ".join(PACKED)
+    if config.model_type not in ESTIMATED:
+        known = " and ".join(ESTIMATED)
         raise InputError(f"the memory of {config.model_type} cannot be estimated; {known} can.")
+    family = PACKED[config.model_type]
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     text, vision, decoder = config.text_config, config.vision_config, decoder_name(model)
