@@ -125,7 +125,7 @@ def tiny_cases() -> list[Case]:
     data = {"num_words": (5, 20), "side_px": (60, 120)}
     of_families = [case for row in FAMILIES for case in family_cases(*row)]
     of_families += [case for row in OTHER_FAMILIES for case in family_cases(*row) if case.kind == "train"]
-    small = [replace(case, shape=small_shape(case.shape), data=data, batch_size=4) for case in of_families]
+    small = [replace(case, shape=small_shape(case.shape), data=data, batch_size=2) for case in of_families]
     ours: dict[str, Any] = {
         "shape": "tiny",
         "recipe": "recipes/demo.yaml",

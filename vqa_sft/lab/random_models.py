@@ -43,6 +43,7 @@ _SMALL |= {"shared_expert_intermediate_size": 32, "linear_num_key_heads": 1, "li
 _SMALL |= {"hidden_size_per_layer_input": 16, "num_kv_shared_layers": 6}
 _SMALL_TOWER = {"depth": 2, "num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2}
 _SMALL_TOWER |= {"num_attention_heads": 2, "out_hidden_size": 128, "mm_embed_dim": 128, "output_proj_dims": 128}
+_SMALL_TILE = 112  # px
 _NUM_LAYERS = {
     "gemma4": 12,
     "gemma4_unified": 6,
@@ -64,6 +65,8 @@ def small_shape(name: str) -> str:
         others = [{"audio_config": {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2}}]
     elif model_type == "gemma4_unified":
         given = vision.keys()
+    elif model_type == "internvl":
+        vision = vision | {"image_size": [_SMALL_TILE, _SMALL_TILE]}
     vision = vision | {key: value for key, value in _SMALL_TOWER.items() if key in given}
     if model_type.startswith("qwen3_vl"):
         vision["deepstack_visual_indexes"] = [0, 1]
@@ -79,7 +82,7 @@ def save_random_model(name: str, folder: Path) -> Path:
     if (folder / "name").is_file() and (folder / "name").read_text() == name:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
-    processor = build_processor(SHAPES[name][0])
+    processor = build_processor(SHAPES[name][0], is_small=name.startswith("small "))
     tokenizer = processor.tokenizer
     config = shape_config(name, pad_token_id=tokenizer.pad_token_id, **_token_ids(processor, SHAPES[name][0]))
     config.get_text_config().update({"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id})
@@ -90,8 +93,9 @@ def save_random_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def build_processor(model_type: str) -> ProcessorMixin:
-    """A processor of the family's classes with the settings that its published checkpoints have."""
+def build_processor(model_type: str, *, is_small: bool = False) -> ProcessorMixin:
+    """A processor of the family's classes with the settings that its published checkpoints have, or for `small_shape`
+    with fewer tokens an image."""
     tiny = AutoProcessor.from_pretrained(TINY_PATH)
     tokenizer, image = tiny.tokenizer, _QWEN_IMAGE
     named = _TOKENS.get(model_type, {})
@@ -106,13 +110,16 @@ def build_processor(model_type: str) -> ProcessorMixin:
         processor = transformers.Qwen3VLProcessor(**parts)
     elif model_type.startswith("gemma4"):
         family, image = "Gemma4Unified" if model_type == "gemma4_unified" else "Gemma4", "<|image|>"
-        for part, name in (("image_processor", "Image"), ("video_processor", "Video")):
-            parts[part] = getattr(transformers, f"{family}{name}Processor")()  # 280 tokens an image
+        budget = {"max_soft_tokens": 70} if is_small else {}  # else 280
+        parts["image_processor"] = getattr(transformers, f"{family}ImageProcessor")(**budget)
+        parts["video_processor"] = getattr(transformers, f"{family}VideoProcessor")()
         parts["feature_extractor"] = getattr(transformers, f"{family}AudioFeatureExtractor")()
         processor = getattr(transformers, f"{family}Processor")(**parts)
     elif model_type == "internvl":
-        tiles = {"size": {"height": 448, "width": 448}, "min_patches": 1, "max_patches": 12}
+        side, num_tiles = (_SMALL_TILE, 1) if is_small else (448, 12)
+        tiles = {"size": {"height": side, "width": side}, "min_patches": 1, "max_patches": num_tiles}
         parts["image_processor"], image = transformers.GotOcr2ImageProcessor(**tiles), "<IMG_CONTEXT>"
+        parts["image_seq_length"] = (side // 28) ** 2
         parts["video_processor"] = transformers.InternVLVideoProcessor()
         processor = transformers.InternVLProcessor(**parts)
     elif model_type == "mistral3":
