@@ -3,13 +3,14 @@
     python -m vqa_sft.lab.benchmark                                    # the standard cases, on one GPU
     python -m vqa_sft.lab.benchmark --only 7B --steps 20
     python -m vqa_sft.lab.benchmark recipes/qwen3b_t4.yaml --as-t4     # recipes as they stand
-    python -m vqa_sft.lab.benchmark --tiny                             # every kind of case, on a CPU in about a minute
+    python -m vqa_sft.lab.benchmark --only Qwen3.5-9B --only InternVL  # some families
+    python -m vqa_sft.lab.benchmark --tiny                             # every kind of case and family, on a CPU
 
-Weights are random in the true shapes of the models, drawn on the GPU and saved under --work; images are noise. Every
-case is a process of its own that runs `recipes/sft.py`, `recipes/predict.py` or TRL's SFTTrainer with its own collator.
-Speed and memory do not depend on what the weights are; accuracy means nothing here.
+Weights are random in the true shapes of the models, drawn on the GPU by every case (random_models.py); images are
+noise. Every case is a process of its own that runs `recipes/sft.py`, `recipes/predict.py` or TRL's SFTTrainer with its
+own collator. Speed and memory do not depend on what the weights are; accuracy means nothing here.
 
-The share of peak counts needed work only (`needed_tflop`): never padding or what is computed twice. The peak is that of
+The share of peak counts needed work only (needed_work.py): never padding or what is computed twice. The peak is that of
 a bf16 matrix product on the same GPU. The idle share is what is left of the wall time without the kernels' own.
 
 `--as-t4` shows a recipe what a T4 shows it: an allocator that ends at 13.8 GiB (14.56 less its context), compute
@@ -21,14 +22,13 @@ import csv
 import io
 import json
 import os
-import random
 import runpy
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,19 @@ from vqa_sft.errors import InputError, exits_with_message
 T4_GIB = 13.8
 WARM_UP, PROFILED = 6, 3  # steps before and after those that are timed
 QWEN_7B, QWEN_3B, QWEN3_8B = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7B", "2.5-VL-3B", "3-VL-8B"))
+# label, shape, recipe; TRL beside them
+FAMILIES = (
+    ("Qwen3.5-9B", "Qwen/Qwen3.5-9B", "qwen3_5_9b"),
+    ("Gemma-4-12B", "google/gemma-4-12B-it", "gemma4_12b"),
+    ("InternVL3.5-8B", "OpenGVLab/InternVL3_5-8B-HF", "internvl3_5_4b"),
+    ("Qwen3-VL-30B-A3B", "Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3vl_30b_a3b"),
+)
+OTHER_FAMILIES = (  # on a CPU only
+    ("Gemma-4-E4B", "google/gemma-4-E4B-it", "gemma4_12b"),
+    ("Ministral-3-8B", "mistralai/Ministral-3-8B-Instruct-2512-BF16", "ministral3_8b"),
+    ("Qwen3.5-35B-A3B", "Qwen/Qwen3.5-35B-A3B", "qwen3_5_35b_a3b"),
+)
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # Images of 448 px a side and texts of about 174 tokens with the template: 430 tokens a row; then of 80 to 310 tokens.
 # A word is one token of the random models.
 FIXED = {"num_words": (95, 95), "side_px": (448, 448)}
@@ -54,7 +67,7 @@ class Case:
     recipe: str = ""
     data: dict = field(default_factory=lambda: FIXED)
     batch_size: int = 16
-    options: dict[str, Any] = field(default_factory=dict)  # of the recipe
+    options: dict[str, Any] = field(default_factory=dict)  # of the recipe, or of TRL's LoraConfig
     cap_gib: float | None = None
     baseline: str | None = None  # the case whose examples/s are 1.0
     scores: str = ""  # the case whose run is scored
@@ -90,11 +103,29 @@ def standard_cases() -> list[Case]:
             cases.append(Case(f"{size} score, rotations", **turned))
             cases.append(Case(f"{size} score, rotations, five runs", **turned | {"num_runs": 5}))
             cases.append(Case(f"{size} one row at a time", **score | {"kind": "latency", "batch_size": 1}))
+    for label, shape, recipe in FAMILIES:
+        cases += family_cases(label, shape, recipe)
     return cases
 
 
+def family_cases(label: str, shape: str, recipe: str) -> list[Case]:
+    """TRL's and ours; for a mixture of experts with adapters on attention alone, then on the experts as well."""
+    trl = Case(f"{label} TRL by default", "trl", shape, batch_size=8)
+    ours = Case(f"{label} train", "train", shape, f"recipes/{recipe}.yaml", baseline=trl.name)
+    if "A3B" not in shape:
+        return [trl, ours]
+    of_trl = replace(trl, name=f"{label} experts, TRL", options={"target_parameters": EXPERTS})
+    experts = replace(ours, name=f"{label} experts, train", options={"lora_target_parameters": EXPERTS})
+    return [trl, ours, of_trl, replace(experts, baseline=of_trl.name)]
+
+
 def tiny_cases() -> list[Case]:
+    from vqa_sft.lab.random_models import small_shape
+
     data = {"num_words": (5, 20), "side_px": (60, 120)}
+    of_families = [case for row in FAMILIES for case in family_cases(*row)]
+    of_families += [case for row in OTHER_FAMILIES for case in family_cases(*row) if case.kind == "train"]
+    small = [replace(case, shape=small_shape(case.shape), data=data, batch_size=2) for case in of_families]
     ours: dict[str, Any] = {
         "shape": "tiny",
         "recipe": "recipes/demo.yaml",
@@ -119,6 +150,7 @@ def tiny_cases() -> list[Case]:
         ),
         Case("five runs", "score", "tiny", data=data, batch_size=4, scores="train", num_runs=5),
         Case("one row at a time", "latency", "tiny", data=data, batch_size=1, scores="train"),
+        *small,
     ]
 
 
@@ -172,6 +204,9 @@ def main() -> None:
 
 def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     """What the case's own process measured; raises CalledProcessError when it failed."""
+    from vqa_sft.lab.random_models import save_random_model, write_data
+    from vqa_sft.models.shapes import SHAPES
+
     work = args.work
     model = save_random_model(case.shape, work / "model")
     rows = max(case.batch_size // case.num_views, 16) * (WARM_UP + args.steps + PROFILED)
@@ -184,21 +219,24 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     options = {"train_data": data / "train.csv", "output_dir": run, "overwrite": True, "validation_fraction": 0}
     options |= {"max_steps": WARM_UP + args.steps + PROFILED, "save_strategy": "no", "eval_strategy": "no"}
     options |= {"load_best_model_at_end": False, "early_stopping_patience": "null", "check_images": False}
-    options |= {"max_pixels": 200704}
+    # Other processors keep the setting of their checkpoint: 280 tokens an image of Gemma 4, one tile of InternVL.
+    has_areas = SHAPES[case.shape][0].startswith("qwen")
+    options |= {"max_pixels": 200704} if has_areas else {"max_pixels": "null", "min_pixels": "null"}
     if case.batch_size:
         options |= {"per_device_train_batch_size": case.batch_size, "global_batch_size": case.batch_size}
         options |= {"compile_layers": not args.tiny}
     if args.tiny:
-        options |= {"use_cpu": True, "dataloader_num_workers": 0, "max_pixels": 7056, "min_pixels": 7056}
+        options |= {"use_cpu": True, "dataloader_num_workers": 0}
+        options |= {"max_pixels": 7056, "min_pixels": 7056} if has_areas else {}
     if not case.batch_size:  # a recipe as it stands
         options = {name: options[name] for name in ("train_data", "output_dir", "overwrite", "max_steps")}
-    options |= case.options | dict(text.split("=", 1) for text in args.set)
-    recipe += [token for name, value in options.items() for token in (f"--{name}", str(value))]
+    options |= {} if case.kind == "trl" else case.options | dict(text.split("=", 1) for text in args.set)
+    for name, value in options.items():
+        recipe += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     inside = {"result": str(result), "steps": args.steps, "as_t4": args.as_t4, "cap_gib": case.cap_gib}
     if case.kind == "trl":
-        pixels = options["max_pixels"]
-        arguments = [str(model), str(data), str(case.batch_size), str(pixels), str(options["max_steps"])]
-        _inside("trl", arguments, inside, work)
+        arguments = [str(model), str(data), str(case.batch_size), str(options["max_pixels"]), str(options["max_steps"])]
+        _inside("trl", [*arguments, json.dumps(case.options)], inside, work)
     elif case.kind == "train":
         _inside("recipes/sft.py", recipe, inside, work)
     elif case.kind == "latency":
@@ -214,7 +252,8 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         _inside("recipes/predict.py", scored, inside, work)
     found = json.loads(result.read_text())
     is_plain = case.batch_size and case.kind != "latency" and not case.how and case.num_runs == 1
-    found["tflop"] = mean_tflop(model, data, options["max_pixels"], case) if is_plain else None
+    max_pixels = options["max_pixels"] if has_areas else None
+    found["tflop"] = mean_tflop(model, data, max_pixels, case) if is_plain else None
     return found
 
 
@@ -267,67 +306,39 @@ def table(cases: list[Case], results: dict[str, dict], peak_tflops: float | None
     return "\n".join(lines)
 
 
-# --- Needed work ------------------------------------------------------------------------------------------------------
-
-
-def mean_tflop(model: Path, data: Path, max_pixels: int, case: Case) -> float:
+def mean_tflop(model: Path, data: Path, max_pixels: int | None, case: Case) -> float:
     """Needed work of one example of the data, in TFLOP, by its real tokens and patches."""
     from PIL import Image
     from transformers import AutoConfig
 
+    from vqa_sft.batch.count_tokens import count_tokens
     from vqa_sft.batch.prompts import builtin_prompts, render_prompt
     from vqa_sft.data.examples import load_examples
+    from vqa_sft.lab.needed_work import count_work
     from vqa_sft.models.load import load_processor
     from vqa_sft.questions.letters import identity_order
 
-    processor = load_processor(str(model), min_pixels=min(50176, max_pixels), max_pixels=max_pixels)
-    config, prompts = AutoConfig.from_pretrained(model), builtin_prompts("en", by_type=True)
+    limits = {"min_pixels": min(50176, max_pixels), "max_pixels": max_pixels} if max_pixels else {}
+    processor, prompts = load_processor(str(model), **limits), builtin_prompts("en", by_type=True)
+    work = count_work(AutoConfig.from_pretrained(model))
     examples, _ = load_examples(str(data / "train.csv"))
     cached = bool(case.options.get("cache_image_features"))
-    prompts_of = [render_prompt(processor, row, identity_order(4), prompts) for row in examples]
     # What all begin with is needed once a step, not once a row.
+    prompts_of = [render_prompt(processor, row, identity_order(4), prompts) for row in examples]
     start = os.path.commonprefix(prompts_of).partition(processor.image_token)[0]
     num_spared = len(processor.tokenizer(start)["input_ids"]) * (1 - 1 / case.batch_size)
-    total = 0.0
-    for row, prompt in zip(examples, prompts_of, strict=True):
+    sizes = []
+    for row in examples:
         with Image.open(row["images"][0]["path"] or io.BytesIO(row["images"][0]["bytes"])) as image:
-            sizes = [(image.height, image.width)]
-        counted = processor._get_num_multimodal_tokens(image_sizes=sizes)
-        num_tokens = len(processor.tokenizer(prompt)["input_ids"]) - 1 + counted.num_image_tokens[0]
-        num_patches = 0 if cached else counted.num_image_patches[0]
-        trains = case.kind != "score"
-        total += needed_tflop(config, num_tokens, num_patches, trains=trains, num_spared=num_spared)
-    return total / len(examples)
-
-
-def needed_tflop(config: Any, num_tokens: int, num_patches: int, *, trains: bool, num_spared: float = 0.0) -> float:
-    """TFLOP of one example: two for every weight that a token meets, and attention; nothing for norms and activations.
-    Another row has computed `num_spared` of the tokens; attention meets them all the same.
-
-    Training adds the gradient of the decoder's activations, as much again as its forward; the tower is frozen. The last
-    layer's MLP and `lm_head` are needed at the answer alone. LoRA (1%) is left out.
-    """
-    from vqa_sft.models.families import PACKED
-
-    text, vision = config.text_config, config.vision_config
-    hidden, head_dim = text.hidden_size, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    queries, keys = text.num_attention_heads * head_dim, text.num_key_value_heads * head_dim
-    projections = hidden * (2 * queries + 2 * keys)
-    mlp = 3 * hidden * text.intermediate_size
-    weights = (num_tokens - num_spared) * (text.num_hidden_layers * projections + (text.num_hidden_layers - 1) * mlp)
-    weights += mlp + hidden * text.vocab_size
-    # Causal: half of all pairs, for the products with keys and with values.
-    decoder = 2 * weights + text.num_hidden_layers * 2 * num_tokens**2 * queries
-    width, merged = vision.hidden_size, vision.hidden_size * vision.spatial_merge_size**2
-    block = 4 * width**2 + len(PACKED[config.model_type].tower_mlp) * width * vision.intermediate_size
-    mergers = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
-    merger = merged * (merged + vision.out_hidden_size) / vision.spatial_merge_size**2 * mergers
-    patch = 3 * vision.temporal_patch_size * vision.patch_size**2 * width
-    whole = len(getattr(vision, "fullatt_block_indexes", range(vision.depth)))
-    windows = getattr(vision, "window_size", vision.patch_size) ** 2 / vision.patch_size**2
-    pairs = whole * num_patches + (vision.depth - whole) * windows
-    tower = num_patches * (2 * (vision.depth * block + merger + patch) + 4 * pairs * width)
-    return ((2 if trains else 1) * decoder + tower) / 1e12
+            sizes.append(image.size)
+    total = 0.0
+    for tokens, (width, height) in zip(
+        count_tokens(processor, prompts, examples, [[size] for size in sizes]), sizes, strict=True
+    ):
+        # Gradients of the decoder's activations are as much again as its forward.
+        total += (1 if case.kind == "score" else 2) * work.decoder(int(tokens), num_spared)
+        total += 0 if cached else work.tower(work.num_patches(processor, height, width))
+    return total / len(examples) / 1e12
 
 
 # --- Inside a case ----------------------------------------------------------------------------------------------------
@@ -388,6 +399,9 @@ def run_inside(argv: list[str]) -> None:
     import torch
     import transformers
 
+    from vqa_sft.lab.random_models import draw_weights
+
+    draw_weights()
     script, how, arguments = argv[0], json.loads(argv[1]), argv[2:]
     cap_gib = T4_GIB if how["as_t4"] else how["cap_gib"]
     if cap_gib:
@@ -457,7 +471,7 @@ def run_predictor(watch: Watch, run: str, data: str, use_cpu: str) -> None:
         watch.tick(1)
 
 
-def run_trl(model: str, data: str, batch_size: str, max_pixels: str, max_steps: str) -> None:
+def run_trl(model: str, data: str, batch_size: str, max_pixels: str, max_steps: str, lora: str) -> None:
     """TRL's SFTTrainer with its own collator and its defaults, on the same rows and the seven usual LoRA layers."""
     import torch
     from datasets import Dataset, Features, Image, List, Value
@@ -476,7 +490,8 @@ def run_trl(model: str, data: str, batch_size: str, max_pixels: str, max_steps: 
     }
     features = Features({"prompt": message, "completion": message, "images": List(Image())})
     processor = AutoProcessor.from_pretrained(model)
-    processor.image_processor.size = {"shortest_edge": min(50176, int(max_pixels)), "longest_edge": int(max_pixels)}
+    if max_pixels != "null":
+        processor.image_processor.size = {"shortest_edge": min(50176, int(max_pixels)), "longest_edge": int(max_pixels)}
     on_gpu = torch.cuda.is_available()
     args = SFTConfig(
         output_dir=str(Path(data).parent / "trl"),
@@ -495,12 +510,9 @@ def run_trl(model: str, data: str, batch_size: str, max_pixels: str, max_steps: 
         args=args,
         train_dataset=Dataset.from_dict(columns, features=features),
         processing_class=processor,
-        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=layers),
+        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=layers, **json.loads(lora)),
     )
     trainer.train()
-
-
-# --- Models and data --------------------------------------------------------------------------------------------------
 
 
 def _model_name(recipe: str) -> str:
@@ -510,94 +522,6 @@ def _model_name(recipe: str) -> str:
     if name not in SHAPES:
         raise InputError(f"{recipe} is of the model {name}; shapes are known of: {', '.join(SHAPES)}.")
     return name
-
-
-def save_random_model(name: str, folder: Path) -> Path:
-    """Random weights in the shape of `name`, bf16, with a processor whose vocabulary is the tiny base's."""
-    import torch
-    from transformers import (
-        AutoModelForImageTextToText as Auto,
-        AutoProcessor,
-        Qwen2VLImageProcessor,
-        Qwen3VLProcessor,
-    )
-
-    from vqa_sft.models.shapes import shape_config
-    from vqa_sft.tiny import TINY_PATH
-
-    if (folder / "name").is_file() and (folder / "name").read_text() == name:
-        return folder
-    processor = AutoProcessor.from_pretrained(TINY_PATH)
-    tokens = {
-        f"{key}_token_id": processor.tokenizer.convert_tokens_to_ids(f"<|{token}|>")
-        for key, token in (("image", "image_pad"), ("video", "video_pad"))
-        + (("vision_start", "vision_start"), ("vision_end", "vision_end"))
-    }
-    config = shape_config(name, pad_token_id=processor.tokenizer.pad_token_id, **tokens)
-    if config.model_type == "qwen3_vl":
-        processor = Qwen3VLProcessor(
-            image_processor=Qwen2VLImageProcessor(patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3),
-            tokenizer=processor.tokenizer,
-            video_processor=processor.video_processor,
-            chat_template=processor.chat_template,
-        )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = Auto.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(folder, max_shard_size="4GB")
-    processor.save_pretrained(folder)
-    (folder / "name").write_text(name)
-    del model
-    torch.cuda.empty_cache()
-    return folder
-
-
-def write_data(
-    folder: Path,
-    num_rows: int,
-    *,
-    num_words: tuple[int, int] = (10, 60),
-    side_px: tuple[int, int] = (320, 1280),
-    seed: int = 0,
-) -> Path:
-    """Noise images with sides and questions with numbers of words drawn from the two ranges; train.csv and test.csv.
-
-    A word is one token of the random models.
-    """
-    from PIL import Image
-
-    rng = random.Random(seed)
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    words = [
-        "which",
-        "of",
-        "these",
-        "is",
-        "the",
-        "colour",
-        "shape",
-        "digit",
-        "place",
-        "left",
-        "right",
-        "larger",
-        "picture",
-    ]
-    rows = []
-    for i in range(num_rows):
-        path = f"images/{i:05d}.jpg"
-        width, height = rng.randint(*side_px), rng.randint(*side_px)
-        Image.effect_noise((width, height), 80).convert("RGB").save(folder / path, quality=90)
-        question = " ".join(rng.choices(words, k=rng.randint(*num_words))) + "?"
-        row = {"id": f"row_{i:05d}", "path": path, "question": question}
-        rows.append(row | {letter: " ".join(rng.choices(words, k=rng.randint(1, 6))) for letter in "abcd"})
-    for name, extra in (("train.csv", True), ("test.csv", False)):
-        with (folder / name).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=[*rows[0], "answer"] if extra else [*rows[0]])
-            writer.writeheader()
-            writer.writerows(row | ({"answer": rng.choice("abcd")} if extra else {}) for row in rows)
-    return folder
 
 
 if __name__ == "__main__":

@@ -17,11 +17,6 @@ from torch import nn
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen3_5Config,
-    Qwen3_5MoeConfig,
-    Qwen3VLConfig,
-    Qwen3VLMoeConfig,
 )
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Model
@@ -40,12 +35,10 @@ from transformers.vision_utils import (
 class Packed:
     """What rows without padding need of a family (fast/), and with them the memory estimate."""
 
-    config_class: type[PreTrainedConfig]
     model_class: type[PreTrainedModel]  # its `get_rope_index` gives the positions of a prompt with images
     # (vision_config, grid (images, 3)) -> what the tower would compute of it on the GPU, as arguments of its forward
     tower_inputs: Callable[[PreTrainedConfig, torch.Tensor], dict[str, Any]]
     tower_mlp: tuple[str, ...]  # linear layers of the MLP of a tower's block; the last one takes what the others give
-    rope: dict[str, Any]  # of the published shapes (shapes.py)
     tower: str = "model.visual"
 
 
@@ -104,26 +97,19 @@ def _qwen3_vl_tower(config: PreTrainedConfig, grid: torch.Tensor) -> dict[str, A
 
 PACKED = {
     "qwen2_5_vl": Packed(
-        config_class=Qwen2_5_VLConfig,
         model_class=Qwen2_5_VLModel,
         tower_inputs=_qwen2_5_vl_tower,
         tower_mlp=("gate_proj", "up_proj", "down_proj"),
-        rope={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     ),
     "qwen3_vl": Packed(
-        config_class=Qwen3VLConfig,
         model_class=Qwen3VLModel,
         tower_inputs=_qwen3_vl_tower,
         tower_mlp=("linear_fc1", "linear_fc2"),
-        rope={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
     ),
 }
-for _name, _config, _model in (
-    ("qwen3_vl_moe", Qwen3VLMoeConfig, Qwen3VLMoeModel),
-    ("qwen3_5", Qwen3_5Config, Qwen3_5Model),
-    ("qwen3_5_moe", Qwen3_5MoeConfig, Qwen3_5MoeModel),
-):
-    PACKED[_name] = replace(PACKED["qwen3_vl"], config_class=_config, model_class=_model)
+PACKED["qwen3_vl_moe"] = replace(PACKED["qwen3_vl"], model_class=Qwen3VLMoeModel)
+PACKED["qwen3_5"] = replace(PACKED["qwen3_vl"], model_class=Qwen3_5Model)
+PACKED["qwen3_5_moe"] = replace(PACKED["qwen3_vl"], model_class=Qwen3_5MoeModel)
 FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL", ("Qwen/Qwen2-VL-7B-Instruct",)),
     "qwen2_5_vl": Family("Qwen2.5-VL", ("Qwen/Qwen2.5-VL-7B-Instruct",), PACKED["qwen2_5_vl"]),
