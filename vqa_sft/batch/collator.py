@@ -152,21 +152,26 @@ class AnswerCollator:
         how = {"padding": True, "return_tensors": "pt"}
         # Some templates write the beginning-of-sequence token themselves; twice would be a different prompt.
         how["add_special_tokens"] = not (bos and texts[0].startswith(bos))
-        seen = [row for number, row in enumerate(rows) if roots[number] == number]  # whose images the batch holds
+        # The rows whose images the batch holds.
+        shared = [row for number, row in enumerate(rows) if roots[number] == number]
+        seen = shared if is_shared else [rows[number] for number in groups]
         vision_inputs = self.stored(seen)
         if vision_inputs is None and self.packer and (is_shared or self.scale != 1):
             vision_inputs = self.pixels(seen)
         if vision_inputs is None:
-            images = [self.images(rows[number]) for number in groups]
+            of_rows = [self.images(row) for row in rows]
+            images = [of_rows[number] for number in groups]
             inputs = self.processor(text=texts, images=images if any(images) else None, **how)
             # Llama 4's processor gives pixels in bf16, which a model in fp32 does not take; autocast takes both.
             half = [name for name, value in inputs.items() if getattr(value, "dtype", None) in HALF]
             return inputs | {name: inputs[name].float() for name in half}
-        of_seen = vision_inputs["image_grid_thw"].split([len(row["images"]) for row in seen])
+        grids = vision_inputs["image_grid_thw"]
+        if not is_shared:
+            return self.tokenize(texts, grids, **how) | vision_inputs
+        of_seen = grids.split([len(row["images"]) for row in seen])
         grids_of_rows = dict(zip(sorted(set(roots)), of_seen, strict=True))
         grids = torch.cat([grids_of_rows[roots[number]] for number in groups])
-        inputs = self.tokenize(texts, grids, **how) | vision_inputs
-        return inputs | {"grids_of_rows": grids} if is_shared else inputs
+        return self.tokenize(texts, grids, **how) | vision_inputs | {"grids_of_rows": grids}
 
     def roots(self, rows: list[dict], texts: list[str]) -> list[int]:
         """For each row the first one with the same images whose prompt is the same up to them; itself without."""

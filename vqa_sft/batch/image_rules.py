@@ -17,7 +17,7 @@ from typing import Any
 from transformers import ProcessorMixin
 from transformers.image_processing_base import ImageProcessingMixin
 
-from vqa_sft.data.images import MAX_ASPECT
+from vqa_sft.images import MAX_ASPECT
 
 BUDGETS = (70, 140, 280, 560, 1120)  # tokens; Gemma 4's processor takes no others (transformers 5.23)
 
