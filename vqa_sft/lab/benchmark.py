@@ -5,6 +5,7 @@
     python -m vqa_sft.lab.benchmark recipes/qwen3b_t4.yaml --as-t4     # recipes as they stand
     python -m vqa_sft.lab.benchmark --only Qwen3.5-9B --only InternVL  # some families
     python -m vqa_sft.lab.benchmark --tiny                             # every kind of case and family, on a CPU
+    python -m vqa_sft.lab.benchmark --tiny recipes/qwen3_5_9b.yaml     # a recipe with a small model of its family
 
 Weights are random in the true shapes of the models, drawn on the GPU by every case (random_models.py); images are
 noise. Every case is a process of its own that runs `recipes/sft.py`, `recipes/predict.py` or TRL's SFTTrainer with its
@@ -46,7 +47,7 @@ FAMILIES = (
     ("Qwen3-VL-30B-A3B", "Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3vl_30b_a3b"),
 )
 OTHER_FAMILIES = (  # on a CPU only
-    ("Gemma-4-E4B", "google/gemma-4-E4B-it", "gemma4_12b"),
+    ("Gemma-4-E4B", "google/gemma-4-E4B-it", "gemma4_e4b_t4"),
     ("Ministral-3-8B", "mistralai/Ministral-3-8B-Instruct-2512-BF16", "ministral3_8b"),
     ("Qwen3.5-35B-A3B", "Qwen/Qwen3.5-35B-A3B", "qwen3_5_35b_a3b"),
 )
@@ -175,10 +176,7 @@ def main() -> None:
 
     cases = tiny_cases() if args.tiny else standard_cases()
     if args.recipes:
-        mixed = {"num_words": (10, 60), "side_px": (320, 1280)}
-        cases = [
-            Case(Path(name).stem, "train", _model_name(name), name, batch_size=0, data=mixed) for name in args.recipes
-        ]
+        cases = [_case_of_recipe(name, is_tiny=args.tiny) for name in args.recipes]
     if args.only:
         names = {case.name for case in cases}
         cases = [
@@ -229,7 +227,9 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         options |= {"use_cpu": True, "dataloader_num_workers": 0}
         options |= {"max_pixels": 7056, "min_pixels": 7056} if has_areas else {}
     if not case.batch_size:  # a recipe as it stands
-        options = {name: options[name] for name in ("train_data", "output_dir", "overwrite", "max_steps")}
+        kept = ["train_data", "output_dir", "overwrite", "max_steps"]
+        kept += ["use_cpu", "dataloader_num_workers"] if args.tiny else []
+        options = {name: options[name] for name in kept}
     options |= {} if case.kind == "trl" else case.options | dict(text.split("=", 1) for text in args.set)
     for name, value in options.items():
         recipe += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
@@ -252,8 +252,7 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         _inside("recipes/predict.py", scored, inside, work)
     found = json.loads(result.read_text())
     is_plain = case.batch_size and case.kind != "latency" and not case.how and case.num_runs == 1
-    max_pixels = options["max_pixels"] if has_areas else None
-    found["tflop"] = mean_tflop(model, data, max_pixels, case) if is_plain else None
+    found["tflop"] = mean_tflop(model, data, options["max_pixels"] if has_areas else None, case) if is_plain else None
     return found
 
 
@@ -515,13 +514,16 @@ def run_trl(model: str, data: str, batch_size: str, max_pixels: str, max_steps: 
     trainer.train()
 
 
-def _model_name(recipe: str) -> str:
+def _case_of_recipe(recipe: str, *, is_tiny: bool) -> Case:
+    """A recipe as it stands, on images of mixed sizes; on a CPU with a small model of its family."""
+    from vqa_sft.lab.random_models import small_shape
     from vqa_sft.models.shapes import SHAPES
 
-    name = read_yaml(recipe).get("model_name_or_path")
-    if name not in SHAPES:
-        raise InputError(f"{recipe} is of the model {name}; shapes are known of: {', '.join(SHAPES)}.")
-    return name
+    shape = read_yaml(recipe).get("model_name_or_path")
+    if shape not in SHAPES:
+        raise InputError(f"{recipe} is of the model {shape}; shapes are known of: {', '.join(SHAPES)}.")
+    data = {"num_words": (10, 60), "side_px": (60, 120) if is_tiny else (320, 1280)}
+    return Case(Path(recipe).stem, "train", small_shape(shape) if is_tiny else shape, recipe, data, batch_size=0)
 
 
 if __name__ == "__main__":
