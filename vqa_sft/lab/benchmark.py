@@ -117,7 +117,8 @@ def family_cases(label: str, shape: str, recipe: str) -> list[Case]:
         return [trl, ours]
     of_trl = replace(trl, name=f"{label} experts, TRL", options={"target_parameters": EXPERTS})
     experts = replace(ours, name=f"{label} experts, train", options={"lora_target_parameters": EXPERTS})
-    return [trl, ours, of_trl, replace(experts, baseline=of_trl.name)]
+    # A GPU of 80 GB has 79 GiB, less its context.
+    return [trl, replace(ours, cap_gib=78), of_trl, replace(experts, baseline=of_trl.name)]
 
 
 def tiny_cases() -> list[Case]:
@@ -126,7 +127,9 @@ def tiny_cases() -> list[Case]:
     data = {"num_words": (5, 20), "side_px": (60, 120)}
     of_families = [case for row in FAMILIES for case in family_cases(*row)]
     of_families += [case for row in OTHER_FAMILIES for case in family_cases(*row) if case.kind == "train"]
-    small = [replace(case, shape=small_shape(case.shape), data=data, batch_size=2) for case in of_families]
+    small = [
+        replace(case, shape=small_shape(case.shape), data=data, batch_size=2, cap_gib=None) for case in of_families
+    ]
     ours: dict[str, Any] = {
         "shape": "tiny",
         "recipe": "recipes/demo.yaml",
@@ -317,8 +320,9 @@ def mean_tflop(model: Path, data: Path, max_pixels: int | None, case: Case) -> f
     from vqa_sft.models.load import load_processor
     from vqa_sft.questions.letters import identity_order
 
-    limits = {"min_pixels": min(50176, max_pixels), "max_pixels": max_pixels} if max_pixels else {}
-    processor, prompts = load_processor(str(model), **limits), builtin_prompts("en", by_type=True)
+    min_pixels = min(50176, max_pixels) if max_pixels else None
+    processor = load_processor(str(model), min_pixels=min_pixels, max_pixels=max_pixels)
+    prompts = builtin_prompts("en", by_type=True)
     work = count_work(AutoConfig.from_pretrained(model))
     examples, _ = load_examples(str(data / "train.csv"))
     cached = bool(case.options.get("cache_image_features"))
