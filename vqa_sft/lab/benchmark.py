@@ -5,6 +5,7 @@
     python -m vqa_sft.lab.benchmark recipes/qwen3b_t4.yaml --as-t4     # recipes as they stand
     python -m vqa_sft.lab.benchmark --only Qwen3.5-9B --only InternVL  # some families
     python -m vqa_sft.lab.benchmark --tiny                             # every kind of case and family, on a CPU
+    python -m vqa_sft.lab.benchmark --tiny recipes/qwen3_5_9b.yaml     # a recipe with a small model of its family
 
 Weights are random in the true shapes of the models, drawn on the GPU by every case (random_models.py); images are
 noise. Every case is a process of its own that runs `recipes/sft.py`, `recipes/predict.py` or TRL's SFTTrainer with its
@@ -46,7 +47,7 @@ FAMILIES = (
     ("Qwen3-VL-30B-A3B", "Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3vl_30b_a3b"),
 )
 OTHER_FAMILIES = (  # on a CPU only
-    ("Gemma-4-E4B", "google/gemma-4-E4B-it", "gemma4_12b"),
+    ("Gemma-4-E4B", "google/gemma-4-E4B-it", "gemma4_e4b_t4"),
     ("Ministral-3-8B", "mistralai/Ministral-3-8B-Instruct-2512-BF16", "ministral3_8b"),
     ("Qwen3.5-35B-A3B", "Qwen/Qwen3.5-35B-A3B", "qwen3_5_35b_a3b"),
 )
@@ -116,7 +117,8 @@ def family_cases(label: str, shape: str, recipe: str) -> list[Case]:
         return [trl, ours]
     of_trl = replace(trl, name=f"{label} experts, TRL", options={"target_parameters": EXPERTS})
     experts = replace(ours, name=f"{label} experts, train", options={"lora_target_parameters": EXPERTS})
-    return [trl, ours, of_trl, replace(experts, baseline=of_trl.name)]
+    # A GPU of 80 GB has 79 GiB, less its context.
+    return [trl, replace(ours, cap_gib=78), of_trl, replace(experts, baseline=of_trl.name)]
 
 
 def tiny_cases() -> list[Case]:
@@ -125,7 +127,9 @@ def tiny_cases() -> list[Case]:
     data = {"num_words": (5, 20), "side_px": (60, 120)}
     of_families = [case for row in FAMILIES for case in family_cases(*row)]
     of_families += [case for row in OTHER_FAMILIES for case in family_cases(*row) if case.kind == "train"]
-    small = [replace(case, shape=small_shape(case.shape), data=data, batch_size=2) for case in of_families]
+    small = [
+        replace(case, shape=small_shape(case.shape), data=data, batch_size=2, cap_gib=None) for case in of_families
+    ]
     ours: dict[str, Any] = {
         "shape": "tiny",
         "recipe": "recipes/demo.yaml",
@@ -175,10 +179,7 @@ def main() -> None:
 
     cases = tiny_cases() if args.tiny else standard_cases()
     if args.recipes:
-        mixed = {"num_words": (10, 60), "side_px": (320, 1280)}
-        cases = [
-            Case(Path(name).stem, "train", _model_name(name), name, batch_size=0, data=mixed) for name in args.recipes
-        ]
+        cases = [_case_of_recipe(name, is_tiny=args.tiny) for name in args.recipes]
     if args.only:
         names = {case.name for case in cases}
         cases = [
@@ -229,7 +230,9 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         options |= {"use_cpu": True, "dataloader_num_workers": 0}
         options |= {"max_pixels": 7056, "min_pixels": 7056} if has_areas else {}
     if not case.batch_size:  # a recipe as it stands
-        options = {name: options[name] for name in ("train_data", "output_dir", "overwrite", "max_steps")}
+        kept = ["train_data", "output_dir", "overwrite", "max_steps"]
+        kept += ["use_cpu", "dataloader_num_workers"] if args.tiny else []
+        options = {name: options[name] for name in kept}
     options |= {} if case.kind == "trl" else case.options | dict(text.split("=", 1) for text in args.set)
     for name, value in options.items():
         recipe += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
@@ -252,8 +255,7 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         _inside("recipes/predict.py", scored, inside, work)
     found = json.loads(result.read_text())
     is_plain = case.batch_size and case.kind != "latency" and not case.how and case.num_runs == 1
-    max_pixels = options["max_pixels"] if has_areas else None
-    found["tflop"] = mean_tflop(model, data, max_pixels, case) if is_plain else None
+    found["tflop"] = mean_tflop(model, data, options["max_pixels"] if has_areas else None, case) if is_plain else None
     return found
 
 
@@ -318,8 +320,9 @@ def mean_tflop(model: Path, data: Path, max_pixels: int | None, case: Case) -> f
     from vqa_sft.models.load import load_processor
     from vqa_sft.questions.letters import identity_order
 
-    limits = {"min_pixels": min(50176, max_pixels), "max_pixels": max_pixels} if max_pixels else {}
-    processor, prompts = load_processor(str(model), **limits), builtin_prompts("en", by_type=True)
+    min_pixels = min(50176, max_pixels) if max_pixels else None
+    processor = load_processor(str(model), min_pixels=min_pixels, max_pixels=max_pixels)
+    prompts = builtin_prompts("en", by_type=True)
     work = count_work(AutoConfig.from_pretrained(model))
     examples, _ = load_examples(str(data / "train.csv"))
     cached = bool(case.options.get("cache_image_features"))
@@ -515,13 +518,16 @@ def run_trl(model: str, data: str, batch_size: str, max_pixels: str, max_steps: 
     trainer.train()
 
 
-def _model_name(recipe: str) -> str:
+def _case_of_recipe(recipe: str, *, is_tiny: bool) -> Case:
+    """A recipe as it stands, on images of mixed sizes; on a CPU with a small model of its family."""
+    from vqa_sft.lab.random_models import small_shape
     from vqa_sft.models.shapes import SHAPES
 
-    name = read_yaml(recipe).get("model_name_or_path")
-    if name not in SHAPES:
-        raise InputError(f"{recipe} is of the model {name}; shapes are known of: {', '.join(SHAPES)}.")
-    return name
+    shape = read_yaml(recipe).get("model_name_or_path")
+    if shape not in SHAPES:
+        raise InputError(f"{recipe} is of the model {shape}; shapes are known of: {', '.join(SHAPES)}.")
+    data = {"num_words": (10, 60), "side_px": (60, 120) if is_tiny else (320, 1280)}
+    return Case(Path(recipe).stem, "train", small_shape(shape) if is_tiny else shape, recipe, data, batch_size=0)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ def save_random_model(name: str, folder: Path) -> Path:
     tokenizer = processor.tokenizer
     config = shape_config(name, pad_token_id=tokenizer.pad_token_id, **_token_ids(processor, SHAPES[name][0]))
     config.get_text_config().update({"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id})
+    config.dtype = torch.bfloat16
     config.architectures = [AutoModelForImageTextToText._model_mapping[type(config)].__name__]
     processor.save_pretrained(folder)
     config.save_pretrained(folder)
