@@ -178,8 +178,13 @@ def settle_prompts(processor: "ProcessorMixin", prompts: Prompts) -> tuple[Promp
 
 def render_prompt(processor: "ProcessorMixin", row: dict, order: Sequence[int], prompts: Prompts) -> str:
     """The text that the model reads before the letter, generation prompt included."""
-    prompt = template.render(processor, render_messages(row, order, prompts), prompts.template_options)
-    return prompt + template.answer_prefix(processor, prompts.template_options)[0]
+    messages, options = render_messages(row, order, prompts), prompts.template_options
+    try:
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+    except Exception as error:
+        raise template.refusal(error) from error
+    before, _, _ = template.find_answer(processor, str(processor.chat_template), json.dumps(options, sort_keys=True))
+    return prompt + before
 
 
 @functools.lru_cache

@@ -33,7 +33,12 @@ def render(processor: "ProcessorMixin", messages: list[dict], options: Options, 
     try:
         return processor.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False, **options)
     except Exception as error:
-        raise InputError(f"the chat template of this model refuses the messages: {_said(error)}.") from error
+        raise refusal(error) from error
+
+
+def refusal(error: Exception) -> InputError:
+    """What to raise for whatever a template raised."""
+    return InputError(f"the chat template of this model refuses the messages: {_said(error)}.")
 
 
 def _is_shown(text: str, shown: str) -> bool:
@@ -172,17 +177,17 @@ def answer_prefix(processor: "ProcessorMixin", options: Options) -> tuple[str, s
 
     Raises InputError where the template shows no answer, or the letter would stand in an open thought.
     """
-    return _find_answer(processor, str(processor.chat_template), json.dumps(options, sort_keys=True))[:2]
+    return find_answer(processor, str(processor.chat_template), json.dumps(options, sort_keys=True))[:2]
 
 
 def answer_suffix(processor: "ProcessorMixin", options: Options) -> str:
     """What the template puts after the answer: "<|im_end|>\\n" for one, nothing for others."""
-    return _find_answer(processor, str(processor.chat_template), json.dumps(options, sort_keys=True))[2]
+    return find_answer(processor, str(processor.chat_template), json.dumps(options, sort_keys=True))[2]
 
 
 @functools.lru_cache
-def _find_answer(processor: "ProcessorMixin", template: str, options_json: str) -> tuple[str, str, str]:
-    """What stands before and after the answer; `template` and `options_json` are there to be remembered by."""
+def find_answer(processor: "ProcessorMixin", template: str, options_json: str) -> tuple[str, str, str]:
+    """`answer_prefix` and `answer_suffix`, remembered by the text of the template and the options, in JSON."""
     options = json.loads(options_json)
     prompt = render(processor, [_message("user", _QUESTION)], options)
     start, suffix = _show_answer(processor, options)
