@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import processors
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import AutoProcessor, LlavaNextConfig, LlavaNextForConditionalGeneration, MllamaImageProcessor
 
@@ -83,6 +84,29 @@ def test_no_image_is_shown_larger_than_max_pixels_and_the_next_size_would_be(fam
             processor = limited(family, max_pixels=larger.most)
             assert max(shown(processor, size)[0] for size in (*larger.largest[:3], *LARGE)) > 0.9 * limit
             assert sizes_of(processor).now.values == larger.values
+
+
+# Image processors of the library that none of the families above has.
+OTHERS = ["PaddleOCRVL", "Ernie4_5_VLMoe", "VideoLlama3", "HunYuanVL", "MiniMaxM3VL", "CohereCompass", "Cosmos3Edge"]
+OTHERS += ["Glmga", "Glm5Next", "MuseGlimmer", "Gemma4Unified", "Ovis2"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_image_processors_of_the_library_keep_the_limit_too(name):
+    for limit in (165_000, 700_000):
+        given = {"crop_to_patches": True} if name == "Ovis2" else {}
+        process = getattr(transformers, f"{name}ImageProcessor")(**given)
+        limit_pixels(SimpleNamespace(image_processor=process), name, None, limit)
+        areas = []
+        for size in SMALL + LARGE:
+            batch = process([Image.new("RGB", size)], return_tensors="pt")
+            if "image_grid_thw" in batch:
+                areas.append(int(batch["image_grid_thw"].prod()) * process.patch_size**2)
+            elif "num_soft_tokens_per_image" in batch:
+                areas.append(int(batch["num_soft_tokens_per_image"].sum()) * 48**2)
+            else:
+                areas.append(batch["pixel_values"].numel() // 3)
+        assert 0.7 * limit < max(areas) <= limit
 
 
 @pytest.mark.parametrize("family", processors.FAMILIES)
@@ -177,6 +201,15 @@ def test_a_family_of_one_size_says_which(family, pixels):
         limited(family, max_pixels=200_704)
     with pytest.raises(InputError, match=says + "min_pixels and max_pixels"):
         limited(family, 100, 200_704)
+
+
+def test_a_processor_that_is_not_known_says_no_more_than_what_was_seen():
+    for process, says in (
+        (transformers.Idefics2ImageProcessor(), "sizes of its own (142,884 to 720,300 pixels of those tried); remove"),
+        (lambda images, **how: {"flattened_patches": images}, "sizes of its own; remove max_pixels"),
+    ):
+        with pytest.raises(InputError, match=re.escape(f"another shows images at {says}")):
+            limit_pixels(SimpleNamespace(image_processor=process), "another", None, 700_000)
 
 
 def test_a_list_of_sizes_that_the_model_numbers_is_left_alone():

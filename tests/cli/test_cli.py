@@ -154,6 +154,8 @@ def test_a_recipes_tokens_are_counted_at_its_pixel_limits_which_may_be_overridde
         assert tokens["rows"] == 24 and tokens["max_length"] == 40 and tokens["cut_share"] == tokens["cut_rows"] / 24
         longest.append(tokens["max"])
     assert longest[0] < longest[1]
+    _, out, _ = run("check", recipe)
+    assert "images: at most 3,136 pixels, 4 tokens each (Qwen2_5_VL: 28 px a token)" in out
 
 
 def test_a_streaming_recipe_says_how_it_is_checked(clean, run):

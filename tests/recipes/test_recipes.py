@@ -95,7 +95,8 @@ def test_choices_that_refer_to_others_keep_their_places_from_training_to_the_pre
     sft(TINY_PATH, tmp_path / "plain", shuffle_choices="false")
     assert said not in capsys.readouterr().out
     run = sft(TINY_PATH, tmp_path / "run")
-    assert said in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert said in out and "images: at most 7,100 pixels, 9 tokens each (Qwen2_5_VL: 28 px a token)" in out
     identity = predict(run, contest, tmp_path / "identity.csv", "--use_cpu")
     rotated = predict(run, contest, tmp_path / "rotated.csv", "--use_cpu", "--orders", "rotations")
     assert said in capsys.readouterr().out

@@ -30,7 +30,7 @@ class Setting:
     least: int  # of a small one
     values: dict[str, Any]
     largest: tuple[tuple[int, int], ...]  # (width, height) of images that are shown `most`, or nearly
-    label: str = ""  # of the values, in messages
+    label: str  # of the values, in messages
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _budgets(processor: ProcessorMixin, low: int | None, high: int | None) -> Si
 
     def setting(num: int) -> Setting:
         pixels = num * token_px**2
-        return Setting(pixels, pixels, {"max_soft_tokens": num}, _fill(pixels, token_px))
+        return Setting(pixels, pixels, {"max_soft_tokens": num}, _fill(pixels, token_px), f"max_soft_tokens {num}")
 
     return Sizes(setting(process.max_soft_tokens), [setting(num) for num in BUDGETS])
 
@@ -247,9 +247,14 @@ def _size(process: ImageProcessingMixin) -> dict[str, int | None]:
     return size if isinstance(size, dict) else vars(size)
 
 
+def area_tokens(pixels: int, token_px: int) -> int:
+    """The most tokens of an image of so many pixels, where each is a square of `token_px`."""
+    return pixels // token_px**2
+
+
 def _fill(pixels: int, token_px: int) -> tuple[tuple[int, int], ...]:
     """(width, height) of an image, no longer than three times its height, of as many whole tokens as `pixels` hold."""
-    num = pixels // token_px**2
+    num = area_tokens(pixels, token_px)
     rows = max(range(max(1, math.isqrt(num // 3)), math.isqrt(num) + 1), key=lambda rows: (num // rows) * rows)
     return ((num // rows * token_px, rows * token_px),)
 

@@ -28,9 +28,11 @@ def limit_pixels(processor: ProcessorMixin, name: str, min_pixels: int | None, m
     sizes = sizes_of(processor, min_pixels, max_pixels)
     if sizes is None:
         areas = _own_areas(processor)
-        own = f"every image at {areas[0]:,} pixels, whatever its size"
-        if len(areas) > 1:
-            own = f"images at sizes of its own ({areas[0]:,} to {areas[-1]:,} pixels of those tried)"
+        own = "images at sizes of its own"
+        if len(areas) == 1:
+            own = f"every image at {areas[0]:,} pixels, whatever its size"
+        elif areas:
+            own += f" ({areas[0]:,} to {areas[-1]:,} pixels of those tried)"
         raise InputError(f"{name} shows {own}; remove {' and '.join(fields)}.")
     setting = _choose(sizes, name, min_pixels, max_pixels)
     for attribute, value in setting.values.items():
@@ -64,8 +66,12 @@ def _choose(sizes: Sizes, name: str, low: int | None, high: int | None) -> Setti
 
 
 def _own_areas(processor: ProcessorMixin) -> list[int]:
-    """The pixels that a processor whose limits cannot be set shows of images of several shapes."""
-    return sorted({_shown_pixels(processor, Image.new("RGB", size)) for size in _SHAPES})
+    """The pixels that a processor whose limits cannot be set shows of images of several shapes; empty where it returns
+    something that is not known here."""
+    try:
+        return sorted({_shown_pixels(processor, Image.new("RGB", size)) for size in _SHAPES})
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return []
 
 
 def _shown_pixels(processor: ProcessorMixin, image: Image.Image) -> int:
@@ -84,20 +90,27 @@ def _shown_pixels(processor: ProcessorMixin, image: Image.Image) -> int:
     return round(shown)
 
 
+def largest_image(processor: ProcessorMixin) -> tuple[int, int]:
+    """The most pixels that the model is shown of one image, and the most tokens that one has in a prompt. Where the
+    processor's limits cannot be set those of images that were tried, or no pixels where they cannot be told."""
+    sizes = sizes_of(processor)
+    shapes = _SHAPES if sizes is None else sizes.now.largest
+    # A small one first: where the processor counts by itself, that is the one it is compared with.
+    tokens = 1 + max(image_tokens(processor, [(224, 224), *shapes]).values())
+    return max(_own_areas(processor), default=0) if sizes is None else sizes.now.most, tokens
+
+
 def describe_images(processor: ProcessorMixin, max_pixels: int | None = None) -> str:
     """A line: the most pixels and tokens of an image, how the family puts it, and `max_pixels` where that is none of
     its sizes."""
     sizes, family = sizes_of(processor), type(processor).__name__.removesuffix("Processor")
+    pixels, tokens = largest_image(processor)
     if sizes is None:
-        tokens, areas = 1 + max(image_tokens(processor, _SHAPES).values()), _own_areas(processor)
-        own = f"{areas[0]:,} pixels each, whatever their size" if len(areas) == 1 else "of sizes of their own"
+        is_one = len(_own_areas(processor)) == 1
+        own = f"{pixels:,} pixels each, whatever their size" if is_one else "of sizes of their own"
         return f"images: {own}, {tokens:,} tokens at most ({family})"
-    now = sizes.now
-    # A small one first: where the processor counts by itself, that is the one it is compared with.
-    tokens = 1 + max(image_tokens(processor, [(224, 224), *now.largest]).values())
-    label = now.label or ", ".join(f"{name} {value}" for name, value in now.values.items())
-    line = f"images: at most {now.most:,} pixels, {tokens:,} tokens each ({family}: {label})"
-    if max_pixels is not None and now.most < max_pixels:
+    line = f"images: at most {pixels:,} pixels, {tokens:,} tokens each ({family}: {sizes.now.label})"
+    if max_pixels is not None and pixels < max_pixels:
         line += f", the largest size within max_pixels {max_pixels:,}"
     return line
 

@@ -357,6 +357,15 @@ def test_every_recipe_has_a_table_within_seconds(run):
         assert math.isclose(sum(map(float, parts)), float(peak), abs_tol=0.05)
 
 
+def test_what_is_shown_of_an_image_is_said_by_its_processor_and_by_the_shape_where_there_is_none(run):
+    for recipe, says in (
+        ("demo", "7,100 pixels, 9 tokens each (Qwen2_5_VL: "),
+        ("qwen7b", "200,704 pixels, 256 tokens each ("),
+    ):
+        _, out, _ = run("memory", RECIPES / f"{recipe}.yaml")
+        assert f"images: at most {says}28 px a token)" in out
+
+
 def test_fields_of_the_recipe_may_be_given_again(run):
     peaks = []
     for more in ((), ("--max_pixels", 50176), ("--text-tokens", 20), ("--gradient_checkpointing", "true")):

@@ -11,6 +11,7 @@ weights spread over GPUs (FSDP, DeepSpeed); stored image features, which need le
 
 from dataclasses import replace
 
+from vqa_sft.batch.image_rules import area_tokens
 from vqa_sft.models.fast import fused_lora
 from vqa_sft.models.memory.needs import Plan, Shape
 
@@ -34,7 +35,7 @@ WEIGHTS_KEPT = 3
 
 def image_tokens(shape: Shape, plan: Plan) -> int:
     """Tokens of one image: a token is merge x merge patches of patch_px x patch_px."""
-    return plan.max_pixels // (shape.patch_px * shape.merge) ** 2
+    return area_tokens(plan.max_pixels, shape.patch_px * shape.merge)
 
 
 def row_tokens(shape: Shape, plan: Plan) -> int:

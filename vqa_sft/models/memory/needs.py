@@ -11,8 +11,8 @@ from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, ProcessorMixin
 from trl import ModelConfig, SFTConfig
 
-from vqa_sft.batch.image_rules import sizes_of
-from vqa_sft.batch.image_size import describe_images, limit_pixels
+from vqa_sft.batch.image_rules import area_tokens
+from vqa_sft.batch.image_size import describe_images, largest_image, limit_pixels
 from vqa_sft.batch.prompts import Prompts, render_prompt
 from vqa_sft.config.training import RecipeArguments
 from vqa_sft.errors import InputError, explains
@@ -190,15 +190,10 @@ def read_images(model_args: ModelConfig, arguments: RecipeArguments, shape: Shap
         processor = AutoProcessor.from_pretrained(name, revision=model_args.model_revision, local_files_only=True)
     except LOADING_ERRORS:
         pixels, token_px = arguments.max_pixels or MAX_PIXELS, shape.patch_px * shape.merge
-        tokens = pixels // token_px**2
+        tokens = area_tokens(pixels, token_px)
         return pixels, f"images: at most {pixels:,} pixels, {tokens:,} tokens each ({token_px} px a token)"
     limit_pixels(processor, name, *limits)
-    return largest_image(processor), describe_images(processor, arguments.max_pixels)
-
-
-def largest_image(processor: ProcessorMixin) -> int:
-    sizes = sizes_of(processor)
-    return sizes.now.most if sizes is not None else MAX_PIXELS
+    return largest_image(processor)[0], describe_images(processor, arguments.max_pixels)
 
 
 def read_needs(
@@ -222,7 +217,7 @@ def read_needs(
         fast=arguments.fast,
         memory_budget=arguments.activation_memory_budget,
         attention=attention_of(training_args.device, precision, arguments.fast),
-        max_pixels=largest_image(processor),
+        max_pixels=largest_image(processor)[0],
     )
     plan, _ = read_stored(model_args.model_name_or_path, config, plan)
     compiles = compiles and plan.bits == 16 and plan.attention == "grouped" and speedups.can_compile()
