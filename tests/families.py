@@ -24,7 +24,7 @@ from transformers import (
 
 from vqa_sft.tiny.build import CHAT_TEMPLATE, build_config, build_processor, build_tokenizer
 
-# The families that tests of one part of the road go through. All of them: tests/models/test_families.py.
+# The families that tests of one part of the road go through.
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "smolvlm")
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 # As LLaVA-1.5 and SmolVLM write their turns: no separator after the colon, so that the answer is " A".
@@ -87,6 +87,13 @@ def save_family(family: str, folder: Path, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
+
+
+def skeleton(folder: str) -> PreTrainedModel:
+    """The model of a folder without its weights."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, *tokens: str, **named: str) -> Callable[[str], int]:
@@ -200,3 +207,8 @@ def smolvlm(tokenizer) -> Built:
 
 
 import more_families  # noqa: E402, F401  registers the others
+
+# What tests/models/test_families.py goes through; the quick ones are those that are most unlike each other.
+QUICK = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe + experts", "gemma4", "gemma4_moe", "internvl", "smolvlm")
+QUICK += ("lfm2_vl", "glm4v", "mistral3", "llava_onevision", "minicpmv4_7")
+ROADS = (*TINY, *(f"{name} + experts" for name in ("qwen3_vl_moe", "qwen3_5_moe", "gemma4_moe", "glm4v_moe")))

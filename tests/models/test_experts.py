@@ -4,9 +4,9 @@ import re
 
 import pytest
 import torch
-from families import TINY
+from families import TINY, skeleton as build_skeleton
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForImageTextToText
+from trainers import build_trainer
 from trl import ModelConfig
 
 from vqa_sft.config.recipe import read_recipe
@@ -14,6 +14,7 @@ from vqa_sft.errors import InputError
 from vqa_sft.models.load import load_model
 from vqa_sft.models.lora import describe_experts, lora_config
 from vqa_sft.models.parts import vision_layers
+from vqa_sft.models.scoring import answer_logits
 
 MIXTURES = ["qwen3_vl_moe", "qwen3_5_moe", "qwen4_exp", "gemma4_moe", "glm4v_moe", "kimi_k25", "llama4"]
 ARGS = ModelConfig(use_peft=True, lora_r=4, lora_dropout=0.0)
@@ -21,12 +22,7 @@ ARGS = ModelConfig(use_peft=True, lora_r=4, lora_dropout=0.0)
 
 @pytest.fixture
 def skeleton(families):
-    def build(family):
-        config = AutoConfig.from_pretrained(families(family))
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config)
-
-    return build
+    return lambda family: build_skeleton(families(family))
 
 
 def adapt(model, **asked):
@@ -49,6 +45,27 @@ def test_routed_experts_get_adapters_where_they_are_asked_for_and_the_line_says_
     said = f"{num_asked - num_plain:,} parameters"
     assert plain_line.startswith("No adapter for the routed experts (") and f"would train {said}" in plain_line
     assert line.startswith("Adapters of the routed experts (") and line.endswith(f"have {said}.")
+
+
+def test_adapted_experts_are_kept_twice_unless_layers_are_computed_again(families, skeleton, contest, tmp_path):
+    model = skeleton("qwen3_vl_moe")
+    config = lora_config(ARGS, model, adapt_experts=True)
+    assert "keeps a second copy of the experts" in describe_experts(model, config, checkpoints=False)
+    trainer, examples, _ = build_trainer(families("qwen3_vl_moe"), contest, tmp_path, 2, adapt_experts=True)
+    trainer.model.train()
+    (size,) = {weight.numel() for name, weight in trainer.model.named_parameters() if name.endswith("gate_up_proj")}
+    batch = trainer.data_collator(list(examples))
+    assert size in sizes_kept(trainer.model, batch)
+    trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert size not in sizes_kept(trainer.model, batch)
+
+
+def sizes_kept(model, batch):
+    """Sizes of the tensors that a forward pass keeps for its backward pass."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()), lambda kept: kept):
+        answer_logits(model, batch)
+    return kept
 
 
 @pytest.mark.parametrize("family", MIXTURES)
