@@ -19,6 +19,7 @@ from trl import ModelConfig
 
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.inference.predictor import Predictor
+from vqa_sft.models.families import FAMILIES
 from vqa_sft.models.load import load_model
 from vqa_sft.models.lora import lora_config
 from vqa_sft.models.parts import vision_layers
@@ -202,3 +203,5 @@ def test_adapters_of_tower_and_merger_are_reached_by_a_row_with_images(families,
 def test_the_page_of_models_is_that_of_the_table_and_of_the_tiny_models(families):
     table = write_table(families)
     assert table in PAGE.read_text(encoding="utf-8"), "python tests/models_page.py writes it"
+    for page in ("README.md", "CHANGELOG.md"):
+        assert f" {len(FAMILIES)} " in (PAGE.parent.parent / page).read_text(encoding="utf-8")
