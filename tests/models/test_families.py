@@ -25,7 +25,7 @@ from vqa_sft.models.lora import lora_config
 from vqa_sft.models.parts import vision_layers
 from vqa_sft.runs.merge import merge_run
 
-LEARNING_RATE = 0.005
+LEARNING_RATE = 0.001
 TOLERANCE = 1e-4  # of log-probabilities and losses
 QUESTIONS = ("What is it?", "Which of these things can be seen in the second image?", "Which word is the longest?")
 WORDS = ["a cat", "two dogs", "the fox that jumps", "an owl"]
@@ -106,8 +106,8 @@ def write_adapter(base, folder, **asked):
     """An adapter of ours with random weights on both sides."""
     args = ModelConfig(model_name_or_path=base, dtype=None, use_peft=True, lora_r=4, lora_dropout=0.0)
     model = load_model(args, "fp32")
-    adapted = get_peft_model(model, lora_config(args, model, **asked))
     torch.manual_seed(1)
+    adapted = get_peft_model(model, lora_config(args, model, **asked))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -68,7 +68,7 @@ def _decoder_layers(model: PreTrainedModel) -> str:
 
 def _expert_names(model: PreTrainedModel) -> list[str]:
     """The ends of the names of fused experts' weights: "experts.gate_up_proj". Raises InputError where there are none,
-    or they are not whole numbers that an adapter can be added to."""
+    or they are quantised."""
     if own := quantized.quantization_of(model.config):
         raise InputError(
             f"adapt_experts needs whole experts, and this checkpoint is quantised itself ({quantized.describe(own)}). "
