@@ -4,6 +4,7 @@ A builder takes the tokenizer and gives model and processor. `@tiny(image)` says
 that the processor gets, so that a test can write the prompt by itself.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,8 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, *tokens: str, **named: str) -
 def model_of(model_type: str, tokenizer: PreTrainedTokenizerBase, text: dict, vision: dict, **own: Any) -> Any:
     """A model from the configuration of its parts; TEXT, the vocabulary and the padding are added."""
     text = TEXT | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | text
-    config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **own)
+    # A configuration writes into what it is given.
+    config = AutoConfig.for_model(model_type, **copy.deepcopy({"text_config": text, "vision_config": vision}), **own)
     return AutoModelForImageTextToText.from_config(config)
 
 

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from families import QUICK, TINY, save_family, skeleton
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 from trl import ModelConfig
 
+from vqa_sft.errors import InputError
 from vqa_sft.models.families import FAMILIES
 from vqa_sft.models.lora import lora_config
-from vqa_sft.models.parts import fused_experts, vision_layers
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 HEAD = ("family", "`model_type`", "for example", "an adapter goes to", "if asked", "packed", "tested in")
@@ -62,10 +62,18 @@ def _adapted(folder: str) -> tuple[dict[str, None], dict[str, None]]:
     pattern = re.compile(lora_config(ModelConfig(use_peft=True), model).target_modules)
     layers = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
     kinds = {_kind(name) for name in layers}
-    tower, merger = vision_layers(model)
-    asked = {"tower": tower, "merger": merger, "experts": fused_experts(model)}
+    parts = {part: None for part in ("tower", "merger", "experts") if can_adapt(model, f"adapt_{part}")}
     ordered = [*KINDS, *sorted(kinds - KINDS.keys())]
-    return {kind: None for kind in ordered if kind in kinds}, {part: None for part, names in asked.items() if names}
+    return {kind: None for kind in ordered if kind in kinds}, parts
+
+
+def can_adapt(model: PreTrainedModel, field: str) -> bool:
+    """Whether a recipe may ask for it."""
+    try:
+        lora_config(ModelConfig(use_peft=True), model, **{field: True})
+    except InputError:
+        return False
+    return True
 
 
 def _kind(name: str) -> str:

@@ -99,6 +99,12 @@ def test_the_tower_of_a_model_that_hears_as_well_is_the_one_that_sees(skeleton):
     assert merger == ["model.embed_vision.embedding_projection"]
 
 
+@pytest.mark.parametrize("field", ["adapt_tower", "adapt_merger"])
+def test_layers_in_whose_place_peft_adapts_experts_are_refused(skeleton, field):
+    with pytest.raises(InputError, match=f"{field}: PEFT would adapt the experts of GLM-4.5V in their place"):
+        lora_config(ARGS, skeleton("glm4v_moe"), **{field: True})
+
+
 def test_experts_that_cannot_be_adapted_are_refused(skeleton):
     with pytest.raises(InputError, match="Qwen3VLForConditionalGeneration has no routed experts"):
         lora_config(ARGS, skeleton("qwen3_vl"), adapt_experts=True)

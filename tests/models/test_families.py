@@ -10,7 +10,7 @@ import pytest
 import torch
 from contest import noise
 from families import QUICK, ROADS, TINY, skeleton
-from models_page import PAGE, write_table
+from models_page import PAGE, can_adapt, write_table
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from scripts import train
@@ -188,12 +188,15 @@ def test_merged_weights_answer_as_base_and_adapter(road, tmp_path):
 
 @pytest.mark.parametrize("family", quick_or_slow(TINY))
 def test_adapters_of_tower_and_merger_are_reached_by_a_row_with_images(families, tmp_path, family):
-    tower, merger = vision_layers(skeleton(families(family)))
-    asked = {"adapt_tower": bool(tower), "adapt_merger": bool(merger)}
+    model = skeleton(families(family))
+    asked = {field: can_adapt(model, field) for field in ("adapt_tower", "adapt_merger")}
     reference = Reference(family, families(family), write_adapter(families(family), tmp_path / "adapter", **asked))
     reference.choice_log_probs(write_rows(tmp_path)[1])[0].backward()
     trained = {name: weight for name, weight in reference.model.named_parameters() if weight.requires_grad}
-    assert all(any(f".{layer}.lora_" in name for name in trained) for layer in [*tower, *merger])
+    layers = [
+        layer for is_asked, of in zip(asked.values(), vision_layers(model), strict=True) if is_asked for layer in of
+    ]
+    assert all(any(f".{layer}.lora_" in name for name in trained) for layer in layers)
     bare = {name for name, weight in trained.items() if weight.grad is None or not weight.grad.any()}
     # LLaVA shows the language model the last layer but one.
     last = "vision_tower.encoder.layers.1." if family in ("llava", "llava_next") else "none"

@@ -44,7 +44,7 @@ class Family:
     examples: tuple[str, ...]  # checkpoints on the Hub
     packed: Packed | None = None
     package: str | None = None  # that its processor needs, beside ours
-    no_lora: tuple[str, ...] = ()  # linear layers of the language model that get no adapter
+    no_lora: tuple[str, ...] = ()  # names of linear layers that can have no adapter
 
 
 def round_up(length: int) -> int:

@@ -41,24 +41,27 @@ def lora_config(
             )
         return None
     _check_names(config, model)
+    family = FAMILIES.get(model.config.model_type)
+    no_lora = family.no_lora if family else ()
     if config.target_modules is None:
-        config.target_modules = _decoder_layers(model)
+        config.target_modules = _decoder_layers(model, no_lora)
         asked = {"adapt_tower": adapt_tower, "adapt_merger": adapt_merger}
         for (field, is_asked), names in zip(asked.items(), vision_layers(model), strict=True):
             if not is_asked:
                 continue
             if not names:
                 raise InputError(f"{field}: no such linear layers are found in {type(model).__name__}. Remove it.")
+            if any(name.endswith(no_lora) for name in names):
+                raise InputError(f"{field}: PEFT would adapt the experts of {family.label} in their place. Remove it.")
             config.target_modules = "|".join([config.target_modules, *map(re.escape, names)])
     if adapt_experts:
         config.target_parameters = _expert_names(model)
     return config
 
 
-def _decoder_layers(model: PreTrainedModel) -> str:
+def _decoder_layers(model: PreTrainedModel, no_lora: tuple[str, ...]) -> str:
     """A regular expression of the names of the linear layers in the language model's layers that get an adapter."""
-    family = FAMILIES.get(model.config.model_type)
-    left_out = LEFT_OUT.union(family.no_lora if family else ())
+    left_out = LEFT_OUT.union(no_lora)
     layers = [name for name, module in model.get_decoder().named_modules() if isinstance(module, torch.nn.Linear)]
     kept = {name.rpartition(".")[2] for name in layers if "." in name and left_out.isdisjoint(name.split("."))}
     # A router may have a layer that is called as others are.
