@@ -4,6 +4,7 @@ A builder takes the tokenizer and gives model and processor. `@tiny(image)` says
 that the processor gets, so that a test can write the prompt by itself.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import (
 
 from vqa_sft.tiny.build import CHAT_TEMPLATE, build_config, build_processor, build_tokenizer
 
-# The families that tests of one part of the road go through. All of them: tests/models/test_families.py.
+# The families that tests of one part of the road go through.
 FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "smolvlm")
 QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 # As LLaVA-1.5 and SmolVLM write their turns: no separator after the colon, so that the answer is " A".
@@ -89,6 +90,13 @@ def save_family(family: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def skeleton(folder: str) -> PreTrainedModel:
+    """The model of a folder without its weights."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
 def add_tokens(tokenizer: PreTrainedTokenizerBase, *tokens: str, **named: str) -> Callable[[str], int]:
     """Add control tokens, some of them under names that a processor asks for; returns what gives a token's id."""
     tokenizer.add_special_tokens({"additional_special_tokens": [*tokens, *named.values()]})
@@ -99,7 +107,8 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, *tokens: str, **named: str) -
 def model_of(model_type: str, tokenizer: PreTrainedTokenizerBase, text: dict, vision: dict, **own: Any) -> Any:
     """A model from the configuration of its parts; TEXT, the vocabulary and the padding are added."""
     text = TEXT | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id} | text
-    config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **own)
+    # A configuration writes into what it is given.
+    config = AutoConfig.for_model(model_type, **copy.deepcopy({"text_config": text, "vision_config": vision}), **own)
     return AutoModelForImageTextToText.from_config(config)
 
 
@@ -200,3 +209,8 @@ def smolvlm(tokenizer) -> Built:
 
 
 import more_families  # noqa: E402, F401  registers the others
+
+# What tests/models/test_families.py goes through; the quick ones are those that are most unlike each other.
+QUICK = ("qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe + experts", "gemma4", "gemma4_moe", "internvl", "smolvlm")
+QUICK += ("lfm2_vl", "glm4v", "mistral3", "llava_onevision", "minicpmv4_7")
+ROADS = (*TINY, *(f"{name} + experts" for name in ("qwen3_vl_moe", "qwen3_5_moe", "gemma4_moe", "glm4v_moe")))

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from contest import noise
-from families import TINY
+from families import QUICK, ROADS, TINY, skeleton
+from models_page import PAGE, can_adapt, write_table
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from scripts import train
@@ -18,15 +19,13 @@ from trl import ModelConfig
 
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.inference.predictor import Predictor
+from vqa_sft.models.families import FAMILIES
 from vqa_sft.models.load import load_model
 from vqa_sft.models.lora import lora_config
+from vqa_sft.models.parts import vision_layers
 from vqa_sft.runs.merge import merge_run
 
-# The quick ones are those that are most unlike each other. The experts of a model are adapted where it says so.
-QUICK = ["qwen2_5_vl", "qwen3_vl", "qwen3_5", "qwen3_5_moe + experts", "gemma4", "gemma4_moe", "internvl", "smolvlm"]
-QUICK += ["lfm2_vl", "glm4v", "mistral3", "llava_onevision", "minicpmv4_7"]
-ROADS = [*TINY, *(f"{name} + experts" for name in ("qwen3_vl_moe", "qwen3_5_moe", "gemma4_moe", "glm4v_moe"))]
-LEARNING_RATE = 0.005
+LEARNING_RATE = 0.001
 TOLERANCE = 1e-4  # of log-probabilities and losses
 QUESTIONS = ("What is it?", "Which of these things can be seen in the second image?", "Which word is the longest?")
 WORDS = ["a cat", "two dogs", "the fox that jumps", "an owl"]
@@ -107,8 +106,8 @@ def write_adapter(base, folder, **asked):
     """An adapter of ours with random weights on both sides."""
     args = ModelConfig(model_name_or_path=base, dtype=None, use_peft=True, lora_r=4, lora_dropout=0.0)
     model = load_model(args, "fp32")
-    adapted = get_peft_model(model, lora_config(args, model, **asked))
     torch.manual_seed(1)
+    adapted = get_peft_model(model, lora_config(args, model, **asked))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -116,9 +115,11 @@ def write_adapter(base, folder, **asked):
     return str(folder)
 
 
-@pytest.fixture(
-    scope="module", params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ROADS]
-)
+def quick_or_slow(names):
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.fixture(scope="module", params=quick_or_slow(ROADS))
 def road(request, families, tmp_path_factory):
     family, _, experts = request.param.partition(" + ")
     folder, base = tmp_path_factory.mktemp(family), families(family)
@@ -183,3 +184,27 @@ def test_merged_weights_answer_as_base_and_adapter(road, tmp_path):
     merge_run(road.run, str(tmp_path / "merged"), dtype="fp32")
     expected = [road.reference.choice_log_probs(row).numpy() for row in road.rows]
     assert_same(predict(road, tmp_path / "merged")[1], expected)
+
+
+@pytest.mark.parametrize("family", quick_or_slow(TINY))
+def test_adapters_of_tower_and_merger_are_reached_by_a_row_with_images(families, tmp_path, family):
+    model = skeleton(families(family))
+    asked = {field: can_adapt(model, field) for field in ("adapt_tower", "adapt_merger")}
+    reference = Reference(family, families(family), write_adapter(families(family), tmp_path / "adapter", **asked))
+    reference.choice_log_probs(write_rows(tmp_path)[1])[0].backward()
+    trained = {name: weight for name, weight in reference.model.named_parameters() if weight.requires_grad}
+    layers = [
+        layer for is_asked, of in zip(asked.values(), vision_layers(model), strict=True) if is_asked for layer in of
+    ]
+    assert all(any(f".{layer}.lora_" in name for name in trained) for layer in layers)
+    bare = {name for name, weight in trained.items() if weight.grad is None or not weight.grad.any()}
+    # LLaVA shows the language model the last layer but one.
+    last = "vision_tower.encoder.layers.1." if family in ("llava", "llava_next") else "none"
+    assert bare == {name for name in trained if last in name}
+
+
+def test_the_page_of_models_is_that_of_the_table_and_of_the_tiny_models(families):
+    table = write_table(families)
+    assert table in PAGE.read_text(encoding="utf-8"), "python tests/models_page.py writes it"
+    for page in ("README.md", "CHANGELOG.md"):
+        assert f" {len(FAMILIES)} " in (PAGE.parent.parent / page).read_text(encoding="utf-8")

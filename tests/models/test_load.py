@@ -14,6 +14,7 @@ from vqa_sft.errors import InputError
 from vqa_sft.models import load as models
 from vqa_sft.models.lora import lora_config
 from vqa_sft.models.parts import names_beside_decoder, vision_layers
+from vqa_sft.tiny.build import build_tokenizer
 
 
 @pytest.fixture
@@ -270,3 +271,45 @@ def test_a_recipe_with_an_unknown_name_ends_before_a_weight_is_loaded(families, 
         sft(families("llava"), tmp_path / "run", lora_modules_to_save="nope")
     assert stop.value.code == 2 and "has no 'nope' (nearest: " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def with_config(families, tmp_path):
+    """`with_config(key=value)`: a checkpoint whose config.json says that too."""
+
+    def build(**changed):
+        folder = tmp_path / "changed"
+        shutil.copytree(families("qwen2_5_vl"), folder)
+        edit_config(folder, lambda config: config.update(changed))
+        return str(folder)
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"model_type": "udop"}, r"is an encoder-decoder \(udop\)"),
+        ({"model_type": "qwen2"}, r"\(qwen2\) is no model of images and text that transformers knows"),
+        (
+            {
+                "model_type": "internvl_chat",
+                "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+            },
+            "brings code of its own. Set trust_remote_code: true",
+        ),
+        ({"model_type": "qwen99_vl"}, "does not recognize this architecture"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_in_one_line_with_the_reason(with_config, changed, says):
+    folder = with_config(**changed)
+    with pytest.raises(InputError, match=says) as refused:
+        models.build_skeleton(ModelConfig(model_name_or_path=folder, use_peft=True))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_model_of_text_alone_is_refused_by_its_processor(tmp_path):
+    build_tokenizer(["Which digit is this?"] * 4).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(InputError, match="has no processor for images and text, .* Take a vision-language model"):
+        models.load_processor(str(tmp_path))

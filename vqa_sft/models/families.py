@@ -50,7 +50,7 @@ class Family:
     # Every layer attends to all earlier tokens, and positions count tokens.
     packs_rows: bool = False
     package: str | None = None  # that its processor needs, beside ours
-    no_lora: tuple[str, ...] = ()  # linear layers of the language model that get no adapter
+    no_lora: tuple[str, ...] = ()  # names of linear layers that can have no adapter
 
 
 def round_up(length: int) -> int:

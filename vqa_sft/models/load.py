@@ -307,5 +307,6 @@ def _cannot_load(name: str, error: Exception) -> InputError:
             "model in the format of transformers (some end in -hf)."
         )
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    where = "" if Path(name).exists() else " Check the name or path, and the network."
+    is_found = Path(name).exists() or isinstance(error, ImportError)  # a package is missing (SmolVLM's num2words)
+    where = "" if is_found else " Check the name or path, and the network."
     return InputError(f"the model {name!r} cannot be loaded: {lines[0]}{where}")

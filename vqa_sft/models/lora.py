@@ -41,24 +41,27 @@ def lora_config(
             )
         return None
     _check_names(config, model)
+    family = FAMILIES.get(model.config.model_type)
+    no_lora = family.no_lora if family else ()
     if config.target_modules is None:
-        config.target_modules = _decoder_layers(model)
+        config.target_modules = _decoder_layers(model, no_lora)
         asked = {"adapt_tower": adapt_tower, "adapt_merger": adapt_merger}
         for (field, is_asked), names in zip(asked.items(), vision_layers(model), strict=True):
             if not is_asked:
                 continue
             if not names:
                 raise InputError(f"{field}: no such linear layers are found in {type(model).__name__}. Remove it.")
+            if any(name.endswith(no_lora) for name in names):
+                raise InputError(f"{field}: PEFT would adapt the experts of {family.label} in their place. Remove it.")
             config.target_modules = "|".join([config.target_modules, *map(re.escape, names)])
     if adapt_experts:
         config.target_parameters = _expert_names(model)
     return config
 
 
-def _decoder_layers(model: PreTrainedModel) -> str:
+def _decoder_layers(model: PreTrainedModel, no_lora: tuple[str, ...]) -> str:
     """A regular expression of the names of the linear layers in the language model's layers that get an adapter."""
-    family = FAMILIES.get(model.config.model_type)
-    left_out = LEFT_OUT.union(family.no_lora if family else ())
+    left_out = LEFT_OUT.union(no_lora)
     layers = [name for name, module in model.get_decoder().named_modules() if isinstance(module, torch.nn.Linear)]
     kept = {name.rpartition(".")[2] for name in layers if "." in name and left_out.isdisjoint(name.split("."))}
     # A router may have a layer that is called as others are.
@@ -68,7 +71,7 @@ def _decoder_layers(model: PreTrainedModel) -> str:
 
 def _expert_names(model: PreTrainedModel) -> list[str]:
     """The ends of the names of fused experts' weights: "experts.gate_up_proj". Raises InputError where there are none,
-    or they are not whole numbers that an adapter can be added to."""
+    or they are quantised."""
     if own := quantized.quantization_of(model.config):
         raise InputError(
             f"adapt_experts needs whole experts, and this checkpoint is quantised itself ({quantized.describe(own)}). "
@@ -80,8 +83,9 @@ def _expert_names(model: PreTrainedModel) -> list[str]:
     return names
 
 
-def describe_experts(model: PreTrainedModel, config: LoraConfig | None) -> str:
-    """What the adapter is to the routed experts, and what it would cost there; empty for a model without them."""
+def describe_experts(model: PreTrainedModel, config: LoraConfig | None, *, checkpoints: bool = True) -> str:
+    """What the adapter is to the routed experts, and what it costs there or would cost; empty for a model without them.
+    `checkpoints`: whether layers are computed again in the backward pass."""
     experts = fused_experts(model)
     if not experts or config is None:
         return ""
@@ -90,7 +94,9 @@ def describe_experts(model: PreTrainedModel, config: LoraConfig | None) -> str:
     num_trained = sum(config.r * weight.shape[0] * sum(weight.shape[1:]) for weight in experts.values())
     routed = f"the routed experts ({num_routed:,} parameters, {num_routed / num_all:.0%} of the model)"
     if config.target_parameters:
-        return f"Adapters of {routed} have {num_trained:,} parameters."
+        # Base and adapter are added before the product, and what is multiplied is kept.
+        kept = "" if checkpoints else " Without gradient_checkpointing the training keeps a second copy of the experts."
+        return f"Adapters of {routed} have {num_trained:,} parameters.{kept}"
     return f"No adapter for {routed}; adapt_experts: true would train {num_trained:,} parameters for them."
 
 

@@ -65,7 +65,7 @@ def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precisio
     skeleton, adapter = build_skeleton(model_args, device_map=processes.device_map(), **trust), None
     if args.init_adapter is None:
         adapter = lora_config(model_args, skeleton, **args.adapted_parts)
-        if line := describe_experts(skeleton, adapter):
+        if line := describe_experts(skeleton, adapter, checkpoints=training_args.gradient_checkpointing):
             note(line)
     loss = LossSettings(
         letter_ids=find_letter_ids(processor, rows.num_letters, prompts),
