@@ -11,10 +11,11 @@ from trl import ModelConfig
 
 from vqa_sft.errors import InputError
 from vqa_sft.models.families import FAMILIES
+from vqa_sft.models.fast.packing import why_not
 from vqa_sft.models.lora import lora_config
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-HEAD = ("family", "`model_type`", "for example", "an adapter goes to", "if asked", "packed", "tested in")
+HEAD = ("family", "`model_type`", "for example", "an adapter goes to", "if asked", "rows", "tower", "tested in")
 # What a linear layer of the language model is, by its name; the first that fits.
 KINDS = {
     "shared experts": r"shared_expert",
@@ -41,7 +42,7 @@ def write_table(folder: Callable[[str], str]) -> str:
         is_quick = any(road.partition(" + ")[0] in variants[model_type] for road in QUICK)
         examples = ", ".join(f"[{name}](https://huggingface.co/{name})" for name in family.examples)
         label = family.label + (f" (needs `{family.package}`)" if family.package else "")
-        packed = "yes" if family.packed else ""
+        is_padded = any(why_not(AutoConfig.from_pretrained(folder(name))) for name in variants[model_type])
         lines.append(
             (
                 label,
@@ -49,7 +50,8 @@ def write_table(folder: Callable[[str], str]) -> str:
                 examples,
                 ", ".join(found),
                 ", ".join(asked),
-                packed,
+                "padded" if is_padded else "packed",
+                "fast" if family.packed else "",
                 "make test" if is_quick else "make test-slow",
             )
         )

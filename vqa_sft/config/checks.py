@@ -99,12 +99,8 @@ def _of_weights(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
         yield f"{' and '.join(adapts)}: full fine-tuning trains all weights; remove that, or use_peft: false."
     if adapts and values.get("lora_target_modules"):
         yield f"{' and '.join(adapts)}: lora_target_modules names all layers itself; keep one of the two."
-    if own.adapt_experts and values.get("lora_target_parameters"):
-        yield "adapt_experts is lora_target_parameters with the experts' names. Keep one of the two."
     if own.adapt_experts or values.get("lora_target_parameters"):
-        for name in ("lora_dropout", "use_dora"):
-            if values.get(name):
-                yield f"{name}: PEFT has none for the parameters of experts. Remove it."
+        yield from _of_experts(values, own)
     if own.vision_learning_rate is not None and not reaches_vision(values, own):
         yield "vision_learning_rate: nothing outside the language model is trained; set adapt_tower or adapt_merger."
     if own.loss == "vocabulary" and own.vocabulary_weight != 1:
@@ -113,6 +109,14 @@ def _of_weights(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
         yield "averaging is of adapters; remove use_peft: false."
     if own.init_adapter:
         yield from _of_init_adapter(own.init_adapter, is_full, values, adapts)
+
+
+def _of_experts(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
+    if own.adapt_experts and values.get("lora_target_parameters"):
+        yield "adapt_experts is lora_target_parameters with the experts' names. Keep one of the two."
+    for name in ("lora_dropout", "use_dora"):
+        if values.get(name):
+            yield f"{name}: PEFT has none for the parameters of experts. Remove it."
 
 
 def _of_init_adapter(folder: str, is_full: bool, values: dict[str, Any], adapts: list[str]) -> Iterator[str]:
