@@ -18,6 +18,7 @@ from scripts import RECIPES
 from transformers import AttentionInterface, AutoModelForImageTextToText
 from trl import ModelConfig, SFTConfig
 
+from vqa_sft.config.fields import read_yaml
 from vqa_sft.errors import InputError
 from vqa_sft.models import shapes
 from vqa_sft.models.fast import fused_lora
@@ -350,6 +351,10 @@ def test_every_recipe_has_a_table_within_seconds(run):
     for path in sorted(RECIPES.glob("*.yaml")):
         start = time.process_time()
         code, out, err = run("memory", path)
+        model_type = shapes.SHAPES.get(read_yaml(path)["model_name_or_path"], ["qwen2_5_vl"])[0]
+        if model_type not in ESTIMATED:
+            assert code == 2 and f"the memory of {model_type} cannot be estimated" in err
+            continue
         assert code == 0 and not err and time.process_time() - start < 10, (path, err)
         assert "language model" in out and "peak that torch reserves" in out
         (peak,) = re.findall(r"peak that torch reserves +([\d.]+)", out)
