@@ -28,9 +28,11 @@ def test_packed_rows_give_the_logits_and_gradients_of_padded_rows(road, answers_
 
 
 OTHERS = [name for name, family in FAMILIES.items() if family.packs_rows or family.packed]
+QUICK = ("qwen3_vl_moe", "qwen3_5", "internvl")
+OTHERS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 
 
-@pytest.mark.parametrize("family", [name for name in OTHERS if name not in ("qwen2_5_vl", "qwen3_vl")])
+@pytest.mark.parametrize("family", OTHERS)
 def test_every_family_has_the_logits_and_gradients_of_the_library(families, contest, family):
     model, processor, letter_ids, rows = road_of(families(family), contest)
     plain = gradients_of(model, AnswerCollator(processor, Prompts(), 4)(rows), letter_ids)

@@ -27,7 +27,7 @@ NAMES = ("gate_proj", "up_proj", "down_proj")
 def fuse(decoder: nn.Module) -> int:
     """Fuse the MLPs of a decoder's layers in place; how many. Nothing of it is saved."""
     num_fused = 0
-    for layer in decoder.layers:
+    for layer in getattr(decoder, "layers", ()):  # of Llama 4 it is a whole causal model
         num_fused += hasattr(layer, "mlp") and widen(layer.mlp)
         # Buffers are a little larger than the weights whose place the allocator would else keep for others.
         torch.cuda.empty_cache()

@@ -90,14 +90,16 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
     """Speed up the vision tower, and compile its blocks and the decoder's layers if asked and able. Of what a compiled
     layer would keep for its backward pass, it keeps the share `memory_budget` and computes again what is cheapest."""
     base = base_of(model)
-    family, layers = PACKED.get(base.config.model_type), [*base.get_decoder().layers]
+    family = PACKED.get(base.config.model_type)
+    decoder = base.get_decoder()
+    layers = [*getattr(decoder, "layers", ())]  # Llama 4 has none here
     if family is not None:
         tower = tower_of(base)
         if done := vision.speed_up_tower(tower, family.tower_mlp):
             say("vision tower: " + ", ".join(done))
         layers += tower.blocks if vision.is_frozen(tower) else ()
     # On a CPU the wide tensors are not what takes the time.
-    if base.device.type == "cuda" and (num_mlps := fused_lora.fuse(base.get_decoder())):
+    if base.device.type == "cuda" and (num_mlps := fused_lora.fuse(decoder)):
         say(f"{num_mlps} MLPs have their adapters inside the base's products")
     if not compile_layers:
         return
