@@ -105,7 +105,10 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
         return
     if getattr(base, "is_quantized", False):
         say("layers are not compiled: the base is quantised")
-    elif not _suits_compilation(base):
+    elif base.get_decoder().config._attn_implementation != attention.DECODER:
+        say("layers are not compiled: with padded rows, that was not compared with the library's on a GPU")
+    elif not any(getattr(module, "use_varlen", False) for module in base.modules()):
+        # Row by row, every mixture of lengths would be compiled again.
         say("layers are not compiled: that needs a GPU of compute capability 8.0 or newer, and half precision")
     elif can_compile():
         torch._dynamo.config.recompile_limit = MAX_GRAPHS
@@ -115,13 +118,6 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
         for layer in layers:
             layer.compile(dynamic=True)  # in place: names stay, and a copy of the model is not compiled
         say(f"{len(layers)} layers are compiled; the first steps are slow")
-
-
-def _suits_compilation(base: PreTrainedModel) -> bool:
-    """Whether this GPU computes in half precision as compiled layers need it. Packed rows need its kernel for rows of
-    different lengths too: row by row, every mixture of lengths would be compiled again."""
-    known = [module.use_varlen for module in base.modules() if hasattr(module, "use_varlen")]
-    return any(known) if known else attention.can_use_varlen(base.device, base.dtype)
 
 
 def speed_up_training(
