@@ -84,7 +84,7 @@ class Scorer(scoring.LetterModel):
     def collators(self, views: Views, blank: Mapping | None = None) -> list[AnswerCollator]:
         """One for each scale of the images; `blank` are images that cannot be used: row id -> their positions."""
         if not (self.packer and self.packer.has_grids) and [*views.scales] != [1.0]:
-            raise InputError("--scales: this model, or `fast: false`, shows images at one scale.")
+            raise InputError("--scales: this model, or `fast: false`, shows images at one scale. Remove --scales.")
         common = (self.processor, self.prompts, self.num_letters, blank, self.packer)
         stores = [self.store if scale == 1 else None for scale in views.scales]  # features of the images as they are
         each = zip(stores, views.scales, strict=True)
