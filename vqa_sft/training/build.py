@@ -10,6 +10,7 @@ from transformers import EarlyStoppingCallback, ProcessorMixin
 from trl import SFTConfig
 
 from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
+from vqa_sft.batch.count_tokens import relative_lengths
 from vqa_sft.batch.image_size import describe_images
 from vqa_sft.batch.prompts import Prompts, check_texts, settle_prompts
 from vqa_sft.config.recipe import Recipe
@@ -109,6 +110,7 @@ def build_trainer(
         packer=packer,
         features=features,
     )
+    pads = args.fast and not args.streaming and not (packer and packer.packs_rows)
     average, callbacks = None, [WriteCurves()]
     if args.averaging:
         average = AdapterAverage(args.averaging, decay=args.ema_decay, start=args.swa_start)
@@ -128,6 +130,7 @@ def build_trainer(
             vision_learning_rate=args.vision_learning_rate,
             average=average,
             stop=stop,
+            lengths=relative_lengths(rows.train) if pads else None,
             callbacks=callbacks,
         )
     vision = vision_parameters(speedups.base_of(trainer.model))

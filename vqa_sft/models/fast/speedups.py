@@ -57,14 +57,15 @@ def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) ->
             module.use_varlen = use_varlen
     layers = model.get_decoder().layers
     # Qwen3-VL adds image features after its first layers, at every place.
-    keeps = answers_only and not reason and num_deepstack(config) < len(layers) and keep_only_answers(layers[-1])
+    keeps = answers_only and num_deepstack(config) < len(layers) and keep_only_answers(layers[-1])
     dtype = tower_of(model).dtype if config.model_type in PACKED else model.dtype
     return packing.Packer(config, dtype, packs_rows=not reason, keeps_answers=keeps)
 
 
 def keep_only_answers(layer: nn.Module) -> bool:
-    """Let the last decoder `layer` do the rest of its work only at `keep_positions` (B,), once attention is done: what
-    comes after it looks at no other place. Whether the layer is of the kind that is known."""
+    """Let the last decoder `layer` do the rest of its work only at `keep_positions`, once attention is done: what comes
+    after it looks at no other place. (N,) of a packed row, (B, N) of padded ones. Whether the layer is of the kind that
+    is known."""
     parts = {name for name, _ in layer.named_children()}
     if parts != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return False
@@ -82,7 +83,8 @@ def _forward_keeping(
     if keep_positions is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-    hidden_states = (hidden_states + attended)[:, keep_positions]
+    rows = torch.arange(len(hidden_states), device=hidden_states.device)[:, None]
+    hidden_states = (hidden_states + attended)[rows, keep_positions]
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
