@@ -85,7 +85,7 @@ def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precisio
         None if args.streaming else rows.train,
         prompts,
         precision=precision,
-        compiles=speedups.pays_compilation(rows.num_seen(training_args), args.compile_layers),
+        compiles=speedups.pays_compilation(skeleton.config, rows.num_seen(training_args), args.compile_layers),
     )
     return ModelSetup(processor, prompts, adapter, loss, precision, needs)
 
@@ -145,6 +145,7 @@ def build_trainer(
 
 def _speed_up(trainer: AnswerTrainer, recipe: Recipe, num_rows: int) -> None:
     compile_layers, budget = recipe.arguments.compile_layers, recipe.arguments.activation_memory_budget
-    if "activation_memory_budget" in recipe.values and not speedups.pays_compilation(num_rows, compile_layers):
-        speedups.say("layers are not compiled for so few rows, and keep all; compile_layers: true compiles them")
+    compiles = speedups.pays_compilation(speedups.base_of(trainer.model).config, num_rows, compile_layers)
+    if "activation_memory_budget" in recipe.values and not compiles:
+        speedups.say("layers are not compiled, and keep all; compile_layers: true compiles them")
     speedups.speed_up_training(trainer, num_rows, compile_layers=compile_layers, memory_budget=budget)
