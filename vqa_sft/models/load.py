@@ -27,7 +27,7 @@ from trl import ModelConfig, get_quantization_config
 from vqa_sft.batch.image_size import limit_pixels
 from vqa_sft.console import note
 from vqa_sft.errors import InputError, explains
-from vqa_sft.models import quantized
+from vqa_sft.models import fp8, quantized
 from vqa_sft.models.parts import decoder_name, fused_experts, names_beside_decoder
 
 # What transformers, peft and safetensors raise for a folder that is wrong, damaged or of another model.
@@ -143,9 +143,15 @@ def _without_zero3() -> Iterator[None]:
 
 
 def load_model(
-    model_args: ModelConfig, precision: str, *, trust_remote_code: bool = False, device_map: dict | None = None
+    model_args: ModelConfig,
+    precision: str,
+    *,
+    trust_remote_code: bool = False,
+    device_map: dict | None = None,
+    unpacks_fp8: bool = False,
 ) -> PreTrainedModel:
-    """The base model in the precision it trains in; `dtype` and the 4-bit fields of `model_args` may say otherwise."""
+    """The base model in the precision it trains in; `dtype` and the 4-bit fields of `model_args` may say otherwise.
+    `unpacks_fp8`: an FP8 checkpoint's weights are whole, on any GPU."""
     name = model_args.model_name_or_path
     if precision == "fp16" and not model_args.use_peft:
         precision = "fp32"  # the gradient scaler refuses fp16 weights
@@ -156,22 +162,26 @@ def load_model(
     # The keyword only where it is asked for: None would erase a quantised checkpoint's own settings.
     asked = {} if quantization is None else {"quantization_config": quantization}
     try:
-        model, loaded = AutoModelForImageTextToText.from_pretrained(
-            name,
-            revision=model_args.model_revision,
-            trust_remote_code=trust_remote_code,
-            dtype=dtype,
-            attn_implementation=model_args.attn_implementation,
-            device_map=device_map,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-            **asked,
-        )
+        with fp8.reading(config, device_map=device_map, unpacks=unpacks_fp8) as told:
+            model, loaded = AutoModelForImageTextToText.from_pretrained(
+                name,
+                revision=model_args.model_revision,
+                trust_remote_code=trust_remote_code,
+                dtype=dtype,
+                attn_implementation=model_args.attn_implementation,
+                device_map=device_map,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+                **asked,
+                **told,
+            )
     except LOADING_ERRORS as error:
         raise _cannot_load(name, error) from error
     _check_weights(name, model, loaded)
     quantized.unpack(model)
+    if told:
+        fp8.forget(model)
     for module in model.modules():
         # On some processors bitsandbytes 0.50 packs 4-bit weights when it evaluates, and unpacks them wrongly when a
         # checkpoint is saved: every evaluation would change the base.

@@ -63,6 +63,8 @@ def _merge_run(folder: str, output: str, dtype: str | None, overwrite: bool, mod
         bits = 4 if recipe.get("load_in_4bit") else 8
         line = f"The adapter was trained on {name} in {bits} bit and is merged into its unquantised weights: "
         print(line + "probabilities may differ slightly from those of the run.")
+    if own := quantized.quantization_of(config):
+        print(f"{name} is quantised itself ({quantized.describe(own)}): its weights are unpacked, and merged whole.")
     with whole_folder(output) as part:
         (part / run_folder.MARKER).touch()
         merged = _merged(_load_base(name, recipe, dtype, trust), folder, dtype)
@@ -103,10 +105,11 @@ def _is_merge(folder: Path) -> bool:
 
 
 def _base_config(name: str, revision: str, trust: bool) -> PreTrainedConfig:
-    """Raises InputError where it cannot be loaded, or the checkpoint is quantised."""
+    """Raises InputError where it cannot be loaded, or the checkpoint is quantised, but for FP8."""
     with explains(LOADING_ERRORS, f"the base {name!r} cannot be loaded; check the network, or give --model NAME"):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
-    if own := quantized.quantization_of(config):
+    own = quantized.quantization_of(config)
+    if own is not None and quantized.method_of(own) != "fp8":
         raise InputError(
             f"the checkpoint of {name} is quantised itself ({quantized.describe(own)}), and nothing can be added to "
             "its weights. Serve base and adapter, or give --model with the checkpoint that it was made from: the "
@@ -139,11 +142,15 @@ def _check_room(target: Path, needed: int, dtype: str) -> None:
 
 
 def _load_base(name: str, recipe: dict[str, Any], dtype: str, trust: bool) -> PreTrainedModel:
-    """On the CPU, never quantised."""
+    """On the CPU, never quantised. Raises InputError where weights stay in FP8."""
     revision = recipe.get("model_revision") or "main"
     dtype = str(DTYPES[dtype]).removeprefix("torch.")
     args = ModelConfig(model_name_or_path=name, model_revision=revision, dtype=dtype)
-    return load_model(args, "fp32", trust_remote_code=trust)
+    base = load_model(args, "fp32", trust_remote_code=trust, unpacks_fp8=True)
+    kept = next((name for name, weight in base.named_parameters() if weight.dtype.itemsize == 1), None)
+    if kept is not None:
+        raise InputError(f"{kept} of {name} stays in FP8, and cannot be merged whole. Serve base and adapter.")
+    return base
 
 
 def _merged(base: PreTrainedModel, folder: str, dtype: str) -> PreTrainedModel:
