@@ -81,6 +81,20 @@ def test_log_probabilities_and_gradients_are_those_of_whole_weights(gpu, rounded
         assert_close(of_fp8[name], gradient, atol=TOLERANCE * gradient.abs().max().item(), rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "qwen3_5_moe"])
+def test_in_half_precision_weights_that_are_kept_or_unpacked_have_the_numbers_of_whole_ones(gpu, rounded, family):
+    """Of checkpoints that hold what is not FP8 in fp32."""
+    base, whole = (ModelConfig(model_name_or_path=folder, dtype=None, use_peft=True) for folder in rounded(family))
+    kept, unpacked = (load_model(base, "bf16", unpacks_fp8=unpacks).eval() for unpacks in (False, True))
+    expected, ids = load_model(whole, "bf16").eval(), torch.arange(5, 25)[None]
+    of_whole, of_unpacked = expected.state_dict(), unpacked.state_dict()
+    assert of_whole.keys() == of_unpacked.keys()
+    assert all(torch.equal(weight, of_unpacked[name]) for name, weight in of_whole.items())
+    assert {name: weight.dtype for name, weight in of_whole.items()} == {n: w.dtype for n, w in of_unpacked.items()}
+    with torch.no_grad():
+        assert torch.equal(kept(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
 @KEPT
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe"])
 def test_a_run_on_fp8_trains_predicts_and_merges_as_on_whole_weights(

@@ -2,7 +2,7 @@
 
 transformers multiplies there with a kernel of the Hub. Where it cannot be had, weights stay in FP8 all the same and a
 layer's are unpacked while it is used, as the library does in the backward pass in any case: the numbers of whole
-weights, in half their memory.
+weights, which take twice the memory.
 """
 
 import copy
@@ -74,7 +74,7 @@ def _product(
     dtype: torch.dtype,
     activation_scale: torch.Tensor | None = None,  # of inputs that are rounded, which they are not here
 ) -> torch.Tensor:
-    return F.linear(inputs, finegrained_fp8._dequantize_fp8_weight(weight, scales, block_size, dtype))
+    return F.linear(inputs, _whole(weight, scales, block_size, dtype))
 
 
 def _grouped_product(
@@ -86,8 +86,15 @@ def _grouped_product(
     tokens_per_expert: torch.Tensor,
     block_size: list[int] | None,
 ) -> torch.Tensor:
-    weight = finegrained_fp8._dequantize_fp8_weight(weight, scales, block_size, inputs.dtype)
+    weight = _whole(weight, scales, block_size, inputs.dtype)
     return _grouped_mm(inputs, weight.transpose(-2, -1), offs=offsets)
+
+
+def _whole(
+    weight: torch.Tensor, scales: torch.Tensor, block_size: list[int] | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rounded once, as when it is unpacked at loading; the library's backward pass rounds the scales as well."""
+    return finegrained_fp8._dequantize_fp8_weight(weight, scales, block_size, torch.float32).to(dtype)
 
 
 def _no_product(*args: Any, **kwargs: Any) -> NoReturn:
@@ -112,7 +119,8 @@ def _turned_experts(keeps: bool) -> Iterator[None]:
     if keeps:
         own = plain + [WeightConverter(f"{name}_scale_inv", f"{name}_scale_inv", [turn()]) for name in EXPERTS]
     else:
-        own = [WeightConverter([name, f"{name}_scale_inv"], name, [_Unpack(None), turn()]) for name in EXPERTS]
+        unpack = functools.partial(_Unpack, TURNED)  # with any quantizer, tensors come as they are stored
+        own = [WeightConverter([name, f"{name}_scale_inv"], name, [unpack(), turn()]) for name in EXPERTS]
     conversion_mapping.register_checkpoint_conversion_mapping(TURNED, own, overwrite=True)
     try:
         yield
@@ -120,8 +128,13 @@ def _turned_experts(keeps: bool) -> Iterator[None]:
         conversion_mapping.register_checkpoint_conversion_mapping(TURNED, plain, overwrite=True)
 
 
-def forget(model: PreTrainedModel) -> None:
-    """Let unpacked weights be saved whole: transformers would round them again, and not say so in config.json."""
+def finish(model: PreTrainedModel, dtype: torch.dtype | str) -> None:
+    """What transformers 5.23 leaves to do of unpacked weights: those that were not FP8 have the checkpoint's `dtype`,
+    and saving would round the others to FP8 again, without saying so in config.json."""
+    in_fp32 = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    for name, weight in model.named_parameters():
+        if isinstance(dtype, torch.dtype) and weight.dtype.itemsize > 1 and in_fp32.isdisjoint(name.split(".")):
+            weight.data = weight.data.to(dtype)
     read = {(type(step), *step.target_patterns) for step in getattr(model, "_weight_conversions", None) or ()}
     plain = conversion_mapping.get_model_conversion_mapping(model, add_legacy=False)
     model._weight_conversions = [step for step in plain if (type(step), *step.target_patterns) in read] or None

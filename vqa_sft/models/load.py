@@ -181,7 +181,7 @@ def load_model(
     _check_weights(name, model, loaded)
     quantized.unpack(model)
     if told:
-        fp8.forget(model)
+        fp8.finish(model, dtype)
     for module in model.modules():
         # On some processors bitsandbytes 0.50 packs 4-bit weights when it evaluates, and unpacks them wrongly when a
         # checkpoint is saved: every evaluation would change the base.
