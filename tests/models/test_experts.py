@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from families import TINY, skeleton as build_skeleton
 from peft import get_peft_model
-from reference import TOLERANCE, Reference, write_adapter, write_rows
+from reference import TOLERANCE, Reference, quick_or_slow, write_adapter, write_rows
 from torch.testing import assert_close
 from trainers import build_trainer
 from transformers import AutoModelForImageTextToText
@@ -159,8 +159,8 @@ def plain_in_4_bit(folder, *, nested=False):
     return model
 
 
-@pytest.mark.parametrize("family", MIXTURES)
-def test_experts_in_4_bit_have_the_log_probabilities_and_gradients_of_experts_rounded_by_hand(
+@pytest.mark.parametrize("family", [*MIXTURES, *quick_or_slow(name for name in TINY if name not in MIXTURES)])
+def test_4_bit_has_the_log_probabilities_and_gradients_of_plain_transformers_with_experts_rounded_by_hand(
     families, tmp_path, no_packed_kernel, one_thread, capsys, family
 ):
     folder = families(family)
@@ -168,12 +168,11 @@ def test_experts_in_4_bit_have_the_log_probabilities_and_gradients_of_experts_ro
     adapter = write_adapter(folder, tmp_path / "adapter")
     num = sum(weight.numel() for weight in fused_experts(plain).values())
     model = load_model(in_4_bit(folder), "fp32")
-    stored = num * (0.5 + 4 / 64) / 2**30
-    said = (
-        f"load_in_4bit rounds the routed experts ({num:,} parameters, {num * 4 / 2**30:,.2f} GiB) to {stored:,.2f} GiB"
-    )
-    assert said in capsys.readouterr().out
+    whole, stored = (num * bytes_a_weight / 2**30 for bytes_a_weight in (4, 0.5 + 4 / 64))
+    said = f"load_in_4bit rounds the routed experts ({num:,} parameters, {whole:,.2f} GiB) to {stored:,.2f} GiB"
+    assert (said in capsys.readouterr().out) == (family in MIXTURES)
     assert not fused_experts(model)  # nothing whole is left
+    assert sum(weight.dtype == torch.uint8 for weight in model.parameters()) > 5
     expected, found = Reference(family, folder, adapter, plain), Reference(family, folder, adapter, model)
     assert_close(found.choice_log_probs(row), expected.choice_log_probs(row), atol=TOLERANCE, rtol=0)
     of_plain, of_ours = expected.gradients(row), found.gradients(row)

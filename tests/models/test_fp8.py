@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import TINY
 from old_layouts import RENAMED, save_layouts
-from quantised import save_fp8
+from quantised import NOT_IN_FP8, save_fp8
 from reference import LEARNING_RATE, TOLERANCE, Reference, quick_or_slow, write_adapter, write_rows
 from safetensors.torch import load_file
 from scripts import train
@@ -25,8 +25,7 @@ from vqa_sft.models.load import load_model
 from vqa_sft.runs.merge import merge_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-# Without those whose experts (Llama 4, Gemma 4 26B) or fused layers (Molmo 2) transformers does not read in FP8.
-FAMILIES = [name for name in TINY if name not in ("llama4", "gemma4_moe", "molmo2")]
+FAMILIES = [name for name in TINY if name not in NOT_IN_FP8]
 KEPT = pytest.mark.parametrize("keeps", [True, False], ids=["kept", "unpacked"])
 
 
@@ -47,13 +46,14 @@ def rounded(families, tmp_path_factory):
     """`rounded("llava")`: folders of the FP8 checkpoint and of the whole one, made once a module."""
     made = {}
 
-    def folders(family):
-        if family not in made:
+    def folders(family, **how):
+        key = f"{family} {how}"
+        if key not in made:
             folder, base = tmp_path_factory.mktemp(family), families(family)
             if family in RENAMED:  # as the Hub has them
                 base = save_layouts(family, base, folder)[1]
-            made[family] = save_fp8(base, folder)
-        return made[family]
+            made[key] = save_fp8(base, folder, **how)
+        return made[key]
 
     return folders
 
@@ -69,7 +69,15 @@ def num_fp8(model):
 @KEPT
 @pytest.mark.parametrize("family", quick_or_slow(FAMILIES))
 def test_log_probabilities_and_gradients_are_those_of_whole_weights(gpu, rounded, tmp_path, family, keeps):
-    base, whole = rounded(family)
+    assert_same(*rounded(family), tmp_path, family, keeps)
+
+
+@KEPT
+def test_one_scale_a_layer_and_another_of_what_goes_in_is_read_as_well(gpu, rounded, tmp_path, keeps):
+    assert_same(*rounded("mistral3", per_layer=True), tmp_path, "mistral3", keeps)
+
+
+def assert_same(base, whole, tmp_path, family, keeps):
     adapter, row = write_adapter(whole, tmp_path / "adapter"), write_rows(tmp_path)[1]
     model = ours(base, unpacks_fp8=not keeps)
     assert (num_fp8(model) > 5) == keeps
