@@ -27,6 +27,7 @@ from vqa_sft.models import quantized
 
 # Mixtures whose checkpoints hold experts as (E, in, out), and whose layers as (E, out, in).
 TURNED = "qwen3_vl_moe"
+FEW = 16  # experts that are unpacked at once: their numbers are in fp32 for a moment
 EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 
 
@@ -86,8 +87,10 @@ def _grouped_product(
     tokens_per_expert: torch.Tensor,
     block_size: list[int] | None,
 ) -> torch.Tensor:
-    weight = _whole(weight, scales, block_size, inputs.dtype)
-    return _grouped_mm(inputs, weight.transpose(-2, -1), offs=offsets)
+    whole = torch.empty_like(weight, dtype=inputs.dtype)
+    for part, of_some, scales_of_some in zip(*(t.split(FEW) for t in (whole, weight, scales)), strict=True):
+        part.copy_(_whole(of_some, scales_of_some, block_size, inputs.dtype))
+    return _grouped_mm(inputs, whole.transpose(-2, -1), offs=offsets)
 
 
 def _whole(
