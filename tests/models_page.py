@@ -19,7 +19,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 HEAD = ("family", "`model_type`", "for example", "an adapter goes to", "if asked", "rows", "tower")
 HEAD += ("4 bit", "FP8", "tested in")
 # What was run on a GPU as well, with random weights: 4 bit and FP8.
-ON_H200: dict[str, tuple[str, ...]] = {"4 bit": (), "FP8": ()}
+ON_H200: dict[str, tuple[str, ...]] = {"4 bit": (), "FP8": ("qwen3_vl", "qwen3_vl_moe")}
 # What a linear layer of the language model is, by its name; the first that fits.
 KINDS = {
     "shared experts": r"shared_expert",

@@ -129,7 +129,8 @@ def test_a_run_on_fp8_trains_predicts_and_merges_as_on_whole_weights(
     merge_run(str(run), str(tmp_path / "merged"), dtype="fp32")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert {weight.dtype for weight in merged.values()} == {torch.float32}
-    assert merged.keys() == load_file(f"{whole}/model.safetensors").keys()
+    shapes = [{n: w.shape for n, w in of.items()} for of in (merged, load_file(f"{whole}/model.safetensors"))]
+    assert shapes[0] == shapes[1]  # as the Hub has them
     assert "quantization_config" not in (tmp_path / "merged" / "config.json").read_text()
     assert_log_probs(tmp_path / "merged", rows, expected)
 

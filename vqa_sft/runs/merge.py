@@ -10,6 +10,7 @@ runs/merged/
 Each weight is rounded once, to `dtype`; in fp32 the letters' logits are those of base and adapter within 1e-4.
 """
 
+import functools
 import shutil
 import warnings
 from pathlib import Path
@@ -17,12 +18,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import Transpose, WeightConverter
 from trl import ModelConfig
 
 from vqa_sft.data.split import ROWS
 from vqa_sft.errors import InputError, explains
 from vqa_sft.files import held, lying_in, whole_folder
-from vqa_sft.models import quantized
+from vqa_sft.models import fp8, quantized
 from vqa_sft.models.load import DTYPES, LOADING_ERRORS, add_adapter, follow_processor, load_model, load_processor
 from vqa_sft.predictions.calibration import CALIBRATION, known_entries
 from vqa_sft.runs import folder as run_folder, hub
@@ -69,6 +71,7 @@ def _merge_run(folder: str, output: str, dtype: str | None, overwrite: bool, mod
         (part / run_folder.MARKER).touch()
         merged = _merged(_load_base(name, recipe, dtype, trust), folder, dtype)
         follow_processor(merged, processor)
+        _turn_experts(merged)
         with explains(ValueError, f"{name} cannot be saved"):  # a generation config that contradicts itself
             merged.save_pretrained(part, max_shard_size=SHARD)
         processor.save_pretrained(part)
@@ -179,6 +182,14 @@ def _merged(base: PreTrainedModel, folder: str, dtype: str) -> PreTrainedModel:
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = is_tied
     return model
+
+
+def _turn_experts(model: PreTrainedModel) -> None:
+    """Let Qwen3-VL's experts be saved as (E, in, out), as the Hub and vLLM have them. transformers 5.23 reads that and
+    writes (E, out, in)."""
+    if model.config.model_type == fp8.TURNED:
+        turn = functools.partial(Transpose, 1, 2)
+        model._weight_conversions = [WeightConverter(name, name, [turn()]) for name in fp8.EXPERTS]
 
 
 def _cannot_merge(folder: str, dtype: str, reason: str) -> InputError:
