@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from families import QUICK, TINY, save_family, skeleton
+from measured_memory import within
 from transformers import AutoConfig, PreTrainedModel
 from trl import ModelConfig
 
@@ -15,7 +16,7 @@ from vqa_sft.models.fast.packing import why_not
 from vqa_sft.models.lora import lora_config
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-HEAD = ("family", "`model_type`", "for example", "an adapter goes to", "if asked", "rows", "tower", "tested in")
+HEAD = ("family", "`model_type`", "for example", "an adapter goes to", "if asked", "rows", "tower", "memory", "tested in")
 # What a linear layer of the language model is, by its name; the first that fits.
 KINDS = {
     "shared experts": r"shared_expert",
@@ -52,6 +53,7 @@ def write_table(folder: Callable[[str], str]) -> str:
                 ", ".join(asked),
                 "padded" if is_padded else "packed",
                 "fast" if family.packed else "",
+                f"within {percent}%" if (percent := within(model_type)) else "counted",
                 "make test" if is_quick else "make test-slow",
             )
         )
