@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from families import QUICK, TINY, save_family, skeleton
+from measured_memory import within
 from quantised import NOT_IN_FP8
 from transformers import AutoConfig, PreTrainedModel
 from trl import ModelConfig
@@ -17,7 +18,7 @@ from vqa_sft.models.lora import lora_config
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 HEAD = ("family", "`model_type`", "for example", "an adapter goes to", "if asked", "rows", "tower")
-HEAD += ("4 bit", "FP8", "tested in")
+HEAD += ("4 bit", "FP8", "memory", "tested in")
 # What was run on a GPU as well, with random weights: 4 bit and FP8.
 ON_H200: dict[str, tuple[str, ...]] = {"4 bit": (), "FP8": ("qwen3_vl", "qwen3_vl_moe")}
 # What a linear layer of the language model is, by its name; the first that fits.
@@ -58,6 +59,7 @@ def write_table(folder: Callable[[str], str]) -> str:
                 "fast" if family.packed else "",
                 _tested("4 bit", variants[model_type]),
                 _tested("FP8", variants[model_type], but=NOT_IN_FP8),
+                f"within {percent}%" if (percent := within(model_type)) else "counted",
                 "make test" if is_quick else "make test-slow",
             )
         )
