@@ -16,7 +16,8 @@ from vqa_sft.models.fast.packing import why_not
 from vqa_sft.models.lora import lora_config
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-HEAD = ("family", "`model_type`", "for example", "an adapter goes to", "if asked", "rows", "tower", "memory", "tested in")
+HEAD = ("family", "`model_type`", "for example", "an adapter goes to", "if asked")
+HEAD += ("rows", "tower", "memory", "tested in")
 # What a linear layer of the language model is, by its name; the first that fits.
 KINDS = {
     "shared experts": r"shared_expert",
