@@ -45,6 +45,9 @@ POINTS = [
     Point("OpenGVLab/InternVL3_5-8B-HF", OTHERS(16, checkpointing=True, **LESS), 28.4, within=5),
     Point("Qwen/Qwen3.5-9B", OTHERS(16), 73.7, within=5),
     Point("google/gemma-4-12B-it", replace(OTHERS(16, checkpointing=True), max_pixels=280 * 48**2), 31.1, within=5),
+    # As a T4 sees them, recipes as they stand; Qwen3.5 in plain PyTorch.
+    Point("Qwen/Qwen3.5-4B", replace(MIXED(4, eval_batch=8, kernels=False, **T4), max_pixels=384**2), 5.04, 10, 16),
+    Point("google/gemma-4-E4B-it", replace(MIXED(4, eval_batch=8, **T4), max_pixels=140 * 48**2), 10.67, 5, 16),
     Point("Qwen/Qwen3-VL-30B-A3B-Instruct", OTHERS(8, fast=False, checkpointing=True), 59.8, within=5),
 ]
 

@@ -56,10 +56,7 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
     lines.append(f"{name}, {bits}, computing in {precision}.")
     if precision == "bf16":
         lines[-1] += " For GPUs before Ampere: --fp16 true."
-    if "linear_attention" in (getattr(shape.text, "layer_types", None) or ()):
-        how = "by the kernels of flash-linear-attention" if plan.kernels else "in plain PyTorch, as old GPUs have to"
-        lines.append(f"Linear attention is taken to be computed {how}.")
-    lines += [images_line, describe(shape, plans)]
+    lines += [*_describe_linear(shape, plan), images_line, describe(shape, plans)]
     fits = True
     if gpu_gib is not None:
         rows = plan.micro_batch * training_args.gradient_accumulation_steps
@@ -69,6 +66,14 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
         fits, said = describe_fit(shape, plans[worst], gpu_gib, rows=rows, accumulated=accumulated, what=what)
         lines.append(said)
     return "\n".join(lines), fits
+
+
+def _describe_linear(shape: Shape, plan: Plan) -> list[str]:
+    """A line about linear attention, where there is any."""
+    if "linear_attention" not in (getattr(shape.text, "layer_types", None) or ()):
+        return []
+    how = "by the kernels of flash-linear-attention" if plan.kernels else "in plain PyTorch, as old GPUs have to"
+    return [f"Linear attention is taken to be computed {how}."]
 
 
 def describe(shape: Shape, plans: dict[str, Plan]) -> str:
