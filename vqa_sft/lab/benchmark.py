@@ -112,7 +112,9 @@ def standard_cases() -> list[Case]:
 def family_cases(label: str, shape: str, recipe: str) -> list[Case]:
     """TRL's and ours; for a mixture of experts with adapters on attention alone, then on the experts as well."""
     trl = Case(f"{label} TRL by default", "trl", shape, batch_size=8)
-    ours = Case(f"{label} train", "train", shape, f"recipes/{recipe}.yaml", baseline=trl.name)
+    # There is room for what the recipes recompute.
+    whole = {"gradient_checkpointing": False}
+    ours = Case(f"{label} train", "train", shape, f"recipes/{recipe}.yaml", options=whole, baseline=trl.name)
     if "A3B" not in shape:
         return [trl, ours]
     of_trl = replace(trl, name=f"{label} experts, TRL", options={"target_parameters": EXPERTS})
