@@ -185,7 +185,8 @@ def kept_by_layers(shape: Shape, plan: Plan) -> list[tuple[int, float]]:
 def kept_by_fused_layers(shape: Shape, plan: Plan) -> float:
     """Bytes that compiled layers keep although they are computed again: torch 2.11 (no longer 2.15) does not let go of
     what the functions of fused_lora save. Counted at widths of 4B to 8B: at an activation_memory_budget of 1 two wide
-    tensors and their input, at 0.7 one, at 0.2 none. It is 5 of the 28 GiB of InternVL3.5-8B."""
+    tensors and their input, at 0.7 one, at 0.2 none. Counted on a CPU; an estimated 5 of the 28 GiB of
+    InternVL3.5-8B."""
     if not (plan.compiled and shape.is_plain and is_fused(shape, plan)):
         return 0
     wide = plan.value_bytes * shape.text.intermediate_size
