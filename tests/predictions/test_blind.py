@@ -41,7 +41,7 @@ def test_no_fall_in_one_of_both_is_a_warning(flat):
     files = {"original": rows(30)} | {kind: rows(29 if kind == flat else 10, kind) for kind in ("blank", "swapped")}
     found = compare(files, {})
     assert not found["looks"] and found["says"].startswith("Beware: the image hardly matters: accuracy is 0.750 with")
-    assert "0.000 to 0.075, does not exclude 0" in found["says"]
+    assert "between 0.000 and 0.075 (95%)" in found["says"]
     # What is left of a blurred image may be enough.
     files = {"original": rows(38), "blank": rows(20, "blank"), "blurred": rows(38, "blurred")}
     assert (

@@ -54,7 +54,7 @@ def blind(
 
     Scores the run's validation rows, or those of --data, with their images as they are, blank (white), swapped with
     those of other rows, and blurred to rough colours. Prints what accuracy, NLL and confidence become of it. More
-    options are those of predict: --data, --orders, --batch_size, --use_cpu.
+    options are those of predict: --data, --model, --max_pixels, --orders, --batch_size, --use_cpu.
 
     Example: vqa-sft blind runs/mine --data test.csv
     """

@@ -91,8 +91,8 @@ def _judge(images: Mapping[str, Mapping[str, Any]]) -> tuple[bool, str]:
         return True, f"The model looks at the image: accuracy falls from {before} to {after}."
     low, high = images[flat[0]]["fall_95"]
     return False, (
-        f"Beware: the image hardly matters: accuracy is {before} with it, {after}; the interval of the fall "
-        f"{WITHOUT[flat[0]]}, {low:.3f} to {high:.3f}, does not exclude 0."
+        f"Beware: the image hardly matters: accuracy is {before} with it, {after}; the fall "
+        f"{WITHOUT[flat[0]]} is between {low:.3f} and {high:.3f} (95%)."
     )
 
 
