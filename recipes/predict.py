@@ -50,7 +50,8 @@ def main() -> None:
     for each in args.apart:
         check_outputs(each, runs)
     # Of several processes of one launch the main one holds it for all.
-    with held([args.output] if is_main_process() else [], "--output"):
+    outputs = [args.output, *(each.output for each in args.apart)]
+    with held(outputs if is_main_process() else [], "--output"):
         predict(args, runs)
 
 

@@ -55,6 +55,7 @@ def test_a_model_that_looks_is_told_from_one_whose_answers_have_nothing_to_do_wi
     assert code == 0 and "The model looks at the image: accuracy falls from" in out, err
     found = json.loads((folds / "blind.json").read_text())
     assert found["looks"] and found["rows"] == 24 and {*found["images"]} == {"original", "blank", "swapped", "blurred"}
+    assert (found["data"], found["views"]) == ("validation", "orders identity")
     assert found["images"]["swapped"]["fall_95"][0] > 0 and "most frequent answer of training" in found["baselines"]
     assert not (folds / "blind.json.parts").exists()
     # Rows whose answers are those of other rows: whatever the model sees, it is right as often.
@@ -94,3 +95,22 @@ def test_no_feature_of_the_images_as_they_are_is_taken_from_the_cache():
     scorer = Scorer(model=None, letter_ids=None, precision="fp32", **rest)
     assert scorer.collators(Views())[0].features is store
     assert scorer.collators(Views(), None, Control("blurred"))[0].features is None
+
+
+def test_rows_of_one_image_are_told_before_weights_are_loaded(three, tmp_path, capsys, monkeypatch):
+    contest, folds = three
+    write_csv(contest / "one.csv", [row | {"path": "images/000.png"} for row in rows_of(contest)])
+    monkeypatch.setattr("vqa_sft.inference.scorer.load", None)
+    with pytest.raises(SystemExit):
+        predict(folds / "fold0", contest / "one.csv", tmp_path / "out.csv", "--images", "original,swapped")
+    assert "all rows show the same image. Leave swapped out" in capsys.readouterr().err
+
+
+def test_rows_without_an_image_are_counted_apart(three, tmp_path, run):
+    contest, folds = three
+    rows = rows_of(contest)
+    write_csv(contest / "some.csv", [row | ({"path": ""} if i < 6 else {}) for i, row in enumerate(rows)])
+    data = ("--data", contest / "some.csv", "--output", tmp_path / "some.json")
+    code, out, err = run("blind", folds / "fold0", *data, "--use_cpu", "--num_workers", 0, "--images", "swapped")
+    assert code == 0 and "6 rows without an image are not in the table" in out, err
+    assert json.loads((tmp_path / "some.json").read_text())["images"]["swapped"]["rows"] == 18

@@ -44,7 +44,7 @@ def score_blind(
         run_script("predict", tokens, accelerate_config, num_processes, waits=True)
     files = {each.images[0]: read_predictions(Path(each.output).with_suffix(".parquet")) for each in args.apart}
     found = compare(files, {"most frequent answer of training": frequent} if frequent else {})
-    write_json(path, found)
+    write_json(path, found | {"data": args.data or args.part})
     shutil.rmtree(parts)
     return f"{describe(found)}\nWrote {path}"
 

@@ -63,6 +63,9 @@ def score_passes(args: PredictionArguments, rows: Rows, passes: list[Pass], part
     cannot be used, as far as they are known before: those of a stream are looked at block by block."""
     is_main = PartialState().is_main_process
     scorer = group = None
+    # Where nothing can be swapped that is said before weights are loaded.
+    of_passes = [donors_of(each.examples) if is_main and each.images == SWAPPED else {} for each in passes]
+    donors = processes.from_main(of_passes)
     for number, each in enumerate(passes):
         for block, examples in enumerate(blocks_of(each.examples)):
             folder = parts / f"pass{number}-block{block}"
@@ -79,8 +82,7 @@ def score_passes(args: PredictionArguments, rows: Rows, passes: list[Pass], part
             if args.streaming:
                 found = find_blank(replace(rows.sources[0], examples=examples), args.on_bad_row) if is_main else {}
                 blank = processes.from_main(found)
-            donors = processes.from_main(donors_of(examples) if is_main and each.images == SWAPPED else {})
-            control = control_of(each.images, examples, donors)
+            control = control_of(each.images, examples, donors[number])
             _score_block(args, scorer, each, examples, folder, blank, control)
             if is_main:
                 guessed = blank.keys() | guessed_rows(rows, examples)

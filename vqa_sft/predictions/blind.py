@@ -2,7 +2,8 @@
 
 `vqa-sft blind` scores them and writes what `compare` finds to blind.json:
 
-    {"looks": true, "says": "The model looks ...", "rows": 130, "rows_without_image": {"rows": 0},
+    {"looks": true, "says": "The model looks ...", "run": "runs/demo", "views": "orders identity", "rows": 130,
+     "rows_without_image": {"rows": 0}, "unanswered": 0, "data": "validation",
      "images": {"original": {"rows": 130, "accuracy": 1.0, "accuracy_95": [1.0, 1.0], "nll": ..., "nll_95": ...,
                              "confidence": ...},
                 "blank": {..., "fall": 0.76, "fall_95": [0.68, 0.83]}, ...},
@@ -20,6 +21,7 @@ import numpy as np
 from vqa_sft.batch.control import BLANK, BLURRED, ORIGINAL, SWAPPED
 from vqa_sft.console import table
 from vqa_sft.errors import InputError
+from vqa_sft.predictions.calibration import views_key
 from vqa_sft.predictions.ensemble import align
 from vqa_sft.predictions.file import Predictions
 from vqa_sft.predictions.metrics import with_intervals
@@ -54,7 +56,8 @@ def compare(files: Mapping[str, Predictions], baselines: Mapping[str, Mapping[st
     bare = np.flatnonzero(answered & ~has_image)
     beside = {"rows": len(bare)} | ({"accuracy": float(_are_right(original, bare).mean())} if len(bare) else {})
     looks, says = _judge(images)
-    about = {"looks": looks, "says": says, "run": original.maker, "rows": len(rows), "rows_without_image": beside}
+    made = {"run": original.maker, "views": views_key(original.metadata)}
+    about = {"looks": looks, "says": says} | made | {"rows": len(rows), "rows_without_image": beside}
     return about | {"unanswered": int((~answered).sum()), "images": images, "baselines": found}
 
 
