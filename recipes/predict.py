@@ -47,9 +47,11 @@ def main() -> None:
     # What to score, and how: all of it is in the run folders.
     args = read_prediction(sys.argv[1:])
     runs = find_runs(args)
-    check_outputs(args, runs)
+    for each in args.apart:
+        check_outputs(each, runs)
     # Of several processes of one launch the main one holds it for all.
-    with held([args.output] if is_main_process() else [], "--output"):
+    outputs = [args.output, *(each.output for each in args.apart)]
+    with held(outputs if is_main_process() else [], "--output"):
         predict(args, runs)
 
 
@@ -57,7 +59,7 @@ def predict(args: PredictionArguments, runs: list[Run]) -> None:
     # Rows. A template of other rows, a damaged calibration and bad images are found before anything is scored.
     rows = read_rows(args, runs)
     style = style_of(args, rows)
-    about = {run.folder: describe_run(args, run) for run in runs}
+    about = [{run.folder: describe_run(each, run) for run in runs} for each in args.apart]
     notes = [*rows.notes, *style.notes]
     if args.part == "all":
         notes += worth_of_scales([run.folder for run in runs if run.folder], args.views.metadata)
@@ -80,7 +82,7 @@ def predict(args: PredictionArguments, runs: list[Run]) -> None:
     for group in groups[1:]:
         names = ", ".join(run.folder for run in group.runs)
         note(f"Speed: the base is loaded again for {names}: another base, prompt, image size or adapter.")
-    passes = plan_passes(groups, runs, rows)
+    passes = plan_passes(groups, runs, rows, args.images)
     with explains_breakdown(f"for {args.output}", lambda: "resumes with what was scored."):
         plan = describe_plan(args, groups, rows) if is_main_process() else {}
         opened = open_parts(Path(args.output), plan) if is_main_process() else None
@@ -94,13 +96,15 @@ def predict(args: PredictionArguments, runs: list[Run]) -> None:
         # Write
         if is_main_process():
             written_as = describe_answers(args, rows)
-            metadata = [
-                about[run.folder]
-                | {"prompts_digest": run.prompts.digest, "precision": group.precision, ANSWERS: written_as}
-                for group in groups
-                for run in group.runs
-            ]
-            print(write_results(args, rows, style, metadata, parts, len(passes)))
+            for each, of_runs in zip(args.apart, about, strict=True):
+                metadata = [
+                    of_runs[run.folder]
+                    | {"prompts_digest": run.prompts.digest, "precision": group.precision, ANSWERS: written_as}
+                    for group in groups
+                    for run in group.runs
+                ]
+                own = [number for number, of_pass in enumerate(passes) if [of_pass.images] == each.images]
+                print(write_results(each, rows, style, metadata, parts, own))
             shutil.rmtree(parts)
     processes.leave()
 

@@ -200,7 +200,7 @@ def test_a_prediction_that_was_broken_off_goes_on_where_it_stopped(three, tmp_pa
     assert not (tmp_path / "out.csv.parts").exists()
 
 
-@pytest.mark.parametrize("change", ["orders", "rows", "weights", "images", "stream", "streamed images"])
+@pytest.mark.parametrize("change", ["orders", "shown", "rows", "weights", "images", "stream", "streamed images"])
 def test_what_another_prediction_left_is_not_taken_over(three, tmp_path, monkeypatch, change):
     contest, run = three
     contest = shutil.copytree(contest, tmp_path / "contest")
@@ -213,6 +213,8 @@ def test_what_another_prediction_left_is_not_taken_over(three, tmp_path, monkeyp
             predict(run / "fold0", tmp_path / "out.csv", *test)
     if change == "orders":
         more = ["--orders", 2]
+    elif change == "shown":
+        more = ["--images", "blank"]
     elif change in ("rows", "stream"):
         text = (contest / "test.csv").read_text()
         (contest / "test.csv").write_text(text.replace("Which colour", "What colour"))

@@ -30,6 +30,7 @@ from PIL import Image, ImageOps
 from transformers import ProcessorMixin
 
 from vqa_sft.batch.augment import augment
+from vqa_sft.batch.control import BLANK, BLURRED, Control, blur
 from vqa_sft.batch.image_size import process_images
 from vqa_sft.batch.prompts import Prompts, has_control_token, render_prompt
 from vqa_sft.batch.template import answer_prefix
@@ -75,7 +76,7 @@ class AnswerCollator:
     another; a row whose choices refer to each other (questions/references.py) in those that leave them in place. With a
     `packer` images are there once for all orders of a row, and for all rows whose prompts are the same up to their
     images and these, by `leaders`. With a `scale` other than 1, of packed rows alone, images have that times the sides
-    that they would have.
+    that they would have. With a `control` rows show something else than their images (control.py).
     """
 
     shows_targets: ClassVar[bool] = False  # evaluations compare with the answers
@@ -89,6 +90,7 @@ class AnswerCollator:
     features: Features | None = None  # images whose features are all stored are not opened
     views: str | int = "identity"
     scale: float = 1.0
+    control: Control | None = None
     supervises_end: bool = field(default=False, kw_only=True)  # rows carry their letter
 
     def orders(self, row: dict) -> list[tuple[int, ...]]:
@@ -187,7 +189,7 @@ class AnswerCollator:
 
     def image_key(self, row: dict, position: int) -> Hashable:
         """Equal for images that are the same, without opening them."""
-        image = row["images"][position]
+        image = self.source(row, position)
         return BLANK_DIGEST if self.is_blank(row, position) else (image["bytes"] or image["path"])
 
     def targets(self, row: dict, order: Sequence[int]) -> torch.Tensor:
@@ -224,20 +226,27 @@ class AnswerCollator:
         return [self.image(row, i) for i in range(len(row["images"]))]
 
     def is_blank(self, row: dict, position: int) -> bool:
-        return position in (self.blank or {}).get(row["id"], ())
+        return self.shows(BLANK) or position in (self.blank or {}).get(row["id"], ())
+
+    def shows(self, kind: str) -> bool:
+        return self.control is not None and self.control.kind == kind
+
+    def source(self, row: dict, position: int) -> dict:
+        """The {bytes, path} of the image."""
+        return self.control.source(row, position) if self.control else row["images"][position]
 
     def digest(self, row: dict, position: int) -> str | None:
         """The name of the image's features; None for an image that cannot be read."""
-        return BLANK_DIGEST if self.is_blank(row, position) else digest_of(row["images"][position])
+        return BLANK_DIGEST if self.is_blank(row, position) else digest_of(self.source(row, position))
 
     def image(self, row: dict, position: int) -> Image.Image:
         if self.is_blank(row, position):
             return Image.new("RGB", BLANK_SIZE, "white")
         try:
-            image = open_image(row["images"][position])
+            image = open_image(self.source(row, position))
             if max(image.size) > MAX_ASPECT * min(image.size):
                 raise ValueError(f"more than {MAX_ASPECT} times as long as wide")
-            return image
+            return blur(image) if self.shows(BLURRED) else image
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, DecompressionBombError, ...
             raise InputError(
                 f"the image of {name_rows([row['id']], 1)} cannot be read ({type(error).__name__}: {error}). "

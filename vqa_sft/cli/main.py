@@ -62,7 +62,7 @@ def build_app() -> typer.Typer:
     fields = {"allow_extra_args": True, "ignore_unknown_options": True}  # those of a recipe may follow
     add(app, [runs.train, runs.predict], fields | {"help_option_names": []})  # the scripts have a --help of their own
     add(app, [data.check, data.folds], fields, epilog=SOURCE_EPILOG)
-    add(app, [runs.memory], fields)
+    add(app, [runs.memory, runs.blind], fields)
     add(app, [predictions.score, predictions.calibrate, predictions.ensemble, predictions.submit, predictions.diff])
     add(app, [predictions.uncertainty, runs.soup, runs.merge, runs.push])
 

@@ -40,6 +40,31 @@ def predict(context: Context, accelerate_config: AccelerateConfig = None, num_pr
     run_script("predict", context.args, accelerate_config, num_processes)
 
 
+def blind(
+    context: Context,
+    run_folder: Annotated[
+        str, Argument(metavar="RUN", help="folder of a finished run, or of all its folds; none with --model NAME")
+    ],
+    output: Annotated[str | None, Option(metavar="JSON", help="the table as JSON; default: blind.json in RUN")] = None,
+    images: Annotated[str, Option(help="what is compared with the images as they are")] = "blank,swapped,blurred",
+    accelerate_config: AccelerateConfig = None,
+    num_processes: NumProcesses = None,
+) -> None:
+    """See whether a run looks at the images.
+
+    Scores the run's validation rows, or those of --data, with their images as they are, blank (white), swapped with
+    those of other rows, and blurred to rough colours. Prints what accuracy, NLL and confidence become of it. More
+    options are those of predict: --data, --model, --max_pixels, --orders, --batch_size, --use_cpu.
+
+    Example: vqa-sft blind runs/mine --data test.csv
+    """
+    from vqa_sft.cli.blind import score_blind
+
+    # `--run none --model NAME`, as predict takes it, begins with an option.
+    named = [run_folder] if run_folder.startswith("--") else ["--run", run_folder]
+    print(score_blind([*named, *context.args], output, images, accelerate_config, num_processes))
+
+
 def soup(
     run_folders: Annotated[list[str], Argument(metavar="RUN", help="folders of finished runs on one base")],
     output: Annotated[str, Option(metavar="FOLDER", help="a new run folder, for predict")],

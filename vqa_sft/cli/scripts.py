@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,8 +16,16 @@ HELP = """--accelerate_config NAME_OR_FILE starts `accelerate launch` with this 
 """
 
 
-def run_script(name: str, arguments: list[str], accelerate_config: str | None, num_processes: int | None) -> None:
-    """Run it as `python recipes/NAME.py` does. Does not return after a launch."""
+def run_script(
+    name: str,
+    arguments: list[str],
+    accelerate_config: str | None,
+    num_processes: int | None,
+    *,
+    waits: bool = False,
+) -> None:
+    """Run it as `python recipes/NAME.py` does. Does not return after a launch, unless it `waits` for one that succeeds,
+    whose output then goes to stderr."""
     script = str(packaged("recipes") / f"{name}.py")
     if not {"-h", "--help"}.isdisjoint(arguments):
         print(HELP)
@@ -27,8 +36,12 @@ def run_script(name: str, arguments: list[str], accelerate_config: str | None, n
         runpy.run_path(script, run_name="__main__")
         return
     options = launch_options(accelerate_config, num_processes)
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, script, *arguments]
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", *options, script, *arguments])
+    if not waits:
+        os.execv(sys.executable, command)
+    elif code := subprocess.run(command, stdout=sys.stderr).returncode:
+        sys.exit(code)
 
 
 def launch_options(accelerate_config: str, num_processes: int | None) -> list[str]:

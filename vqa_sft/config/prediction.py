@@ -1,13 +1,15 @@
 """The fields of a prediction and their checks; like a recipe they come from a yaml and the command line. No torch."""
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from vqa_sft.batch.control import KINDS, ORIGINAL, SWAPPED
 from vqa_sft.config.fields import bounds_of, build, check_bounds, check_required, option, read_values
 from vqa_sft.config.packaged import find_base
 from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
 from vqa_sft.data.options import ReadOptions
-from vqa_sft.errors import InputError
+from vqa_sft.errors import InputError, printable
 from vqa_sft.questions.letters import MOST_ORDERS, Views
 
 BASE = "none"  # in place of a run: the base model as it is
@@ -67,6 +69,11 @@ class PredictionArguments:
         "that vqa-sft calibrate found, else equal ones.",
         default=1.0,
     )
+    images: str | list[str] = option(
+        "How images are shown: original; or blank, swapped or blurred, to see whether the model looks at them. Of "
+        "several (original,blank) each has a file of its own, out.blank.csv.",
+        default=ORIGINAL,
+    )
     average: Literal["mean", "log"] = option(
         "Over orders and scales: of the probabilities, or of their logarithms.", default="mean"
     )
@@ -89,6 +96,7 @@ class PredictionArguments:
     def __post_init__(self) -> None:
         self.run = self.run if isinstance(self.run, list) else [self.run]
         self.scales = _as_numbers(self.scales)
+        self.images = self.images.split(",") if isinstance(self.images, str) else self.images
         self.views  # noqa: B018  raises for what cannot be scored
         validates, is_base = self.part == "validation", BASE in self.run
         if is_base and (len(self.run) > 1 or validates):
@@ -103,10 +111,29 @@ class PredictionArguments:
             raise InputError("--part validation scores the run's own rows: no --streaming, --limit or --template.")
         if validates and self.on_bad_row != "error":
             raise InputError("--part validation: bad rows were found in training. Leave --on_bad_row out.")
+        self._check_images()
         if self.template and self.streaming:
             raise InputError("--template needs rows that are known. Leave it out; vqa-sft submit takes it later.")
         check_columns(self.columns or {})
         check_fixed(self.fixed_question, self.fixed_choices)
+
+    def _check_images(self) -> None:
+        if not self.images or {*self.images} - {*KINDS} or len({*self.images}) < len(self.images):
+            raise InputError(
+                f"images must be different ones of {', '.join(KINDS)}; got {printable(','.join(self.images))}."
+            )
+        if self.images != [ORIGINAL] and self.on_bad_row != "error":
+            raise InputError("--images compares rows whose images can be used. Leave --on_bad_row out.")
+        if SWAPPED in self.images and self.streaming:
+            raise InputError("--images swapped needs rows that are known. Leave --streaming out.")
+
+    @property
+    def apart(self) -> list["PredictionArguments"]:
+        """This prediction for each of the ways in which images are shown, with an output of its own."""
+        if len(self.images) == 1:
+            return [self]
+        stem, suffix = os.path.splitext(self.output)
+        return [replace(self, images=[kind], output=f"{stem}.{kind}{suffix}") for kind in self.images]
 
     @property
     def of_base(self) -> dict[str, Any]:

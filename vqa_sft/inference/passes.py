@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import Dataset
 
+from vqa_sft.batch.control import SWAPPED, Control, control_of, donors_of
 from vqa_sft.config.prediction import PredictionArguments
 from vqa_sft.data.digests import digests_of
 from vqa_sft.errors import InputError, explains
@@ -62,6 +63,9 @@ def score_passes(args: PredictionArguments, rows: Rows, passes: list[Pass], part
     cannot be used, as far as they are known before: those of a stream are looked at block by block."""
     is_main = PartialState().is_main_process
     scorer = group = None
+    # Where nothing can be swapped that is said before weights are loaded.
+    of_passes = [donors_of(each.examples) if is_main and each.images == SWAPPED else {} for each in passes]
+    donors = processes.from_main(of_passes)
     for number, each in enumerate(passes):
         for block, examples in enumerate(blocks_of(each.examples)):
             folder = parts / f"pass{number}-block{block}"
@@ -78,18 +82,26 @@ def score_passes(args: PredictionArguments, rows: Rows, passes: list[Pass], part
             if args.streaming:
                 found = find_blank(replace(rows.sources[0], examples=examples), args.on_bad_row) if is_main else {}
                 blank = processes.from_main(found)
-            _score_block(args, scorer, each, examples, folder, blank)
+            control = control_of(each.images, examples, donors[number])
+            _score_block(args, scorer, each, examples, folder, blank, control)
             if is_main:
-                finish_block(folder, _describe_rows(examples, blank.keys() | guessed_rows(rows, examples)))
+                guessed = blank.keys() | guessed_rows(rows, examples)
+                finish_block(folder, _describe_rows(examples, guessed, control))
             PartialState().wait_for_everyone()
 
 
 def _score_block(
-    args: PredictionArguments, scorer: Scorer, each: Pass, examples: Dataset, folder: Path, blank: Blank
+    args: PredictionArguments,
+    scorer: Scorer,
+    each: Pass,
+    examples: Dataset,
+    folder: Path,
+    blank: Blank,
+    control: Control | None,
 ) -> None:
     """Score the rows that are not scored yet. Rows of fewer than two choices are not shown to the model."""
     state = PartialState()
-    collators = scorer.collators(args.views, blank)
+    collators = scorer.collators(args.views, blank, control)
     scales = args.views.scales
     unasked = {row for row, choices in enumerate(examples["choices"]) if len(choices) < 2}
     asked = examples.select([row for row in range(len(examples)) if row not in unasked]) if unasked else examples
@@ -115,11 +127,12 @@ def _score_block(
     state.wait_for_everyone()
 
 
-def _describe_rows(examples: Dataset, guessed: set[str]) -> pa.Table:
+def _describe_rows(examples: Dataset, guessed: set[str], control: Control | None) -> pa.Table:
     """What the file of a block holds beside what the runs say."""
     ids = examples["id"][:]
     columns = {"id": ids, "answer": examples["answer"][:], "blanked": [row_id in guessed for row_id in ids]}
     columns |= {"digest": digests_of(examples), "choices": [texts or [""] for texts in examples["choices"]]}
+    columns["changed"] = control.changed(examples) if control else [False] * len(ids)
     return pa.table(columns)
 
 

@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset
 
+from vqa_sft.batch.control import ORIGINAL
 from vqa_sft.config.prediction import BASE, PredictionArguments
 from vqa_sft.config.training import RecipeArguments
 from vqa_sft.data.find_files import find_files
@@ -25,16 +26,17 @@ MODEL_FILES = ("*.safetensors", "run.json", "*config.json", "chat_template*", "t
 # The same of a prediction.
 _FIELDS = ("model", "part", "data", "orders", "scales", "average", "batch_size", "on_bad_row", "streaming")
 _FIELDS += ("min_pixels", "max_pixels", "limit", "use_cpu", "columns", "keep_rows", "image_root", "split")
-_FIELDS += ("data_config", "encoding", "answer_format", "fixed_question", "fixed_choices")
+_FIELDS += ("images", "data_config", "encoding", "answer_format", "fixed_question", "fixed_choices")
 
 
 @dataclass
 class Pass:
-    """Rows that runs of one group score: those of these numbers."""
+    """Rows that runs of one group score, those of these numbers, with their images shown in one way (control.py)."""
 
     group: "Group"
     numbers: Sequence[int]
     examples: Dataset | IterableDataset
+    images: str = ORIGINAL
 
 
 def find_runs(args: PredictionArguments) -> list[Run]:
@@ -45,16 +47,18 @@ def find_runs(args: PredictionArguments) -> list[Run]:
     return [Run(None, {"model_name_or_path": args.model} | args.of_base, prompts)]
 
 
-def plan_passes(groups: Sequence["Group"], runs: Sequence[Run], rows: Rows) -> list[Pass]:
-    """One pass for the runs of a group; where each run has rows of its own, one for each run."""
+def plan_passes(groups: Sequence["Group"], runs: Sequence[Run], rows: Rows, images: Sequence[str]) -> list[Pass]:
+    """One pass for the runs of a group; where each run has rows of its own, one for each run. All of it for each of the
+    ways in which images are shown, with the model that is loaded."""
     rows_of = {run.folder: of_run for run, of_run in zip(runs, rows.of_run, strict=True)}
     passes = []
     for group in groups:
         own = [rows_of[run.folder] for run in group.runs]
         if all(examples is own[0] for examples in own):
-            passes.append(Pass(group, range(len(own)), own[0]))
+            of_group = [Pass(group, range(len(own)), own[0])]
         else:
-            passes += [Pass(group, [number], examples) for number, examples in enumerate(own)]
+            of_group = [Pass(group, [number], examples) for number, examples in enumerate(own)]
+        passes += [replace(each, images=kind) for kind in images for each in of_group]
     return passes
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vqa_sft.batch.control import ORIGINAL
 from vqa_sft.config.prediction import PredictionArguments
 from vqa_sft.data.answers import FORMATS
 from vqa_sft.errors import InputError, name_rows
@@ -24,23 +25,25 @@ from vqa_sft.files import check_output, whole
 from vqa_sft.inference.rows import Rows
 from vqa_sft.predictions.calibration import OUT_OF_FOLD, RUN, VALIDATION, read_calibration, views_key
 from vqa_sft.predictions.ensemble import combine
-from vqa_sft.predictions.file import Predictions, answers_as, read_predictions, write_predictions
+from vqa_sft.predictions.file import IMAGES, Predictions, answers_as, read_predictions, write_predictions
 from vqa_sft.predictions.style import Style
 from vqa_sft.predictions.submission import write
 
 if TYPE_CHECKING:  # it loads torch
     from vqa_sft.runs.folder import Run
 
-BLOCK_COLUMNS = ("id", "answer", "choices", "blanked", "digest")  # of its file, beside the scores
+BLOCK_COLUMNS = ("id", "answer", "choices", "blanked", "digest", "changed")  # of its file, beside the scores
 # What a run folder holds of its own, and what is there where it does.
 OWN_FILES = {VALIDATION: RUN, OUT_OF_FOLD: "out_of_fold.json"}
 
 
 def describe_run(args: PredictionArguments, run: "Run") -> dict[str, Any]:
-    """The metadata of a run's prediction file, with the calibration that is known for it and these views. Raises
-    InputError for a damaged one."""
+    """The metadata of a run's prediction file, with the calibration that is known for it and these views, whatever
+    images are shown. Raises InputError for a damaged one."""
     metadata = args.views.metadata
     about = {"base_model": run.base_model, "run": run.folder}
+    if args.images != [ORIGINAL]:
+        about[IMAGES] = args.images[0]
     # A temperature is fitted on validation rows as they were scored.
     uses_calibration = run.folder is not None and args.part == "all"
     found = read_calibration(run.folder, metadata) if uses_calibration else None
@@ -71,12 +74,18 @@ def describe_answers(args: PredictionArguments, rows: Rows) -> dict[str, Any]:
 
 
 def write_results(
-    args: PredictionArguments, rows: Rows, style: Style, about: Sequence[dict[str, Any]], parts: Path, num_passes: int
+    args: PredictionArguments,
+    rows: Rows,
+    style: Style,
+    about: Sequence[dict[str, Any]],
+    parts: Path,
+    passes: Sequence[int],
 ) -> str:
-    """Write all files, each whole or not at all; what was done, in words. `about` holds the metadata of each run."""
-    blocks = _blocks_of_runs(parts, num_passes)
+    """Write all files of the passes with these numbers, each whole or not at all; what was done, in words. `about`
+    holds the metadata of each run."""
+    blocks = _blocks_of_runs(parts, passes)
     if args.part == "validation":
-        blocks = _block_of_parts(parts, num_passes, rows.ids)
+        blocks = _block_of_parts(parts, passes, rows.ids)
         split = "validation" if len(about) == 1 else "out-of-fold"
         about = [metadata | {"split": split} for metadata in about]
     pieces: dict[Path, list[Path]] = {}  # of each file, one of each block
@@ -91,6 +100,8 @@ def write_results(
     for path, of_file in pieces.items():
         _join_files(of_file, path)
     lines = [f"Wrote {num_rows:,} answers to {args.output}"]
+    if args.images != [ORIGINAL]:
+        lines[0] += f", with images {args.images[0]}: not to be submitted"
     if blanked:
         lines.append(f"Guessed, because something of them could not be used: {name_rows(blanked, num_rows)}")
     bare = [metadata for metadata in about if "calibration" not in metadata and metadata["run"] is not None]
@@ -118,6 +129,7 @@ def _files_of(
             agreement,
             [*filter(None, scales)],
             block.digests,
+            block.changed if metadata.get(IMAGES) else [],
         )
         for (logits, agreement, scales), metadata in zip(block.of_runs, about, strict=False)
     ]
@@ -144,18 +156,19 @@ class Block:
     choices: list[list[str]]
     blanked: list[bool]
     digests: list[str]
+    changed: list[bool]
     of_runs: list[tuple[Any, Any, Any]]
 
 
-def _blocks_of_runs(parts: Path, num_passes: int) -> Iterator[Block]:
+def _blocks_of_runs(parts: Path, passes: Sequence[int]) -> Iterator[Block]:
     """The same rows scored by the runs of all passes, in the order of the passes."""
-    for tables in zip(*(_read_blocks(parts, number) for number in range(num_passes)), strict=True):
+    for tables in zip(*(_read_blocks(parts, number) for number in passes), strict=True):
         yield _block(tables[0], [of_run for table in tables for of_run in _of_runs(table)])
 
 
-def _block_of_parts(parts: Path, num_passes: int, ids: Sequence[str]) -> Iterator[Block]:
+def _block_of_parts(parts: Path, passes: Sequence[int], ids: Sequence[str]) -> Iterator[Block]:
     """All rows at once, each scored in one of the passes, in the order of `ids`."""
-    table = pa.concat_tables([table for i in range(num_passes) for table in _read_blocks(parts, i)])
+    table = pa.concat_tables([table for number in passes for table in _read_blocks(parts, number)])
     place = {row_id: number for number, row_id in enumerate(ids)}
     found = table["id"].to_pylist()
     table = table.take(sorted(range(len(found)), key=lambda row: place[found[row]]))
@@ -163,8 +176,8 @@ def _block_of_parts(parts: Path, num_passes: int, ids: Sequence[str]) -> Iterato
 
 
 def _block(table: pa.Table, of_runs: list[tuple[Any, Any, Any]]) -> Block:
-    ids, answers, choices, blanked, digests = (table[name].to_pylist() for name in BLOCK_COLUMNS)
-    return Block(ids, answers, choices, blanked, digests, of_runs)
+    ids, answers, choices, blanked, digests, changed = (table[name].to_pylist() for name in BLOCK_COLUMNS)
+    return Block(ids, answers, choices, blanked, digests, changed, of_runs)
 
 
 def _of_runs(table: pa.Table) -> list[tuple[Any, Any, Any]]:

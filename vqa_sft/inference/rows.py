@@ -73,7 +73,7 @@ def _read_validation(args: PredictionArguments, runs: list["Run"]) -> Rows:
     of_run: list[Any] = []
     for run in runs:
         own = RecipeArguments.of_run(run.recipe)
-        named = _validation_sources(args, own, run)
+        named = sources_of(args, own, run)
         key = repr(named)
         if named and key not in sources:
             sources[key] = [read_examples(source, options) for source, options in named]
@@ -95,14 +95,14 @@ def _read_validation(args: PredictionArguments, runs: list["Run"]) -> Rows:
     return Rows(next(iter(sources.values())), of_run, runs[0].columns)
 
 
-def _validation_sources(
-    args: PredictionArguments, own: RecipeArguments, run: "Run"
+def sources_of(
+    args: PredictionArguments | None, own: RecipeArguments, run: "Run"
 ) -> list[tuple[str | list[str], ReadOptions]]:
-    """What a run read its validation rows from."""
-    image_root = args.image_root or own.image_root
+    """What a run read its training and validation rows from, where `args` do not say where that is now."""
+    image_root = (args and args.image_root) or own.image_root
     named = []
     if not own.streaming:  # a stream is trained on as a whole
-        named.append((args.data or own.train_data, replace(own.data_options, image_root=image_root)))
+        named.append(((args and args.data) or own.train_data, replace(own.data_options, image_root=image_root)))
     if own.validation_data is not None:
         options = own.options_for_other_data(run.columns)
         named.append((own.validation_data, replace(options, image_root=image_root)))

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from transformers import ProcessorMixin
 
 from vqa_sft.batch.collator import AnswerCollator
+from vqa_sft.batch.control import Control
 from vqa_sft.batch.prompts import Prompts, check_texts, settle_prompts
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.console import note
@@ -81,14 +82,18 @@ class Scorer(scoring.LetterModel):
     packer: Packer | None
     store: FeatureStore | None
 
-    def collators(self, views: Views, blank: Mapping | None = None) -> list[AnswerCollator]:
-        """One for each scale of the images; `blank` are images that cannot be used: row id -> their positions."""
+    def collators(
+        self, views: Views, blank: Mapping | None = None, control: Control | None = None
+    ) -> list[AnswerCollator]:
+        """One for each scale of the images; `blank` are images that cannot be used: row id -> their positions, and
+        `control` says what is shown in place of all."""
         if not (self.packer and self.packer.has_grids) and [*views.scales] != [1.0]:
             raise InputError("--scales: this model, or `fast: false`, shows images at one scale. Remove --scales.")
         common = (self.processor, self.prompts, self.num_letters, blank, self.packer)
-        stores = [self.store if scale == 1 else None for scale in views.scales]  # features of the images as they are
+        # Features are those of the images as they are.
+        stores = [self.store if scale == 1 and control is None else None for scale in views.scales]
         each = zip(stores, views.scales, strict=True)
-        return [AnswerCollator(*common, store, views.orders, scale) for store, scale in each]
+        return [AnswerCollator(*common, store, views.orders, scale, control) for store, scale in each]
 
     def fill_store(
         self, collators: Sequence[AnswerCollator], examples: datasets.Dataset, batch_size: int, num_workers: int

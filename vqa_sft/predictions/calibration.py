@@ -242,6 +242,8 @@ def _check_rows(folder: Path, file: Path, predictions: Predictions) -> None:
         raise InputError(f"{file} has {len(ids)} rows; a temperature needs at least {MIN_ROWS}.")
     if file.resolve() in {(folder / name).resolve() for name in (OUT_OF_FOLD, VALIDATION)}:
         return
+    if predictions.shown:
+        raise InputError(f"{file} was scored with images {predictions.images}. Give rows with their own images.")
     if "ensemble" in predictions.metadata:
         raise InputError(f"{file} is an ensemble, and a temperature belongs to one run. Give the run's predictions.")
     if "run" in predictions.metadata and not _is_of(folder, predictions.metadata["run"]):

@@ -131,6 +131,11 @@ def describe(
     share = len(changed) / len(pairs)
     parts = [file.note for file in (before, after) if file.note]
     parts += [f"{before.name} -> {after.name}: {len(changed):,} of {len(pairs):,} answers changed ({share:.1%})."]
+    parts += [
+        f"{file.name} was scored with images {file.predictions.images}."
+        for file in (before, after)
+        if file.predictions and file.predictions.shown
+    ]
     if before.predictions and after.predictions:
         parts.append(_compare(before.predictions, after.predictions, (before.name, after.name)))
     if changed:

@@ -20,6 +20,7 @@ from vqa_sft.predictions.calibration import views_key
 from vqa_sft.predictions.file import (
     ANSWERS,
     CALIBRATION,
+    IMAGES,
     Predictions,
     check_same_rows,
     may_be_of_one_run,
@@ -90,7 +91,7 @@ def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Prediction
 
 
 def _take(file: Predictions, rows: Sequence[int]) -> Predictions:
-    names = ("ids", "choice_logits", "answers", "blanked", "agreement", "scale_logits", "digests")
+    names = ("ids", "choice_logits", "answers", "blanked", "agreement", "scale_logits", "digests", "changed")
     taken: dict[str, Any] = {name: [column[i] for i in rows] for name in names if (column := getattr(file, name))}
     return replace(file, **taken)
 
@@ -137,13 +138,16 @@ def combine(files: Sequence[Predictions], names: Sequence[str], weights: Sequenc
         {"file": str(name), "weight": float(weight)} | {key: file.metadata.get(key) for key in _MADE_BY}
         for name, weight, file in zip(names, weights, files, strict=True)
     ]
-    metadata = {"ensemble": {"average": average, "files": made_of}}
+    metadata: dict[str, Any] = {"ensemble": {"average": average, "files": made_of}}
     written_as = next((file.metadata[ANSWERS] for file in files if file.metadata.get(ANSWERS)), None)
     metadata |= {ANSWERS: written_as} if written_as else {}
+    metadata |= {IMAGES: first.images} if first.shown else {}
     digests = next((file.digests for file in files if file.digests), [])
     blanked = [any(row) for row in zip(*(file.blanked or [False] * len(first.ids) for file in files), strict=True)]
     agreement = np.minimum(agree, 1).tolist()
-    return Predictions(first.ids, logits, first.answers, metadata, blanked, agreement, digests=digests)
+    return Predictions(
+        first.ids, logits, first.answers, metadata, blanked, agreement, digests=digests, changed=first.changed
+    )
 
 
 _MADE_BY = ("base_model", "run", "orders", "scales", "average", CALIBRATION)
@@ -177,6 +181,9 @@ def write_ensemble(
         option, is_ours = "--save-weights", begins_with(WEIGHTS_START)
         check_output(save_weights, suffix=".json", option=option, is_ours=is_ours, kind=f"file of {option}")
     files = align([read_predictions(name) for name in names], names)
+    if len({file.images for file in files}) > 1:
+        shown = ", ".join(f"{name} ({file.images})" for name, file in zip(names, files, strict=True))
+        raise InputError(f"the files were scored with images shown in different ways: {shown}. Give those of one.")
     if weights == "learned":
         found, notes = _learned_weights(files, learn_on, average, names)
     else:
@@ -247,7 +254,8 @@ def _learn_on(
 
 
 def _views(predictions: Predictions) -> str:
-    return "an ensemble" if "ensemble" in predictions.metadata else views_key(predictions.metadata)
+    views = "an ensemble" if "ensemble" in predictions.metadata else views_key(predictions.metadata)
+    return views + predictions.shown
 
 
 def _given_weights(text: str, names: Sequence[str], average: str) -> list[float]:

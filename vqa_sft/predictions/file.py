@@ -13,10 +13,12 @@ A prediction file is Parquet, in the row order of the data:
                    same where id and digest agree; null where unknown, and files without the column are read too
     scale_logits   only where images were scored at several scales by one run: of each scale, in the order of `scales`
                    in the metadata, its own log-probabilities. `choice_logits` weight the scales equally
+    changed        only where images were blank, swapped or blurred (batch/control.py): whether those of this row were;
+                   it may have none
 
-Its metadata say what made it. "answers" says how the data of the run write their answers (`answers_as`), for the
-submission. "calibration" holds the run's temperature for these views, and perhaps a bias and weights of the scales:
-`Predictions.probs` applies them.
+Its metadata say what made it; "images", which of these it was. "answers" says how the data of the run write their
+answers (`answers_as`), for the submission. "calibration" holds the run's temperature for these views, and perhaps a
+bias and weights of the scales: `Predictions.probs` applies them.
 """
 
 import json
@@ -30,6 +32,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vqa_sft.batch.control import KINDS, ORIGINAL
 from vqa_sft.data.answers import FORMATS
 from vqa_sft.data.columns import Columns
 from vqa_sft.errors import InputError, name_rows
@@ -50,8 +53,9 @@ SCHEMA = pa.schema(
 )
 LATER = ("agreement", "digest")  # columns that files of earlier versions lack
 SCALE_LOGITS = pa.field("scale_logits", pa.list_(pa.list_(pa.float32())))
+CHANGED = pa.field("changed", pa.bool_())
 METADATA_KEY = b"vqa_sft"
-CALIBRATION, ANSWERS = "calibration", "answers"  # in the metadata
+CALIBRATION, ANSWERS, IMAGES = "calibration", "answers", "images"  # in the metadata
 
 
 @dataclass
@@ -66,6 +70,17 @@ class Predictions:
     agreement: list[float | None] = field(default_factory=list)  # empty: unknown
     scale_logits: list[list[list[float]]] = field(default_factory=list)  # of S scales; empty: one scale, or unknown
     digests: list[str | None] = field(default_factory=list)  # empty: unknown
+    changed: list[bool] = field(default_factory=list)  # empty: no row was shown other images
+
+    @property
+    def images(self) -> str:
+        """How images were shown, one of control.KINDS."""
+        return self.metadata.get(IMAGES) or ORIGINAL
+
+    @property
+    def shown(self) -> str:
+        """The same where it must be said: "", ", images blank"."""
+        return "" if self.images == ORIGINAL else f", images {self.images}"
 
     @property
     def digest_of(self) -> dict[str, str]:
@@ -192,6 +207,8 @@ def write_predictions(path: str | Path, predictions: Predictions) -> None:
     table = pa.Table.from_arrays([pa.array(c, t) for c, t in zip(columns, SCHEMA.types, strict=True)], schema=SCHEMA)
     if predictions.scale_logits:
         table = table.append_column(SCALE_LOGITS, pa.array(predictions.scale_logits, SCALE_LOGITS.type))
+    if predictions.changed:
+        table = table.append_column(CHANGED, pa.array(predictions.changed, CHANGED.type))
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(predictions.metadata, ensure_ascii=False)})
     with whole(path) as unfinished:
         pq.write_table(table, unfinished)
@@ -209,13 +226,15 @@ def read_predictions(path: str | Path) -> Predictions:
         columns = [table.select(SCHEMA.names).cast(SCHEMA)[name].to_pylist() for name in SCHEMA.names]
         has_scales = SCALE_LOGITS.name in table.schema.names
         scale_logits = table[SCALE_LOGITS.name].cast(SCALE_LOGITS.type).to_pylist() if has_scales else []
+        changed = table[CHANGED.name].cast(CHANGED.type).to_pylist() if CHANGED.name in table.schema.names else []
         metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
     # OSError: pages that are damaged; RecursionError: lists in lists without an end
     except (pa.ArrowException, KeyError, ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).") from error
     ids, choice_logits, answers, blanked, *later = columns
     agreement, digests = ([] if all(value is None for value in column) else column for column in later)
-    predictions = Predictions(ids, choice_logits, answers, metadata, blanked, agreement, scale_logits, digests)
+    rest = (metadata, blanked, agreement, scale_logits, digests, changed)
+    predictions = Predictions(ids, choice_logits, answers, *rest)
     _check(path, predictions)
     return predictions
 
@@ -262,6 +281,8 @@ def _fault_of_metadata(metadata: object) -> str:
         return "`scales` in its metadata are not distinct numbers above 0"
     if not (run is None or isinstance(run, str)):
         return "`run` in its metadata is no folder"
+    if metadata.get(IMAGES) not in (None, *KINDS):
+        return "`images` in its metadata do not say how images were shown"
     if not _says_how_to_write(metadata.get(ANSWERS)):
         return "`answers` in its metadata do not say how answers are written"
     return ""

@@ -27,6 +27,7 @@ def score_table(files: Sequence[str], answers_file: str | None = None, data: str
             predictions = with_answers(predictions, read_answers(answers_file, predictions, name, data, **options))
         if None in predictions.answers:
             raise InputError(f"{name} holds rows without an answer. Give --answers FILE.csv.")
+        name += predictions.shown
         calibration = predictions.metadata.get(CALIBRATION) or {}
         changes = calibration.get("temperature", 1) != 1 or calibration.get("bias") or calibration.get("scale_weights")
         kinds = [("", softmax(predictions.choice_logits))]

@@ -108,7 +108,8 @@ def submit(
     write(output, predictions, style, choices)
     like = f", as {template} has them" if template else ""
     said = f"Wrote {len(predictions.ids):,} rows to {output}: {', '.join(style.header)} ({style.answer_format}){like}."
-    return "\n".join([*style.notes, said])
+    notes = [f"Beware: {file} was scored with images {predictions.images}."] if predictions.shown else []
+    return "\n".join([*style.notes, *notes, said])
 
 
 def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -140,9 +140,9 @@ def _read_held_out(path: str | Path, file: str | Path, predictions: Predictions)
 def _how(predictions: Predictions) -> str:
     found = predictions.metadata.get("ensemble")
     if found is None:
-        return views_key(predictions.metadata)
+        return views_key(predictions.metadata) + predictions.shown
     average = found.get("average") if isinstance(found, dict) else None
-    return f"an ensemble ({average})"
+    return f"an ensemble ({average}){predictions.shown}"
 
 
 def _note_differences(path: str | Path, file: str | Path, held_out: Predictions, predictions: Predictions) -> list[str]:
