@@ -33,7 +33,7 @@ from vqa_sft.inference.plan import describe_plan, find_runs, plan_passes
 from vqa_sft.inference.results import check_outputs, describe_answers, describe_run, style_of, write_results
 from vqa_sft.inference.rows import find_blank, read_rows
 from vqa_sft.predictions.calibration import worth_of_scales
-from vqa_sft.predictions.file import ANSWERS
+from vqa_sft.predictions.check_file import ANSWERS
 from vqa_sft.runs.folder import Run
 
 

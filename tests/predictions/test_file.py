@@ -10,12 +10,7 @@ from vqa_sft.data.examples import read_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.ensemble import align
-from vqa_sft.predictions.file import (
-    Predictions,
-    read_predictions,
-    with_answers,
-    write_predictions,
-)
+from vqa_sft.predictions.file import Predictions, read_predictions, with_answers, write_predictions
 from vqa_sft.predictions.matched import read_answers
 from vqa_sft.predictions.score import score_table
 

@@ -24,8 +24,9 @@ from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import check_output, whole
 from vqa_sft.inference.rows import Rows
 from vqa_sft.predictions.calibration import OUT_OF_FOLD, RUN, VALIDATION, read_calibration, views_key
+from vqa_sft.predictions.check_file import IMAGES
 from vqa_sft.predictions.ensemble import combine
-from vqa_sft.predictions.file import IMAGES, Predictions, answers_as, read_predictions, write_predictions
+from vqa_sft.predictions.file import Predictions, answers_as, read_predictions, write_predictions
 from vqa_sft.predictions.style import Style
 from vqa_sft.predictions.submission import write
 

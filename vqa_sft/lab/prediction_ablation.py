@@ -33,8 +33,9 @@ from vqa_sft.data.folds import write_folds
 from vqa_sft.errors import InputError, exits_with_message
 from vqa_sft.lab.ablation import DEMO, ROOT
 from vqa_sft.predictions.calibration import calibrate_run
+from vqa_sft.predictions.check_file import CALIBRATION
 from vqa_sft.predictions.ensemble import experts_of
-from vqa_sft.predictions.file import CALIBRATION, Predictions, read_predictions
+from vqa_sft.predictions.file import Predictions, read_predictions
 from vqa_sft.predictions.metrics import losses_of, with_intervals
 from vqa_sft.predictions.pooling import pool
 from vqa_sft.tiny.numbers import SETS, TaskSet, write_set

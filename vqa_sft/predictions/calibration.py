@@ -16,7 +16,8 @@ from vqa_sft.console import table
 from vqa_sft.data.split import ROWS
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.files import write_whole
-from vqa_sft.predictions.file import Predictions, check_calibration, is_fold, read_predictions, shared_rows
+from vqa_sft.predictions.check_file import check_calibration
+from vqa_sft.predictions.file import Predictions, is_fold, read_predictions, shared_rows
 from vqa_sft.predictions.fit_calibration import (
     MIN_ROWS,
     Calibration,

@@ -13,8 +13,9 @@ from vqa_sft.console import table
 from vqa_sft.data.cells import read_answer
 from vqa_sft.data.columns import USUAL_NAMES
 from vqa_sft.errors import InputError, name_rows, printable
+from vqa_sft.predictions.check_file import ANSWERS
 from vqa_sft.predictions.ensemble import align
-from vqa_sft.predictions.file import ANSWERS, Predictions, read_predictions
+from vqa_sft.predictions.file import Predictions, read_predictions
 from vqa_sft.predictions.matched import Rows, as_indices, read_rows
 from vqa_sft.predictions.read_submission import describe_columns, order_columns, read_table
 from vqa_sft.questions.letters import LETTERS

@@ -17,10 +17,8 @@ import numpy as np
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import begins_with, check_output, write_whole
 from vqa_sft.predictions.calibration import views_key
+from vqa_sft.predictions.check_file import ANSWERS, CALIBRATION, IMAGES
 from vqa_sft.predictions.file import (
-    ANSWERS,
-    CALIBRATION,
-    IMAGES,
     Predictions,
     check_same_rows,
     may_be_of_one_run,

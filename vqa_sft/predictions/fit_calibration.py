@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from scipy.optimize import minimize, minimize_scalar
 
-from vqa_sft.predictions.file import Predictions, scale_names
+from vqa_sft.predictions.check_file import scale_names
+from vqa_sft.predictions.file import Predictions
 from vqa_sft.predictions.metrics import losses_of, softmax
 from vqa_sft.predictions.pooling import experts_of_scales, learn_weights, log_rows, own_choices, pool
 

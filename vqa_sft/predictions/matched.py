@@ -18,7 +18,8 @@ from vqa_sft.data.find_columns import find_columns
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.sources import Source, open_source
 from vqa_sft.errors import InputError, name_rows, printable
-from vqa_sft.predictions.file import ANSWERS, Predictions, check_same_rows
+from vqa_sft.predictions.check_file import ANSWERS
+from vqa_sft.predictions.file import Predictions, check_same_rows
 from vqa_sft.questions.letters import LETTERS
 
 FIXED = ("fixed_question", "fixed_choices")

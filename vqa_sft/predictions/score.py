@@ -6,7 +6,8 @@ from typing import Any
 
 from vqa_sft.console import table
 from vqa_sft.errors import InputError
-from vqa_sft.predictions.file import CALIBRATION, Predictions, read_predictions, with_answers
+from vqa_sft.predictions.check_file import CALIBRATION
+from vqa_sft.predictions.file import Predictions, read_predictions, with_answers
 from vqa_sft.predictions.matched import read_answers
 from vqa_sft.predictions.metrics import describe, softmax, with_intervals
 

@@ -12,7 +12,8 @@ import numpy as np
 from vqa_sft.data.cells import write_answer
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.files import check_output, whole
-from vqa_sft.predictions.file import ANSWERS, Predictions, read_predictions
+from vqa_sft.predictions.check_file import ANSWERS
+from vqa_sft.predictions.file import Predictions, read_predictions
 from vqa_sft.predictions.matched import read_rows_of
 from vqa_sft.predictions.style import PROBABILITIES, Style
 from vqa_sft.questions.letters import LETTERS

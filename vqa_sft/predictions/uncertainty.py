@@ -10,7 +10,8 @@ import numpy as np
 from vqa_sft.console import table
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.predictions.calibration import views_key
-from vqa_sft.predictions.file import CALIBRATION, Predictions, may_be_of_one_run, read_predictions, shared_rows
+from vqa_sft.predictions.check_file import CALIBRATION
+from vqa_sft.predictions.file import Predictions, may_be_of_one_run, read_predictions, shared_rows
 from vqa_sft.predictions.submission import check_table, write_table
 from vqa_sft.questions.letters import LETTERS
 

@@ -11,7 +11,8 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.data.split import write_parts
 from vqa_sft.errors import InputError, explains
-from vqa_sft.predictions.file import ANSWERS, Predictions, answers_as, write_predictions
+from vqa_sft.predictions.check_file import ANSWERS
+from vqa_sft.predictions.file import Predictions, answers_as, write_predictions
 from vqa_sft.runs import folder as run_folder, hub
 from vqa_sft.runs.checkpoints import last_whole_checkpoint
 from vqa_sft.training.rows import Rows
