@@ -9,6 +9,7 @@ Drawing needs matplotlib, for its fonts only.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from vqa_sft.tiny import TINY_PATH
@@ -36,6 +37,7 @@ def parse_args() -> argparse.Namespace:
 
     train = commands.add_parser("train", help="train the base from nothing")
     train.add_argument("--output", type=Path, required=True)
+    train.add_argument("--family", choices=("qwen2_5_vl", "qwen3_5", "gemma4"), default="qwen2_5_vl")
     train.add_argument("--steps", type=int, default=12_500)
     train.add_argument("--pictures", type=int, default=480_000)
     train.add_argument("--batch-size", type=int, default=512)
@@ -66,9 +68,20 @@ def run_draw(args: argparse.Namespace) -> None:
 
 
 def run_train(args: argparse.Namespace) -> None:
+    # fla refuses the backward pass on Hopper GPUs with Triton 3.6: the library's own PyTorch path trains everywhere.
+    sys.modules["fla"] = None
     from vqa_sft.tiny.train import train
 
-    train(args.output, args.steps, args.pictures, args.batch_size, args.learning_rate, args.workers, args.seed)
+    train(
+        args.output,
+        args.family,
+        args.steps,
+        args.pictures,
+        args.batch_size,
+        args.learning_rate,
+        args.workers,
+        args.seed,
+    )
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
