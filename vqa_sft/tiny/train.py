@@ -118,7 +118,8 @@ def _join(parts: list[tuple[np.ndarray, ...]]) -> Pictures:
 def _draw_chunk(job: tuple[str, str, int, int, int]) -> tuple[np.ndarray, ...]:
     family, processor_path, seed, start, stop = job
     processor, picture = _load_processor(processor_path), FAMILIES[family].picture
-    max_tokens = MAX_TEXT_TOKENS + picture.count(processor.image_token)
+    # Attention kernels want masks whose rows are a multiple of 8.
+    max_tokens = -(-(MAX_TEXT_TOKENS + picture.count(processor.image_token)) // 8) * 8
     num = stop - start
     pixels = np.empty((num, PICTURE_PX, PICTURE_PX, 3), np.uint8)
     kinds = np.empty(num, np.int16)
