@@ -28,7 +28,7 @@ from transformers import (
 from vqa_sft.tiny.build import CHAT_TEMPLATE, MAX_PIXELS, MIN_PIXELS, QWEN_IMAGE, build_config, build_processor
 from vqa_sft.tiny.forward import GEMMA_PATCH_PX, GEMMA_POOLING, GEMMA_TOKENS, GRID, NUM_TOKENS
 
-INITIAL_STD = 0.05
+INITIAL_STD, PLACE_STD = 0.05, 0.3
 QWEN_PICTURE = "<|image_pad|>" * NUM_TOKENS
 GEMMA_TOKENS_BY_NAME = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
 GEMMA_TOKENS_BY_NAME |= {"audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>"}
@@ -111,7 +111,10 @@ def qwen3_5_config(tokenizer: PreTrainedTokenizerBase) -> Qwen3_5Config:
 
 
 def start_qwen3_5(model: PreTrainedModel) -> None:
-    """The library starts with states that forget within a token; here the heads remember 2 to 256 tokens."""
+    """The library starts with states that forget within a token; here the heads remember 2 to 256 tokens. And it starts
+    with places that are too faint beside white paper."""
+    model.model.visual.patch_embed.proj.weight.mul_(0.3)
+    torch.nn.init.normal_(model.model.visual.pos_embed.weight, std=PLACE_STD)
     for layer in model.model.language_model.layers:
         if hasattr(layer, "linear_attn"):
             attention = layer.linear_attn
@@ -184,7 +187,7 @@ def start_gemma4(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "q_norm"):
             module.q_norm.weight.fill_(module.head_dim**-0.5)
-    torch.nn.init.normal_(model.model.vision_tower.patch_embedder.position_embedding_table, std=INITIAL_STD)
+    torch.nn.init.normal_(model.model.vision_tower.patch_embedder.position_embedding_table, std=PLACE_STD)
 
 
 FAMILIES = {
