@@ -187,8 +187,9 @@ def test_the_real_task_is_the_default_prompt_of_the_project():
     assert render_task("letter", example, np.random.default_rng(0)) == (expected, "A")
 
 
-def test_a_few_steps_from_nothing_write_a_folder_that_loads(tmp_path):
-    train(tmp_path, num_steps=2, num_pictures=8, batch_size=4, num_workers=0)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_few_steps_from_nothing_write_a_folder_that_loads(tmp_path, family):
+    train(tmp_path, family, num_steps=2, num_pictures=8, batch_size=4, num_workers=0)
     processor, model = load_base(tmp_path)
     answers = predict_answers(processor, model, draw_examples(2, TEST_SEED))
     assert len(answers) == 2

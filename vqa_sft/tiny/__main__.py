@@ -2,7 +2,7 @@
 
     python -m vqa_sft.tiny digits data/digits          the demo's data: handwritten digits as a contest's files
     python -m vqa_sft.tiny draw --output runs/drawn    a contact sheet of what the base has seen
-    python -m vqa_sft.tiny train --output runs/tiny    the base, from nothing
+    python -m vqa_sft.tiny train --output runs/tiny    the base, from nothing; --family qwen3_5 or gemma4 for another
     python -m vqa_sft.tiny evaluate                    accuracy per kind on held-out drawn pictures
 
 Drawing needs matplotlib, for its fonts only.
