@@ -138,7 +138,9 @@ def qwen3_vl(tokenizer) -> Built:
 
 @tiny(QWEN_IMAGE)
 def qwen3_vl_moe(tokenizer) -> Built:
-    return qwen3("qwen3_vl_moe", tokenizer, {"num_hidden_layers": 3} | EXPERTS, deepstack_visual_indexes=[0, 1])
+    # The checkpoint has them as (E, in, out), the model as (E, out, in); of square ones nobody could tell.
+    text = {"num_hidden_layers": 3} | EXPERTS | {"moe_intermediate_size": 48}
+    return qwen3("qwen3_vl_moe", tokenizer, text, deepstack_visual_indexes=[0, 1])
 
 
 @tiny(QWEN_IMAGE)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from families import QUICK, TINY, save_family, skeleton
+from measured_memory import within
+from quantised import NOT_IN_FP8
 from transformers import AutoConfig, PreTrainedModel
 from trl import ModelConfig
 
@@ -15,7 +17,10 @@ from vqa_sft.models.fast.packing import why_not
 from vqa_sft.models.lora import lora_config
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-HEAD = ("family", "`model_type`", "for example", "an adapter goes to", "if asked", "rows", "tower", "tested in")
+HEAD = ("family", "`model_type`", "for example", "an adapter goes to", "if asked", "rows", "tower")
+HEAD += ("4 bit", "FP8", "memory", "tested in")
+# What was run on a GPU as well, with random weights: 4 bit and FP8.
+ON_H200: dict[str, tuple[str, ...]] = {"4 bit": (), "FP8": ("qwen3_vl", "qwen3_vl_moe")}
 # What a linear layer of the language model is, by its name; the first that fits.
 KINDS = {
     "shared experts": r"shared_expert",
@@ -52,10 +57,24 @@ def write_table(folder: Callable[[str], str]) -> str:
                 ", ".join(asked),
                 "padded" if is_padded else "packed",
                 "fast" if family.packed else "",
+                _tested("4 bit", variants[model_type]),
+                _tested("FP8", variants[model_type], but=NOT_IN_FP8),
+                f"within {percent}%" if (percent := within(model_type)) else "counted",
                 "make test" if is_quick else "make test-slow",
             )
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _tested(what: str, names: list[str], but: tuple[str, ...] = ()) -> str:
+    """Where log-probabilities and gradients were compared with plain transformers' and PEFT's."""
+    tested = [name for name in names if name not in but]
+    where = ["CPU"] if tested else []
+    if any(name in ON_H200[what] for name in tested):
+        where.append("H200")
+    if tested and tested != names:
+        where.append("dense models")
+    return ", ".join(where)
 
 
 def _adapted(folder: str) -> tuple[dict[str, None], dict[str, None]]:

@@ -1,11 +1,13 @@
 """Tiny checkpoints that are quantised, made of the families of families.py and written as the Hub's are."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from families import skeleton
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -96,3 +98,53 @@ def edit_weights(folder: Path | str, change) -> None:
     """`change` takes the weights by name and returns them."""
     path = Path(folder) / "model.safetensors"
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+# Tiny families whose experts (Llama 4, Gemma 4 26B) or fused layers (Molmo 2) transformers 5.23 does not read in FP8.
+NOT_IN_FP8 = ("llama4", "gemma4_moe", "molmo2")
+BLOCK = 16  # rows and columns that share a scale in `save_fp8`
+# What FP8 checkpoints round, by name: products of the language model's layers, and experts one by one or fused.
+ROUNDED = r"(layers|blocks)\.\d+\.(.*\.)?(\w*_(proj|proj_with_mqa|qkv|z)\.weight|experts\.\w+)$"
+
+
+def save_fp8(base: str, folder: Path, *, per_layer: bool = False) -> tuple[str, str]:
+    """Two checkpoints of `base` with the language model's layers rounded to FP8 in blocks, as Qwen's are: one holds
+    numbers of 8 bit and scales, the other whole weights of the same numbers. `per_layer`: with one scale a layer, and
+    another of what goes in, as Ministral 3's."""
+    rounded, whole = (Path(shutil.copytree(base, folder / name)) for name in ("fp8", "whole"))
+    stored, same = {}, {}
+    for name, weight in load_file(Path(base) / "model.safetensors").items():
+        stored[name] = same[name] = weight
+        if _is_rounded(name, weight):
+            stored[name], stored[f"{name}_scale_inv"], same[name] = _in_blocks(weight, per_layer)
+            if per_layer:
+                stored[name.replace(".weight", ".activation_scale")] = torch.tensor(0.1)
+    save_file(stored, rounded / "model.safetensors", metadata={"format": "pt"})
+    save_file(same, whole / "model.safetensors", metadata={"format": "pt"})
+    layers = {name: layer for name, layer in skeleton(base).named_modules() if isinstance(layer, torch.nn.Linear)}
+    beside = [name for name, layer in layers.items() if not _is_rounded(f"{name}.weight", layer.weight)]
+    own = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [BLOCK, BLOCK]}
+    if per_layer:
+        own |= {"activation_scheme": "static", "weight_block_size": None}
+    edit_config(rounded, lambda config: config.update(quantization_config=own | {"modules_to_not_convert": beside}))
+    return str(rounded), str(whole)
+
+
+def _is_rounded(name: str, weight: torch.Tensor) -> bool:
+    is_beside = re.search("visual|vision|image|audio|projector|merger|connector|indexer", name)
+    fits = weight.ndim >= 2 and not any(size % BLOCK for size in weight.shape[-2:])
+    return bool(re.search(ROUNDED, name)) and fits and not is_beside
+
+
+def _in_blocks(weight: torch.Tensor, per_layer: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers of 8 bit (..., N, K), scales (..., N / BLOCK, K / BLOCK) or (), and their products."""
+    if per_layer:
+        scale = weight.abs().max() / 448
+        numbers = (weight / scale).to(torch.float8_e4m3fn)
+        return numbers, scale, numbers.float() * scale
+    *experts, rows, columns = weight.shape
+    blocks = weight.reshape(*experts, rows // BLOCK, BLOCK, columns // BLOCK, BLOCK)
+    scales = blocks.abs().amax((-3, -1), keepdim=True) / 448
+    numbers = (blocks / scales).to(torch.float8_e4m3fn)
+    whole = (numbers.float() * scales).reshape(weight.shape)
+    return numbers.reshape(weight.shape), scales.squeeze((-3, -1)), whole

@@ -1,12 +1,13 @@
 import json
 
+import datasets
 import pytest
 from contest import rows_of, write_csv
 from PIL import Image
 from reports import found, report_on
 
 from vqa_sft.batch.collator import AnswerCollator
-from vqa_sft.batch.count_tokens import count_tokens, prompt_checks
+from vqa_sft.batch.count_tokens import count_tokens, prompt_checks, relative_lengths
 from vqa_sft.batch.prompts import Prompts, builtin_prompts
 from vqa_sft.data.check import TRAINING, check
 from vqa_sft.data.examples import read_examples
@@ -78,3 +79,14 @@ def test_control_tokens_of_the_model_are_an_error(families, contest):
 def test_a_control_token_in_the_prompt_is_an_error_of_the_recipe(families):
     with pytest.raises(InputError, match="the prompt holds '<.image_pad.>'"):
         prompt_checks(load_processor(families("qwen2_5_vl")), Prompts(system="Look at <|image_pad|>."))
+
+
+def test_relative_lengths_count_images_before_characters():
+    texts = [("a?", ["x", "yy"], None, 1), ("a longer question?", ["x", "y"], "and a context", 0), ("b?", ["x"], "", 2)]
+    rows = [
+        {"question": q, "choices": c, "context": context, "images": [{"path": "a.png", "bytes": None}] * number}
+        for q, c, context, number in texts
+    ]
+    examples = datasets.Dataset.from_list(rows)
+    assert relative_lengths(examples) == [1_000_005, 33, 2_000_003]
+    assert relative_lengths(examples.select([2, 0])) == [2_000_003, 1_000_005]

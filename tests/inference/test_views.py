@@ -2,6 +2,7 @@
 
 import math
 
+import datasets
 import pytest
 import torch
 from accelerate import PartialState
@@ -248,3 +249,12 @@ def test_a_scale_changes_the_sides_that_a_image_has_within_the_limits(families, 
             assert sides_px(size, scale) == expected
     # Nine and eleven tenths of ten tokens, and not eleven of both.
     assert [sides_px((10 * px, 10 * px), scale)[0] // px for scale in (0.9, 1, 1.1)] == [9, 10, 11]
+
+
+def test_padded_rows_of_like_length_are_scored_together_the_longest_first():
+    texts = ["a" * length for length in (3, 90, 20, 4, 80, 21)]
+    rows = [{"question": text, "choices": ["x", "y"], "context": None, "images": [{"path": "a.png"}]} for text in texts]
+    rows[3]["images"] *= 2
+    examples = datasets.Dataset.from_list(rows)
+    assert plan_batches(examples, "identity", 2, packs_rows=False) == [[3, 1], [4, 5], [2, 0]]
+    assert plan_batches(examples, "rotations", 4, packs_rows=False) == [[3, 1], [4, 5], [2, 0]]

@@ -182,17 +182,6 @@ def test_a_recipe_ends_with_the_missing_package_before_an_earlier_run_moves_asid
     assert (run / "run.json").is_file()
 
 
-def test_fp8_on_a_gpu_that_computes_in_it_names_the_package_of_its_kernels(quantised, monkeypatch):
-    config = models.read_config(arguments(quantised("fp8")))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(quantized, "is_kernels_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    with pytest.raises(InputError, match=r"quantised itself \(fp8\) and cannot be loaded here: .*pip install kernels"):
-        quantized.check("base", config)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
-    quantized.check("base", config)  # an A100 unpacks it
-
-
 def test_only_layers_that_hold_whole_weights_alone_are_sped_up():
     """A padded or fused layer keeps its weight's numbers; scales of its own would be of other rows."""
     plain, scaled, packed, rounded = (torch.nn.Linear(4, 4) for _ in range(4))

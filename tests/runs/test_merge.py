@@ -272,7 +272,7 @@ def test_what_cannot_be_merged_is_an_error_and_an_earlier_merge_stays(train, fam
 
 
 @pytest.mark.parametrize("inside_text", [False, True])
-@pytest.mark.parametrize(("kind", "said"), [("fp8", "fp8"), ("awq", "awq, 4 bit"), ("bitsandbytes 8 bit", "8 bit")])
+@pytest.mark.parametrize(("kind", "said"), [("awq", "awq, 4 bit"), ("bitsandbytes 8 bit", "8 bit")])
 def test_a_quantised_base_is_not_merged_and_the_unquantised_one_can_be_given(
     train, families, tmp_path, kind, said, inside_text
 ):
@@ -283,6 +283,17 @@ def test_a_quantised_base_is_not_merged_and_the_unquantised_one_can_be_given(
     refused(rf"is quantised itself \(.*{said}\).* give --model", run, out)
     merge_run(str(run), str(out), dtype="fp32", model=families("llava"))
     assert_close(plain(out, train.contest), ours(train("llava"), train.contest), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("inside_text", [False, True])
+def test_an_fp8_base_is_unpacked_and_merged_whole(train, families, tmp_path, capsys, inside_text):
+    base = save_quantised(families("llava"), "fp8", tmp_path / "base", inside_text=inside_text)
+    run, out = copy_of(train("llava"), tmp_path / "run"), tmp_path / "out"
+    set_recipe(run, model_name_or_path=base)
+    merge_run(str(run), str(out), dtype="fp32")
+    assert "is quantised itself (fp8): its weights are unpacked, and merged whole" in capsys.readouterr().out
+    assert "quantization_config" not in (out / "config.json").read_text()
+    assert_close(plain(out, train.contest), ours(run, train.contest), atol=1e-4, rtol=0)
 
 
 def test_a_merge_that_is_interrupted_leaves_what_was_there(train, tmp_path, monkeypatch):

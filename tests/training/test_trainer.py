@@ -10,6 +10,7 @@ from vqa_sft.models.fast import speedups
 from vqa_sft.models.scoring import answer_logits
 from vqa_sft.questions.letters import draw_order
 from vqa_sft.training.metrics import letter_metrics
+from vqa_sft.training.sampler import LengthSampler
 from vqa_sft.training.validation import predict_examples
 
 
@@ -191,6 +192,35 @@ def test_every_epoch_shows_the_choices_in_new_orders(families, contest, tmp_path
     trainer.data_collator.__class__ = Recorded
     trainer.train()
     assert seen == [{row["id"]: draw_order(4, 42, epoch, row["id"]) for row in examples} for epoch in range(3)]
+
+
+def test_padded_rows_of_like_length_are_in_one_batch_in_an_order_of_seed_and_epoch(families, contest, tmp_path):
+    how = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer, examples, _ = build_trainer(families("llava"), contest, tmp_path / "run", 24, **how)
+    ids = examples["id"][:]
+    trainer.lengths = [(7 * number) % 24 for number in range(24)]
+    loader, epochs = trainer.get_train_dataloader(), []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        epochs.append([[trainer.lengths[ids.index(row)] for row in batch["ids"]] for batch in loader])
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert sorted(sum(epochs[1], [])) == [*range(24)]
+    steps = [first + second for first, second in zip(epochs[0][::2], epochs[0][1::2], strict=True)]
+    assert all(step == sorted(step) for step in steps) and steps != sorted(steps)
+
+
+def test_batches_of_like_length_are_drawn_in_a_random_order_and_none_is_split():
+    torch.manual_seed(0)
+    lengths = torch.randint(100, 500, (4_003,)).tolist()
+    sampler = LengthSampler(lengths, batch_size=8, seed=1)
+    order = [*sampler]
+    assert sorted(order) == [*range(4_003)] and len(sampler) == 4_003
+    batches = [[lengths[row] for row in order[start : start + 8]] for start in range(0, 4_000, 8)]
+    padded = sum(8 * max(batch) for batch in batches) / sum(map(sum, batches))
+    drawn = [lengths[start : start + 8] for start in range(0, 4_000, 8)]
+    assert padded < 1.02 < 1.3 < sum(8 * max(batch) for batch in drawn) / sum(map(sum, drawn))
+    longest = torch.tensor([max(batch) for batch in batches], dtype=torch.float)
+    assert torch.corrcoef(torch.stack([longest, torch.arange(500.0)]))[0, 1].abs() < 0.2
 
 
 def test_the_log_tells_the_accuracy_and_the_letters_share_of_the_vocabulary(families, contest, tmp_path):

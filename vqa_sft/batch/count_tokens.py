@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 from PIL import Image
 from transformers import ProcessorMixin
 
@@ -46,6 +47,16 @@ def count_tokens(
         tokens = processor.tokenizer(texts, add_special_tokens=with_bos, verbose=False).input_ids
         counts += [len(ids) + sum(added[size] for size in of_row) for ids, of_row in zip(tokens, batch, strict=True)]
     return np.array(counts, dtype=int)
+
+
+def relative_lengths(examples: datasets.Dataset) -> list[int]:
+    """Numbers that are larger for longer rows, without looking at an image: characters, after the number of images."""
+    texts = examples.select_columns(["question", "choices", "context"])
+    characters = [len(row["question"]) + sum(map(len, row["choices"])) + len(row["context"] or "") for row in texts]
+    # Not as Python objects: images may be bytes.
+    images = examples.select_columns(["images"]).with_format("arrow").iter(_BATCH)
+    counts = [count for batch in images for count in pc.list_value_length(batch["images"]).to_pylist()]
+    return [1_000_000 * count + length for count, length in zip(counts, characters, strict=True)]
 
 
 def image_tokens(

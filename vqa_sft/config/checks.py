@@ -34,7 +34,7 @@ REFUSED = {
     "prediction_loss_only": "it drops the metrics that choose the best checkpoint",
     "batch_eval_metrics": "metrics are computed over all validation rows at once",
     "enable_jit_checkpoint": "a SIGTERM saves and stops by itself, and these checkpoints would not count",
-    "train_sampling_strategy": "rows have no length before the collator",
+    "train_sampling_strategy": "padded rows of like length share a batch as it is, and packed ones have no padding",
     "chat_template_path": "the prompt would no longer be the model's own",
     "eos_token": "nothing is generated",
     "pad_token": "the tokenizer has one",

@@ -95,7 +95,8 @@ def _score_block(
     asked = examples.select([row for row in range(len(examples)) if row not in unasked]) if unasked else examples
     scorer.fill_store(collators, asked, args.batch_size, args.num_workers)
     done = processes.from_main(rows_done(folder) if state.is_main_process else None)
-    batches = scoring.plan_batches(examples, args.orders, args.batch_size)
+    packs_rows = bool(scorer.packer and scorer.packer.packs_rows)
+    batches = scoring.plan_batches(examples, args.orders, args.batch_size, packs_rows=packs_rows)
     batches = [[row for row in batch if row not in unasked] for batch in batches]
     batches = [batch for batch in batches if not done.issuperset(batch)]
     scored = Shards(folder)

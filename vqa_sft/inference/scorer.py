@@ -133,7 +133,8 @@ def load(
         if run.recipe.get("cache_image_features"):
             store = open_store(model, processor, packer, precision)
         num_views = len(examples or ()) * views_a_row * len(runs)
-        speedups.speed_up(model, compile_layers=speedups.pays_compilation(num_views, compile_layers))
+        compiles = speedups.pays_compilation(speedups.base_of(model).config, num_views, compile_layers)
+        speedups.speed_up(model, compile_layers=compiles)
     return Scorer(
         model=model,
         processor=processor,

@@ -15,20 +15,19 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.integrations import deepspeed, sdpa_attention
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig
 
 from vqa_sft.batch.image_size import limit_pixels
 from vqa_sft.console import note
 from vqa_sft.errors import InputError, explains
-from vqa_sft.models import quantized
-from vqa_sft.models.parts import decoder_name, fused_experts, names_beside_decoder
+from vqa_sft.models import fp8, quantized, rounded
+from vqa_sft.models.parts import decoder_name
 
 # What transformers, peft and safetensors raise for a folder that is wrong, damaged or of another model.
 LOADING_ERRORS = (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError, SafetensorError)
@@ -143,64 +142,53 @@ def _without_zero3() -> Iterator[None]:
 
 
 def load_model(
-    model_args: ModelConfig, precision: str, *, trust_remote_code: bool = False, device_map: dict | None = None
+    model_args: ModelConfig,
+    precision: str,
+    *,
+    trust_remote_code: bool = False,
+    device_map: dict | None = None,
+    unpacks_fp8: bool = False,
 ) -> PreTrainedModel:
-    """The base model in the precision it trains in; `dtype` and the 4-bit fields of `model_args` may say otherwise."""
+    """The base model in the precision it trains in; `dtype` and the 4-bit fields of `model_args` may say otherwise.
+    `unpacks_fp8`: an FP8 checkpoint's weights are whole, on any GPU."""
     name = model_args.model_name_or_path
     if precision == "fp16" and not model_args.use_peft:
         precision = "fp32"  # the gradient scaler refuses fp16 weights
     dtype = getattr(torch, model_args.dtype, model_args.dtype) if model_args.dtype else DTYPES[precision]
     avoid_math_attention()
     config = read_config(model_args, trust_remote_code=trust_remote_code, device_map=device_map)
-    quantization = _quantization(model_args, dtype, config)
+    quantization = rounded.settings(model_args, dtype, config)
     # The keyword only where it is asked for: None would erase a quantised checkpoint's own settings.
     asked = {} if quantization is None else {"quantization_config": quantization}
     try:
-        model, loaded = AutoModelForImageTextToText.from_pretrained(
-            name,
-            revision=model_args.model_revision,
-            trust_remote_code=trust_remote_code,
-            dtype=dtype,
-            attn_implementation=model_args.attn_implementation,
-            device_map=device_map,
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            output_loading_info=True,
-            **asked,
-        )
+        with fp8.reading(config, device_map=device_map, unpacks=unpacks_fp8) as told:
+            model, loaded = AutoModelForImageTextToText.from_pretrained(
+                name,
+                revision=model_args.model_revision,
+                trust_remote_code=trust_remote_code,
+                dtype=dtype,
+                attn_implementation=model_args.attn_implementation,
+                device_map=rounded.place(config, quantization, dtype, device_map),
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+                **asked,
+                **told,
+            )
     except LOADING_ERRORS as error:
         raise _cannot_load(name, error) from error
     _check_weights(name, model, loaded)
     quantized.unpack(model)
+    if told:
+        fp8.finish(model, dtype)
+    if quantization is not None:
+        rounded.finish(model, quantization, device_map)
     for module in model.modules():
         # On some processors bitsandbytes 0.50 packs 4-bit weights when it evaluates, and unpacks them wrongly when a
         # checkpoint is saved: every evaluation would change the base.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-def _quantization(model_args: ModelConfig, dtype: torch.dtype, config: PreTrainedConfig) -> BitsAndBytesConfig | None:
-    """TRL's 4- or 8-bit settings, computing in `dtype`; the vision tower, small and hurt most by rounding, stays."""
-    quantization = get_quantization_config(model_args)
-    if quantization is None:
-        return None
-    if model_args.load_in_4bit:
-        quantization.bnb_4bit_compute_dtype = dtype
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    kept = names_beside_decoder(model)
-    if not kept:
-        raise InputError(
-            f"the vision tower of {type(model).__name__} is not apart from its language model, so a 4- or 8-bit base "
-            "would round it too. Remove load_in_4bit and load_in_8bit."
-        )
-    quantization.llm_int8_skip_modules = [*kept, "lm_head"]  # which must be named once a list is given
-    if experts := fused_experts(model):
-        size = sum(weight.numel() for weight in experts.values()) * getattr(dtype, "itemsize", 2) / 2**30
-        field = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"
-        note(f"{field} leaves the routed experts whole ({size:,.2f} GiB): bitsandbytes rounds linear layers alone.")
-    return quantization
 
 
 def _check_weights(name: str, model: PreTrainedModel, loaded: dict[str, Any]) -> None:

@@ -17,6 +17,9 @@ from vqa_sft.models.parts import decoder_name, fused_experts, vision_layers
 # and what chooses the tokens that attention sees (Qwen4-Exp), for a choice passes no gradient on.
 LEFT_OUT = {"lm_head", "router", "gate", "shared_expert_gate", "indexer"}
 
+# They are no layers, but called as such: a recipe's down_proj would be them as well.
+EXPERTS_IN_4_BIT = r".*\.parametrizations\..*"
+
 
 def lora_config(
     model_args: ModelConfig,
@@ -43,6 +46,9 @@ def lora_config(
     _check_names(config, model)
     family = FAMILIES.get(model.config.model_type)
     no_lora = family.no_lora if family else ()
+    is_rounded = model_args.load_in_4bit and bool(fused_experts(model))
+    if config.target_modules is not None and is_rounded:
+        config.exclude_modules = EXPERTS_IN_4_BIT
     if config.target_modules is None:
         config.target_modules = _decoder_layers(model, no_lora)
         asked = {"adapt_tower": adapt_tower, "adapt_merger": adapt_merger}
@@ -56,6 +62,8 @@ def lora_config(
             config.target_modules = "|".join([config.target_modules, *map(re.escape, names)])
     if adapt_experts:
         config.target_parameters = _expert_names(model)
+    if config.target_parameters and is_rounded:
+        raise InputError("load_in_4bit rounds the experts, and an adapter of their own needs whole ones. Remove one.")
     return config
 
 
@@ -64,8 +72,11 @@ def _decoder_layers(model: PreTrainedModel, no_lora: tuple[str, ...]) -> str:
     left_out = LEFT_OUT.union(no_lora)
     layers = [name for name, module in model.get_decoder().named_modules() if isinstance(module, torch.nn.Linear)]
     kept = {name.rpartition(".")[2] for name in layers if "." in name and left_out.isdisjoint(name.split("."))}
-    # A router may have a layer that is called as others are.
-    but = "".join(rf"(?!.*\b{name}\.)" for name in sorted(left_out) if any(f".{name}." in layer for layer in layers))
+    # A router may have a layer that is called as others are; so has a part of experts that are rounded to 4 bit.
+    apart = [name for name in sorted(left_out) if any(f".{name}." in layer for layer in layers)]
+    if fused_experts(model):
+        apart.append("experts")
+    but = "".join(rf"(?!.*\b{name}\.)" for name in apart)
     return rf"{re.escape(decoder_name(model))}\.{but}.*\.({'|'.join(sorted(kept))})"
 
 

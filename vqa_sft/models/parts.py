@@ -12,6 +12,11 @@ def decoder_name(model: PreTrainedModel) -> str:
     return next(name for name, module in model.named_modules() if module is decoder)
 
 
+def decoder_layers(decoder: torch.nn.Module) -> torch.nn.ModuleList:
+    """The layers of a language model, in their order: the first list of modules that holds no other's."""
+    return next(module for module in decoder.modules() if isinstance(module, torch.nn.ModuleList))
+
+
 def names_beside_decoder(model: PreTrainedModel) -> list[str]:
     """The vision tower and what connects it: everything outside the language model."""
     parent, _, name = decoder_name(model).rpartition(".")

@@ -6,7 +6,6 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-from transformers.utils import is_kernels_available
 
 from vqa_sft.errors import InputError
 
@@ -81,10 +80,6 @@ def check(name: str, config: PreTrainedConfig, *, device_map: dict | None = None
     try:
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(own), pre_quantized=True)
         quantizer.validate_environment(device_map=device_map, weights_only=True)
-        # transformers raises at the first forward pass only. Where it has no such GPU, it unpacks the weights.
-        stays_fp8 = method_of(own) == "fp8" and not quantizer.quantization_config.dequantize
-        if stays_fp8 and not is_kernels_available():
-            raise ImportError("FP8 on this GPU needs the package kernels (`pip install kernels`).")
     except Exception as error:  # whatever the package of the method raises, above all ImportError and RuntimeError
         said = (" ".join(str(error).split()) or type(error).__name__).removesuffix(".")
         raise InputError(f"{what} and cannot be loaded here: {said}. {REMEDY}") from error

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 
 from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, supervised_positions
+from vqa_sft.batch.count_tokens import relative_lengths
 from vqa_sft.batch.prompts import Prompts, control_tokens, render_prompt
 from vqa_sft.batch.template import answer_prefix, answer_suffix
 from vqa_sft.console import progress
@@ -112,8 +113,9 @@ def supervised_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) ->
     if "image_features" in inputs:  # from the cache, in place of pixels
         inputs["mm_encoder_outputs"] = {"image": encoder_outputs(inputs.pop("image_features"))}
     positions = supervised_positions(batch)  # (B, 1 or 2)
-    if "cu_seq_lens_q" in batch:  # packed rows: the answers are in one row
-        keep = 0 if "keep_positions" in batch else positions.flatten()[None]
+    is_packed, is_kept = "cu_seq_lens_q" in batch, "keep_positions" in batch
+    if is_packed or is_kept:  # packed rows: the answers are in one row
+        keep = 0 if is_kept else positions.flatten()[None]
         logits = model(**inputs, logits_to_keep=keep, use_cache=False).logits
         return logits.view(*positions.shape, -1).float()
     logits = model(**inputs, logits_to_keep=positions, use_cache=False).logits
@@ -181,11 +183,17 @@ class Scored:
     scale_logits: list[list[list[list[float]]]]
 
 
-def plan_batches(examples: datasets.Dataset, views: str | int, batch_size: int) -> list[list[int]]:
-    """Numbers of rows that are scored together, `batch_size` views of rows of the most views; rows with one image
-    are neighbours, for they share it."""
+def plan_batches(
+    examples: datasets.Dataset, views: str | int, batch_size: int, *, packs_rows: bool = True
+) -> list[list[int]]:
+    """Numbers of rows that are scored together, `batch_size` views of rows of the most views. Packed rows with one
+    image are neighbours, for they share it; padded ones of like length are, the longest first."""
     num_rows = max(1, batch_size // _most_views(examples, views))
-    order = same_images_together(examples)
+    if packs_rows:
+        order = same_images_together(examples)
+    else:
+        lengths = relative_lengths(examples)
+        order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     return [order[start : start + num_rows] for start in range(0, len(order), num_rows)]
 
 

@@ -10,6 +10,7 @@ runs/merged/
 Each weight is rounded once, to `dtype`; in fp32 the letters' logits are those of base and adapter within 1e-4.
 """
 
+import functools
 import shutil
 import warnings
 from pathlib import Path
@@ -17,12 +18,13 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import Transpose, WeightConverter
 from trl import ModelConfig
 
 from vqa_sft.data.split import ROWS
 from vqa_sft.errors import InputError, explains
 from vqa_sft.files import held, lying_in, whole_folder
-from vqa_sft.models import quantized
+from vqa_sft.models import fp8, quantized
 from vqa_sft.models.load import DTYPES, LOADING_ERRORS, add_adapter, follow_processor, load_model, load_processor
 from vqa_sft.predictions.calibration import CALIBRATION, known_entries
 from vqa_sft.runs import folder as run_folder, hub
@@ -63,10 +65,13 @@ def _merge_run(folder: str, output: str, dtype: str | None, overwrite: bool, mod
         bits = 4 if recipe.get("load_in_4bit") else 8
         line = f"The adapter was trained on {name} in {bits} bit and is merged into its unquantised weights: "
         print(line + "probabilities may differ slightly from those of the run.")
+    if own := quantized.quantization_of(config):
+        print(f"{name} is quantised itself ({quantized.describe(own)}): its weights are unpacked, and merged whole.")
     with whole_folder(output) as part:
         (part / run_folder.MARKER).touch()
         merged = _merged(_load_base(name, recipe, dtype, trust), folder, dtype)
         follow_processor(merged, processor)
+        _turn_experts(merged)
         with explains(ValueError, f"{name} cannot be saved"):  # a generation config that contradicts itself
             merged.save_pretrained(part, max_shard_size=SHARD)
         processor.save_pretrained(part)
@@ -103,10 +108,11 @@ def _is_merge(folder: Path) -> bool:
 
 
 def _base_config(name: str, revision: str, trust: bool) -> PreTrainedConfig:
-    """Raises InputError where it cannot be loaded, or the checkpoint is quantised."""
+    """Raises InputError where it cannot be loaded, or the checkpoint is quantised, but for FP8."""
     with explains(LOADING_ERRORS, f"the base {name!r} cannot be loaded; check the network, or give --model NAME"):
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust)
-    if own := quantized.quantization_of(config):
+    own = quantized.quantization_of(config)
+    if own is not None and quantized.method_of(own) != "fp8":
         raise InputError(
             f"the checkpoint of {name} is quantised itself ({quantized.describe(own)}), and nothing can be added to "
             "its weights. Serve base and adapter, or give --model with the checkpoint that it was made from: the "
@@ -139,11 +145,15 @@ def _check_room(target: Path, needed: int, dtype: str) -> None:
 
 
 def _load_base(name: str, recipe: dict[str, Any], dtype: str, trust: bool) -> PreTrainedModel:
-    """On the CPU, never quantised."""
+    """On the CPU, never quantised. Raises InputError where weights stay in FP8."""
     revision = recipe.get("model_revision") or "main"
     dtype = str(DTYPES[dtype]).removeprefix("torch.")
     args = ModelConfig(model_name_or_path=name, model_revision=revision, dtype=dtype)
-    return load_model(args, "fp32", trust_remote_code=trust)
+    base = load_model(args, "fp32", trust_remote_code=trust, unpacks_fp8=True)
+    kept = next((name for name, weight in base.named_parameters() if weight.dtype.itemsize == 1), None)
+    if kept is not None:
+        raise InputError(f"{kept} of {name} stays in FP8, and cannot be merged whole. Serve base and adapter.")
+    return base
 
 
 def _merged(base: PreTrainedModel, folder: str, dtype: str) -> PreTrainedModel:
@@ -172,6 +182,14 @@ def _merged(base: PreTrainedModel, folder: str, dtype: str) -> PreTrainedModel:
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = is_tied
     return model
+
+
+def _turn_experts(model: PreTrainedModel) -> None:
+    """Let Qwen3-VL's experts be saved as (E, in, out), as the Hub and vLLM have them. transformers 5.23 reads that and
+    writes (E, out, in)."""
+    if model.config.model_type == fp8.TURNED:
+        turn = functools.partial(Transpose, 1, 2)
+        model._weight_conversions = [WeightConverter(name, name, [turn()]) for name in fp8.EXPERTS]
 
 
 def _cannot_merge(folder: str, dtype: str, reason: str) -> InputError:

@@ -10,6 +10,7 @@ from transformers import EarlyStoppingCallback, ProcessorMixin
 from trl import SFTConfig
 
 from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
+from vqa_sft.batch.count_tokens import relative_lengths
 from vqa_sft.batch.image_size import describe_images
 from vqa_sft.batch.prompts import Prompts, check_texts, settle_prompts
 from vqa_sft.config.recipe import Recipe
@@ -84,7 +85,7 @@ def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precisio
         None if args.streaming else rows.train,
         prompts,
         precision=precision,
-        compiles=speedups.pays_compilation(rows.num_seen(training_args), args.compile_layers),
+        compiles=speedups.pays_compilation(skeleton.config, rows.num_seen(training_args), args.compile_layers),
     )
     return ModelSetup(processor, prompts, adapter, loss, precision, needs)
 
@@ -109,6 +110,7 @@ def build_trainer(
         packer=packer,
         features=features,
     )
+    pads = args.fast and not args.streaming and not (packer and packer.packs_rows)
     average, callbacks = None, [WriteCurves()]
     if args.averaging:
         average = AdapterAverage(args.averaging, decay=args.ema_decay, start=args.swa_start)
@@ -128,6 +130,7 @@ def build_trainer(
             vision_learning_rate=args.vision_learning_rate,
             average=average,
             stop=stop,
+            lengths=relative_lengths(rows.train) if pads else None,
             callbacks=callbacks,
         )
     vision = vision_parameters(speedups.base_of(trainer.model))
@@ -142,6 +145,7 @@ def build_trainer(
 
 def _speed_up(trainer: AnswerTrainer, recipe: Recipe, num_rows: int) -> None:
     compile_layers, budget = recipe.arguments.compile_layers, recipe.arguments.activation_memory_budget
-    if "activation_memory_budget" in recipe.values and not speedups.pays_compilation(num_rows, compile_layers):
-        speedups.say("layers are not compiled for so few rows, and keep all; compile_layers: true compiles them")
+    compiles = speedups.pays_compilation(speedups.base_of(trainer.model).config, num_rows, compile_layers)
+    if "activation_memory_budget" in recipe.values and not compiles:
+        speedups.say("layers are not compiled, and keep all; compile_layers: true compiles them")
     speedups.speed_up_training(trainer, num_rows, compile_layers=compile_layers, memory_budget=budget)

@@ -4,7 +4,7 @@ What is ours: the loss at the answer position, its count of rows over the global
 the letters. Everything else (loop, distribution, checkpoints, logging) is the libraries'.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from trl import SFTTrainer
 
 from vqa_sft.batch.collator import AnswerCollator, TrainCollator
@@ -29,12 +29,14 @@ from vqa_sft.training.averaging import AdapterAverage, trained
 from vqa_sft.training.callbacks import EpochForCollator, Speed, now_s
 from vqa_sft.training.loss import LossSettings, answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
 from vqa_sft.training.metrics import letter_metrics
+from vqa_sft.training.sampler import LengthSampler
 from vqa_sft.training.saving import MarkWholeCheckpoints, SaveAndStop, keep_worker
 
 
 class AnswerTrainer(SFTTrainer):
     """`vision_learning_rate` is that of all trained weights outside the language model. Every evaluation scores the
-    `average` too. `stop` keeps the loaders' workers from a SIGTERM while it listens. Both are callbacks."""
+    `average` too. `stop` keeps the loaders' workers from a SIGTERM while it listens. Both are callbacks. With `lengths`
+    of the training rows, those of like length are in one batch."""
 
     # `compute_loss` divides by the rows of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -49,8 +51,10 @@ class AnswerTrainer(SFTTrainer):
         vision_learning_rate: float | None = None,
         average: AdapterAverage | None = None,
         stop: SaveAndStop | None = None,
+        lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.lengths = lengths
         kwargs.setdefault("compute_metrics", letter_metrics)
         super().__init__(*args, data_collator=data_collator, **kwargs)
         self.eval_collator = eval_collator
@@ -86,6 +90,13 @@ class AnswerTrainer(SFTTrainer):
                 if own:
                     optimizer.add_param_group(group | {"params": own, "lr": self.vision_learning_rate})
         return optimizer
+
+    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler | None:
+        if self.lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return LengthSampler(self.lengths, args.train_batch_size * args.gradient_accumulation_steps, seed)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device

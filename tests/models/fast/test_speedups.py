@@ -6,6 +6,7 @@ import pytest
 import torch
 from gradients import assert_same, gradients_of, road_of
 from peft import get_peft_model
+from transformers import AutoConfig
 from trl import ModelConfig
 
 from vqa_sft.batch.collator import AnswerCollator
@@ -133,8 +134,15 @@ def test_layers_that_are_not_compiled_say_why(families, family, capsys):
     model = load_model(args, "fp32")
     speedups.pack_rows(model, "fp32")
     speedups.speed_up(model, compile_layers=True)
-    said = {"qwen2_5_vl": "that needs a GPU of compute capability 8.0", "lfm2_vl": "with padded rows"}
-    assert f"layers are not compiled: {said[family]}" in capsys.readouterr().out
+    assert "layers are not compiled: that needs a GPU of compute capability 8.0" in capsys.readouterr().out
+
+
+def test_many_packed_rows_are_compiled_and_padded_ones_where_the_recipe_asks(families):
+    packed, padded = (AutoConfig.from_pretrained(families(name)) for name in ("qwen2_5_vl", "lfm2_vl"))
+    assert speedups.pays_compilation(packed, 3000, None) and not speedups.pays_compilation(packed, 2999, None)
+    assert not speedups.pays_compilation(padded, 10**6, None)
+    for config in (packed, padded):
+        assert speedups.pays_compilation(config, 10, True) and not speedups.pays_compilation(config, 10**6, False)
 
 
 def test_everything_together_gives_the_logits_and_gradients_of_the_library(road):

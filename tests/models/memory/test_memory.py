@@ -12,33 +12,28 @@ from dataclasses import replace
 
 import pytest
 import torch
+from measured_memory import B3, B7, B8, LESS, POINTS, shape_of
 from peft import get_peft_model
 from quantised import FP8, KINDS, OTHERS
 from scripts import RECIPES
-from transformers import AttentionInterface, AutoModelForImageTextToText
 from trl import ModelConfig, SFTConfig
 
-from vqa_sft.config.fields import read_yaml
 from vqa_sft.errors import InputError
 from vqa_sft.models import shapes
-from vqa_sft.models.fast import fused_lora
 from vqa_sft.models.load import load_model
 from vqa_sft.models.lora import lora_config
 from vqa_sft.models.memory import estimate as estimates, fit, out_of_memory
-from vqa_sft.models.memory.estimate import estimate, kept_by_layer, need_gib, num_tokens, scoring_gib, trained_bytes
+from vqa_sft.models.memory.estimate import (
+    estimate,
+    need_gib,
+    num_tokens,
+    scoring_gib,
+    trained_bytes,
+)
 from vqa_sft.models.memory.fit import MARGIN, largest_max_pixels, largest_micro_batch, remedies
-from vqa_sft.models.memory.needs import ESTIMATED, Plan, read_config, read_shape
+from vqa_sft.models.memory.needs import Plan, read_config, read_shape
 from vqa_sft.runs import folder as run_folder
 from vqa_sft.training.trainer import AnswerTrainer
-
-B7, B3, B8 = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7B", "2.5-VL-3B", "3-VL-8B"))
-
-
-@functools.cache
-def shape_of(name, rank=32, **values):
-    args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=rank, lora_dropout=0.0, dtype=None)
-    args = replace(args, **values)
-    return read_shape(args, shapes.shape_config(name))
 
 
 def allocated_gib(shape, plan):
@@ -52,7 +47,7 @@ def allocated_gib(shape, plan):
 # One H200, torch 2.11, bf16, AdamW, LoRA of rank 32 on the seven linear layers, 448 px (256 tokens) a row; peak of
 # max_memory_allocated in GiB (docs/measurements/speed.md). Compiled layers keep all that the compiler chooses to keep,
 # or as much as the default of activation_memory_budget lets them.
-ALL, LESS = {"compiled": True}, {"compiled": True, "memory_budget": 0.7}
+ALL = {"compiled": True}
 OLD = {"fused": False}  # before adapters were fused
 H200 = [
     (B7, Plan(16, text_tokens=75, **OLD), 5296, 50.3),
@@ -76,9 +71,10 @@ def test_peaks_measured_on_an_h200(name, plan, tokens, measured_gib):
     assert allocated_gib(shape, plan) == pytest.approx(measured_gib, rel=0.03)
 
 
-def test_a_peak_reserved_on_a_small_activation_memory_budget():
-    plan = Plan(12, text_tokens=167, shared_tokens=22, max_pixels=448 * 448, compiled=True, memory_budget=0.2)
-    assert need_gib(shape_of(B7), plan) == pytest.approx(22.0, rel=0.03)
+@pytest.mark.parametrize("point", POINTS, ids=lambda point: f"{point.model.split('/')[1]} {point.gib}")
+def test_every_measured_peak_is_foreseen(point):
+    shape = shape_of(point.model, rank=point.rank)
+    assert need_gib(shape, point.plan) == pytest.approx(point.gib, rel=point.within / 100)
 
 
 @pytest.mark.parametrize("rows, text_tokens, measured_gib", [(16, 75, 17.0), (32, 167, 19.3)])
@@ -87,39 +83,6 @@ def test_peaks_of_scoring_measured_on_an_h200(rows, text_tokens, measured_gib):
     shape, plan = shape_of(B7), Plan(1, eval_batch=rows, text_tokens=text_tokens, max_pixels=448 * 448)
     states_and_gradients = 0.75 * trained_bytes(shape, plan) / 2**30
     assert scoring_gib(shape, plan) - states_and_gradients == pytest.approx(measured_gib, rel=0.05)
-
-
-# Reserved memory. The first two are older: the libraries' own paths, rows padded to about 120 tokens of text.
-T4 = [
-    (B3, Plan(8, text_tokens=120, max_pixels=384 * 384, fast=False), 5.7),
-    (B7, Plan(4, text_tokens=120, max_pixels=384 * 384, fast=False), 8.5),
-    (B7, Plan(4, text_tokens=120, max_pixels=448 * 448), 8.7),
-]
-
-
-@pytest.mark.parametrize("name, plan, measured_gib", T4)
-def test_peaks_of_the_t4_recipes(name, plan, measured_gib):
-    plan = replace(plan, bits=4, nested=True, checkpointing=True, attention="repeated")
-    assert need_gib(shape_of(name, rank=16), plan) == pytest.approx(measured_gib, rel=0.06)
-
-
-def test_a_peak_reserved_by_the_recipe_of_7b_is_that_of_the_documents():
-    plan = Plan(16, eval_batch=16, text_tokens=167, max_pixels=448 * 448, **LESS)
-    assert need_gib(shape_of(B7), plan) == pytest.approx(37.7, rel=0.03)
-
-
-# Recipes as they stand, with images of mixed sizes that reach their limit and texts of about 105 tokens.
-AS_THEY_STAND = [
-    (B7, 16, Plan(8, eval_batch=16, checkpointing=True, max_pixels=448 * 448), 19.4),  # scienceqa
-    (B3, 16, Plan(4, eval_batch=8, checkpointing=True, max_pixels=401408), 10.0),  # mmbench
-    (B8, 32, Plan(4, eval_batch=8, max_pixels=768 * 768), 37.5),  # qwen3vl8b_a100
-]
-
-
-@pytest.mark.parametrize("name, rank, plan, measured_gib", AS_THEY_STAND)
-def test_what_recipes_reserved_is_foreseen_within_15_percent(name, rank, plan, measured_gib):
-    plan = replace(plan, text_tokens=105, shared_tokens=22)
-    assert need_gib(shape_of(name, rank=rank), plan) == pytest.approx(measured_gib, rel=0.15)
 
 
 # --- against real models ----------------------------------------------------------------------------------------------
@@ -134,7 +97,7 @@ def test_parameters_are_those_of_the_published_models():
     assert shape_of(B7).trained == layers and 2 * shape_of(B7, rank=16).trained == layers
 
 
-@pytest.mark.parametrize("family", ESTIMATED)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_parameters_are_those_of_a_loaded_model(families, family):
     for values in ({}, {"lora_target_modules": ["q_proj", "down_proj"]}, {"use_peft": False}):
         args = ModelConfig(model_name_or_path=families(family), use_peft=True, lora_r=4, dtype=None)
@@ -153,118 +116,6 @@ def test_parameters_are_those_of_a_loaded_model(families, family):
     assert shape.trained == sum(p.numel() for p in model.parameters() if p.requires_grad) and shape.trains_tower
 
 
-@torch.library.custom_op("vqa_sft_tests::flash", mutates_args=())
-def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (1, T, H, D) and log-sum-exp (1, H, T) in fp32, as of a fused attention; their values do not matter."""
-    output = query.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-    return output, torch.zeros(query.shape[:3])
-
-
-@flash.register_fake
-def _(query, key, value):
-    batch, heads, tokens, dim = query.shape
-    return query.new_empty(batch, tokens, heads, dim), query.new_empty(batch, heads, tokens, dtype=torch.float32)
-
-
-@torch.library.custom_op("vqa_sft_tests::flash_backward", mutates_args=())
-def flash_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: list[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-
-
-@flash_backward.register_fake
-def _(grad, query, key, value, kept):
-    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-
-
-def keep_as_flash_does(ctx, inputs, output):
-    ctx.save_for_backward(*inputs, *output)
-
-
-def flash_gradients(ctx, grad, _):
-    query, key, value, *kept = ctx.saved_tensors
-    return flash_backward(grad, query, key, value, kept)
-
-
-flash.register_autograd(flash_gradients, setup_context=keep_as_flash_does)
-
-
-def attend_like_flash(module, query, key, value, *args, **kwargs):
-    return flash(query, key, value)[0], None
-
-
-AttentionInterface.register("keeps_like_flash", attend_like_flash)
-
-
-@pytest.fixture(params=ESTIMATED)
-def small(request, monkeypatch):
-    """The name of a shape whose widths are all different, small enough for a CPU."""
-    text = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    text |= {"intermediate_size": 448, "vocab_size": 1000, "head_dim": 128, "tie_word_embeddings": False}
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 52, "num_heads": 2, "out_hidden_size": 256}
-    if request.param == "qwen3_vl":
-        text["num_attention_heads"] = 3
-        vision["deepstack_visual_indexes"] = [0]
-    monkeypatch.setitem(shapes.SHAPES, "small", (request.param, text, vision))
-    return "small"
-
-
-def saved_bytes(name, how, num_tokens=40, *, fused=False):
-    """What autograd saves for one decoder layer, per token: counted, under autocast to bf16, without the weights."""
-    args = small_args(name, how)
-    model = AutoModelForImageTextToText.from_config(shapes.shape_config(name), dtype=torch.bfloat16)
-    adapter = lora_config(args, model)
-    if adapter is not None:
-        get_peft_model(model, adapter)
-    if fused:
-        assert fused_lora.fuse(model.get_decoder())
-    layer, text = model.get_decoder().layers[1], model.config.text_config
-    text._attn_implementation = "keeps_like_flash"
-    hidden = torch.randn(1, num_tokens, text.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-    rotation = 2 * (torch.randn(1, num_tokens, 128, dtype=torch.bfloat16),)
-    forward = layer.forward
-    if how.get("compiled"):
-        torch.compiler.reset()  # what other tests of the process compiled for such layers
-        forward = torch.compile(forward, backend="aot_eager_decomp_partition")
-    found = {}
-
-    def count(tensor):
-        if num_tokens in tensor.shape:  # neither a weight nor autocast's copy of one
-            storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        forward(hidden, position_embeddings=rotation, attention_mask=None)
-    own = {tensor.untyped_storage().data_ptr() for tensor in rotation}  # of all layers together
-    return sum(size for place, (size, _) in found.items() if place not in own) / num_tokens
-
-
-@pytest.mark.parametrize(
-    "how",
-    [
-        {},
-        {"lora_target_modules": ["q_proj", "v_proj", "down_proj"]},
-        {"use_peft": False},
-        {"compiled": True},
-    ],
-    ids=["LoRA", "LoRA on some", "all weights", "compiled"],
-)
-@pytest.mark.parametrize("fused", [False, True])
-def test_what_a_layer_keeps_is_what_autograd_saves(small, how, fused):
-    shape = read_shape(small_args(small, how), shapes.shape_config(small))
-    plan = Plan(1, compiled=how.get("compiled", False), fused=fused)
-    attention, mlp = kept_by_layer(shape, plan)
-    fused = fused and how in ({}, {"compiled": True})
-    assert sum(attention.values()) + sum(mlp.values()) == saved_bytes(small, how, fused=fused)
-
-
-def small_args(name, how):
-    args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=8, lora_dropout=0.0)
-    return replace(args, **{key: value for key, value in how.items() if key != "compiled"})
-
-
 # --- what follows from what -------------------------------------------------------------------------------------------
 
 
@@ -281,7 +132,7 @@ def test_a_smaller_activation_memory_budget_needs_less_and_more_than_recomputing
     shape, plan = shape_of(name), Plan(8, max_pixels=448 * 448, compiled=True)
     needs = [need_gib(shape, replace(plan, memory_budget=budget)) for budget in (1, 0.7, 0.5, 0.2)]
     assert needs == sorted(needs, reverse=True) and len(set(needs)) == 4
-    assert needs[-1] > need_gib(shape, replace(plan, checkpointing=True))
+    assert needs[-1] > need_gib(shape, replace(plan, checkpointing=True, compiled=False))
 
 
 @pytest.mark.parametrize("name", [B7, B3, B8])
@@ -351,11 +202,7 @@ def test_every_recipe_has_a_table_within_seconds(run):
     for path in sorted(RECIPES.glob("*.yaml")):
         start = time.process_time()
         code, out, err = run("memory", path)
-        model_type = shapes.SHAPES.get(read_yaml(path)["model_name_or_path"], ["qwen2_5_vl"])[0]
-        if model_type not in ESTIMATED:
-            assert code == 2 and f"the memory of {model_type} cannot be estimated" in err
-            continue
-        assert code == 0 and not err and time.process_time() - start < 10, (path, err)
+        assert code == 0 and not err and time.process_time() - start < 30, (path, err)
         assert "language model" in out and "peak that torch reserves" in out
         (peak,) = re.findall(r"peak that torch reserves +([\d.]+)", out)
         parts = re.findall(r"^  \S.{32}\s+([\d.]+)", out.split("In GiB:")[1].split("  peak")[0], re.MULTILINE)
@@ -410,7 +257,6 @@ def test_what_cannot_be_said_ends_with_exit_code_2(run, families, tmp_path):
         ((recipe, "--text-tokens", 0), "--text-tokens must be above 0"),
         ((recipe, "--lora_rr", 8), "Did you mean `lora_r`"),
         ((recipe, "--model_name_or_path", tmp_path / "none"), "cannot be loaded"),
-        ((recipe, "--model_name_or_path", families("llava")), "the memory of llava cannot be estimated"),
         ((recipe, "--lora_target_modules", "nope"), "has no 'nope' (nearest: "),
     ):
         code, out, err = run("memory", *arguments)

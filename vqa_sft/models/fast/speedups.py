@@ -14,7 +14,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 from vqa_sft.console import note
 from vqa_sft.models import processes
@@ -57,14 +57,15 @@ def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) ->
             module.use_varlen = use_varlen
     layers = model.get_decoder().layers
     # Qwen3-VL adds image features after its first layers, at every place.
-    keeps = answers_only and not reason and num_deepstack(config) < len(layers) and keep_only_answers(layers[-1])
+    keeps = answers_only and num_deepstack(config) < len(layers) and keep_only_answers(layers[-1])
     dtype = tower_of(model).dtype if config.model_type in PACKED else model.dtype
     return packing.Packer(config, dtype, packs_rows=not reason, keeps_answers=keeps)
 
 
 def keep_only_answers(layer: nn.Module) -> bool:
-    """Let the last decoder `layer` do the rest of its work only at `keep_positions` (B,), once attention is done: what
-    comes after it looks at no other place. Whether the layer is of the kind that is known."""
+    """Let the last decoder `layer` do the rest of its work only at `keep_positions`, once attention is done: what comes
+    after it looks at no other place. (N,) of a packed row, (B, N) of padded ones. Whether the layer is of the kind that
+    is known."""
     parts = {name for name, _ in layer.named_children()}
     if parts != {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}:
         return False
@@ -82,7 +83,8 @@ def _forward_keeping(
     if keep_positions is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-    hidden_states = (hidden_states + attended)[:, keep_positions]
+    rows = torch.arange(len(hidden_states), device=hidden_states.device)[:, None]
+    hidden_states = (hidden_states + attended)[rows, keep_positions]
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
@@ -105,10 +107,7 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
         return
     if getattr(base, "is_quantized", False):
         say("layers are not compiled: the base is quantised")
-    elif base.get_decoder().config._attn_implementation != attention.DECODER:
-        say("layers are not compiled: with padded rows, that was not compared with the library's on a GPU")
-    elif not any(getattr(module, "use_varlen", False) for module in base.modules()):
-        # Row by row, every mixture of lengths would be compiled again.
+    elif not _can_be_compiled(base):
         say("layers are not compiled: that needs a GPU of compute capability 8.0 or newer, and half precision")
     elif can_compile():
         torch._dynamo.config.recompile_limit = MAX_GRAPHS
@@ -120,6 +119,13 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
         say(f"{len(layers)} layers are compiled; the first steps are slow")
 
 
+def _can_be_compiled(base: PreTrainedModel) -> bool:
+    # Packed rows one by one would be compiled again for every mixture of lengths.
+    is_packed = base.get_decoder().config._attn_implementation == attention.DECODER
+    has_kernel = any(getattr(module, "use_varlen", False) for module in base.modules())
+    return attention.can_use_varlen(base.device, base.dtype) and (has_kernel or not is_packed)
+
+
 def speed_up_training(
     trainer: Trainer, num_rows: float, *, compile_layers: bool | None, memory_budget: float = 1.0
 ) -> None:
@@ -127,7 +133,7 @@ def speed_up_training(
     if processes.shards_weights():
         say("vision tower and layers stay the library's: their weights are spread over processes")
         return
-    compiles = pays_compilation(num_rows, compile_layers)
+    compiles = pays_compilation(base_of(trainer.model).config, num_rows, compile_layers)
     if compiles and trainer.is_deepspeed_enabled:
         say("layers are not compiled: DeepSpeed moves their weights")
     stay_in_training(trainer.model)
@@ -146,8 +152,12 @@ def _train(model: nn.Module, mode: bool = True) -> nn.Module:
     return model if model.training == mode else type(model).train(model, mode)
 
 
-def pays_compilation(num_rows: float, asked: bool | None) -> bool:
-    return num_rows >= MIN_ROWS_TO_COMPILE if asked is None else asked
+def pays_compilation(config: PreTrainedConfig, num_rows: float, asked: bool | None) -> bool:
+    """Whether layers are compiled: as asked, else for many packed rows. With padded ones that was compared with the
+    library's layers on a CPU alone."""
+    if asked is not None:
+        return asked
+    return num_rows >= MIN_ROWS_TO_COMPILE and packing.why_not(config) is None
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:

@@ -7,7 +7,8 @@ from vqa_sft.console import table
 from vqa_sft.models import processes
 from vqa_sft.models.memory.estimate import estimate, image_tokens, need_gib, num_tokens, scoring_gib
 from vqa_sft.models.memory.fit import MARGIN, as_options, largest_max_pixels, largest_micro_batch, remedies
-from vqa_sft.models.memory.needs import Plan, Shape, read_config, read_images, read_plan, read_shape, read_stored
+from vqa_sft.models.memory.images import read_images
+from vqa_sft.models.memory.needs import Plan, Shape, read_config, read_plan, read_shape, read_stored, with_images
 
 SHARED_TOKENS = 20  # Qwen's template with our own prompt in English: 22
 # The CUDA context lies outside of what torch counts: 14.56 GiB of a T4 leave 13.8.
@@ -21,16 +22,16 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
     name, fast = model_args.model_name_or_path, arguments.fast
     config, note = read_config(model_args, trust_remote_code=training_args.trust_remote_code)
     shape = read_shape(model_args, config, **arguments.adapted_parts)
-    max_pixels, images_line = read_images(model_args, arguments, shape)
+    seen, images_line = read_images(model_args, arguments, config)
     asked = {name: recipe.values.get(name) for name in ("bf16", "fp16")}
     precision = "fp16" if asked["fp16"] else "fp32" if asked == {"bf16": False, "fp16": False} else "bf16"
     plan = read_plan(
         training_args,
         model_args,
         precision=precision,
-        max_pixels=max_pixels,
         fast=fast,
         memory_budget=arguments.activation_memory_budget,
+        kernels=precision != "fp16",
         # fp16 is for GPUs before compute capability 8.0.
         attention="repeated" if precision == "fp16" else "grouped" if fast and precision == "bf16" else "unfused",
         text_tokens=text_tokens,
@@ -38,11 +39,14 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
         images=images,
     )
     plan, stored = read_stored(name, config, plan)
+    shape, plan = with_images(shape, plan, seen)
     plans = {"uncompiled": plan, "compiled": replace(plan, compiled=True)}
-    if not fast or plan.bits < 16 or precision != "bf16" or arguments.compile_layers is False:
+    if not fast or not shape.is_plain or plan.bits < 16 or precision != "bf16" or arguments.compile_layers is False:
         del plans["compiled"]
     elif arguments.compile_layers:
         del plans["uncompiled"]
+    else:
+        plans["uncompiled"] = replace(plan, may_compile=True)
     lines = [line for line in (note, stored) if line]
     if training_args.use_cpu:
         lines.append("The recipe says use_cpu; this is what it would need on a GPU.")
@@ -52,13 +56,17 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
     lines.append(f"{name}, {bits}, computing in {precision}.")
     if precision == "bf16":
         lines[-1] += " For GPUs before Ampere: --fp16 true."
+    if "linear_attention" in (getattr(shape.text, "layer_types", None) or ()):
+        how = "by the kernels of flash-linear-attention" if plan.kernels else "in plain PyTorch, as old GPUs have to"
+        lines.append(f"Linear attention is taken to be computed {how}.")
     lines += [images_line, describe(shape, plans)]
     fits = True
     if gpu_gib is not None:
         rows = plan.micro_batch * training_args.gradient_accumulation_steps
-        first = next(iter(plans.values()))  # that which needs more
+        worst = max(plans, key=lambda name: need_gib(shape, plans[name]))
         accumulated = None if arguments.global_batch_size is not None else rows
-        fits, said = describe_fit(shape, first, gpu_gib, rows=rows, accumulated=accumulated, is_open=len(plans) > 1)
+        what = f"{worst.capitalize()}, it" if len(plans) > 1 else "It"
+        fits, said = describe_fit(shape, plans[worst], gpu_gib, rows=rows, accumulated=accumulated, what=what)
         lines.append(said)
     return "\n".join(lines), fits
 
@@ -85,14 +93,13 @@ def describe(shape: Shape, plans: dict[str, Plan]) -> str:
 
 
 def describe_fit(
-    shape: Shape, plan: Plan, gpu_gib: float, *, rows: int, accumulated: int | None, is_open: bool
+    shape: Shape, plan: Plan, gpu_gib: float, *, rows: int, accumulated: int | None, what: str
 ) -> tuple[bool, str]:
     """Whether the plan fits a GPU of so many GiB, and in words: what is the most that fits, and what to change. `rows`
-    of one process and optimiser step; `accumulated` the same where the recipe states accumulation itself; `is_open`:
-    layers may yet be compiled."""
+    of one process and optimiser step; `accumulated` the same where the recipe states accumulation itself; `what` is
+    the plan in a sentence."""
     gib = (gpu_gib - CONTEXT_GIB) / (1 + MARGIN)
     need = need_gib(shape, plan)
-    what = "Uncompiled, it" if is_open else "It"
     of = f"{need:.1f} of {gpu_gib:g} GiB, of which the CUDA context takes {CONTEXT_GIB} and {MARGIN:.0%} stay free"
     lines = [f"{what} {'fits' if need <= gib else 'does not fit'}: {of}."]
     training = replace(plan, eval_batch=0)

@@ -11,16 +11,16 @@ weights spread over GPUs (FSDP, DeepSpeed); stored image features, which need le
 
 from dataclasses import replace
 
-from vqa_sft.batch.image_rules import area_tokens
-from vqa_sft.models.fast import fused_lora
+from vqa_sft.models.families import head_dim
+from vqa_sft.models.memory.count import Counted, How, count_layers
+from vqa_sft.models.memory.kernels import WEIGHTS_KEPT, Attention
 from vqa_sft.models.memory.needs import Plan, Shape
 
 GIB = 2**30
 # Fitted to peaks of torch.cuda.max_memory_allocated on one H200 (torch 2.11, transformers 5.23, trl 1.16): the points
-# in tests/models/memory/test_memory.py. What layers keep is not fitted, it is counted (`kept_by_layer`).
-# Temporaries of one decoder layer, forward or backward, in tensors of (N, intermediate size): the gradients of the
-# MLP's three wide tensors and LoRA's share of them; in the forward pass a wide tensor and its fp32 copy.
-LAYER = 4.0
+# in tests/models/memory/test_memory.py. What layers keep is not fitted, it is counted (count.py).
+# What comes and goes in one decoder layer, as a share of what its backward pass makes, which is counted too.
+LAYER = 1.25
 # Libraries' workspaces, small tensors, rounding.
 LIBRARIES_GIB = 0.4
 # Not fitted, counted on fake tensors: temporaries of one block of the vision tower, in tensors of (patches, hidden
@@ -28,28 +28,51 @@ LIBRARIES_GIB = 0.4
 TOWER = 15.0
 # What torch reserves beyond what it hands out, as a share of what comes and goes: 37.7 to 36.7 GiB.
 FRAGMENTATION = 0.05
-# Copies of the attention weights (T, T) that sdpa keeps where it has no fused kernel; with a mask and grouped heads it
-# has none. From 59.8 GiB of the libraries' path to 51.5 with packed rows, docs/measurements/speed.md.
-WEIGHTS_KEPT = 3
 
 
 def image_tokens(shape: Shape, plan: Plan) -> int:
-    """Tokens of one image: a token is merge x merge patches of patch_px x patch_px."""
-    return area_tokens(plan.max_pixels, shape.patch_px * shape.merge)
+    return int(plan.max_pixels / shape.token_area + 1e-6)
 
 
 def row_tokens(shape: Shape, plan: Plan) -> int:
     return plan.images * image_tokens(shape, plan) + plan.text_tokens
 
 
+def is_packed(shape: Shape, plan: Plan) -> bool:
+    return plan.fast and shape.packs_rows
+
+
 def num_tokens(shape: Shape, plan: Plan) -> int:
-    """Tokens of a micro-batch, as all but attention see it."""
-    spared = (plan.micro_batch - 1) * plan.shared_tokens if plan.fast else 0
+    """Tokens of a micro-batch, as all but attention see it; padded rows are all as long as the longest."""
+    spared = (plan.micro_batch - 1) * plan.shared_tokens if is_packed(shape, plan) else 0
     return plan.micro_batch * row_tokens(shape, plan) - spared
 
 
-def num_patches(shape: Shape, plan: Plan) -> int:
-    return plan.micro_batch * plan.images * image_tokens(shape, plan) * shape.merge**2
+def num_patches(shape: Shape, plan: Plan) -> float:
+    return plan.micro_batch * plan.images * image_tokens(shape, plan) * shape.token_area / shape.patch_px**2
+
+
+def is_fused(shape: Shape, plan: Plan) -> bool:
+    """Whether MLPs have their adapters inside the products of their base (fast/fused_lora.py), where they can."""
+    return plan.fused and plan.fast and plan.bits == 16 and not plan.lora_dropout and not shape.trains_base
+
+
+def counted(shape: Shape, plan: Plan) -> Counted:
+    """What the language model's layers keep and need, by the plan."""
+    kind: Attention = plan.attention if shape.packs_rows else "masked"
+    how = How(
+        attention=kind,
+        has_kernels=plan.kernels,
+        keeps_answers=is_packed(shape, plan),
+        is_fused=is_fused(shape, plan),
+        converts=plan.bits == 16,
+        has_dropout=plan.lora_dropout > 0,
+        value_bytes=plan.value_bytes,
+        weight_bytes=plan.weight_bytes,
+    )
+    if how not in shape.counted:
+        shape.counted[how] = count_layers(shape.decoder, how)
+    return shape.counted[how]
 
 
 def weight_bytes(shape: Shape, plan: Plan) -> tuple[float, float]:
@@ -77,65 +100,47 @@ def trained_bytes(shape: Shape, plan: Plan) -> float:
     return shape.trained * (own + value + buckets + plan.optimizer_bytes * value / 4)
 
 
-def kept_by_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes per token that one decoder layer keeps for its backward pass: its attention's, its MLP's.
+def kept_by_compiled_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes per token that one compiled layer of attention and an MLP keeps: its attention's, its MLP's.
 
-    Uncompiled is what autograd saves in the library's forward, as tests/models/memory counts it. Frozen linear layers
-    keep nothing; their adapters keep their input, because PEFT converts it to the adapter's fp32 and autocast back: a
-    copy for each. Without that conversion (4 and 8 bit) layers share one. Compiled is what torch.compile's partitioner
-    saves: norms, rotations and activations are computed again, layers share inputs. On a memory budget below 1 the
-    inputs of linear layers are computed again too, then `up`, then `gate`: that is assumed, and fits measured peaks.
+    It is what torch.compile's partitioner saves, as tests/models/memory counts it: norms, rotations and activations are
+    computed again, layers share inputs. On a memory budget below 1 the inputs of linear layers are computed again too,
+    then `up`, then `gate`: that is assumed, and fits measured peaks.
     """
     size, hidden, wide = plan.value_bytes, shape.text.hidden_size, shape.text.intermediate_size
     num_heads, num_key_heads = shape.text.num_attention_heads, shape.text.num_key_value_heads
-    query, key = num_heads * shape.head_dim, num_key_heads * shape.head_dim
+    query, key = num_heads * head_dim(shape.text), num_key_heads * head_dim(shape.text)
     keys = key if plan.attention == "grouped" else query
-    separate = _converts(shape, plan) or plan.lora_dropout > 0
     copied = size + 1 if plan.lora_dropout else size  # dropout keeps a mask beside every copy
 
     def copies(*names: str) -> int:
         """How many times the one input of these linear layers is kept."""
-        num = sum(name in shape.adapted or shape.trains_base for name in names)
-        return num if separate and not plan.compiled else min(num, 1)
+        return min(1, sum(name in shape.adapted or shape.trains_base for name in names))
 
     def narrow(*names: str) -> int:
         return size * shape.rank * len(shape.adapted & set(names))
 
     attention = {
+        "norm: input, 1 / rms": size * hidden + 4,
         "inputs of q, k, v": copies("q_proj", "k_proj", "v_proj") * copied * hidden,
         "q, k, v": size * (query + 2 * keys),
         "attention output": size * query,
-        # What attention keeps is the same tensor where nothing is converted.
-        "input of o": copies("o_proj") * copied * query if separate else 0,
+        "input of o": copies("o_proj") * copied * query,
         "log-sum-exp": 4 * num_heads,
         "narrow outputs of adapters": narrow("q_proj", "k_proj", "v_proj", "o_proj"),
     }
-    inputs = copies("gate_proj", "up_proj")
-    if _is_fused(shape, plan):  # one, with the narrow outputs beside it
-        inputs = min(inputs, 1)
     mlp = {
-        "inputs of gate and up": inputs * copied * hidden,
+        "norm: input, 1 / rms": size * hidden + 4,
+        "inputs of gate and up": copies("gate_proj", "up_proj") * copied * hidden,
         "gate and up": size * 2 * wide,
         "input of down": copies("down_proj") * copied * wide,
         "narrow outputs of adapters": narrow("gate_proj", "up_proj", "down_proj"),
     }
     if plan.attention == "unfused":
         attention["attention weights"] = WEIGHTS_KEPT * size * num_heads * row_tokens(shape, plan)
-    if plan.compiled:
-        attention["norm: input, 1 / rms"] = size * hidden + 4
-        mlp["norm: input, 1 / rms"] = size * hidden + 4
-        heads = size * (query + key)
-    else:
-        attention["norm: input in fp32, 1 / rms"] = 4 * hidden + 4
-        mlp["norm: input in fp32, 1 / rms"] = 4 * hidden + 4
-        mlp["act(gate)"] = size * wide
-        heads = 4 * (query + key)
     if shape.normalises_heads:
-        attention["norms of q and k"] = heads + 4 * (num_heads + num_key_heads)
-    if shape.trains_base and not plan.compiled:  # a norm whose weight is trained keeps what it is multiplied with
-        attention["normed"] = size * (hidden + (query + key if shape.normalises_heads else 0))
-        mlp["normed"] = size * hidden
-    if plan.compiled and not shape.trains_base:
+        attention["norms of q and k"] = size * (query + key) + 4 * (num_heads + num_key_heads)
+    if not shape.trains_base:
         _stay_within(plan.memory_budget, attention, mlp)
     return attention, mlp
 
@@ -154,18 +159,6 @@ def _stay_within(budget: float, attention: dict[str, float], mlp: dict[str, floa
             mlp["gate and up"] -= one
 
 
-def _is_fused(shape: Shape, plan: Plan) -> bool:
-    """Whether the MLP's adapters are inside the products of their base (fast/fused_lora.py)."""
-    possible = plan.fast and plan.bits == 16 and not plan.lora_dropout and not shape.trains_base
-    return plan.fused and possible and shape.adapted >= set(fused_lora.NAMES)
-
-
-def _converts(shape: Shape, plan: Plan) -> bool:
-    """Whether inputs are converted for every linear layer: fp32 weights that are trained, in half precision."""
-    fp32 = not shape.trains_base or plan.weight_bytes == 4
-    return fp32 and plan.value_bytes < 4 and plan.bits == 16
-
-
 def kept_by_tower_block(shape: Shape, plan: Plan) -> float:
     """Bytes per patch that one block of the vision tower keeps where it runs backward: norms' inputs in fp32; q, k, v
     and attention output; the MLP's wide tensors; inputs of its linear layers if they are trained."""
@@ -174,47 +167,75 @@ def kept_by_tower_block(shape: Shape, plan: Plan) -> float:
     return kept + (plan.value_bytes * (2 * hidden + wide) if shape.trains_tower else 0)
 
 
+def kept_by_layers(shape: Shape, plan: Plan) -> list[tuple[int, float]]:
+    """(layers, bytes that each of them keeps for its backward pass) of every kind."""
+    tokens, length = num_tokens(shape, plan), row_tokens(shape, plan)
+    if not (plan.compiled and shape.is_plain):
+        return [(kind.num_layers, kind.kept.of(tokens, length)) for kind in counted(shape, plan).kinds]
+    attention, mlp = (sum(part.values()) for part in kept_by_compiled_layer(shape, plan))
+    attention, mlp = attention * plan.micro_batch * length, mlp * tokens
+    # Autocast's copies of the trained weights.
+    has_copies = plan.value_bytes < 4 and (plan.weight_bytes == 4 or not shape.trains_base)
+    copies = plan.value_bytes * shape.trained / shape.text.num_hidden_layers if has_copies else 0
+    # speedups.keep_only_answers: the last layer's MLP sees the answers alone.
+    last = attention if plan.fast else attention + mlp
+    return [(shape.text.num_hidden_layers - 1, attention + mlp + copies), (1, last + copies)]
+
+
+def kept_by_fused_layers(shape: Shape, plan: Plan) -> float:
+    """Bytes that compiled layers keep although they are computed again: torch 2.11 (no longer 2.15) does not let go of
+    what the functions of fused_lora save. Counted at widths of 4B to 8B: at an activation_memory_budget of 1 two wide
+    tensors and their input, at 0.7 one, at 0.2 none. It is 5 of the 28 GiB of InternVL3.5-8B."""
+    if not (plan.compiled and shape.is_plain and is_fused(shape, plan)):
+        return 0
+    wide = plan.value_bytes * shape.text.intermediate_size
+    kept = 3 * plan.value_bytes * shape.rank
+    if plan.memory_budget >= 1:
+        kept += 2 * wide + plan.value_bytes * shape.text.hidden_size
+    elif plan.memory_budget >= 0.5:
+        kept += wide
+    return (shape.text.num_hidden_layers - 1) * num_tokens(shape, plan) * kept
+
+
 def estimate(shape: Shape, plan: Plan) -> dict[str, float]:
     """GiB of every part at the peak of a training step; their sum is what torch reserves."""
-    size, tokens = plan.value_bytes, num_tokens(shape, plan)
-    patches = num_patches(shape, plan)
-    attention, mlp = (sum(part.values()) for part in kept_by_layer(shape, plan))
-    attention, mlp = attention * plan.micro_batch * row_tokens(shape, plan), mlp * tokens
-    # speedups.keep_only_answers: the last layer's MLP sees the answers alone.
-    num_layers, hidden, wide = shape.text.num_hidden_layers, shape.text.hidden_size, shape.text.intermediate_size
-    num_mlps = num_layers - 1 if plan.fast else num_layers
+    size, tokens, length = plan.value_bytes, num_tokens(shape, plan), row_tokens(shape, plan)
+    patches, layers = num_patches(shape, plan), kept_by_layers(shape, plan)
     # The libraries let the gradients begin at every embedding when they recompute, the tower's too.
-    tower_runs_backward = shape.trains_tower or (plan.checkpointing and not plan.fast)
+    tower_runs_backward = shape.trains_tower or (plan.checkpointing and not (plan.fast and shape.has_fast_tower))
     block = patches * kept_by_tower_block(shape, plan) if tower_runs_backward else 0
     if plan.checkpointing:
-        kept = tokens * size * hidden * num_layers + max(attention + mlp, block)
+        passed = sum(kind.num_layers * kind.passed.of(tokens, length) for kind in counted(shape, plan).kinds)
+        kept = passed + max(*(one for _, one in layers), block) + kept_by_fused_layers(shape, plan)
         kept_tower = patches * size * shape.tower_hidden * shape.tower_layers if tower_runs_backward else 0
     else:
-        kept = num_layers * attention + num_mlps * mlp
-        kept += size * shape.trained if _converts(shape, plan) else 0  # autocast's copies of the trained weights
+        kept = sum(num * one for num, one in layers)
         kept_tower = shape.tower_layers * block
-    temporaries = size * tokens * wide * LAYER
-    if plan.bits < 16:  # the largest layer in half precision
-        temporaries += size * hidden * wide
+    kept += counted(shape, plan).shared.of(tokens, length)
     # The tower's temporaries come and go before the decoder keeps anything.
-    temporaries = max(temporaries, size * patches * shape.tower_hidden * TOWER - kept)
+    temporaries = max(_temporaries(shape, plan), size * patches * shape.tower_hidden * TOWER - kept)
     return _parts(shape, plan, kept=kept, kept_tower=kept_tower, temporaries=temporaries)
+
+
+def _temporaries(shape: Shape, plan: Plan) -> float:
+    """Bytes that come and go in one decoder layer."""
+    tokens, length = num_tokens(shape, plan), row_tokens(shape, plan)
+    most = max(kind.temporaries.of(tokens, length) for kind in counted(shape, plan).kinds)
+    return LAYER * most + (plan.value_bytes * shape.largest_linear if plan.bits < 16 else 0)  # in half precision
 
 
 def scoring_gib(shape: Shape, plan: Plan) -> float:
     """GiB at the peak of an evaluation: nothing is kept; a decoder layer's temporaries, or the vision tower's."""
     plan = replace(plan, micro_batch=plan.eval_batch)
-    patches = num_patches(shape, plan)
-    wide = num_tokens(shape, plan) * shape.text.intermediate_size * LAYER
-    temporaries = plan.value_bytes * max(wide, patches * shape.tower_hidden * TOWER)
-    return sum(_parts(shape, plan, kept=0, kept_tower=0, temporaries=temporaries).values())
+    tower = plan.value_bytes * num_patches(shape, plan) * shape.tower_hidden * TOWER
+    return sum(_parts(shape, plan, kept=0, kept_tower=0, temporaries=max(_temporaries(shape, plan), tower)).values())
 
 
 def _parts(shape: Shape, plan: Plan, *, kept: float, kept_tower: float, temporaries: float) -> dict[str, float]:
     size, tokens = plan.value_bytes, num_tokens(shape, plan)
     patches = num_patches(shape, plan)
-    # Two frames a patch; converted to half precision in the workers if rows are packed.
-    pixels = patches * 3 * 2 * shape.patch_px**2 * (size if plan.fast else 4)
+    # Qwen-VL's are converted to half precision in the workers.
+    pixels = patches * 3 * shape.patch_px**2 * shape.frames * (size if plan.fast and shape.has_fast_tower else 4)
     # At the answers alone: in the model's precision, in fp32, and their gradient in both.
     logits = plan.micro_batch * shape.text.vocab_size * 2 * (size + 4)
     language_model, tower = weight_bytes(shape, plan)

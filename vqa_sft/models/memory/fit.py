@@ -12,7 +12,8 @@ from trl import SFTConfig
 from vqa_sft.errors import InputError
 from vqa_sft.models import processes
 from vqa_sft.models.memory.estimate import GIB, need_gib, scoring_gib
-from vqa_sft.models.memory.needs import MAX_PIXELS, Plan, Shape
+from vqa_sft.models.memory.images import MAX_PIXELS
+from vqa_sft.models.memory.needs import Plan, Shape
 
 MARGIN = 0.08  # what a choice for the user leaves free
 MIN_IMAGE_TOKENS = 64  # 224 x 224 px: below it nothing can be read, and it is not offered
@@ -30,9 +31,9 @@ def largest_eval_batch(shape: Shape, plan: Plan, gib: float) -> int:
 
 
 def largest_max_pixels(shape: Shape, plan: Plan, gib: float) -> int:
-    """The largest max_pixels that needs at most `gib`, a whole number of tokens; 0: none that is of use."""
-    token_px = (shape.patch_px * shape.merge) ** 2
-    sizes = range(MIN_IMAGE_TOKENS * token_px, MAX_PIXELS + 1, token_px)
+    """The largest max_pixels that needs at most `gib`, a whole number of tokens, tiles, ...; 0: none that is of use."""
+    area = round(shape.token_area)
+    sizes = shape.areas or range(MIN_IMAGE_TOKENS * area, MAX_PIXELS + 1, area)
     return _largest(sizes, gib, lambda pixels: need_gib(shape, replace(plan, max_pixels=pixels)))
 
 
@@ -46,7 +47,8 @@ def remedies(shape: Shape, plan: Plan, gib: float, rows: int) -> list[dict[str, 
     Micro-batches are divisors of `rows`, the rows of one process and optimiser step."""
     recompute, quantise = {"gradient_checkpointing": True}, {"load_in_4bit": True}
     can_recompute, can_quantise = not plan.checkpointing, plan.bits == 16 and not shape.trains_base
-    recomputed = replace(plan, checkpointing=True)
+    # Compiled layers that are computed again may keep more than others (estimate.kept_by_fused_layers).
+    recomputed = replace(plan, checkpointing=True, compiled=plan.compiled or plan.may_compile)
     variants = [({}, plan)]
     if can_recompute:
         variants.append((recompute, recomputed))

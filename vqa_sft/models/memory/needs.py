@@ -1,35 +1,34 @@
 """What memory depends on: the shape of a model, counted on the meta device, and the plan of what is done with it."""
 
 import os
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import datasets
 import torch
 from peft import get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, ProcessorMixin
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import is_flash_linear_attention_available
 from trl import ModelConfig, SFTConfig
 
-from vqa_sft.batch.image_rules import area_tokens
-from vqa_sft.batch.image_size import describe_images, largest_image, limit_pixels
 from vqa_sft.batch.prompts import Prompts, render_prompt
 from vqa_sft.config.training import RecipeArguments
-from vqa_sft.errors import InputError, explains
+from vqa_sft.errors import explains
 from vqa_sft.models import quantized
-from vqa_sft.models.families import PACKED, head_dim, tower_of
-from vqa_sft.models.fast import attention, speedups
+from vqa_sft.models.families import PACKED
+from vqa_sft.models.fast import attention, fused_lora, packing, speedups
 from vqa_sft.models.load import DTYPES, LOADING_ERRORS
 from vqa_sft.models.lora import lora_config
-from vqa_sft.models.parts import decoder_name
+from vqa_sft.models.memory.count import Counted, How
+from vqa_sft.models.memory.images import MAX_PIXELS, Images, patch_and_merge, see_images
+from vqa_sft.models.parts import decoder_layers, vision_layers, vision_parameters
 from vqa_sft.models.shapes import SHAPES, shape_config
 
 TEXT_TOKENS = 160  # of a row, template included
-MAX_PIXELS = 12_845_056  # the processors' own limit, where a recipe sets none and the processor is not at hand
 # Bytes of the optimiser per trained fp32 value: AdamW keeps two fp32 values; what is not named here, as AdamW.
 OPTIMIZER_BYTES = {"8bit": 2, "lion": 4, "adafactor": 0, "sgd": 0}
-
-ESTIMATED = ("qwen2_5_vl", "qwen3_vl")  # families whose peaks were measured
 
 
 @dataclass(frozen=True)
@@ -37,23 +36,30 @@ class Shape:
     """What the model of a recipe has, as far as memory depends on it. Widths in values, parameters in numbers."""
 
     text: PreTrainedConfig  # of the language model
-    head_dim: int
+    decoder: torch.nn.Module = field(repr=False)  # the language model on the meta device, with its adapter
+    packs_rows: bool  # rows have no padding (fast/packing.py)
+    is_plain: bool  # layers of attention and an MLP of gate, up and down: what compiled ones keep is known
+    has_fast_tower: bool  # fast/vision.py
     normalises_heads: bool  # Qwen3: a norm over each head's queries and keys
     tower_layers: int
     tower_hidden: int
     tower_intermediate: int
-    tower_gated: bool  # Qwen2.5: gate, up and down; Qwen3: two layers
+    tower_gated: bool  # Qwen2.5: gate, up and down; others: two layers
     patch_px: int
-    merge: int  # merge x merge patches are one token
+    frames: int  # of an image in pixel_values: Qwen-VL has every one twice
+    token_area: float  # pixels of an image token
     decoder_linear: int  # weights of the decoder's linear layers: what 4 and 8 bit shrink
     decoder_rows: int  # their output features, each with a scale in 8 bit
-    decoder_other: int  # embeddings, head, norms, biases
-    tower: int
+    decoder_other: int  # embeddings, head, norms, biases, routed experts
+    largest_linear: int  # weights of the largest of them
+    tower: int  # and what leads from it to the language model
     trained: int
     rank: int
     adapted: frozenset[str]  # linear layers of a decoder layer with an adapter, by their names
     trains_tower: bool
     trains_base: bool  # no adapter: all weights
+    areas: tuple[int, ...] = ()  # that images can be limited to; empty: any number of tokens
+    counted: dict[How, Counted] = field(default_factory=dict, repr=False, compare=False)  # by `count_layers` so far
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Plan:
     images: int = 1  # of a row
     checkpointing: bool = False
     compiled: bool = False
+    may_compile: bool = False  # where it is not: that is open yet
+    kernels: bool = True  # of flash-linear-attention, where there is linear attention
     memory_budget: float = 1.0  # of compiled layers, see speedups.speed_up
     fast: bool = True
     fused: bool = True  # fast/fused_lora.py, where it can be had
@@ -99,43 +107,62 @@ def read_config(model_args: ModelConfig, *, trust_remote_code: bool = False) -> 
 def read_shape(model_args: ModelConfig, config: PreTrainedConfig, **adapted_parts: bool) -> Shape:
     """Count the model's parameters, those of its adapter included, on the meta device; `adapted_parts` are those of
     `lora_config`."""
-    if config.model_type not in ESTIMATED:
-        known = " and ".join(ESTIMATED)
-        raise InputError(f"the memory of {config.model_type} cannot be estimated; {known} can.")
-    family = PACKED[config.model_type]
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    text, vision, decoder = config.text_config, config.vision_config, decoder_name(model)
-    linear = [module for module in model.get_submodule(decoder).modules() if type(module) is torch.nn.Linear]
+    decoder = model.get_decoder()
+    text = config.get_text_config(decoder=True)
+    linear = [module for module in decoder.modules() if type(module) is torch.nn.Linear]
     num_linear = sum(layer.weight.numel() for layer in linear)
-    num_tower = sum(parameter.numel() for parameter in tower_of(model).parameters())
+    num_tower = sum(parameter.numel() for parameter in vision_parameters(model))
     num_all = sum(parameter.numel() for parameter in model.parameters())
+    largest, tower = max(layer.weight.numel() for layer in linear), _read_tower(model)
     adapter = lora_config(model_args, model, **adapted_parts)
     if adapter is not None:
         with explains(ValueError, "the recipe does not fit the model"), torch.device("meta"):
             get_peft_model(model, adapter)  # changes the model itself
-    first = model.get_submodule(decoder).layers[0]
+    first = decoder_layers(decoder)[0]
     named = [name.rpartition(".")[2] for name, module in first.named_modules() if isinstance(module, LoraLayer)]
+    packs_rows = packing.why_not(config) is None
     return Shape(
         text=text,
-        head_dim=head_dim(text),
-        normalises_heads=hasattr(first.self_attn, "q_norm"),
-        tower_layers=vision.depth,
-        tower_hidden=vision.hidden_size,
-        tower_intermediate=vision.intermediate_size,
-        tower_gated=len(family.tower_mlp) == 3,
-        patch_px=vision.patch_size,
-        merge=vision.spatial_merge_size,
+        decoder=decoder,
+        packs_rows=packs_rows,
+        is_plain=packs_rows and all(hasattr(getattr(first, "mlp", None), name) for name in fused_lora.NAMES),
+        has_fast_tower=config.model_type in PACKED,
+        normalises_heads=hasattr(getattr(first, "self_attn", None), "q_norm"),
+        **tower,
         decoder_linear=num_linear,
         decoder_rows=sum(layer.out_features for layer in linear),
         decoder_other=num_all - num_linear - num_tower,
+        largest_linear=largest,
         tower=num_tower,
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         rank=model_args.lora_r,
         adapted=frozenset(named),
-        trains_tower=any(parameter.requires_grad for parameter in tower_of(model).parameters()),
+        trains_tower=any(parameter.requires_grad for parameter in vision_parameters(model)),
         trains_base=adapter is None,
     )
+
+
+def _read_tower(model: PreTrainedModel) -> dict[str, Any]:
+    """The fields of a Shape about the vision tower and its images; widths of 0 for a model without one."""
+    modules = dict(model.named_modules())
+    blocks: dict[Any, list[torch.nn.Module]] = {}
+    for name in vision_layers(model)[0]:
+        block = re.search(r"\.(\d+)\.", name)  # its number
+        blocks.setdefault(block and block[1], []).append(modules[name])
+    layers = next(iter(blocks.values()), [])
+    wide = max((layer.in_features for layer in layers), default=0)
+    patch_px, merge = patch_and_merge(model.config)
+    return {
+        "tower_layers": len(blocks),
+        "tower_hidden": min((layer.in_features for layer in layers), default=0),
+        "tower_intermediate": wide,
+        "tower_gated": sum(layer.out_features == wide for layer in layers) > 1,
+        "patch_px": patch_px,
+        "frames": getattr(model.config.vision_config, "temporal_patch_size", 1),
+        "token_area": (patch_px * merge) ** 2,
+    }
 
 
 def read_plan(training_args: SFTConfig, model_args: ModelConfig, *, precision: str, **more: Any) -> Plan:
@@ -156,6 +183,15 @@ def read_plan(training_args: SFTConfig, model_args: ModelConfig, *, precision: s
         processes=training_args.world_size,
         **more,
     )
+
+
+def with_images(shape: Shape, plan: Plan, images: Images) -> tuple[Shape, Plan]:
+    """Both with the images that are shown."""
+    pixels = images.pixels or round(images.tokens * shape.token_area)  # some processors do not say
+    area = shape.token_area
+    if pixels // area != images.tokens:  # tokens that end lines, tiles that overlap, ...
+        area = pixels / images.tokens
+    return replace(shape, token_area=area, areas=images.areas), replace(plan, max_pixels=pixels)
 
 
 def read_stored(name: str, config: PreTrainedConfig, plan: Plan) -> tuple[Plan, str]:
@@ -182,20 +218,6 @@ def read_stored(name: str, config: PreTrainedConfig, plan: Plan) -> tuple[Plan, 
     return replace(plan, bits=bits, stored_bytes=stored or plan.weight_bytes), f"{note}."
 
 
-def read_images(model_args: ModelConfig, arguments: RecipeArguments, shape: Shape) -> tuple[int, str]:
-    """The largest image (width x height) that is shown with the recipe's limits, and a line about it: from the model's
-    processor, or as Qwen-VL's would have it where that is not on this machine."""
-    name, limits = model_args.model_name_or_path, (arguments.min_pixels, arguments.max_pixels)
-    try:
-        processor = AutoProcessor.from_pretrained(name, revision=model_args.model_revision, local_files_only=True)
-    except LOADING_ERRORS:
-        pixels, token_px = arguments.max_pixels or MAX_PIXELS, shape.patch_px * shape.merge
-        tokens = area_tokens(pixels, token_px)
-        return pixels, f"images: at most {pixels:,} pixels, {tokens:,} tokens each ({token_px} px a token)"
-    limit_pixels(processor, name, *limits)
-    return largest_image(processor)[0], describe_images(processor, arguments.max_pixels)
-
-
 def read_needs(
     training_args: SFTConfig,
     model_args: ModelConfig,
@@ -217,10 +239,12 @@ def read_needs(
         fast=arguments.fast,
         memory_budget=arguments.activation_memory_budget,
         attention=attention_of(training_args.device, precision, arguments.fast),
-        max_pixels=largest_image(processor)[0],
+        kernels=is_flash_linear_attention_available(),
     )
+    shape, plan = with_images(shape, plan, see_images(processor))
     plan, _ = read_stored(model_args.model_name_or_path, config, plan)
-    compiles = compiles and plan.bits == 16 and plan.attention == "grouped" and speedups.can_compile()
+    can_compile = shape.packs_rows and plan.bits == 16 and plan.attention == "grouped"
+    compiles = compiles and can_compile and speedups.can_compile()
     rows: dict[str, Any] = measure_rows(processor, examples, prompts) if examples else {}
     return shape, replace(plan, compiled=compiles, **rows)
 

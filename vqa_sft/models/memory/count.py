@@ -1,0 +1,263 @@
+"""What the layers of a language model keep for their backward pass, and what comes and goes beside it: counted.
+
+One layer of each kind (full or linear attention, sliding window, experts, ...) runs forward and backward as the library
+has it, with its adapter and under autocast, on tensors that have shapes and no values (FakeTensorMode). No formula for
+a family, no weights, a second or two. Bytes are those of storages that are alive. What GPUs compute by kernels of their
+own is replaced (kernels.py).
+"""
+
+import copy
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vqa_sft.errors import InputError
+from vqa_sft.models.fast import fused_lora, speedups
+from vqa_sft.models.memory import kernels
+from vqa_sft.models.parts import decoder_layers
+
+LENGTHS = tuple(num * kernels.CHUNK for num in (4, 8, 16))  # tokens that are tried
+
+
+@dataclass(frozen=True)
+class How:
+    """What of a plan changes what layers keep."""
+
+    attention: kernels.Attention
+    has_kernels: bool  # of flash-linear-attention
+    keeps_answers: bool  # speedups.keep_only_answers
+    is_fused: bool  # fast/fused_lora.py
+    converts: bool  # PEFT, the input of every adapter to fp32: not where the base is quantised
+    has_dropout: bool
+    value_bytes: int  # of an activation; 2: under autocast
+    weight_bytes: int  # of a weight that is not an adapter's
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of `tokens` in rows of `length`: fixed + tokens x (token + pair x length)."""
+
+    fixed: float = 0
+    token: float = 0
+    pair: float = 0
+
+    def of(self, tokens: float, length: float) -> float:
+        return self.fixed + tokens * (self.token + self.pair * length)
+
+
+@dataclass(frozen=True)
+class Kind:
+    num_layers: int
+    kept: Bytes  # for the backward pass of one layer
+    passed: Bytes  # its output
+    temporaries: Bytes
+
+
+@dataclass(frozen=True)
+class Counted:
+    kinds: tuple[Kind, ...]
+    shared: Bytes  # that all layers are given: positions, masks, embeddings of each layer
+
+
+def count_layers(decoder: nn.Module, how: How) -> Counted:
+    """`decoder` is a language model on the meta device, with its adapter if it has one."""
+    try:
+        num_layers, runs = _run(decoder, how)
+    except Exception as error:  # whatever a model raises that cannot do without values
+        said = (str(error).splitlines() or [""])[0][:100]
+        raise InputError(
+            f"the memory of {decoder.config.model_type} cannot be estimated: its layers do not run on tensors without "
+            f"values ({type(error).__name__}: {said})."
+        ) from error
+    kinds = []
+    for place, num in enumerate(num_layers):
+        kept, passed, temporaries = map(_fit, zip(*(run.layers[place] for run in runs), strict=True))
+        kinds.append(Kind(num, kept, passed, temporaries))
+    return Counted(tuple(kinds), _fit([sum(run.shared.values()) for run in runs]))
+
+
+def _fit(sizes: Sequence[float]) -> Bytes:
+    """The parabola through the bytes at LENGTHS, for one row."""
+    a, b, c = LENGTHS
+    first, second = (sizes[1] - sizes[0]) / (b - a), (sizes[2] - sizes[1]) / (c - b)
+    pair = (second - first) / (c - a)
+    token = first - pair * (a + b)
+    return Bytes(sizes[0] - token * a - pair * a * a, token, pair)
+
+
+class _Run:
+    """A forward of the decoder, for one row."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[float, float, float]] = []  # kept, passed, temporaries of one of each kind
+        self.shared: dict[int, int] = {}  # bytes of the storages that layers are given
+        self.held: list[torch.UntypedStorage] = []  # so that no others take their places
+
+
+def _run(decoder: nn.Module, how: How) -> tuple[list[int], list[_Run]]:
+    """How many layers there are of every kind, and a forward for each of LENGTHS."""
+    decoder, layers, num_layers = _copy_one_of_each(decoder, how)
+    decoder.config._attn_implementation = f"{kernels.NAME}{how.attention}"
+    decoder.train()
+    keeps_answers = how.keeps_answers and speedups.keep_only_answers(layers[-1])
+    for layer in layers:
+        if how.is_fused and hasattr(layer, "mlp"):
+            fused_lora.widen(layer.mlp)
+    for name, module in decoder.named_modules():
+        if name.endswith(".indexer"):  # Qwen4-Exp: it chooses tokens by their values, and keeps nothing
+            module.forward = kernels.choose_all
+    forwards, runs = [layer.forward for layer in layers], []
+    with FakeTensorMode(), kernels.kernels_of(decoder, is_installed=how.has_kernels):
+        _fill(decoder, how)
+        for length in LENGTHS:
+            runs.append(_Run())
+            for layer, forward in zip(layers, forwards, strict=True):
+                layer.forward = partial(_count, runs[-1], layer, forward)
+            given = {"input_ids": torch.zeros(1, length, dtype=torch.int64)}
+            if keeps_answers:
+                given["keep_positions"] = torch.zeros(1, dtype=torch.int64)
+            if how.attention == "masked":
+                given["attention_mask"] = torch.ones(1, length, dtype=torch.int64)
+            with torch.autocast("cpu", torch.bfloat16, enabled=how.value_bytes == 2):
+                decoder(**given, use_cache=False)
+    return num_layers, runs
+
+
+def _copy_one_of_each(decoder: nn.Module, how: How) -> tuple[nn.Module, list[nn.Module], list[int]]:
+    """A copy of the decoder, its first layer of every kind, and how many there are of each; other layers of the copy
+    pass on what they are given."""
+    layers = decoder_layers(decoder)
+    groups: dict[Any, list[int]] = {}
+    for place, layer in enumerate(layers):
+        is_last = how.keeps_answers and place == len(layers) - 1  # its MLP may see the answers alone
+        groups.setdefault((_kind_of(layer), is_last), []).append(place)
+    first = [places[0] for places in groups.values()]
+    others = {id(layer): _Passing(layer) for place, layer in enumerate(layers) if place not in first}
+    decoder = copy.deepcopy(decoder, others)
+    return decoder, [decoder_layers(decoder)[place] for place in first], [*map(len, groups.values())]
+
+
+class _Passing(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(_plain(layer))  # a decoder may ask for the kind of attention
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden
+
+
+def _fill(decoder: nn.Module, how: How) -> None:
+    """Give the decoder, in place, fake tensors in the precisions of a training for those on the meta device."""
+    dtype = torch.float32 if how.weight_bytes == 4 else torch.bfloat16
+    has_adapter = any(isinstance(module, LoraLayer) for module in decoder.modules())
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        own = torch.float32 if tensor.requires_grad and has_adapter else dtype
+        return torch.empty(tensor.shape, dtype=own if tensor.is_floating_point() else tensor.dtype)
+
+    for module in decoder.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                module._parameters[name] = nn.Parameter(fake(weight), requires_grad=weight.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):  # buffers of fused_lora
+                setattr(module, name, fake(value))
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = how.converts
+            if how.has_dropout:
+                module.lora_dropout = nn.ModuleDict(dict.fromkeys(module.lora_dropout, _Dropout()))
+
+
+class _Dropout(nn.Module):
+    """As a GPU has it: a mask of one byte a value is kept."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.native_dropout(x, 0.5, True)[0]
+
+
+def _kind_of(layer: nn.Module) -> Any:
+    """What layers of one kind have in common: their modules, plain attributes and the shapes of their weights."""
+    modules = ((name, type(module), *sorted(_plain(module).items())) for name, module in layer.named_modules())
+    weights = ((name, weight.shape, weight.requires_grad) for name, weight in layer.named_parameters())
+    return tuple(modules), tuple(weights)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    """Attributes that are no modules or tensors, but for a layer's number."""
+    values = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | str | float)}
+    return {name: value for name, value in values.items() if not name.endswith(("idx", "index"))}
+
+
+def _count(run: _Run, layer: nn.Module, forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The forward of one `layer`, and its backward pass."""
+    # Keys and values that layers share come in a dict, and are counted where they are made.
+    for storage in _storages((args, [value for value in kwargs.values() if not isinstance(value, dict)])):
+        run.shared[storage._cdata] = storage.nbytes()
+        run.held.append(storage)  # so that no other takes its address
+    leaf = hidden.detach().requires_grad_()
+    trained = [weight for weight in layer.parameters() if weight.requires_grad]
+    with _Live() as live:
+        hidden = leaf.clone()
+        output = forward(hidden, *args, **kwargs)
+        del hidden
+        passed = output.untyped_storage().nbytes()
+        kept = live.now - passed
+        live.start_backward()
+        torch.autograd.backward(output, torch.empty_like(output), inputs=[leaf, *trained])
+        gradients = sum(weight.grad.nbytes for weight in trained if weight.grad is not None)
+    run.layers.append((kept, passed, live.peak - gradients))
+    for weight in trained:
+        weight.grad = None
+    return output.detach()
+
+
+def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor))
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages that were made under this mode and are alive (`now`); in the backward pass the `peak` of
+    those made there, as if nothing were freed of what was kept: a compiled layer frees it at its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, tuple[int, bool]] = {}
+        self.now = self.peak = 0
+        self.is_backward = False
+
+    def start_backward(self) -> None:
+        self.now = self.peak = 0
+        self.is_backward = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {storage._cdata for storage in _storages((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for storage in _storages(result):
+            if storage._cdata not in given:  # else a view, or what was there before
+                self._add(storage)
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        place = storage._cdata
+        if place not in self.sizes:
+            self.sizes[place] = storage.nbytes(), self.is_backward
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._remove, place)
+
+    def _remove(self, place: int) -> None:
+        size, is_backward = self.sizes.pop(place)
+        if is_backward == self.is_backward:
+            self.now -= size
