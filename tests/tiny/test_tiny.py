@@ -19,7 +19,16 @@ from vqa_sft.tiny.families import FAMILIES, build_model
 from vqa_sft.tiny.forward import answer_logits, to_gemma_patches, to_patches
 from vqa_sft.tiny.glyphs import PEN
 from vqa_sft.tiny.tasks import TASKS, render_task
-from vqa_sft.tiny.train import TEST_SEED, tokenize_tasks, tokenizer_texts, train
+from vqa_sft.tiny.train import (
+    TEST_SEED,
+    Settings,
+    draw_pictures,
+    parameter_groups,
+    schedule_positions,
+    tokenize_tasks,
+    tokenizer_texts,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -189,10 +198,39 @@ def test_the_real_task_is_the_default_prompt_of_the_project():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_few_steps_from_nothing_write_a_folder_that_loads(tmp_path, family):
-    train(tmp_path, family, num_steps=2, num_pictures=8, batch_size=4, num_workers=0)
+    train(tmp_path, Settings(family, steps=2, pictures=8, batch_size=4, workers=0))
     processor, model = load_base(tmp_path)
     answers = predict_answers(processor, model, draw_examples(2, TEST_SEED))
     assert len(answers) == 2
+
+
+def test_a_schedule_in_seconds_begins_after_three_steps_and_ends_in_time(monkeypatch):
+    clock = iter([0.0, 70.0, 70.0, 72.0, 79.9, 80.0])  # compiled in 70 s
+    monkeypatch.setattr("vqa_sft.tiny.train.time.perf_counter", lambda: next(clock))
+    assert list(schedule_positions(1000, seconds=10)) == [0, 0, 0, 0, 200, 990]
+    assert list(schedule_positions(4, seconds=None)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("family", "rate", "patch_rate"), [("qwen2_5_vl", 1e-3, 1e-3), ("gemma4", 4e-4, 8e-5)])
+def test_a_family_has_a_learning_rate_and_one_for_its_patches(base, family, rate, patch_rate):
+    processor = FAMILIES[family].build_processor(AutoTokenizer.from_pretrained(TINY_PATH))
+    model = build_model(family, processor.tokenizer)
+    others, patches = parameter_groups(model, Settings(family))
+    assert (others["lr"], patches["lr"]) == pytest.approx((rate, patch_rate))
+    assert len(others["params"]) + len(patches["params"]) == len(list(model.parameters())) and patches["params"]
+
+
+def test_only_the_kinds_that_were_asked_for_are_drawn():
+    settings = Settings(pictures=60, kinds=("shape", "place"), workers=0)
+    pictures, _ = draw_pictures(TINY_PATH, settings)
+    assert {list(KINDS)[kind] for kind in pictures.kinds} == {"shape", "place"}
+
+
+@pytest.mark.medium
+def test_workers_draw_what_this_process_draws():
+    drawn = [draw_pictures(TINY_PATH, Settings(pictures=10, workers=workers)) for workers in (0, 2)]
+    for alone, by_workers in zip(*drawn, strict=True):
+        assert all(torch.equal(value, vars(by_workers)[name]) for name, value in vars(alone).items())
 
 
 # ---- the demo's data

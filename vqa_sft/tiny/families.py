@@ -1,11 +1,12 @@
-"""The families that a tiny base may be of, and what is theirs: the processor, the configuration, where weights start.
+"""The families that a tiny base may be of, and what is theirs: processor, configuration, where weights start, how fast
+they learn.
 
 Qwen3.5 has linear attention in three of four layers, Gemma 4 a window that is shorter than a row in two of three. Both
 have about 2 M parameters and the vocabulary of the Qwen2.5-VL (build.py), as no tokenizer of their own is needed.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from transformers import (
@@ -28,6 +29,9 @@ from transformers import (
 from vqa_sft.tiny.build import CHAT_TEMPLATE, MAX_PIXELS, MIN_PIXELS, QWEN_IMAGE, build_config, build_processor
 from vqa_sft.tiny.forward import GEMMA_PATCH_PX, GEMMA_POOLING, GEMMA_TOKENS, GRID, NUM_TOKENS
 
+# Shares of the tasks (tasks.py) at the first step. The second is for families that see nothing otherwise: words first.
+EARLY_SHARES = {"letter": 0.27, "variant": 0.15, "both": 0.13, "words": 0.25, "reading": 0.20}
+WORDS_FIRST = {"letter": 0.10, "variant": 0.05, "both": 0.15, "words": 0.45, "reading": 0.25}
 INITIAL_STD, PLACE_STD = 0.05, 0.3
 QWEN_PICTURE = "<|image_pad|>" * NUM_TOKENS
 GEMMA_TOKENS_BY_NAME = {"image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>"}
@@ -42,6 +46,9 @@ class Family:
     build_config: Callable[[PreTrainedTokenizerBase], PreTrainedConfig]
     picture: str  # what the processor writes for a picture
     start: Callable[[PreTrainedModel], None] = lambda model: None  # mends weights that are a poor start
+    learning_rate: float = 4e-4
+    patch_rate: float = 0.2  # times the learning rate: that of the patch embedding
+    early_shares: Mapping[str, float] = field(default_factory=lambda: WORDS_FIRST)
 
 
 def build_model(family: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
@@ -191,7 +198,9 @@ def start_gemma4(model: PreTrainedModel) -> None:
 
 
 FAMILIES = {
-    "qwen2_5_vl": Family(build_processor, build_config, QWEN_PICTURE),
+    "qwen2_5_vl": Family(
+        build_processor, build_config, QWEN_PICTURE, learning_rate=1e-3, patch_rate=1.0, early_shares=EARLY_SHARES
+    ),
     "qwen3_5": Family(qwen3_5_processor, qwen3_5_config, QWEN_PICTURE, start_qwen3_5),
     "gemma4": Family(gemma4_processor, gemma4_config, f"<|image>{'<|image|>' * GEMMA_TOKENS}<image|>", start_gemma4),
 }

@@ -1,6 +1,8 @@
 """Trains a tiny base from nothing, on drawn pictures only.
 
     python -m vqa_sft.tiny train --output runs/tiny        # seven minutes on one H200 with 16 CPU cores
+    python -m vqa_sft.tiny train --output runs/tiny_qwen3_5 --family qwen3_5 --seconds 300 --pictures 100000 \
+        --kinds digit shape colour place
 
 All pictures are drawn once by all CPU cores and stay on the device as bytes; every picture is there with one prompt per
 task (tasks.py), so a step is a gather, a forward and a backward (forward.py). All have one shape.
@@ -8,7 +10,7 @@ task (tasks.py), so a step is a gather, a forward and a backward (forward.py). A
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -20,9 +22,9 @@ import torch.nn.functional as F
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from vqa_sft.tiny.build import build_tokenizer
-from vqa_sft.tiny.draw import KIND_NAMES, PICTURE_PX, draw_example, draw_examples
+from vqa_sft.tiny.draw import KIND_NAMES, PICTURE_PX, draw_example, draw_examples, draw_kind
 from vqa_sft.tiny.families import FAMILIES, build_model
-from vqa_sft.tiny.forward import answer_logits
+from vqa_sft.tiny.forward import FORWARDS, answer_logits
 from vqa_sft.tiny.tasks import TASKS, render_task
 
 TRAIN_SEED, VALIDATION_SEED, TEST_SEED, WORDING_SEED, FONT_SEED = 1, 2, 3, 4, 5
@@ -31,9 +33,23 @@ MAX_ANSWER_TOKENS = 8
 CHUNK = 500  # examples that a process draws at a time
 MAX_SHIFT_PX = 3
 END_WEIGHT = 0.2  # of the end-of-turn token, beside 1 for every other token of an answer
-# Shares of the tasks at the first step and from 60% of the steps on.
-EARLY_SHARES = {"letter": 0.27, "variant": 0.15, "both": 0.13, "words": 0.25, "reading": 0.20}
+# Shares of the tasks from 60% of the schedule on; before, they move from the family's early ones to these.
 LATE_SHARES = {"letter": 0.50, "variant": 0.32, "both": 0.05, "words": 0.08, "reading": 0.05}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a base is trained: the command's options."""
+
+    family: str = "qwen2_5_vl"
+    steps: int = 12_500
+    seconds: float | None = None  # to train for, whatever `steps` is
+    pictures: int = 480_000
+    kinds: Sequence[str] = KIND_NAMES  # of questions
+    batch_size: int = 512
+    learning_rate: float | None = None  # the family's own
+    workers: int | None = None  # that draw: all cores; 0 for this process
+    seed: int = 0
 
 
 @dataclass
@@ -51,28 +67,18 @@ class Pictures:
         return Pictures(**{name: value.to(device) for name, value in vars(self).items()})
 
 
-def train(
-    output: Path,
-    family: str = "qwen2_5_vl",
-    num_steps: int = 12_500,
-    num_pictures: int = 480_000,
-    batch_size: int = 512,
-    learning_rate: float = 1e-3,
-    num_workers: int | None = None,
-    seed: int = 0,
-) -> None:
+def train(output: Path, settings: Settings) -> None:
     """Draw, build, train, save to `output` as bfloat16 safetensors."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start_s = time.perf_counter()
-    processor = FAMILIES[family].build_processor(build_tokenizer(tokenizer_texts()))
+    processor = FAMILIES[settings.family].build_processor(build_tokenizer(tokenizer_texts()))
     processor.save_pretrained(output)
-    sizes = {TRAIN_SEED: num_pictures, VALIDATION_SEED: min(2000, num_pictures)}
-    pictures, validation = (drawn.to(device) for drawn in draw_pictures(family, output, sizes, num_workers))
-    print(f"{num_pictures} pictures drawn in {time.perf_counter() - start_s:.0f} s", flush=True)
+    pictures, validation = (drawn.to(device) for drawn in draw_pictures(output, settings))
+    print(f"{settings.pictures} pictures drawn in {time.perf_counter() - start_s:.0f} s", flush=True)
 
-    model = build_model(family, processor.tokenizer, seed).to(device)
+    model = build_model(settings.family, processor.tokenizer, settings.seed).to(device)
     print(f"{model.num_parameters():,} parameters", flush=True)
-    run_steps(model, pictures, validation, num_steps, batch_size, learning_rate, seed)
+    run_steps(model, pictures, validation, settings)
     save(model, output)
 
 
@@ -97,16 +103,20 @@ def _text_of(message: dict) -> str:
 # ---- pictures and prompts, drawn by all cores
 
 
-def draw_pictures(family: str, processor_path: Path, sizes: dict[int, int], num_workers: int | None) -> list[Pictures]:
-    """`sizes[seed]` examples of each seed, drawn and tokenized by `num_workers` processes (0: by this one)."""
+def draw_pictures(processor_path: Path, settings: Settings) -> list[Pictures]:
+    """Examples to train on and up to 2,000 held-out ones, drawn and tokenized by the workers."""
+    sizes = {TRAIN_SEED: settings.pictures, VALIDATION_SEED: min(2000, settings.pictures)}
     jobs = {
-        seed: [(family, str(processor_path), seed, i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
+        seed: [(settings, str(processor_path), seed, i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
         for seed, size in sizes.items()
     }
-    if num_workers == 0:
+    if settings.workers == 0:
         return [_join([_draw_chunk(job) for job in jobs[seed]]) for seed in sizes]
-    # Workers are started afresh: a fork of a process that has used CUDA or torch's threads may hang.
-    with get_context("spawn").Pool(num_workers) as pool:
+    # A fork of a process that has used CUDA or torch's threads may hang; workers that each import all of this are slow
+    # to start. So they are forks of a fresh process that has imported it.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(settings.workers) as pool:
         parts = {seed: pool.map_async(_draw_chunk, jobs[seed], chunksize=1) for seed in sizes}
         return [_join(part.get()) for part in parts.values()]
 
@@ -115,9 +125,9 @@ def _join(parts: list[tuple[np.ndarray, ...]]) -> Pictures:
     return Pictures(*(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)))
 
 
-def _draw_chunk(job: tuple[str, str, int, int, int]) -> tuple[np.ndarray, ...]:
-    family, processor_path, seed, start, stop = job
-    processor, picture = _load_processor(processor_path), FAMILIES[family].picture
+def _draw_chunk(job: tuple[Settings, str, int, int, int]) -> tuple[np.ndarray, ...]:
+    settings, processor_path, seed, start, stop = job
+    processor, picture = _load_processor(processor_path), FAMILIES[settings.family].picture
     # Attention kernels want masks whose rows are a multiple of 8.
     max_tokens = -(-(MAX_TEXT_TOKENS + picture.count(processor.image_token)) // 8) * 8
     num = stop - start
@@ -126,7 +136,8 @@ def _draw_chunk(job: tuple[str, str, int, int, int]) -> tuple[np.ndarray, ...]:
     input_ids = np.full((num, len(TASKS), max_tokens), processor.tokenizer.pad_token_id, np.int16)
     spans = np.empty((3, num, len(TASKS)), np.int16)  # image start, answer start, length
     for i in range(num):
-        example = draw_example(seed, start + i)
+        kind = None if set(settings.kinds) == set(KIND_NAMES) else draw_kind(seed, start + i, settings.kinds)
+        example = draw_example(seed, start + i, kind)
         pixels[i], kinds[i] = np.asarray(example["image"]), KIND_NAMES.index(example["question_type"])
         rng = np.random.default_rng([seed, start + i, 1])
         tokenized = tokenize_tasks(processor, picture, [render_task(task, example, rng) for task in TASKS])
@@ -173,65 +184,94 @@ def _join_answer(
 # ---- training
 
 
-def run_steps(
-    model: PreTrainedModel,
-    pictures: Pictures,
-    validation: Pictures,
-    num_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-) -> None:
+def run_steps(model: PreTrainedModel, pictures: Pictures, validation: Pictures, settings: Settings) -> None:
     """AdamW, one cycle, bf16 on a GPU; prints the loss and the accuracy on validation pictures now and then."""
     on_gpu = pictures.pixels.is_cuda
     loss_function = compile_loss(model) if on_gpu else answer_loss
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.98), weight_decay=0.05, fused=on_gpu)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=num_steps, pct_start=0.1)
-    generator = torch.Generator(pictures.pixels.device).manual_seed(seed)
+    groups = parameter_groups(model, settings)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05, fused=on_gpu)
+    rates = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=settings.steps, pct_start=0.1)
+    generator = torch.Generator(pictures.pixels.device).manual_seed(settings.seed)
     start_s, losses = time.perf_counter(), []
-    for step, (rows, tasks) in enumerate(draw_batches(pictures, num_steps, batch_size, generator)):
+    for step, (position, rows, tasks) in enumerate(draw_batches(pictures, settings, generator)):
+        while schedule.last_epoch < position:
+            schedule.step()
         with torch.autocast(pictures.pixels.device.type, torch.bfloat16, enabled=on_gpu):
             pixels, *prompts = gather(pictures, rows, tasks)
             loss = loss_function(model, shift(pixels, generator), *prompts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-        if (step + 1) % 500 == 0 or step + 1 == num_steps:
-            with torch.compiler.set_stance("force_eager"):  # other sizes would be compiled anew
-                found = quick_accuracy(model, validation)
-            accuracies = " ".join(f"{kind} {value:.2f}" for kind, value in found.items())
-            mean_loss, elapsed_s = torch.stack(losses).mean().item(), time.perf_counter() - start_s
-            print(f"step {step + 1} {elapsed_s:.0f} s loss {mean_loss:.3f} | {accuracies}", flush=True)
+        if (step + 1) % 500 == 0:
+            report(model, validation, step + 1, losses, start_s)
             losses = []
+    if losses:
+        report(model, validation, step + 1, losses, start_s)
+
+
+def report(
+    model: PreTrainedModel, validation: Pictures, num_steps: int, losses: list[torch.Tensor], start_s: float
+) -> None:
+    """Print the mean of `losses`, and the accuracy by kind after `num_steps`."""
+    with torch.compiler.set_stance("force_eager"):  # other sizes would be compiled anew
+        found = quick_accuracy(model, validation)
+    accuracies = " ".join(f"{kind} {value:.2f}" for kind, value in found.items())
+    mean_loss, elapsed_s = torch.stack(losses).mean().item(), time.perf_counter() - start_s
+    print(f"step {num_steps} {elapsed_s:.0f} s loss {mean_loss:.3f} | {accuracies}", flush=True)
+
+
+def parameter_groups(model: PreTrainedModel, settings: Settings) -> list[dict]:
+    """The patch embedding learns at a rate of its own."""
+    family = FAMILIES[settings.family]
+    rate = settings.learning_rate or family.learning_rate
+    patches = [value for name, value in model.named_parameters() if "patch_embed" in name]
+    others = [value for name, value in model.named_parameters() if "patch_embed" not in name]
+    return [{"params": others, "lr": rate}, {"params": patches, "lr": family.patch_rate * rate}]
+
+
+def schedule_positions(num_steps: int, seconds: float | None) -> Iterator[int]:
+    """Where in a schedule of `num_steps` each step stands: at one after the other; or, for so many `seconds`, where the
+    clock is, which starts after three steps as those compile."""
+    if seconds is None:
+        yield from range(num_steps)
+        return
+    begin_s = time.perf_counter()
+    yield from (0, 0, 0)
+    start_s = time.perf_counter()
+    print(f"three steps took {start_s - begin_s:.0f} s; the schedule begins", flush=True)
+    while (elapsed_s := time.perf_counter() - start_s) < seconds:
+        yield int(elapsed_s / seconds * num_steps)
 
 
 def compile_loss(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
     """`answer_loss` in one graph. The eight layers of Qwen3.5 take more than four minutes in one: there each layer is a
-    graph, and those of a kind share it."""
+    graph (those of a kind share it), and the picture tower another."""
     if model.config.model_type != "qwen3_5":
         return torch.compile(answer_loss)
+    features, inputs = FORWARDS["qwen3_5"]
+    FORWARDS["qwen3_5"] = torch.compile(features), inputs
     for layer in model.model.language_model.layers:
         layer.compile()
     return answer_loss
 
 
 def draw_batches(
-    pictures: Pictures, num_steps: int, batch_size: int, generator: torch.Generator
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows and tasks of each step: pictures in a new order every epoch, tasks from easy ones to the real one."""
+    pictures: Pictures, settings: Settings, generator: torch.Generator
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Place in the schedule, rows and tasks of each step: pictures in a new order every epoch, easy tasks first."""
     device = pictures.pixels.device
-    early = torch.tensor([EARLY_SHARES[task] for task in TASKS], device=device)
+    early = torch.tensor([FAMILIES[settings.family].early_shares[task] for task in TASKS], device=device)
     late = torch.tensor([LATE_SHARES[task] for task in TASKS], device=device)
     pool = torch.empty(0, dtype=torch.long, device=device)
-    for step in range(num_steps):
-        while len(pool) < batch_size:
+    for position in schedule_positions(settings.steps, settings.seconds):
+        while len(pool) < settings.batch_size:
             pool = torch.cat([pool, torch.randperm(len(pictures.pixels), generator=generator, device=device)])
-        rows, pool = pool[:batch_size], pool[batch_size:]
-        shares = torch.lerp(early, late, min(1.0, step / (0.6 * num_steps)))
-        yield rows, torch.multinomial(shares, batch_size, replacement=True, generator=generator)
+        rows, pool = pool[: settings.batch_size], pool[settings.batch_size :]
+        shares = torch.lerp(early, late, min(1.0, position / (0.6 * settings.steps)))
+        yield position, rows, torch.multinomial(shares, settings.batch_size, replacement=True, generator=generator)
 
 
 def shift(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
