@@ -2,16 +2,19 @@
 
     python -m vqa_sft.tiny digits data/digits          the demo's data: handwritten digits as a contest's files
     python -m vqa_sft.tiny draw --output runs/drawn    a contact sheet of what the base has seen
-    python -m vqa_sft.tiny train --output runs/tiny    the base, from nothing
+    python -m vqa_sft.tiny train --output runs/tiny    the base, from nothing; --family qwen3_5 or gemma4 for another
     python -m vqa_sft.tiny evaluate                    accuracy per kind on held-out drawn pictures
 
 Drawing needs matplotlib, for its fonts only.
 """
 
 import argparse
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 from vqa_sft.tiny import TINY_PATH
+from vqa_sft.tiny.draw import KIND_NAMES
 
 
 def main() -> None:
@@ -36,11 +39,16 @@ def parse_args() -> argparse.Namespace:
 
     train = commands.add_parser("train", help="train the base from nothing")
     train.add_argument("--output", type=Path, required=True)
+    train.add_argument("--family", choices=("qwen2_5_vl", "qwen3_5", "gemma4"), default="qwen2_5_vl")
     train.add_argument("--steps", type=int, default=12_500)
-    train.add_argument("--pictures", type=int, default=480_000)
+    train.add_argument("--seconds", type=float, help="train for so long, compilation aside, whatever --steps says")
+    train.add_argument("--pictures", type=int, default=480_000, help="drawn once; 2,000 others are held out")
+    train.add_argument(
+        "--kinds", choices=KIND_NAMES, nargs="+", default=KIND_NAMES, help="of questions; all if left out"
+    )
     train.add_argument("--batch-size", type=int, default=512)
-    train.add_argument("--learning-rate", type=float, default=1e-3)
-    train.add_argument("--workers", type=int, default=None, help="processes that draw; all cores if left out")
+    train.add_argument("--learning-rate", type=float, help="the family's own if left out: 1e-3, or 4e-4 for the others")
+    train.add_argument("--workers", type=int, help="processes that draw; all cores if left out")
     train.add_argument("--seed", type=int, default=0)
     train.set_defaults(run=run_train)
 
@@ -66,9 +74,11 @@ def run_draw(args: argparse.Namespace) -> None:
 
 
 def run_train(args: argparse.Namespace) -> None:
-    from vqa_sft.tiny.train import train
+    # fla refuses the backward pass on Hopper GPUs with Triton 3.6: the library's own PyTorch path trains everywhere.
+    sys.modules["fla"] = None
+    from vqa_sft.tiny.train import Settings, train
 
-    train(args.output, args.steps, args.pictures, args.batch_size, args.learning_rate, args.workers, args.seed)
+    train(args.output, Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)}))
 
 
 def run_evaluate(args: argparse.Namespace) -> None:

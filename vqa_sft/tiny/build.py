@@ -6,11 +6,9 @@ The classes are the library's own, so the folder loads as any Hub model does; on
 import json
 from collections.abc import Iterable
 
-import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
@@ -29,6 +27,7 @@ SPECIAL_TOKENS = (
 # A picture of any square size becomes 84 x 84 px = 3 x 3 tokens. The limits leave a hair of room on both sides of
 # 84 * 84, because smart_resize rounds quotients of square roots.
 MIN_PIXELS, MAX_PIXELS = 7000, 7100
+QWEN_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 CHAT_TEMPLATE = """\
 {%- if messages[0].role != "system" -%}
     {{- "<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n" -}}
@@ -137,12 +136,3 @@ def build_config(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLConfig:
         vision_end_token_id=token_id("<|vision_end|>"),
         tie_word_embeddings=True,
     )
-
-
-def build_model(tokenizer: Qwen2Tokenizer, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
-    """The model with random weights, in float32."""
-    torch.manual_seed(seed)
-    model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer))
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model

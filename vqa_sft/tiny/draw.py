@@ -434,6 +434,12 @@ KIND_NAMES = tuple(KINDS)
 KIND_SHARES = (0.19, 0.09, 0.12, 0.11, 0.12, 0.15, 0.22)
 
 
+def draw_kind(seed: int, index: int, kinds: Sequence[str]) -> str:
+    """One of `kinds`, in their usual shares."""
+    shares = np.array([KIND_SHARES[KIND_NAMES.index(kind)] for kind in kinds])
+    return str(np.random.default_rng([seed, index, 9]).choice(kinds, p=shares / shares.sum()))
+
+
 def write_sheet(output: Path, seed: int, per_kind: int = 16) -> None:
     """A contact sheet with one row per kind, and the first picture of each row as a file of its own."""
     output.mkdir(parents=True, exist_ok=True)

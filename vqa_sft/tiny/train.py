@@ -1,14 +1,16 @@
-"""Trains the tiny base from nothing, on drawn pictures only.
+"""Trains a tiny base from nothing, on drawn pictures only.
 
     python -m vqa_sft.tiny train --output runs/tiny        # seven minutes on one H200 with 16 CPU cores
+    python -m vqa_sft.tiny train --output runs/tiny_qwen3_5 --family qwen3_5 --seconds 300 --pictures 100000 \
+        --kinds digit shape colour place
 
 All pictures are drawn once by all CPU cores and stay on the device as bytes; every picture is there with one prompt per
-task (tasks.py), so a step is a gather, a forward and a backward. All have one shape: 84 px = 36 patches = 9 tokens.
+task (tasks.py), so a step is a gather, a forward and a backward (forward.py). All have one shape.
 """
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing import get_context
@@ -17,24 +19,37 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from vqa_sft.tiny.build import build_model, build_processor, build_tokenizer
-from vqa_sft.tiny.draw import KIND_NAMES, PICTURE_PX, draw_example, draw_examples
+from vqa_sft.tiny.build import build_tokenizer
+from vqa_sft.tiny.draw import KIND_NAMES, PICTURE_PX, draw_example, draw_examples, draw_kind
+from vqa_sft.tiny.families import FAMILIES, build_model
+from vqa_sft.tiny.forward import FORWARDS, answer_logits
 from vqa_sft.tiny.tasks import TASKS, render_task
 
 TRAIN_SEED, VALIDATION_SEED, TEST_SEED, WORDING_SEED, FONT_SEED = 1, 2, 3, 4, 5
-PATCH_PX, MERGE = 14, 2
-GRID = PICTURE_PX // PATCH_PX  # 6 patches
-NUM_PATCHES, NUM_TOKENS = GRID**2, (GRID // MERGE) ** 2
-MAX_TOKENS = 104  # prompt and answer
+MAX_TEXT_TOKENS = 95  # prompt and answer, without the picture's
 MAX_ANSWER_TOKENS = 8
 CHUNK = 500  # examples that a process draws at a time
 MAX_SHIFT_PX = 3
 END_WEIGHT = 0.2  # of the end-of-turn token, beside 1 for every other token of an answer
-# Shares of the tasks at the first step and from 60% of the steps on.
-EARLY_SHARES = {"letter": 0.27, "variant": 0.15, "both": 0.13, "words": 0.25, "reading": 0.20}
+# Shares of the tasks from 60% of the schedule on; before, they move from the family's early ones to these.
 LATE_SHARES = {"letter": 0.50, "variant": 0.32, "both": 0.05, "words": 0.08, "reading": 0.05}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a base is trained: the command's options."""
+
+    family: str = "qwen2_5_vl"
+    steps: int = 12_500
+    seconds: float | None = None  # to train for, whatever `steps` is
+    pictures: int = 480_000
+    kinds: Sequence[str] = KIND_NAMES  # of questions
+    batch_size: int = 512
+    learning_rate: float | None = None  # the family's own
+    workers: int | None = None  # that draw: all cores; 0 for this process
+    seed: int = 0
 
 
 @dataclass
@@ -43,7 +58,7 @@ class Pictures:
 
     pixels: torch.Tensor  # (N, 84, 84, 3) uint8
     kinds: torch.Tensor  # (N,) index into KIND_NAMES
-    input_ids: torch.Tensor  # (N, P, MAX_TOKENS) int16, padded on the right
+    input_ids: torch.Tensor  # (N, P, T) int16, padded on the right
     image_starts: torch.Tensor  # (N, P) position of the first picture token
     answer_starts: torch.Tensor  # (N, P) position of the first answer token
     lengths: torch.Tensor  # (N, P)
@@ -52,27 +67,18 @@ class Pictures:
         return Pictures(**{name: value.to(device) for name, value in vars(self).items()})
 
 
-def train(
-    output: Path,
-    num_steps: int = 12_500,
-    num_pictures: int = 480_000,
-    batch_size: int = 512,
-    learning_rate: float = 1e-3,
-    num_workers: int | None = None,
-    seed: int = 0,
-) -> None:
+def train(output: Path, settings: Settings) -> None:
     """Draw, build, train, save to `output` as bfloat16 safetensors."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start_s = time.perf_counter()
-    processor = build_processor(build_tokenizer(tokenizer_texts()))
+    processor = FAMILIES[settings.family].build_processor(build_tokenizer(tokenizer_texts()))
     processor.save_pretrained(output)
-    sizes = {TRAIN_SEED: num_pictures, VALIDATION_SEED: min(2000, num_pictures)}
-    pictures, validation = (drawn.to(device) for drawn in draw_pictures(output, sizes, num_workers))
-    print(f"{num_pictures} pictures drawn in {time.perf_counter() - start_s:.0f} s", flush=True)
+    pictures, validation = (drawn.to(device) for drawn in draw_pictures(output, settings))
+    print(f"{settings.pictures} pictures drawn in {time.perf_counter() - start_s:.0f} s", flush=True)
 
-    model = build_model(processor.tokenizer, seed).to(device)
+    model = build_model(settings.family, processor.tokenizer, settings.seed).to(device)
     print(f"{model.num_parameters():,} parameters", flush=True)
-    run_steps(model, pictures, validation, num_steps, batch_size, learning_rate, seed)
+    run_steps(model, pictures, validation, settings)
     save(model, output)
 
 
@@ -97,16 +103,20 @@ def _text_of(message: dict) -> str:
 # ---- pictures and prompts, drawn by all cores
 
 
-def draw_pictures(processor_path: Path, sizes: dict[int, int], num_workers: int | None) -> list[Pictures]:
-    """`sizes[seed]` examples of each seed, drawn and tokenized by `num_workers` processes (0: by this one)."""
+def draw_pictures(processor_path: Path, settings: Settings) -> list[Pictures]:
+    """Examples to train on and up to 2,000 held-out ones, drawn and tokenized by the workers."""
+    sizes = {TRAIN_SEED: settings.pictures, VALIDATION_SEED: min(2000, settings.pictures)}
     jobs = {
-        seed: [(str(processor_path), seed, i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
+        seed: [(settings, str(processor_path), seed, i, min(i + CHUNK, size)) for i in range(0, size, CHUNK)]
         for seed, size in sizes.items()
     }
-    if num_workers == 0:
+    if settings.workers == 0:
         return [_join([_draw_chunk(job) for job in jobs[seed]]) for seed in sizes]
-    # Workers are started afresh: a fork of a process that has used CUDA or torch's threads may hang.
-    with get_context("spawn").Pool(num_workers) as pool:
+    # A fork of a process that has used CUDA or torch's threads may hang; workers that each import all of this are slow
+    # to start. So they are forks of a fresh process that has imported it.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(settings.workers) as pool:
         parts = {seed: pool.map_async(_draw_chunk, jobs[seed], chunksize=1) for seed in sizes}
         return [_join(part.get()) for part in parts.values()]
 
@@ -115,26 +125,29 @@ def _join(parts: list[tuple[np.ndarray, ...]]) -> Pictures:
     return Pictures(*(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)))
 
 
-def _draw_chunk(job: tuple[str, int, int, int]) -> tuple[np.ndarray, ...]:
-    processor_path, seed, start, stop = job
-    processor = _load_processor(processor_path)
+def _draw_chunk(job: tuple[Settings, str, int, int, int]) -> tuple[np.ndarray, ...]:
+    settings, processor_path, seed, start, stop = job
+    processor, picture = _load_processor(processor_path), FAMILIES[settings.family].picture
+    # Attention kernels want masks whose rows are a multiple of 8.
+    max_tokens = -(-(MAX_TEXT_TOKENS + picture.count(processor.image_token)) // 8) * 8
     num = stop - start
     pixels = np.empty((num, PICTURE_PX, PICTURE_PX, 3), np.uint8)
     kinds = np.empty(num, np.int16)
-    input_ids = np.full((num, len(TASKS), MAX_TOKENS), processor.tokenizer.pad_token_id, np.int16)
+    input_ids = np.full((num, len(TASKS), max_tokens), processor.tokenizer.pad_token_id, np.int16)
     spans = np.empty((3, num, len(TASKS)), np.int16)  # image start, answer start, length
     for i in range(num):
-        example = draw_example(seed, start + i)
+        kind = None if set(settings.kinds) == set(KIND_NAMES) else draw_kind(seed, start + i, settings.kinds)
+        example = draw_example(seed, start + i, kind)
         pixels[i], kinds[i] = np.asarray(example["image"]), KIND_NAMES.index(example["question_type"])
         rng = np.random.default_rng([seed, start + i, 1])
-        tokenized = tokenize_tasks(processor, [render_task(task, example, rng) for task in TASKS])
+        tokenized = tokenize_tasks(processor, picture, [render_task(task, example, rng) for task in TASKS])
         for j, (ids, *span) in enumerate(tokenized):
             input_ids[i, j, : len(ids)], spans[:, i, j] = ids, span
     return pixels, kinds, input_ids, *spans
 
 
 @lru_cache(maxsize=1)
-def _load_processor(path: str) -> Qwen2_5_VLProcessor:
+def _load_processor(path: str) -> ProcessorMixin:
     # One process per core is parallel enough.
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -142,11 +155,13 @@ def _load_processor(path: str) -> Qwen2_5_VLProcessor:
 
 
 def tokenize_tasks(
-    processor: Qwen2_5_VLProcessor, renderings: list[tuple[list[dict], str]]
+    processor: ProcessorMixin, picture: str, renderings: list[tuple[list[dict], str]]
 ) -> list[tuple[list[int], int, int, int]]:
-    """Of each (messages, answer): ids of prompt, answer and end of turn; where picture and answer start; the length."""
+    """Of each (messages, answer): ids of prompt, answer and end of turn; where picture and answer start; the length.
+
+    `picture` is the text that the processor puts into the place of the picture."""
     prompts = processor.apply_chat_template([messages for messages, _ in renderings], add_generation_prompt=True)
-    prompts = [prompt.replace(processor.image_token, processor.image_token * NUM_TOKENS) for prompt in prompts]
+    prompts = [prompt.replace(processor.image_token, picture) for prompt in prompts]
     # An answer is tokenized alone: what is scored later is a token right after the prompt.
     answers = [answer + "<|im_end|>" for _, answer in renderings]
     ids = processor.tokenizer(prompts + answers)["input_ids"]
@@ -154,158 +169,109 @@ def tokenize_tasks(
 
 
 def _join_answer(
-    processor: Qwen2_5_VLProcessor, prompt_ids: list[int], answer_ids: list[int]
+    processor: ProcessorMixin, prompt_ids: list[int], answer_ids: list[int]
 ) -> tuple[list[int], int, int, int]:
     ids = prompt_ids + answer_ids
-    if len(answer_ids) > MAX_ANSWER_TOKENS or len(ids) > MAX_TOKENS:
+    num_text = len(ids) - ids.count(processor.image_token_id)
+    if len(answer_ids) > MAX_ANSWER_TOKENS or num_text > MAX_TEXT_TOKENS:
         raise ValueError(
-            f"an example must have at most {MAX_TOKENS} tokens, {MAX_ANSWER_TOKENS} of them its answer; got "
-            f"{len(ids)} and {len(answer_ids)}: {processor.tokenizer.decode(ids)!r}"
+            f"an example must have at most {MAX_TEXT_TOKENS} tokens of text, {MAX_ANSWER_TOKENS} of them its answer; "
+            f"got {num_text} and {len(answer_ids)}: {processor.tokenizer.decode(ids)!r}"
         )
     return ids, prompt_ids.index(processor.image_token_id), len(prompt_ids), len(ids)
-
-
-# ---- the model, given pictures of one size
-
-
-def to_patches(pixels: torch.Tensor) -> torch.Tensor:
-    """(B, 84, 84, 3) bytes -> (B, 36, 1176) normalised patches in the processor's order: four of one token together."""
-    # OpenAI CLIP's mean and deviation, as in the saved processor.
-    mean = torch.tensor((0.48145466, 0.4578275, 0.40821073), device=pixels.device)
-    deviation = torch.tensor((0.26862954, 0.26130258, 0.27577711), device=pixels.device)
-    x = ((pixels.float() / 255 - mean) / deviation).permute(0, 3, 1, 2)
-    side = GRID // MERGE
-    x = x.reshape(len(x), 3, side, MERGE, PATCH_PX, side, MERGE, PATCH_PX).permute(0, 2, 5, 3, 6, 1, 4, 7)
-    # A still picture is shown twice: the tower's patches are two frames deep.
-    return x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(len(pixels), NUM_PATCHES, -1)
-
-
-def patch_places(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of each patch in the processor's order, (36,) each."""
-    side = GRID // MERGE
-    rows = torch.arange(GRID, device=device)[:, None].expand(GRID, GRID)
-
-    def by_token(grid: torch.Tensor) -> torch.Tensor:
-        return grid.reshape(side, MERGE, side, MERGE).permute(0, 2, 1, 3).flatten()
-
-    return by_token(rows), by_token(rows.T)
-
-
-def tower_features(visual: torch.nn.Module, patches: torch.Tensor) -> torch.Tensor:
-    """What the library's picture tower gives, (B, 9, D), with every window of the batch in one attention call."""
-    rows, columns = patch_places(patches.device)
-    head_dim = visual.config.hidden_size // visual.config.num_heads
-    frequencies = 10000 ** -(torch.arange(0, head_dim // 2, 2, device=patches.device) / (head_dim // 2))
-    angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], -1).repeat(1, 2)  # (36, head_dim)
-    window_patches = visual.config.window_size // PATCH_PX
-    window = rows // window_patches * GRID + columns // window_patches
-    same_window = window[:, None] == window[None, :]  # (36, 36)
-
-    x = F.linear(patches, visual.patch_embed.proj.weight.flatten(1))
-    for i, block in enumerate(visual.blocks):
-        mask = None if i in visual.config.fullatt_block_indexes else same_window
-        x = x + _attend(block.attn, block.norm1(x), angles.cos(), angles.sin(), mask)
-        x = x + block.mlp(block.norm2(x))
-    return visual.merger(x).view(len(patches), NUM_TOKENS, -1)
-
-
-def _attend(
-    attention: torch.nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
-    q, k, v = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, 36, d)
-    q, k = _rotate(q, cos, sin).to(v.dtype), _rotate(k, cos, sin).to(v.dtype)
-    return attention.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
-
-
-def token_positions(image_starts: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Time, row and column of every token, (3, B, T): the nine picture tokens take three steps, text takes one each."""
-    side = GRID // MERGE
-    steps = torch.arange(num_tokens, device=image_starts.device)
-    offset = steps - image_starts[:, None]  # (B, T), within the picture 0..8
-    inside = (offset >= 0) & (offset < NUM_TOKENS)
-    text = torch.where(offset >= NUM_TOKENS, steps - NUM_TOKENS + side, steps)
-    start = image_starts[:, None].expand_as(offset)
-    places = (start, start + offset // side, start + offset % side)
-    return torch.stack([torch.where(inside, place, text) for place in places])
-
-
-def answer_logits(
-    model: Qwen2_5_VLForConditionalGeneration,
-    pixels: torch.Tensor,
-    input_ids: torch.Tensor,
-    image_starts: torch.Tensor,
-    answer_starts: torch.Tensor,
-    num_answer_tokens: int,
-) -> torch.Tensor:
-    """Logits of the answer's tokens, (B, num_answer_tokens, V). Padding is on the right, so no mask is needed."""
-    embeds = model.get_input_embeddings()(input_ids)
-    features = tower_features(model.model.visual, to_patches(pixels))
-    batch, width = len(input_ids), embeds.shape[-1]
-    at = image_starts[:, None] + torch.arange(NUM_TOKENS, device=pixels.device)
-    embeds = embeds.scatter(1, at[..., None].expand(-1, -1, width), features.to(embeds.dtype))
-    hidden = model.model.language_model(
-        inputs_embeds=embeds, position_ids=token_positions(image_starts, input_ids.shape[1]), use_cache=False
-    ).last_hidden_state
-    before = answer_starts[:, None] - 1 + torch.arange(num_answer_tokens, device=pixels.device)
-    before = before.clamp(max=input_ids.shape[1] - 1)
-    return model.lm_head(hidden.gather(1, before[..., None].expand(batch, -1, width)))
 
 
 # ---- training
 
 
-def run_steps(
-    model: Qwen2_5_VLForConditionalGeneration,
-    pictures: Pictures,
-    validation: Pictures,
-    num_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-) -> None:
+def run_steps(model: PreTrainedModel, pictures: Pictures, validation: Pictures, settings: Settings) -> None:
     """AdamW, one cycle, bf16 on a GPU; prints the loss and the accuracy on validation pictures now and then."""
     on_gpu = pictures.pixels.is_cuda
-    loss_function = torch.compile(answer_loss) if on_gpu else answer_loss
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, (0.9, 0.98), weight_decay=0.05, fused=on_gpu)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=num_steps, pct_start=0.1)
-    generator = torch.Generator(pictures.pixels.device).manual_seed(seed)
+    loss_function = compile_loss(model) if on_gpu else answer_loss
+    groups = parameter_groups(model, settings)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05, fused=on_gpu)
+    rates = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=settings.steps, pct_start=0.1)
+    generator = torch.Generator(pictures.pixels.device).manual_seed(settings.seed)
     start_s, losses = time.perf_counter(), []
-    for step, (rows, tasks) in enumerate(draw_batches(pictures, num_steps, batch_size, generator)):
+    for step, (position, rows, tasks) in enumerate(draw_batches(pictures, settings, generator)):
+        while schedule.last_epoch < position:
+            schedule.step()
         with torch.autocast(pictures.pixels.device.type, torch.bfloat16, enabled=on_gpu):
             pixels, *prompts = gather(pictures, rows, tasks)
             loss = loss_function(model, shift(pixels, generator), *prompts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-        if (step + 1) % 500 == 0 or step + 1 == num_steps:
-            accuracies = " ".join(f"{kind} {value:.2f}" for kind, value in quick_accuracy(model, validation).items())
-            mean_loss, elapsed_s = torch.stack(losses).mean().item(), time.perf_counter() - start_s
-            print(f"step {step + 1} {elapsed_s:.0f} s loss {mean_loss:.3f} | {accuracies}", flush=True)
+        if (step + 1) % 500 == 0:
+            report(model, validation, step + 1, losses, start_s)
             losses = []
+    if losses:
+        report(model, validation, step + 1, losses, start_s)
+
+
+def report(
+    model: PreTrainedModel, validation: Pictures, num_steps: int, losses: list[torch.Tensor], start_s: float
+) -> None:
+    """Print the mean of `losses`, and the accuracy by kind after `num_steps`."""
+    with torch.compiler.set_stance("force_eager"):  # other sizes would be compiled anew
+        found = quick_accuracy(model, validation)
+    accuracies = " ".join(f"{kind} {value:.2f}" for kind, value in found.items())
+    mean_loss, elapsed_s = torch.stack(losses).mean().item(), time.perf_counter() - start_s
+    print(f"step {num_steps} {elapsed_s:.0f} s loss {mean_loss:.3f} | {accuracies}", flush=True)
+
+
+def parameter_groups(model: PreTrainedModel, settings: Settings) -> list[dict]:
+    """The patch embedding learns at a rate of its own."""
+    family = FAMILIES[settings.family]
+    rate = settings.learning_rate or family.learning_rate
+    patches = [value for name, value in model.named_parameters() if "patch_embed" in name]
+    others = [value for name, value in model.named_parameters() if "patch_embed" not in name]
+    return [{"params": others, "lr": rate}, {"params": patches, "lr": family.patch_rate * rate}]
+
+
+def schedule_positions(num_steps: int, seconds: float | None) -> Iterator[int]:
+    """Where in a schedule of `num_steps` each step stands: at one after the other; or, for so many `seconds`, where the
+    clock is, which starts after three steps as those compile."""
+    if seconds is None:
+        yield from range(num_steps)
+        return
+    begin_s = time.perf_counter()
+    yield from (0, 0, 0)
+    start_s = time.perf_counter()
+    print(f"three steps took {start_s - begin_s:.0f} s; the schedule begins", flush=True)
+    while (elapsed_s := time.perf_counter() - start_s) < seconds:
+        yield int(elapsed_s / seconds * num_steps)
+
+
+def compile_loss(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
+    """`answer_loss` in one graph. The eight layers of Qwen3.5 take more than four minutes in one: there each layer is a
+    graph (those of a kind share it), and the picture tower another."""
+    if model.config.model_type != "qwen3_5":
+        return torch.compile(answer_loss)
+    features, inputs = FORWARDS["qwen3_5"]
+    FORWARDS["qwen3_5"] = torch.compile(features), inputs
+    for layer in model.model.language_model.layers:
+        layer.compile()
+    return answer_loss
 
 
 def draw_batches(
-    pictures: Pictures, num_steps: int, batch_size: int, generator: torch.Generator
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Rows and tasks of each step: pictures in a new order every epoch, tasks from easy ones to the real one."""
+    pictures: Pictures, settings: Settings, generator: torch.Generator
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Place in the schedule, rows and tasks of each step: pictures in a new order every epoch, easy tasks first."""
     device = pictures.pixels.device
-    early = torch.tensor([EARLY_SHARES[task] for task in TASKS], device=device)
+    early = torch.tensor([FAMILIES[settings.family].early_shares[task] for task in TASKS], device=device)
     late = torch.tensor([LATE_SHARES[task] for task in TASKS], device=device)
     pool = torch.empty(0, dtype=torch.long, device=device)
-    for step in range(num_steps):
-        while len(pool) < batch_size:
+    for position in schedule_positions(settings.steps, settings.seconds):
+        while len(pool) < settings.batch_size:
             pool = torch.cat([pool, torch.randperm(len(pictures.pixels), generator=generator, device=device)])
-        rows, pool = pool[:batch_size], pool[batch_size:]
-        shares = torch.lerp(early, late, min(1.0, step / (0.6 * num_steps)))
-        yield rows, torch.multinomial(shares, batch_size, replacement=True, generator=generator)
+        rows, pool = pool[: settings.batch_size], pool[settings.batch_size :]
+        shares = torch.lerp(early, late, min(1.0, position / (0.6 * settings.steps)))
+        yield position, rows, torch.multinomial(shares, settings.batch_size, replacement=True, generator=generator)
 
 
 def shift(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -328,7 +294,7 @@ def gather(pictures: Pictures, rows: torch.Tensor, tasks: torch.Tensor) -> tuple
 
 
 def answer_loss(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: PreTrainedModel,
     pixels: torch.Tensor,
     input_ids: torch.Tensor,
     image_starts: torch.Tensor,
@@ -345,7 +311,7 @@ def answer_loss(
 
 
 @torch.no_grad()
-def quick_accuracy(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures) -> dict[str, float]:
+def quick_accuracy(model: PreTrainedModel, pictures: Pictures) -> dict[str, float]:
     """Accuracy per kind with the project's prompt, over the whole vocabulary: for the log only."""
     device = pictures.pixels.device
     right = []
@@ -360,6 +326,6 @@ def quick_accuracy(model: Qwen2_5_VLForConditionalGeneration, pictures: Pictures
     return {kind: values.mean().item() for kind, values in kinds.items() if len(values)} | {"all": right.mean().item()}
 
 
-def save(model: Qwen2_5_VLForConditionalGeneration, output: Path) -> None:
+def save(model: PreTrainedModel, output: Path) -> None:
     """bfloat16 halves the file; the card's score is that of the rounded weights."""
     model.to(torch.bfloat16).save_pretrained(output)
