@@ -279,7 +279,7 @@ def test_options_are_spelt_with_hyphens_or_underscores_and_take_several_values()
 def test_the_help_and_every_command_of_it_import_no_package_that_they_do_not_need(run):
     code, out, _ = run("--help")
     commands = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
-    assert code == 0 and len(commands) == 14 and {"train", "uncertainty", "memory"} <= {*commands}
+    assert code == 0 and len(commands) == 15 and {"train", "uncertainty", "memory"} <= {*commands}
     check = "import sys; from vqa_sft.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
     check += "sys.exit(str([m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'datasets', 'rich')]))"
     for command in ("score", "check"):
@@ -290,7 +290,7 @@ def test_the_help_and_every_command_of_it_import_no_package_that_they_do_not_nee
 # --- after predicting -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["score", "calibrate", "ensemble", "submit", "diff", "uncertainty"])
+@pytest.mark.parametrize("command", ["score", "report", "calibrate", "ensemble", "submit", "diff", "uncertainty"])
 def test_help_says_what_a_command_does_with_an_example(command, run):
     code, out, _ = run(command, "--help")
     assert code == 0 and f"Example: vqa-sft {command} " in " ".join(out.split()) and "%%" not in out
@@ -338,6 +338,7 @@ def test_from_validation_to_submission(tmp_path, run):
     "arguments",
     [
         ("score", "nowhere.parquet"),
+        ("report", "nowhere.parquet"),
         ("calibrate", "nowhere"),
         ("ensemble", "nowhere.parquet", "nothing.parquet", "--output", "out.parquet"),
         ("submit", "nowhere.parquet", "--output", "s.csv"),

@@ -219,11 +219,12 @@ def _line_of(key: str, entry: Mapping[str, Any]) -> list[str]:
         return []
 
 
-def default_file(folder: Path) -> Path:
-    """The out-of-fold file of a run folder, else its validation file. Raises InputError where it has none."""
+def default_file(folder: Path, hint: str = "Give --predictions FILE.parquet.") -> Path:
+    """The out-of-fold file of a run folder, else its validation file. Raises InputError, with the hint, where it has
+    none."""
     found = [folder / name for name in (OUT_OF_FOLD, VALIDATION) if (folder / name).is_file()]
     if not found:
-        raise InputError(f"{folder} holds no {OUT_OF_FOLD} and no {VALIDATION}. Give --predictions FILE.parquet.")
+        raise InputError(f"{folder} holds no {OUT_OF_FOLD} and no {VALIDATION}. {hint}")
     return found[0]
 
 
