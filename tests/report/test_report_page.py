@@ -157,6 +157,8 @@ def test_lists_hold_confident_errors_uncertain_disagreeing_and_changed_rows(cont
     assert lists["changed"].note in describe_changes(one, other) and "p = " in lists["changed"].note
     lost = [row for row in lists["changed"].rows if first.best[row] == inputs.answers[row]]
     assert lists["changed"].rows[: len(lost)] == lost
+    cards = cards_of(page_of(contest, one, other)[0])
+    assert "Views that agree: 1: 25%, 2: 100%" in cards["row_005"] and "Views that" not in cards["row_006"]
 
 
 def test_every_list_has_its_first_rows_on_the_page_and_no_holes(contest):
@@ -245,7 +247,7 @@ def test_folds_are_one_input_with_a_curve_of_each(contest):
         make_run(contest, contest / "run" / f"fold{fold}")
     (contest / "run" / "fold0" / "validation.parquet").rename(contest / "run" / "out_of_fold.parquet")
     page, _ = page_of(contest, contest / "run", data=None)
-    assert "loss by step, in validation 1.250 at the end" in page and "Which colour has the square?" in page
+    assert "in validation 1.250 at the end, mean of 2 folds" in page and "Which colour has the square?" in page
 
 
 def test_mistakes_are_one_line(contest, run, tmp_path):

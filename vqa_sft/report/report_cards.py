@@ -17,6 +17,7 @@ from vqa_sft.report.page import render
 from vqa_sft.report.report_inputs import Inputs
 
 MAX_CARD_BYTES = 9_000_000  # of all rows; plots and tables take less than 1 MB more
+_LEAST_CARD_BYTES = 1_000
 _IMAGE_BYTES = 4_800_000  # of all images, before base64 makes them a third larger
 _MIN_BYTES, _MAX_BYTES = 2_000, 12_000  # of one image
 _STEPS = ((256, 75), (256, 60), (192, 70), (192, 55), (160, 55), (128, 50), (96, 40), (64, 30))  # pixels, JPEG quality
@@ -26,18 +27,21 @@ _SHOWN_INPUTS = 2  # with a bar for each choice; of more, what they chose
 
 def make_cards(inputs: Inputs, rows: Sequence[int]) -> dict[int, tuple[dict[str, Any], Markup]]:
     """Row -> what is known of it and its HTML, of the first rows that fit the page."""
-    examples = {row: inputs.data[row] for row in rows} if inputs.data else {}
-    num_images = sum(min(_MAX_THUMBNAILS, len(example["images"])) for example in examples.values())
+    rows = rows[: MAX_CARD_BYTES // _LEAST_CARD_BYTES]
+    data = inputs.data
+    num_images = sum(min(_MAX_THUMBNAILS, len(data[row]["images"])) for row in rows) if data else 0
     limit = min(_MAX_BYTES, max(_MIN_BYTES, _IMAGE_BYTES // max(1, num_images)))
     cards: dict[int, tuple[dict[str, Any], Markup]] = {}
     num_bytes = 0
     outside = _unopened(inputs)
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # Pillow decodes without the interpreter's lock
         for start in range(0, len(rows), 64):
-            some = rows[start : start + 64]
-            thumbnails = pool.map(lambda row: _thumbnails(examples.get(row), outside.get(row), limit), some)
-            for row, images in zip(some, thumbnails, strict=True):
-                facts = _facts(inputs, row, examples.get(row))
+            some = rows[start : start + 64]  # their images are held
+            examples = [data[row] if data else None for row in some]
+            unopened = [outside.get(row) for row in some]
+            thumbnails = pool.map(_thumbnails, examples, unopened, [limit] * len(some))
+            for row, example, images in zip(some, examples, thumbnails, strict=True):
+                facts = _facts(inputs, row, example)
                 html = Markup(render("report_card.html.j2", row=facts, images=images))
                 num_bytes += len(html.encode()) + 200  # and the tag around it
                 if num_bytes > MAX_CARD_BYTES:
@@ -74,7 +78,7 @@ def _facts(inputs: Inputs, row: int, example: Mapping[str, Any] | None) -> dict[
         }
         for i, letter in enumerate(LETTERS[: len(probs[0])])
     ]
-    agreement = first.uncertainty.agreement[row]
+    shares = [one.agreement[row] for one in inputs.inputs[:_SHOWN_INPUTS]]
     blanked = first.predictions.blanked
     return {
         "id": inputs.ids[row],
@@ -86,7 +90,7 @@ def _facts(inputs: Inputs, row: int, example: Mapping[str, Any] | None) -> dict[
         "choices": choices,
         "num_inputs": len(inputs.inputs),
         "others": [LETTERS[one.best[row]] for one in inputs.inputs[_SHOWN_INPUTS:]],
-        "agreement": agreement if agreement is not None and agreement < 1 - 1e-6 else None,
+        "agreement": [float(share) for share in shares] if min(shares) < 1 - 1e-6 else [],
         "is_blanked": bool(blanked and blanked[row]),
     }
 

@@ -50,7 +50,7 @@ class Input:
     def uncertainty(self) -> Uncertainty:
         return measure_uncertainty(self.predictions)
 
-    @property
+    @cached_property
     def agreement(self) -> np.ndarray:
         """The share (N,) of the views that choose as all together do; 1 where it is unknown."""
         return np.array([1.0 if share is None else share for share in self.uncertainty.agreement])
@@ -169,6 +169,8 @@ def _read_own(folder: Path, predictions: Predictions) -> Data:
     named = [] if recipe.streaming else [(recipe.train_data, recipe.data_options)]
     if recipe.validation_data is not None:
         named.append((recipe.validation_data, recipe.options_for_other_data(run.columns)))
+    if not named:
+        raise InputError(f"{folder} was trained on a stream.")
     for source, _ in named:
         if not find_files(as_list(source)) and not all(Path(name).is_dir() for name in as_list(source)):
             raise InputError(f"{source} is no file here.")  # and nothing is downloaded for a page

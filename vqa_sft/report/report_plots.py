@@ -33,6 +33,7 @@ def make_plots(inputs: Inputs) -> Iterator[tuple[str, Markup]]:
             yield f"{start}Reliability: {said}", _reliability(confidence, right)
             wrong = confidence[~right]
             sure = f"{int((wrong > 0.9).sum()):,} of {len(wrong):,} errors are more than 90% sure"
+            sure = sure if len(wrong) else "no errors"
             yield f"{start}Confidence: {sure}", _confidences(confidence, right)
         else:
             yield f"{start}Confidence: mean {one.confidence.mean():.3f}", _confidences(one.confidence, None)
@@ -98,6 +99,7 @@ def _curves(name: str, folder: Path) -> Iterator[tuple[str, Markup]]:
             continue
         last = [points[-1][1] for key, points in lines if key == of_validation]
         said = f"{of_training} by step" + (f", in validation {np.mean(last):.3f} at the end" if last else "")
+        said += f", mean of {len(last)} folds" if len(last) > 1 else ""
         yield f"{name}: {said}", _lines(lines, of_training, of_validation)
 
 
