@@ -39,7 +39,7 @@ def make_plots(inputs: Inputs) -> Iterator[tuple[str, Markup]]:
             yield f"{start}Confidence: mean {one.confidence.mean():.3f}", _confidences(one.confidence, None)
     for one in inputs.inputs:
         if one.folder is not None:
-            yield from _curves(one.name, one.folder)
+            yield from _curves(f"{one.name}: " if len(inputs.inputs) > 1 else "Training: ", one.folder)
 
 
 def bins_of(confidence: np.ndarray) -> np.ndarray:
@@ -85,7 +85,7 @@ def _confidences(confidence: np.ndarray, right: np.ndarray | None) -> Markup:
     return draw(paint, height=3)
 
 
-def _curves(name: str, folder: Path) -> Iterator[tuple[str, Markup]]:
+def _curves(start: str, folder: Path) -> Iterator[tuple[str, Markup]]:
     """Loss and accuracy by step; of folds, a line for each."""
     logs = [read_log(run / LOG) for run in runs_in(folder) if (run / LOG).is_file()]
     for of_training, of_validation in CURVES:
@@ -100,7 +100,7 @@ def _curves(name: str, folder: Path) -> Iterator[tuple[str, Markup]]:
         last = [points[-1][1] for key, points in lines if key == of_validation]
         said = f"{of_training} by step" + (f", in validation {np.mean(last):.3f} at the end" if last else "")
         said += f", mean of {len(last)} folds" if len(last) > 1 else ""
-        yield f"{name}: {said}", _lines(lines, of_training, of_validation)
+        yield start + said, _lines(lines, of_training, of_validation)
 
 
 def _lines(lines: Sequence[tuple[str, list]], of_training: str, of_validation: str) -> Markup:
