@@ -290,7 +290,9 @@ def test_the_help_and_every_command_of_it_import_no_package_that_they_do_not_nee
 # --- after predicting -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["score", "calibrate", "ensemble", "submit", "diff", "uncertainty", "blind"])
+@pytest.mark.parametrize(
+    "command", ["score", "report", "calibrate", "ensemble", "submit", "diff", "uncertainty", "blind"]
+)
 def test_help_says_what_a_command_does_with_an_example(command, run):
     code, out, _ = run(command, "--help")
     assert code == 0 and f"Example: vqa-sft {command} " in " ".join(out.split()) and "%%" not in out
@@ -338,6 +340,7 @@ def test_from_validation_to_submission(tmp_path, run):
     "arguments",
     [
         ("score", "nowhere.parquet"),
+        ("report", "nowhere.parquet"),
         ("calibrate", "nowhere"),
         ("ensemble", "nowhere.parquet", "nothing.parquet", "--output", "out.parquet"),
         ("submit", "nowhere.parquet", "--output", "s.csv"),

@@ -4,7 +4,8 @@ import pytest
 from contest import rows_of, write_csv
 from reports import found, make_faulty, report_on
 
-from vqa_sft.report.check_page import choose_problem_rows, choose_samples, shown, write_page
+from vqa_sft.report.check_page import choose_problem_rows, choose_samples, write_page
+from vqa_sft.report.page import shown
 
 
 @pytest.fixture

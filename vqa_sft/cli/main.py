@@ -63,8 +63,9 @@ def build_app() -> typer.Typer:
     add(app, [runs.train, runs.predict], fields | {"help_option_names": []})  # the scripts have a --help of their own
     add(app, [data.check, data.folds], fields, epilog=SOURCE_EPILOG)
     add(app, [runs.memory, runs.blind], fields)
-    add(app, [predictions.score, predictions.calibrate, predictions.ensemble, predictions.submit, predictions.diff])
-    add(app, [predictions.uncertainty, runs.soup, runs.merge, runs.push])
+    add(app, [predictions.score, predictions.report, predictions.calibrate, predictions.ensemble])
+    add(app, [predictions.submit, predictions.diff, predictions.uncertainty])
+    add(app, [runs.soup, runs.merge, runs.push])
 
     @app.callback()
     def program() -> None:

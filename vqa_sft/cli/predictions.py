@@ -38,6 +38,34 @@ def score(
     print(score_table(predictions, answers, data, **options.read()))
 
 
+@with_options(AnswerOptions)
+def report(
+    inputs: Annotated[list[str], Argument(metavar="FILE", help="prediction file or run folder, or NAME=either")],
+    options: AnswerOptions,
+    answers: Annotated[
+        str | None,
+        Option(metavar="FILE", help="ids and answers, or data with answers; default: those of the predictions"),
+    ] = None,
+    data: Annotated[
+        str | None,
+        Option(metavar="DATA", help="the data that were predicted: questions, choices, images; default: the run's own"),
+    ] = None,
+    output: Annotated[str, Option(metavar="HTML", help="page to write")] = "report.html",
+    rows: Annotated[int, Option(metavar="N", help="rows on the page, at most")] = 1000,
+) -> None:
+    """Write a page about runs or prediction files.
+
+    It has metrics, calibration, accuracy by kind of question, training curves, and the rows worth a look: confident
+    errors, uncertain answers, rows whose permutations or runs disagree, rows that changed between the first two files.
+    The page is one file of at most 10 MB and needs no network.
+
+    Example: vqa-sft report runs/mine before=runs/old --output report.html
+    """
+    from vqa_sft.report.report_page import write_report
+
+    print(write_report(inputs, answers, data, output=output, max_rows=rows, **options.read()))
+
+
 def calibrate(
     run_folder: Annotated[str, Argument(metavar="RUN", help="folder of a finished run, or of all its folds")],
     predictions: Annotated[

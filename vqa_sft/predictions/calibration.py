@@ -127,7 +127,7 @@ def calibrate_run(folder: str | Path, file: str | Path | None = None, *, at_the_
     """
     folder = Path(folder)
     _check_folder(folder)
-    file = _default_file(folder) if file is None else Path(file)
+    file = default_file(folder) if file is None else Path(file)
     predictions = read_predictions(file)
     _check_rows(folder, file, predictions)
     entries, key = _read_entries(folder), views_key(predictions.metadata)
@@ -220,10 +220,12 @@ def _line_of(key: str, entry: Mapping[str, Any]) -> list[str]:
         return []
 
 
-def _default_file(folder: Path) -> Path:
+def default_file(folder: Path, hint: str = "Give --predictions FILE.parquet.") -> Path:
+    """The out-of-fold file of a run folder, else its validation file. Raises InputError, with the hint, where it has
+    none."""
     found = [folder / name for name in (OUT_OF_FOLD, VALIDATION) if (folder / name).is_file()]
     if not found:
-        raise InputError(f"{folder} holds no {OUT_OF_FOLD} and no {VALIDATION}. Give --predictions FILE.parquet.")
+        raise InputError(f"{folder} holds no {OUT_OF_FOLD} and no {VALIDATION}. {hint}")
     return found[0]
 
 

@@ -214,11 +214,16 @@ def _compare(before: Predictions, after: Predictions, names: Sequence[str]) -> s
     if not rows:
         return said
     was, now = ([best[i] == before.answers[i] for i in rows] for best in (before.best, after.best))
+    return f"{said}\n{say_changes(was, now)}"
+
+
+def say_changes(was: Sequence[bool], now: Sequence[bool]) -> str:
+    """How many rows with an answer became wrong and right, and McNemar's exact test."""
     lost = sum(a and not b for a, b in zip(was, now, strict=True))
     won = sum(b and not a for a, b in zip(was, now, strict=True))
     # Under no difference each of the rows that only one has right is as likely to be the one's as the other's.
     p_value = float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
     return (
-        f"{said}\nOf {len(rows):,} rows with an answer: {lost:,} right -> wrong, {won:,} wrong -> right (McNemar's "
-        f"exact test: p = {p_value:.3g})."
+        f"Of {len(was):,} rows with an answer: {lost:,} right -> wrong, {won:,} wrong -> right (McNemar's exact test: "
+        f"p = {p_value:.3g})."
     )

@@ -67,7 +67,7 @@ def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Prediction
             )
         check_same_rows(first.ids, first.digest_of, file.digest_of, [names[0], name])
         rows = [row_of[row_id] for row_id in first.ids]
-        aligned.append(_take(file, rows))
+        aligned.append(take(file, rows))
         pairs = list(zip(first.ids, first.choice_logits, aligned[-1].choice_logits, strict=True))
         if other_length := [row_id for row_id, one, other in pairs if len(one) != len(other)]:
             raise InputError(
@@ -88,7 +88,8 @@ def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Prediction
     return aligned
 
 
-def _take(file: Predictions, rows: Sequence[int]) -> Predictions:
+def take(file: Predictions, rows: Sequence[int]) -> Predictions:
+    """Some of the rows, in this order."""
     names = ("ids", "choice_logits", "answers", "blanked", "agreement", "scale_logits", "digests", "changed")
     taken: dict[str, Any] = {name: [column[i] for i in rows] for name in names if (column := getattr(file, name))}
     return replace(file, **taken)

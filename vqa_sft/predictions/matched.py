@@ -13,7 +13,7 @@ from vqa_sft.data.answers import FORMATS, infer_format
 from vqa_sft.data.cells import read_answer, text_of
 from vqa_sft.data.columns import USUAL_NAMES, are_here, find_usual
 from vqa_sft.data.digests import digests_of
-from vqa_sft.data.examples import read_examples
+from vqa_sft.data.examples import Loaded, read_examples
 from vqa_sft.data.find_columns import find_columns
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.sources import Source, open_source
@@ -28,12 +28,14 @@ HINT = f"Give --answer-format {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a data file by id; `digests` is empty where the file does not say which images they have."""
+    """Rows of a data file by id; `digests` is empty where the file does not say which images they have. `loaded` is
+    what they were read from."""
 
     questions: dict[str, str]
     choices: dict[str, list[str]]
     answers: dict[str, int | None]
     digests: dict[str, str] = field(default_factory=dict)
+    loaded: Loaded | None = None
 
     def check(self, path: str | Path, ids: Sequence[str], digests: Mapping[str, str], name: str | Path) -> None:
         """Raises InputError where `path`, the file of these rows, lacks some of the ids, or has other rows under them;
@@ -63,7 +65,7 @@ def read_rows(path: str | Path, own: Mapping[str, Any] | None, **options: Any) -
     digests = dict(zip(ids, digests_of(examples), strict=True)) if knows_images else {}
     columns = (dict(zip(ids, examples[name][:], strict=True)) for name in ("question", "choices", "answer"))
     questions, choices, answers = columns
-    return Rows(questions, choices, answers, digests)
+    return Rows(questions, choices, answers, digests, loaded)
 
 
 def read_rows_of(path: str | Path, predictions: Predictions, name: str | Path, **options: Any) -> Rows:
@@ -108,7 +110,7 @@ def read_answers(
     cells = dict(rows)
     if len(cells) < len(rows):
         raise InputError(f"{path} has ids more than once: {len(rows)} rows, {len(cells)} ids.")
-    choices = read_rows_of(data, predictions, name, **_without_columns(options)).choices if data else None
+    choices = read_rows_of(data, predictions, name, **without_columns(options)).choices if data else None
     numbers = dict(zip(predictions.ids, map(len, predictions.choice_logits), strict=True))
     cells = {row_id: cells[row_id] for row_id in predictions.ids if row_id in cells}
     answer_format = options.get("answer_format") or (own or {}).get("format")
@@ -180,6 +182,6 @@ def _has_columns(opened: Source, given: Mapping[str, Any], fixed: Mapping[str, A
     return True
 
 
-def _without_columns(options: Mapping[str, Any]) -> dict[str, Any]:
+def without_columns(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those for the data beside a file that the columns were given for."""
     return {key: value for key, value in options.items() if key not in ("columns", "keep_rows")}

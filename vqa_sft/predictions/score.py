@@ -11,11 +11,19 @@ from vqa_sft.predictions.file import Predictions, read_predictions, with_answers
 from vqa_sft.predictions.matched import read_answers
 from vqa_sft.predictions.metrics import describe, softmax, with_intervals
 
+METRICS = ("accuracy", "nll", "brier", "ece", "ece_equal_mass")
+
+
+def split_name(item: str) -> tuple[str, str]:
+    """The name and the path of PATH or NAME=PATH; without a name, the path is the name."""
+    name, _, path = ("", "", item) if Path(item).exists() or "=" not in item else item.partition("=")
+    return name or path, path
+
 
 def read_named(item: str) -> tuple[str, Predictions]:
     """The name and the predictions of FILE.parquet or NAME=FILE.parquet."""
-    name, _, path = ("", "", item) if Path(item).exists() or "=" not in item else item.partition("=")
-    return name or path, read_predictions(path)
+    name, path = split_name(item)
+    return name, read_predictions(path)
 
 
 def score_table(files: Sequence[str], answers_file: str | None = None, data: str | None = None, **options: Any) -> str:
@@ -28,17 +36,22 @@ def score_table(files: Sequence[str], answers_file: str | None = None, data: str
             predictions = with_answers(predictions, read_answers(answers_file, predictions, name, data, **options))
         if None in predictions.answers:
             raise InputError(f"{name} holds rows without an answer. Give --answers FILE.csv.")
-        name += predictions.shown
-        calibration = predictions.metadata.get(CALIBRATION) or {}
-        changes = calibration.get("temperature", 1) != 1 or calibration.get("bias") or calibration.get("scale_weights")
-        kinds = [("", softmax(predictions.choice_logits))]
-        if changes:
-            parts = [f", temperature {calibration['temperature']:.2f}"]
-            parts += ["bias"] if calibration.get("bias") else []
-            parts += ["weights of scales"] if calibration.get("scale_weights") else []
-            kinds = [(", as scored", kinds[0][1]), (", ".join(parts), predictions.probs)]
-        for kind, probs in kinds:
-            values = with_intervals(probs, predictions.answers)
-            names = [key for key in values if not key.endswith("_95")]
-            lines.append([name + kind, f"{len(predictions.ids):,}", *describe(values, names)])
-    return table([["", "rows", *names], *lines])
+        lines += score_lines(name + predictions.shown, predictions)
+    return table([["", "rows", *METRICS], *lines])
+
+
+def score_lines(name: str, predictions: Predictions) -> list[list[str]]:
+    """The line of a prediction file whose answers are all known, or both lines of a calibrated one."""
+    calibration = predictions.metadata.get(CALIBRATION) or {}
+    changes = calibration.get("temperature", 1) != 1 or calibration.get("bias") or calibration.get("scale_weights")
+    kinds = [("", softmax(predictions.choice_logits))]
+    if changes:
+        parts = [f", temperature {calibration['temperature']:.2f}"]
+        parts += ["bias"] if calibration.get("bias") else []
+        parts += ["weights of scales"] if calibration.get("scale_weights") else []
+        kinds = [(", as scored", kinds[0][1]), (", ".join(parts), predictions.probs)]
+    lines = []
+    for kind, probs in kinds:
+        values = with_intervals(probs, predictions.answers)
+        lines.append([name + kind, f"{len(predictions.ids):,}", *describe(values, METRICS)])
+    return lines

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from vqa_sft.data.check import Report
 from vqa_sft.data.problems import KINDS
 from vqa_sft.files import write_whole
@@ -16,24 +14,20 @@ from vqa_sft.questions.letters import LETTERS
 from vqa_sft.questions.types import TYPES
 from vqa_sft.report.check_plots import make_plots
 from vqa_sft.report.check_text import quantile_rows, say_count, say_formats, say_near, say_rows, say_tokens, say_verdict
+from vqa_sft.report.page import render
 
 # On the wall: rows of every question type, and rows that are shown for their problems.
 NUM_TRAINING_ROWS, NUM_OTHER_ROWS = (48, 24), (12, 12)
 _PER_KIND = 3
 _THUMBNAIL_PX, _SMALL_THUMBNAIL_PX = 256, 128  # the only image of a row; one of several
 _MAX_THUMBNAILS = 4
-_MAX_CHARS = 600
 PAGE_START = "<!DOCTYPE html>\n<!-- Written by vqa-sft check -->\n"
 
 
 def write_page(path: str | Path, reports: Sequence[Report]) -> None:
     """One HTML file that needs nothing else: plots, problems, and a wall of rows. Written whole or not at all."""
-    template = Path(__file__).with_name("check_page.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["shown"] = shown
-    page = environment.from_string(template).render(
+    page = render(
+        "check_page.html.j2",
         title=Path(reports[0].loaded.name).name,
         verdict=say_verdict(reports),
         clean=not any(report.num_bad for report in reports),
@@ -42,13 +36,6 @@ def write_page(path: str | Path, reports: Sequence[Report]) -> None:
         ],
     )
     write_whole(path, PAGE_START + page)
-
-
-def shown(text: str, limit: int = _MAX_CHARS) -> str:
-    """Data on the page: not endless, and without characters that turn or hide the text around them."""
-    text = text if len(text) <= limit else text[:limit] + " ..."
-    # The joiners are part of words in many scripts, and of emoji.
-    return "".join(c if c.isprintable() or c in "\n\u200c\u200d" else ascii(c)[1:-1] for c in text)
 
 
 def _section(report: Report, num_samples: int, num_problems: int) -> dict:

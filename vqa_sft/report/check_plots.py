@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Stand for colours of the page's style, which differ between light and dark.
-_COLOURS = {"#111111": "currentColor", "#222222": "var(--bar)", "#333333": "var(--mark)", "#444444": "var(--grid)"}
-_TEXT, _BAR, _MARK, _GRID = _COLOURS
+COLOURS = {"#111111": "currentColor", "#222222": "var(--bar)", "#333333": "var(--mark)", "#444444": "var(--grid)"}
+TEXT, BAR, MARK, GRID = COLOURS
 
 
 def make_plots(report: Report) -> Iterator[tuple[str, Markup]]:
@@ -50,10 +50,10 @@ def _bars(counts: dict, expected: Sequence[float] = (), lying: bool = False) -> 
         names = [f"{name}\n{value:,}" for name, value in counts.items()]
 
     def paint(axes: "Axes") -> None:
-        bars = (axes.barh if lying else axes.bar)(names, values, 0.7, color=_BAR)
+        bars = (axes.barh if lying else axes.bar)(names, values, 0.7, color=BAR)
         if len(expected):
-            axes.hlines(expected, np.arange(len(names)) - 0.42, np.arange(len(names)) + 0.42, color=_MARK, linewidth=2)
-            axes.plot([], [], color=_MARK, linewidth=2, label="if no letter were preferred")
+            axes.hlines(expected, np.arange(len(names)) - 0.42, np.arange(len(names)) + 0.42, color=MARK, linewidth=2)
+            axes.plot([], [], color=MARK, linewidth=2, label="if no letter were preferred")
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
         if lying:
             axes.bar_label(bars, [f"{value:,}" for value in values], padding=2)
@@ -61,7 +61,7 @@ def _bars(counts: dict, expected: Sequence[float] = (), lying: bool = False) -> 
             axes.invert_yaxis()
         _hide_numbers(axes, of_x=lying)
 
-    return _draw(paint, height=0.6 + 0.28 * len(names) if lying else 2.4)
+    return draw(paint, height=0.6 + 0.28 * len(names) if lying else 2.4)
 
 
 def _hide_numbers(axes: "Axes", of_x: bool) -> None:
@@ -81,10 +81,10 @@ def _histogram(values: dict[str, np.ndarray], unit: str, of_what: str, mark: int
 
     def paint(axes: "Axes") -> None:
         for i, (name, numbers) in enumerate(values.items()):
-            style = {"color": _MARK, "linewidth": 1.5, "fill": False} if i else {"color": _BAR, "fill": True}
+            style = {"color": MARK, "linewidth": 1.5, "fill": False} if i else {"color": BAR, "fill": True}
             axes.stairs(np.histogram(numbers, edges)[0], edges, label=name, **style)
         if mark is not None:
-            axes.axvline(mark, color=_MARK, linewidth=2, label="max_length")
+            axes.axvline(mark, color=MARK, linewidth=2, label="max_length")
         if len(values) > 1 or mark is not None:
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
         if is_wide:
@@ -96,16 +96,16 @@ def _histogram(values: dict[str, np.ndarray], unit: str, of_what: str, mark: int
         axes.set_xlabel(unit)
         axes.set_ylabel(of_what)
 
-    return _draw(paint)
+    return draw(paint)
 
 
-def _draw(paint: Callable[["Axes"], None], height: float = 2.4) -> Markup:
+def draw(paint: Callable[["Axes"], None], height: float = 2.4) -> Markup:
     """An SVG that takes its colours and its font from the page."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": "vqa-sft", "font.size": 10, "text.color": _TEXT}
-    style |= {"axes.edgecolor": _GRID, "axes.labelcolor": _TEXT, "xtick.color": _TEXT, "ytick.color": _TEXT}
+    style = {"svg.fonttype": "none", "svg.hashsalt": "vqa-sft", "font.size": 10, "text.color": TEXT}
+    style |= {"axes.edgecolor": GRID, "axes.labelcolor": TEXT, "xtick.color": TEXT, "ytick.color": TEXT}
     style |= {"axes.spines.top": False, "axes.spines.right": False}
     file = io.StringIO()
     with rc_context(style):
@@ -114,6 +114,6 @@ def _draw(paint: Callable[["Axes"], None], height: float = 2.4) -> Markup:
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>|\sxmlns(:\w+)?=\"[^\"]*\"", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    for colour, name in _COLOURS.items():
+    for colour, name in COLOURS.items():
         svg = svg.replace(colour, name)
     return Markup(svg)

@@ -33,6 +33,7 @@ from vqa_sft.files import lying_in, remove_unfinished, write_whole
 from vqa_sft.runs.checkpoints import last_whole_checkpoint, remove_broken_checkpoints
 
 RECIPE, RUN, METRICS, VALIDATION = "recipe.yaml", "run.json", "metrics.json", "validation.parquet"
+LOG, PLOT = "log.csv", "log.png"
 MARKER = ".vqa-sft"  # only we write it, so only such a folder is ever resumed, changed or deleted
 # Fields that change where a run lies, how it is launched or shown, not what it computes.
 _FREE = {

@@ -7,8 +7,8 @@ from typing import Any
 from transformers import TrainerCallback
 
 from vqa_sft.files import whole
+from vqa_sft.runs.folder import LOG, PLOT
 
-LOG, PLOT = "log.csv", "log.png"
 # The left panel and the right one.
 PANELS = (("loss", "eval_loss", "eval_average_loss"), ("accuracy", "eval_accuracy", "eval_average_accuracy"))
 
