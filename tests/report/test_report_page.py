@@ -233,6 +233,16 @@ def test_a_run_brings_its_own_data_and_its_curves(contest):
     assert "Which colour has the square?" in page
 
 
+def test_a_run_that_was_asked_whether_it_looks_says_it(contest):
+    run = make_run(contest, contest / "run")
+    assert "blind" not in page_of(contest, run, data=None)[1]
+    (run / "blind.json").write_text('{"looks": false, "says": "Beware: the image hardly matters: <b>"}')
+    page, said = page_of(contest, run, data=None)
+    assert "Beware: the image hardly matters: &lt;b&gt;" in page and "run: Beware" in said
+    (run / "blind.json").write_text("[")
+    assert "blind.json cannot be read (JSONDecodeError)" in page_of(contest, run, data=None)[1]
+
+
 def test_a_run_whose_data_changed_shows_no_questions(contest):
     run = make_run(contest, contest / "run")
     rows = rows_of(contest)

@@ -11,7 +11,6 @@ from vqa_sft.config.prediction import BASE, read_prediction
 from vqa_sft.errors import InputError
 from vqa_sft.files import begins_with, check_output
 
-BLIND = "blind.json"
 START = '{\n  "looks"'  # how such a file begins
 PREDICTIONS = "predictions.csv"
 TAKEN = ("images", "output", "template", "answer_format", "streaming", "on_bad_row")  # options of predict that are ours
@@ -52,6 +51,7 @@ def score_blind(
 def _complete(tokens: list[str], output: str | None, images: str) -> tuple[list[str], Path]:
     """The options of the prediction, and where the JSON goes."""
     from vqa_sft.config.fields import read_command_line
+    from vqa_sft.predictions.blind import BLIND
 
     given = read_command_line(tokens)
     if taken := [name for name in given if name in TAKEN]:

@@ -27,6 +27,7 @@ from vqa_sft.predictions.file import Predictions
 from vqa_sft.predictions.metrics import with_intervals
 from vqa_sft.questions.letters import LETTERS
 
+BLIND = "blind.json"  # in the run folder
 NAMES = {ORIGINAL: "images as they are", BLANK: "blank", SWAPPED: "swapped", BLURRED: "blurred"}
 WITHOUT = {BLANK: "without it", SWAPPED: "with that of another row", BLURRED: "with it blurred"}
 

@@ -3,6 +3,7 @@
 All inputs are of the same rows, in the order of the first one.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import Loaded, read_examples
 from vqa_sft.data.find_files import find_files
 from vqa_sft.errors import InputError, name_rows
+from vqa_sft.predictions.blind import BLIND
 from vqa_sft.predictions.calibration import OUT_OF_FOLD, RUN, VALIDATION, default_file
 from vqa_sft.predictions.check_file import ANSWERS
 from vqa_sft.predictions.ensemble import align
@@ -123,7 +125,7 @@ def read_inputs(items: Sequence[str], answers: str | None = None, data: str | No
         options = without_columns(options)  # which are those of the answers
     for one, file in zip(found, align(files, names), strict=True):
         one.predictions = file
-    inputs = Inputs(found)
+    inputs = Inputs(found, notes=[note for one in found if (note := _blind_note(one))])
     _find_data(inputs, data, options)
     if inputs.data is not None and answers is None:
         _add_answers(inputs, inputs.data)
@@ -136,6 +138,17 @@ def _read_input(item: str) -> Input:
     predictions = read_predictions(file)
     is_own = file.name in (VALIDATION, OUT_OF_FOLD) and file.parent.is_dir()
     return Input(name, predictions, file.parent if is_own and runs_in(file.parent) else None)
+
+
+def _blind_note(one: Input) -> str:
+    """What `vqa-sft blind` found of the run, if it was asked."""
+    file = one.folder / BLIND if one.folder is not None else None
+    if file is None or not file.is_file():
+        return ""
+    try:
+        return f"{one.name}: {json.loads(file.read_text(encoding='utf-8'))['says']}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{file} cannot be read ({type(error).__name__}). `vqa-sft blind` writes it again."
 
 
 def runs_in(folder: Path) -> list[Path]:
