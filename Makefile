@@ -1,4 +1,5 @@
-# make demo   installs into .venv, fine-tunes the embedded model on real handwritten digits, prints base and tuned
+# make demo   installs into .venv, fine-tunes the embedded model on real handwritten digits, prints base and tuned, and
+#             writes a page of both
 # make test   installs into .venv, then make check, then every test that is not slow
 # make check  lint, formatting, who imports whom, types, and the quick tests: for while you work
 # make test-slow  kills by the dozen, ablations, launches of several processes
@@ -12,6 +13,7 @@ JOBS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 PREDICT := $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/predict.py --data $(DIGITS)/test.csv \
 	--batch_size 64 --use_cpu
+BEFORE_AND_AFTER := base=runs/demo_base/submission.parquet tuned=runs/demo/submission.parquet
 
 .PHONY: demo test check test-slow lint clean
 
@@ -22,8 +24,9 @@ demo: .venv/demo
 	$(PREDICT) --run runs/demo --output runs/demo/submission.csv
 	@echo
 	@echo "The 497 test digits, before and after:"
-	@$(BIN)/vqa-sft score base=runs/demo_base/submission.parquet tuned=runs/demo/submission.parquet \
-		--answers $(DIGITS)/test_answers.csv
+	@$(BIN)/vqa-sft score $(BEFORE_AND_AFTER) --answers $(DIGITS)/test_answers.csv
+	@$(BIN)/vqa-sft report $(BEFORE_AND_AFTER) --answers $(DIGITS)/test_answers.csv --data $(DIGITS)/test.csv \
+		--output runs/demo/report.html
 
 test: check
 	$(PYTEST) -m "medium and not slow and not gpu"
