@@ -157,6 +157,9 @@ def test_lists_hold_confident_errors_uncertain_disagreeing_and_changed_rows(cont
     assert lists["changed"].note in describe_changes(one, other) and "p = " in lists["changed"].note
     lost = [row for row in lists["changed"].rows if first.best[row] == inputs.answers[row]]
     assert lists["changed"].rows[: len(lost)] == lost
+    given = np.array([probs[answer] for probs, answer in zip(first.probs, inputs.answers, strict=True)])
+    likely = [row for row in errors if first.probs[row].max() >= given.mean()]
+    assert lists["labels"].rows == sorted(likely, key=lambda row: given[row]) and likely
     cards = cards_of(page_of(contest, one, other)[0])
     assert "Views that agree: 1: 25%, 2: 100%" in cards["row_005"] and "Views that" not in cards["row_006"]
 

@@ -64,7 +64,7 @@ def build_app() -> typer.Typer:
     add(app, [data.check, data.folds], fields, epilog=SOURCE_EPILOG)
     add(app, [runs.memory, runs.blind], fields)
     add(app, [predictions.score, predictions.report, predictions.calibrate, predictions.ensemble])
-    add(app, [predictions.submit, predictions.diff, predictions.uncertainty])
+    add(app, [predictions.submit, predictions.diff, predictions.uncertainty, predictions.label_errors])
     add(app, [runs.soup, runs.merge, runs.push])
 
     @app.callback()

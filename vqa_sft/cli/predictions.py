@@ -196,6 +196,24 @@ def diff(
     print(describe(before, after, data=data, show_all=all_rows, **options.read()))
 
 
+def label_errors(
+    predictions: Annotated[str, Argument(metavar="FILE", help="prediction file, or a run folder")],
+    output: Annotated[str | None, Option(metavar="CSV", help="write a line for every row with an answer")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Print the rows whose given answer is improbable, which may be wrong.
+
+    The model must not have been trained on the rows: of a run folder, they are the out-of-fold rows of `fold: all`, or
+    the validation rows. They are ranked by the probability of their answer. A row is a likely error where another
+    choice is better, and at least as probable as given answers are on average (confident learning).
+
+    Example: vqa-sft label-errors runs/folds --output suspects.csv
+    """
+    from vqa_sft.predictions.label_errors import write_label_errors
+
+    print(write_label_errors(predictions, output, overwrite=overwrite))
+
+
 def uncertainty(
     predictions: File,
     coverage: Annotated[

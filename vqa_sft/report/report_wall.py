@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from vqa_sft.predictions.compare import say_changes
+from vqa_sft.predictions.label_errors import suspect
 from vqa_sft.report.report_inputs import Inputs
 
 
@@ -31,6 +32,9 @@ def rank_rows(inputs: Inputs) -> list[Ranked]:
     ]
     if len(inputs.inputs) > 1:
         lists.append(_changed(inputs))
+    found = suspect(first.predictions)
+    likely = [row for row in found.ranked if found.is_likely[row]]
+    lists.append(Ranked("labels", "Likely label errors", likely, "If the model was not trained on these rows."))
     return [ranked for ranked in lists if ranked.rows]
 
 
