@@ -4,6 +4,7 @@ import torch.nn.functional as F
 import transformers
 from trainers import SPELLING, build_trainer
 
+from vqa_sft.batch.collator import TARGET_KEYS
 from vqa_sft.batch.prompts import Prompts, render_prompt
 from vqa_sft.images import open_image
 from vqa_sft.models.fast import speedups
@@ -235,3 +236,10 @@ def test_the_log_tells_the_accuracy_and_the_letters_share_of_the_vocabulary(fami
     log = trainer.state.log_history[0]
     assert log["letters_mass"] == pytest.approx(letters.sum(dim=1).mean().item(), rel=1e-3)
     assert log["accuracy"] == pytest.approx((letters.argmax(dim=1) == batch["answers"]).float().mean().item())
+
+
+def test_a_mixture_computes_no_loss_that_balances_its_experts(families, contest, tmp_path):
+    trainer, examples, _ = build_trainer(families("qwen3_vl_moe"), contest, tmp_path / "run", 4)
+    assert not trainer.aux_loss_enabled
+    inputs = {name: value for name, value in trainer.data_collator(list(examples)).items() if name not in TARGET_KEYS}
+    assert trainer.model(**inputs).aux_loss is None

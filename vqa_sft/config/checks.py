@@ -35,6 +35,7 @@ REFUSED = {
     "batch_eval_metrics": "metrics are computed over all validation rows at once",
     "enable_jit_checkpoint": "a SIGTERM saves and stops by itself, and these checkpoints would not count",
     "train_sampling_strategy": "padded rows of like length share a batch as it is, and packed ones have no padding",
+    "router_aux_loss_coef": "the loss that balances experts is left out: their routers are frozen",
     "chat_template_path": "the prompt would no longer be the model's own",
     "eos_token": "nothing is generated",
     "pad_token": "the tokenizer has one",

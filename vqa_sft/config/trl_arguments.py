@@ -37,6 +37,8 @@ VALIDATION_DEFAULTS = {
 }
 # What the collator and the trainer rely on.
 FIXED = {"remove_unused_columns": False, "max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+# Else TRL lets mixtures compute a load-balancing loss, of which `compute_loss` takes nothing.
+FIXED |= {"router_aux_loss_coef": 0.0}
 
 
 def build_model_args(values: dict[str, Any]) -> "ModelConfig":

@@ -137,6 +137,12 @@ def test_layers_that_are_not_compiled_say_why(families, family, capsys):
     assert "layers are not compiled: that needs a GPU of compute capability 8.0" in capsys.readouterr().out
 
 
+def test_a_mixture_whose_configuration_asks_for_router_logits_gives_none(families):
+    model = load_model(ModelConfig(model_name_or_path=families("qwen3_5_moe"), dtype=None), "fp32")
+    model.config.text_config.output_router_logits = True
+    assert speedups.pack_rows(model, "fp32").keeps_answers and not model.config.text_config.output_router_logits
+
+
 def test_many_packed_rows_are_compiled_and_padded_ones_where_the_recipe_asks(families):
     packed, padded = (AutoConfig.from_pretrained(families(name)) for name in ("qwen2_5_vl", "lfm2_vl"))
     assert speedups.pays_compilation(packed, 3000, None) and not speedups.pays_compilation(packed, 2999, None)

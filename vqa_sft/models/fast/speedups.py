@@ -55,6 +55,10 @@ def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) ->
     for module in model.modules():
         if hasattr(module, "num_key_value_groups"):
             module.use_varlen = use_varlen
+    if getattr(config.text_config, "output_router_logits", False):
+        config.text_config.output_router_logits = (
+            False  # for a loss over all tokens, which the last layer no longer has
+        )
     layers = model.get_decoder().layers
     # Qwen3-VL adds image features after its first layers, at every place.
     keeps = answers_only and num_deepstack(config) < len(layers) and keep_only_answers(layers[-1])
