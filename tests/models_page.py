@@ -11,16 +11,21 @@ from quantised import NOT_IN_FP8
 from transformers import AutoConfig, PreTrainedModel
 from trl import ModelConfig
 
+from vqa_sft.batch.image_rules import sizes_of
 from vqa_sft.errors import InputError
 from vqa_sft.models.families import FAMILIES
 from vqa_sft.models.fast.packing import why_not
+from vqa_sft.models.load import load_processor
 from vqa_sft.models.lora import lora_config
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
-HEAD = ("family", "`model_type`", "for example", "an adapter goes to", "if asked", "rows", "tower")
+HEAD = ("family", "`model_type`", "for example", "an adapter goes to", "if asked", "image size", "rows", "tower")
 HEAD += ("4 bit", "FP8", "memory", "tested in")
 # What was run on a GPU as well, with random weights: 4 bit and FP8.
 ON_H200: dict[str, tuple[str, ...]] = {"4 bit": (), "FP8": ("qwen3_vl", "qwen3_vl_moe")}
+# Words of a label of batch/image_rules.py, and the rule.
+IMAGE_RULES = {"px a token": "area", "max_soft_tokens": "token budget", "tiles": "tiles", "slices": "slices"}
+IMAGE_RULES |= {"longest edge": "longest edge"}
 # What a linear layer of the language model is, by its name; the first that fits.
 KINDS = {
     "shared experts": r"shared_expert",
@@ -55,6 +60,7 @@ def write_table(folder: Callable[[str], str]) -> str:
                 examples,
                 ", ".join(found),
                 ", ".join(asked),
+                _image_rule(folder(variants[model_type][0])),
                 "padded" if is_padded else "packed",
                 "fast" if family.packed else "",
                 _tested("4 bit", variants[model_type]),
@@ -75,6 +81,13 @@ def _tested(what: str, names: list[str], but: tuple[str, ...] = ()) -> str:
     if tested and tested != names:
         where.append("dense models")
     return ", ".join(where)
+
+
+def _image_rule(folder: str) -> str:
+    """What `max_pixels` becomes, from the words in which `check` says it."""
+    sizes = sizes_of(load_processor(folder))
+    label = sizes.now.label if sizes else ""
+    return next((rule for words, rule in IMAGE_RULES.items() if words in label), "its own")
 
 
 def _adapted(folder: str) -> tuple[dict[str, None], dict[str, None]]:
