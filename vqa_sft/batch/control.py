@@ -77,20 +77,15 @@ def _key(image: dict) -> Any:
 
 def group_rows(keys: Sequence[Sequence[Any]]) -> list[int]:
     """A number for each row, the same for rows that share an image, be it through other rows."""
-    above: dict[int, int] = {}
-    first: dict[Any, int] = {}
+    from scipy.sparse import coo_array  # with which the help of a command would be slow
+    from scipy.sparse.csgraph import connected_components
 
-    def top(row: int) -> int:
-        while (parent := above.get(row, row)) != row:
-            row = parent
-        return row
-
-    for row, of_row in enumerate(keys):
-        for key in of_row:
-            one, other = sorted((top(row), top(first.setdefault(key, row))))
-            if one != other:
-                above[other] = one
-    return [top(row) for row in range(len(keys))]
+    numbers: dict[Any, int] = {}  # of images, after those of the rows
+    edges = [(row, numbers.setdefault(key, len(keys) + len(numbers))) for row, of in enumerate(keys) for key in of]
+    size = len(keys) + len(numbers)
+    rows, images = zip(*edges, strict=True) if edges else ((), ())
+    graph = coo_array(([1] * len(edges), (rows, images)), shape=(size, size))
+    return connected_components(graph, directed=False)[1][: len(keys)].tolist()
 
 
 def derange(groups: Sequence[int], seed: int = 0) -> list[int]:
