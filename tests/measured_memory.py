@@ -41,10 +41,20 @@ POINTS = [
     Point(B7, MIXED(8, eval_batch=16, checkpointing=True), 19.4, within=15, rank=16),
     Point(B3, replace(MIXED(4, eval_batch=8, checkpointing=True), max_pixels=401408), 10.0, within=15, rank=16),
     Point(B8, replace(MIXED(4, eval_batch=8), max_pixels=768 * 768), 37.5, within=15),
-    # One H200, torch 2.11; of the last, TRL by default, which has no adapter on the experts either.
+    # One H200, torch 2.11; `fast=False` is TRL by default.
     Point("OpenGVLab/InternVL3_5-8B-HF", OTHERS(16, checkpointing=True, **LESS), 28.4, within=5),
     Point("Qwen/Qwen3.5-9B", OTHERS(16), 73.7, within=5),
     Point("google/gemma-4-12B-it", replace(OTHERS(16, checkpointing=True), max_pixels=280 * 48**2), 31.1, within=5),
+    Point(B8, FIXED(16, **LESS), 34.0, within=15),
+    Point(B8, OTHERS(8, fast=False, checkpointing=True), 19.6, within=5),
+    Point("OpenGVLab/InternVL3_5-8B-HF", OTHERS(8, fast=False, checkpointing=True), 19.9, within=5),
+    Point("Qwen/Qwen3.5-9B", OTHERS(8, fast=False, checkpointing=True), 20.3, within=10),
+    Point(
+        "google/gemma-4-12B-it",
+        replace(OTHERS(8, fast=False, checkpointing=True), max_pixels=280 * 48**2),
+        26.9,
+        within=5,
+    ),
     # As a T4 sees them, recipes as they stand; Qwen3.5 in plain PyTorch.
     Point("Qwen/Qwen3.5-4B", replace(MIXED(4, eval_batch=8, kernels=False, **T4), max_pixels=384**2), 5.04, 10, 16),
     Point("google/gemma-4-E4B-it", replace(MIXED(4, eval_batch=8, **T4), max_pixels=140 * 48**2), 10.67, 5, 16),
