@@ -6,11 +6,12 @@ from vqa_sft.lab import benchmark
 def test_the_table_has_a_line_for_every_case_failed_or_not():
     cases = [benchmark.Case(name, "train", "tiny", baseline="a") for name in "abc"]
     done = {"examples_per_s": 3.14, "rows_a_step": 16, "peak_gib": 12.3, "compilations": 6, "idle": 0.04, "tflop": 10}
+    done |= {"first_steps_s": 61.2}
     results = {"a": done, "b": {"failed": 2}, "c": done | {"examples_per_s": 31.4}}
     assert benchmark.table(cases, results, 785).splitlines()[2:] == [
-        "| a | 16 | 3.1 | 1.0 | 12.3 | 4% | 6 | 4% |",
-        "| b | | failed with exit code 2 | | | | | |",
-        "| c | 16 | 31.4 | 10.0 | 12.3 | 40% | 6 | 4% |",
+        "| a | 16 | 3.1 | 1.0 | 12.3 | 4% | 6 | 4% | 61 s |",
+        "| b | | failed with exit code 2 | | | | | | |",
+        "| c | 16 | 31.4 | 10.0 | 12.3 | 40% | 6 | 4% | 61 s |",
     ]
 
 

@@ -12,7 +12,8 @@ noise. Every case is a process of its own that runs `recipes/sft.py`, `recipes/p
 own collator. Speed and memory do not depend on what the weights are; accuracy means nothing here.
 
 The share of peak counts needed work only (needed_work.py): never padding or what is computed twice. The peak is that of
-a bf16 matrix product on the same GPU. The idle share is what is left of the wall time without the kernels' own.
+a bf16 matrix product on the same GPU. The idle share is what is left of the wall time without the kernels' own. The
+last column is the time until three steps are done: from the start of training, or of a process that scores.
 
 `--as-t4` shows a recipe what a T4 shows it: an allocator that ends at 13.8 GiB (14.56 less its context), compute
 capability 7.5, neither flash nor cuDNN attention. Its speed cannot be had that way.
@@ -37,7 +38,8 @@ from vqa_sft.config.fields import read_yaml
 from vqa_sft.errors import InputError, exits_with_message
 
 T4_GIB = 13.8
-WARM_UP, PROFILED = 6, 3  # steps before and after those that are timed
+# Steps: until all that is compiled was, in most cases; before those that are timed; after them.
+STARTED, WARM_UP, PROFILED = 3, 6, 3
 QWEN_7B, QWEN_3B, QWEN3_8B = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7B", "2.5-VL-3B", "3-VL-8B"))
 # label, shape, recipe; TRL beside them
 FAMILIES = (
@@ -168,6 +170,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="timed steps per case")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark"), help="folder for models, data and runs")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the recipes")
+    parser.add_argument("--kernels", type=int, default=0, help="print so many of the kernels that take the most time")
     parser.add_argument("--as-t4", action="store_true", help="show the recipes a T4")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU")
     args = parser.parse_args()
@@ -239,6 +242,7 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     for name, value in options.items():
         recipe += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     inside = {"result": str(result), "steps": args.steps, "as_t4": args.as_t4, "cap_gib": case.cap_gib}
+    inside |= {"kernels": args.kernels}
     if case.kind == "trl":
         arguments = [str(model), str(data), str(case.batch_size), str(options["max_pixels"]), str(options["max_steps"])]
         _inside("trl", [*arguments, json.dumps(case.options)], inside, work)
@@ -291,12 +295,12 @@ def measure_peak_tflops() -> float:
 
 def table(cases: list[Case], results: dict[str, dict], peak_tflops: float | None) -> str:
     """A Markdown table, one line a case."""
-    lines = ["| | rows a step | examples/s | ratio | peak GiB | share of peak | compilations | GPU idle |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = ["| | rows a step | examples/s | ratio | peak GiB | share of peak | compilations | GPU idle | 3 steps |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for case in cases:
         found = results[case.name]
         if "failed" in found:
-            lines.append(f"| {case.name} | | failed with exit code {found['failed']} | | | | | |")
+            lines.append(f"| {case.name} | | failed with exit code {found['failed']} | | | | | | |")
             continue
         speed, base = found["examples_per_s"], results.get(case.baseline or "", {}).get("examples_per_s")
         ratio = f"{speed / base:.1f}" if base else ""
@@ -305,7 +309,7 @@ def table(cases: list[Case], results: dict[str, dict], peak_tflops: float | None
         memory = f"{found['peak_gib']:.1f}" if found.get("peak_gib") else ""
         lines.append(
             f"| {case.name} | {found['rows_a_step']} | {speed:.1f} | {ratio} | {memory} | {share} "
-            f"| {found['compilations']} | {idle} |"
+            f"| {found['compilations']} | {idle} | {found['first_steps_s']:.0f} s |"
         )
     return "\n".join(lines)
 
@@ -352,8 +356,9 @@ def mean_tflop(model: Path, data: Path, max_pixels: int | None, case: Case) -> f
 class Watch:
     """Times steps: `WARM_UP` without, `steps` with the clock, `PROFILED` under the profiler for the idle share."""
 
-    def __init__(self, steps: int, result: str | None) -> None:
-        self.steps, self.result = steps, result
+    def __init__(self, steps: int, result: str | None, num_kernels: int = 0) -> None:
+        self.steps, self.result, self.num_kernels = steps, result, num_kernels
+        self.begin_s = time.perf_counter()
         self.num_steps = self.num_rows = 0
         self.values: dict[str, Any] = {}
         self.profiler: Any = None
@@ -365,11 +370,13 @@ class Watch:
         self.num_steps += 1
         self.num_rows += num_rows
         on_gpu = torch.cuda.is_available()
-        if self.num_steps in (WARM_UP, WARM_UP + self.steps, WARM_UP + self.steps + PROFILED):
+        if self.num_steps in (STARTED, WARM_UP, WARM_UP + self.steps, WARM_UP + self.steps + PROFILED):
             if on_gpu:
                 torch.cuda.synchronize()
             now_s = time.perf_counter()
-        if self.num_steps == WARM_UP:
+        if self.num_steps == STARTED:
+            self.values["first_steps_s"] = now_s - self.begin_s
+        elif self.num_steps == WARM_UP:
             self.start_s, self.num_rows = now_s, 0
         elif self.num_steps == WARM_UP + self.steps:
             self.values["examples_per_s"] = self.num_rows / (now_s - self.start_s)
@@ -380,8 +387,11 @@ class Watch:
                 self.start_s = time.perf_counter()
         elif self.num_steps == WARM_UP + self.steps + PROFILED and self.profiler:
             self.profiler.stop()
-            kernels_s = sum(event.self_device_time_total for event in self.profiler.key_averages()) / 1e6
+            kernels = {event.key: event.self_device_time_total / 1e6 for event in self.profiler.key_averages()}
+            kernels_s = sum(kernels.values())
             self.values["idle"] = max(0.0, 1 - kernels_s / (now_s - self.start_s))
+            longest = sorted(kernels, key=lambda name: -kernels[name])[: self.num_kernels]
+            self.values["kernels"] = {name[:80]: f"{kernels[name] / kernels_s:.1%}" for name in longest}
 
     def finish(self) -> None:
         import torch
@@ -417,9 +427,12 @@ def run_inside(argv: list[str]) -> None:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.get_device_capability = lambda device=None: (7, 5)
-    watch = Watch(how["steps"], how["result"])
+    watch = Watch(how["steps"], how["result"], how["kernels"])
 
     class StepsOfTrainer(transformers.TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            watch.begin_s = time.perf_counter()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             watch.tick(args.per_device_train_batch_size * args.gradient_accumulation_steps)
 

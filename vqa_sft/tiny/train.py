@@ -8,6 +8,7 @@ All pictures are drawn once by all CPU cores and stay on the device as bytes; ev
 task (tasks.py), so a step is a gather, a forward and a backward (forward.py). All have one shape.
 """
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -78,8 +79,7 @@ def train(output: Path, settings: Settings) -> None:
 
     model = build_model(settings.family, processor.tokenizer, settings.seed).to(device)
     print(f"{model.num_parameters():,} parameters", flush=True)
-    run_steps(model, pictures, validation, settings)
-    save(model, output)
+    run_steps(model, pictures, validation, settings, output)
 
 
 def tokenizer_texts() -> list[str]:
@@ -184,8 +184,11 @@ def _join_answer(
 # ---- training
 
 
-def run_steps(model: PreTrainedModel, pictures: Pictures, validation: Pictures, settings: Settings) -> None:
-    """AdamW, one cycle, bf16 on a GPU; prints the loss and the accuracy on validation pictures now and then."""
+def run_steps(
+    model: PreTrainedModel, pictures: Pictures, validation: Pictures, settings: Settings, output: Path
+) -> None:
+    """AdamW, one cycle, bf16 on a GPU; every 500 steps prints the loss and the accuracy on validation pictures, and
+    saves: whoever stops the training has those weights."""
     on_gpu = pictures.pixels.is_cuda
     loss_function = compile_loss(model) if on_gpu else answer_loss
     groups = parameter_groups(model, settings)
@@ -207,9 +210,11 @@ def run_steps(model: PreTrainedModel, pictures: Pictures, validation: Pictures, 
         losses.append(loss.detach())
         if (step + 1) % 500 == 0:
             report(model, validation, step + 1, losses, start_s)
+            save(model, output)
             losses = []
     if losses:
         report(model, validation, step + 1, losses, start_s)
+    save(model, output)
 
 
 def report(
@@ -328,4 +333,4 @@ def quick_accuracy(model: PreTrainedModel, pictures: Pictures) -> dict[str, floa
 
 def save(model: PreTrainedModel, output: Path) -> None:
     """bfloat16 halves the file; the card's score is that of the rounded weights."""
-    model.to(torch.bfloat16).save_pretrained(output)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(output)
