@@ -5,6 +5,7 @@ import io
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ from vqa_sft.batch.prompts import builtin_prompts
 from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.options import ReadOptions
+from vqa_sft.errors import InputError
 from vqa_sft.predictions.compare import describe as describe_changes
 from vqa_sft.predictions.file import Predictions, answers_as, read_predictions, write_predictions
 from vqa_sft.predictions.metrics import describe, full_metrics, softmax, with_intervals
 from vqa_sft.report.report_groups import find_language, make_groups, share_of
 from vqa_sft.report.report_inputs import read_inputs
-from vqa_sft.report.report_page import PAGE_START, write_report
+from vqa_sft.report.report_page import PAGE_START, report_new, write_report
 from vqa_sft.report.report_plots import bins_of
 from vqa_sft.report.report_wall import choose, rank_rows, whole_starts
 from vqa_sft.runs import folder as run_folder
@@ -234,6 +236,20 @@ def test_a_run_brings_its_own_data_and_its_curves(contest):
     assert "Questions and images are not shown: no such file: " in said and "Give --data" in html.unescape(page)
     page, said = page_of(contest, run, data="moved.csv")
     assert "Which colour has the square?" in page
+
+
+def test_a_training_ends_with_a_page_or_with_why_there_is_none(contest, monkeypatch):
+    run = make_run(contest, contest / "run")
+    assert report_new(run) == f"Wrote {run / 'report.html'}: 24 of 24 rows are on the page; its numbers are of all."
+    page, later = (run / "report.html").read_bytes(), f"Later: vqa-sft report {run} --output {run / 'report.html'}"
+    for error, says in (
+        (OSError(errno.ENOSPC, "No space left on device"), "no room is left on the disk"),
+        (InputError("the log is damaged."), "No page was written: the log is damaged. The run is whole."),
+        (MemoryError(), "No page was written: MemoryError"),
+    ):
+        monkeypatch.setattr("vqa_sft.report.report_page.render", Mock(side_effect=error))
+        said = report_new(run)
+        assert says in said and said.endswith(later) and "\n" not in said and (run / "report.html").read_bytes() == page
 
 
 def test_a_run_that_was_asked_whether_it_looks_says_it(contest):

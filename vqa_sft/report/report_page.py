@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vqa_sft.errors import InputError, safe
+from vqa_sft.errors import InputError, breakdown, safe
 from vqa_sft.files import begins_with, check_output, write_whole
 from vqa_sft.predictions.ensemble import take
 from vqa_sft.predictions.score import METRICS, score_lines, split_name
@@ -21,6 +21,7 @@ from vqa_sft.report.report_plots import make_plots
 from vqa_sft.report.report_wall import choose, rank_rows, whole_starts
 
 PAGE_START = "<!DOCTYPE html>\n<!-- Written by vqa-sft report -->\n"
+REPORT = "report.html"  # in a run folder
 
 
 def write_report(
@@ -44,6 +45,18 @@ def write_report(
     )
     inputs = read_inputs(items, answers, data, **options)
     return "\n".join([*map(safe, inputs.notes), write_page(output, inputs, max_rows)])
+
+
+def report_new(folder: str | Path) -> str:
+    """`write_report` at the end of a training, into its folder. Whatever goes wrong is said in one line: the run is
+    whole without a page."""
+    path = Path(folder) / REPORT
+    try:
+        return write_report([str(folder)], output=path)
+    except Exception as error:
+        what = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        said = breakdown(error) or f"{what}{' '.join(str(error).split())}"
+        return safe(f"No page was written: {said} The run is whole. Later: vqa-sft report {folder} --output {path}")
 
 
 def write_page(path: str | Path, inputs: Inputs, max_rows: int = 1000) -> str:
