@@ -43,6 +43,9 @@ def test_lists_filters_and_search_stand_in_the_address(contest, browse):
         assert ids_shown(browse(page, f"#list={ranked.key}")) == [inputs.ids[row] for row in ranked.rows]
     assert ids_shown(browse(page)) == [inputs.ids[row] for row in rank_rows(inputs)[0].rows]
     wrong = [row_id for i, row_id in enumerate(inputs.ids) if inputs.inputs[0].best[i] != inputs.answers[i]]
+    second = inputs.inputs[1].best == inputs.answers
+    won = [row_id for row_id, is_right in zip(inputs.ids, second, strict=True) if row_id in wrong and is_right]
+    assert ids_shown(browse(page, "#result=wrong&result2=correct")) == won and won
     document = browse(page, "#result=wrong")
     assert ids_shown(document) == wrong and f"{len(wrong)} rows shown" in document
     assert len(ids_shown(browse(page, "#type=colour"))) == 24 and ids_shown(browse(page, "#type=nothing"))

@@ -17,9 +17,10 @@ from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError
+from vqa_sft.predictions.blind import paired
 from vqa_sft.predictions.compare import describe as describe_changes
 from vqa_sft.predictions.file import Predictions, answers_as, read_predictions, write_predictions
-from vqa_sft.predictions.metrics import describe, full_metrics, softmax, with_intervals
+from vqa_sft.predictions.metrics import describe, differences, full_metrics, softmax, with_intervals
 from vqa_sft.report.report_groups import find_language, make_groups, share_of
 from vqa_sft.report.report_inputs import read_inputs
 from vqa_sft.report.report_page import PAGE_START, report_new, write_report
@@ -62,6 +63,11 @@ def cards_of(page):
     """Id -> the card's tag and what is in it."""
     found = re.findall(r"<article (.*?)</article>", page, re.DOTALL)
     return {html.unescape(re.search(r'data-id="(.*?)"', card, re.DOTALL)[1]): card for card in found}
+
+
+def cells_of(row):
+    """Of a line of a table, those with intervals."""
+    return [re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<td[^>]*>([^<]*<span.*?)</td>", row)]
 
 
 @pytest.fixture
@@ -118,7 +124,7 @@ def test_metrics_are_those_of_score_and_groups_add_up(contest):
     rows = re.findall(r"<tr><th scope=\"row\"><bdi>.*?</tr>", page)
     for row, probs in zip(rows, (softmax(predictions.choice_logits), predictions.probs), strict=True):
         values = with_intervals(probs, predictions.answers)
-        assert describe(values, [*full_metrics(probs, predictions.answers)]) == re.findall(r">([\d.]+ \[.*?\])<", row)
+        assert describe(values, [*full_metrics(probs, predictions.answers)]) == cells_of(row)
     right = [best == answer for best, answer in zip(predictions.best, predictions.answers, strict=True)]
     for group in make_groups(read_inputs([str(file)], data=str(contest / "train.csv"))):
         assert sum(line.num_rows for line in group.lines) == 24
@@ -155,15 +161,37 @@ def test_lists_hold_confident_errors_uncertain_disagreeing_and_changed_rows(cont
     margins = [np.sort(probs)[-1] - np.sort(probs)[-2] for probs in first.probs]
     assert lists["uncertain"].rows == sorted(range(24), key=lambda row: margins[row])
     assert lists["disagree"].rows == [5, 3]
-    assert sorted(lists["changed"].rows) == np.flatnonzero(first.best != second.best).tolist()
-    assert lists["changed"].note in describe_changes(one, other) and "p = " in lists["changed"].note
-    lost = [row for row in lists["changed"].rows if first.best[row] == inputs.answers[row]]
-    assert lists["changed"].rows[: len(lost)] == lost
+    assert sorted(lists["changed2"].rows) == np.flatnonzero(first.best != second.best).tolist()
+    assert lists["changed2"].note in describe_changes(one, other) and "p = " in lists["changed2"].note
+    lost = [row for row in lists["changed2"].rows if first.best[row] == inputs.answers[row]]
+    assert lists["changed2"].rows[: len(lost)] == lost
     given = np.array([probs[answer] for probs, answer in zip(first.probs, inputs.answers, strict=True)])
     likely = [row for row in errors if first.probs[row].max() >= given.mean()]
     assert lists["labels"].rows == sorted(likely, key=lambda row: given[row]) and likely
     cards = cards_of(page_of(contest, one, other)[0])
     assert "Views that agree: 1: 25%, 2: 100%" in cards["row_005"] and "Views that" not in cards["row_006"]
+
+
+def test_runs_side_by_side_have_paired_differences_by_metric_and_by_kind(contest):
+    files = [scored(contest), scored(contest, seed=1), scored(contest, seed=2)]
+    inputs = read_inputs([*map(str, files)], data=str(contest / "train.csv"))
+    page, _ = page_of(contest, *files)
+    was, other, now = (one.probs for one in inputs.inputs)
+    row = re.search(r"<bdi>3 minus 1</bdi>.*?</tr>", page)[0]
+    cells = describe(differences(was, now, inputs.answers), [*full_metrics(was, inputs.answers)], sign="+")
+    assert cells == cells_of(row)
+    letters = next(group for group in make_groups(inputs) if group.title == "letter of the answer")
+    line = next(line for line in letters.lines if line.label == "B")
+    right = [one.best[inputs.answers == 1] == 1 for one in inputs.inputs]
+    assert [more.accuracy for more in line.differences] == [one.mean() - right[0].mean() for one in right[1:]]
+    more = line.differences[1]
+    assert [more.low, more.high] == paired(right[2], right[0]) and f"{more.accuracy:+.3f} <span" in page
+    changed = [ranked for ranked in rank_rows(inputs) if ranked.key.startswith("changed")]
+    assert [ranked.title for ranked in changed] == ["Changed from 1 to 2", "Changed from 1 to 3"]
+    for ranked, file in zip(changed, files[1:], strict=True):
+        assert ranked.note in describe_changes(files[0], file)
+    results = ["correct" if one.best[4] == inputs.answers[4] else "wrong" for one in inputs.inputs]
+    assert f'data-results="{" ".join(results)}"' in cards_of(page)["row_004"]
 
 
 def test_every_list_has_its_first_rows_on_the_page_and_no_holes(contest):
@@ -211,7 +239,7 @@ def test_answers_of_some_rows_give_the_metrics_of_these(contest):
     write_predictions(file, predictions)
     page, _ = page_of(contest, file, data=None)
     accuracy = full_metrics(predictions.probs[:10], known)["accuracy"]
-    assert "of which 10 have a known answer" in page and f'data-name="accuracy">{accuracy:.4f} [' in page
+    assert "of which 10 have a known answer" in page and f'data-name="accuracy">{accuracy:.4f} <span' in page
 
 
 def make_run(contest, folder, **recipe):

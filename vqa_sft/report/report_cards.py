@@ -83,7 +83,7 @@ def _facts(inputs: Inputs, row: int, example: Mapping[str, Any] | None) -> dict[
     return {
         "id": inputs.ids[row],
         "type": example["question_type"] if example else "",
-        "result": "unknown" if answer < 0 else "correct" if first.best[row] == answer else "wrong",
+        "results": ["correct" if one.best[row] == answer else "wrong" for one in inputs.inputs if answer >= 0],
         "question": example["question"] if example else None,
         "context": example["context"] if example else "",
         "num_more": max(0, len(example["images"]) - _MAX_THUMBNAILS) if example else 0,

@@ -12,6 +12,7 @@ from typing import Any
 from vqa_sft.errors import InputError, breakdown, safe
 from vqa_sft.files import begins_with, check_output, write_whole
 from vqa_sft.predictions.ensemble import take
+from vqa_sft.predictions.metrics import describe, differences
 from vqa_sft.predictions.score import METRICS, score_lines, split_name
 from vqa_sft.report.page import read_markup, render
 from vqa_sft.report.report_cards import make_cards
@@ -91,6 +92,12 @@ def write_page(path: str | Path, inputs: Inputs, max_rows: int = 1000) -> str:
 
 
 def _metric_lines(inputs: Inputs) -> Iterator[list[str]]:
-    """As `vqa-sft score` prints them, of the rows with an answer."""
-    for one in inputs.inputs if len(inputs.answered) else ():
-        yield from score_lines(one.name, take(one.predictions, inputs.answered.tolist()))
+    """As `vqa-sft score` prints them, of the rows with an answer; then what each input has more than the first."""
+    if not len(inputs.answered):
+        return
+    files = [take(one.predictions, inputs.answered.tolist()) for one in inputs.inputs]
+    for one, file in zip(inputs.inputs, files, strict=True):
+        yield from score_lines(one.name, file)
+    for number, file in enumerate(files[1:], 2):
+        found = differences(files[0].probs, file.probs, file.answers)
+        yield [f"{number} minus 1", f"{len(file.ids):,}", *describe(found, METRICS, sign="+")]
