@@ -78,7 +78,7 @@ FRAME = """<iframe src="spied.html#search=row_00" width="400" height="900" style
 <script>onmessage = (event) => { document.querySelector("pre").textContent = JSON.stringify(event.data); };</script>"""
 
 
-def test_nothing_is_wider_than_a_phone_and_buttons_give_the_ids(hostile, browse):  # noqa: F811
+def test_nothing_is_wider_than_a_phone_and_buttons_give_the_ids(hostile, browse, run):  # noqa: F811
     page, _ = page_of(hostile, scored(hostile), scored(hostile, seed=1), scored(hostile, seed=2))
     page = re.sub(r"<meta http-equiv[^>]*>", "", page).replace("</body>", SPY)
     (hostile / "spied.html").write_text(page, encoding="utf-8")
@@ -88,4 +88,7 @@ def test_nothing_is_wider_than_a_phone_and_buttons_give_the_ids(hostile, browse)
     assert width == 400 and scroll_width <= width
     ids = [f"row_00{i}" for i in range(5, 10)]
     lines = "".join(f"{row_id}\n" for row_id in ids)
+    (hostile / "ids.txt").write_text(copied[2], encoding="utf-8")
+    run("check", hostile / "train.csv", "--only", hostile / "ids.txt", "--fix", hostile / "some.csv")
+    assert [line[:7] for line in (hostile / "some.csv").read_text().splitlines()[1:]] == ["row_005", "row_009"]
     assert copied == [lines, "keep_rows: " + json.dumps({"id": ids}).replace(" ", "") + "\n", lines]

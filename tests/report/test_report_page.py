@@ -1,4 +1,5 @@
 import base64
+import csv
 import errno
 import html
 import io
@@ -362,6 +363,21 @@ def test_languages_are_told_by_their_letters():
     }
     texts |= {"What is this?": "Latin letters", "ما هذا؟": "Arabic letters", "Что это? OK": "Cyrillic letters"}
     assert {text: find_language(text) for text in texts} == texts
+
+
+def test_ids_of_the_page_find_their_lines_of_the_csv(hostile, run):
+    cards = cards_of(page_of(hostile, scored(hostile))[0])
+    wrong = {row_id for row_id, card in cards.items() if 'data-results="wrong"' in card} | {[*cards][1], "row_006"}
+    (hostile / "ids.txt").write_text("".join(f"{row_id}\n" for row_id in wrong), encoding="utf-8")
+    for option, is_named in (("--only", True), ("--without", False)):
+        command = ("check", hostile / "train.csv", option, hostile / "ids.txt", "--fix", hostile / f"{is_named}.csv")
+        code, out, _ = run(*command)
+        usable = [row for i, row in enumerate(rows_of(hostile)) if i not in (4, 6, 7, 8)]
+        rows = [row for row in usable if (row["id"] in wrong) == is_named]
+        num_others = len(cards) - len(wrong) if is_named else len(wrong)
+        assert f": {len(rows)} rows, {24 - len(rows)} left out.\n  by the list of ids ({num_others})\n" in out
+        with (hostile / f"{is_named}.csv").open(newline="", encoding="utf-8") as file:
+            assert [*csv.DictReader(file)] == rows and rows
 
 
 def test_ids_are_copied_as_keep_rows_takes_them(contest):
