@@ -17,6 +17,7 @@ from vqa_sft.batch.prompts import builtin_prompts
 from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.options import ReadOptions
+from vqa_sft.data.split import write_parts
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.blind import paired
 from vqa_sft.predictions.compare import describe as describe_changes
@@ -243,15 +244,18 @@ def test_answers_of_some_rows_give_the_metrics_of_these(contest):
     assert "of which 10 have a known answer" in page and f'data-name="accuracy">{accuracy:.4f} <span' in page
 
 
-def make_run(contest, folder, **recipe):
-    """A finished run, as far as a page reads it."""
+def make_run(contest, folder, parts=None, validation="train.csv", **recipe):
+    """A finished run, as far as a page reads it. `parts` are those of its rows, which `validation` has some of."""
     folder.mkdir(parents=True)
-    columns = read_examples(str(contest / "train.csv")).columns
+    loaded = read_examples(str(contest / "train.csv"))
+    columns = loaded.columns
+    if parts:
+        write_parts(folder, [loaded], [parts])
     values = {"model_name_or_path": "tiny", "train_data": str(contest / "train.csv")} | recipe
     run = run_folder.Run(str(folder), values, builtin_prompts("en"), 4, columns, "fp32")
     run_folder.describe(run, num_rows={}, num_processes=1, micro_batch=1, accumulation=1)
     (folder / "log.csv").write_text("step,epoch,accuracy,eval_loss,loss\n1,0.5,0.25,,1.5\n2,1,0.5,1.25,1.25\n")
-    scored(contest).rename(folder / "validation.parquet")
+    scored(contest, name=validation).rename(folder / "validation.parquet")
     return folder
 
 

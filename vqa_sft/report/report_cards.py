@@ -91,6 +91,7 @@ def _facts(inputs: Inputs, row: int, example: Mapping[str, Any] | None) -> dict[
         "num_inputs": len(inputs.inputs),
         "others": [LETTERS[one.best[row]] for one in inputs.inputs[_SHOWN_INPUTS:]],
         "agreement": [float(share) for share in shares] if min(shares) < 1 - 1e-6 else [],
+        "in_training": inputs.in_training.get(row),
         "is_blanked": bool(blanked and blanked[row]),
     }
 

@@ -19,6 +19,7 @@ from vqa_sft.report.report_inputs import Data, Inputs
 
 CHARS, PIXELS = (10, 20, 40, 80, 160, 320), (224, 448, 896, 1792)  # upper ends of groups
 NO_IMAGE, NO_SIZE = "no image", "unknown"
+IN_TRAINING, NOT_IN_TRAINING = ("the same", "nearly the same"), "not there"
 # Scripts by the first word of a letter's name; others are named by that word.
 LANGUAGES = {"HANGUL": "Korean", "HIRAGANA": "Japanese", "KATAKANA": "Japanese", "CJK": "Chinese characters"}
 OTHER = "no letters"
@@ -69,6 +70,10 @@ def make_groups(inputs: Inputs) -> list[Group]:
         languages = [find_language(text) for text in questions]
         groups.append(("language, by the letters of the question", languages, _by_count(languages, rows)))
         groups.append(("longer side of the image, pixels", *_sizes(inputs.data)))
+    if inputs.in_training:
+        bits = [inputs.in_training.get(row, (None, ""))[0] for row in range(len(inputs.ids))]
+        known = [NOT_IN_TRAINING if apart is None else IN_TRAINING[apart > 0] for apart in bits]
+        groups.append(("image in training", known, [*IN_TRAINING, NOT_IN_TRAINING]))
     counts = [str(number) for number in lengths]
     groups.append(("number of choices", counts, sorted({*counts}, key=int)))
     groups.append(("letter of the answer", [LETTERS[answer] for answer in inputs.answers], LETTERS))

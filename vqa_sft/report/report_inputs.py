@@ -61,10 +61,12 @@ class Input:
 
 @dataclass
 class Data:
-    """Questions, choices and images: row i is the example `places[i]` = (number of the source, position in it)."""
+    """Questions, choices and images: row i is the example `places[i]` = (number of the source, position in it). They
+    are the own data of the run in the folder `run`, where there is one."""
 
     sources: list[Loaded]
     places: list[tuple[int, int]]
+    run: Path | None = None
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         source, position = self.places[row]
@@ -82,11 +84,13 @@ class Data:
 
 @dataclass
 class Inputs:
-    """Everything a page is made of. `answers` (N,) is -1 where none is known; `notes` are for the reader."""
+    """Everything a page is made of. `answers` (N,) is -1 where none is known; `notes` are for the reader. `in_training`
+    tells of the rows with an image that training rows have too: row -> (bits by which the hashes differ, id there)."""
 
     inputs: list[Input]
     data: Data | None = None
     notes: list[str] = field(default_factory=list)
+    in_training: dict[int, tuple[int, str]] = field(default_factory=dict)
 
     @property
     def ids(self) -> list[str]:
@@ -178,6 +182,18 @@ def _find_data(inputs: Inputs, data: str | None, options: dict[str, Any]) -> Non
 
 def _read_own(folder: Path, predictions: Predictions) -> Data:
     """The rows of a run's own data. Raises InputError where some are not there as they were."""
+    sources = read_sources(folder)
+    place = find_places(sources)
+    keys = list(zip(predictions.ids, predictions.digests or [None] * len(predictions.ids), strict=True))
+    if missing := [row_id for row_id, digest in keys if (row_id, digest) not in place]:
+        files = ", ".join(loaded.name for loaded in sources)
+        raise InputError(f"{files} lacks {name_rows(missing, len(keys))}, or has other rows under these ids.")
+    return Data(sources, [place[key] for key in keys], folder)
+
+
+def read_sources(folder: Path) -> list[Loaded]:
+    """The training data of a run and, where its recipe names some, its validation data; of a stream the latter alone.
+    Raises InputError where they are not here."""
     run = read_run(runs_in(folder)[0])
     recipe = RecipeArguments.of_run(run.recipe)
     named = [] if recipe.streaming else [(recipe.train_data, recipe.data_options)]
@@ -188,7 +204,11 @@ def _read_own(folder: Path, predictions: Predictions) -> Data:
     for source, _ in named:
         if not find_files(as_list(source)) and not all(Path(name).is_dir() for name in as_list(source)):
             raise InputError(f"{source} is no file here.")  # and nothing is downloaded for a page
-    sources = [read_examples(source, options) for source, options in named]
+    return [read_examples(source, options) for source, options in named]
+
+
+def find_places(sources: Sequence[Loaded]) -> dict[tuple[str, str | None], tuple[int, int]]:
+    """(id, digest) and (id, None) -> number of the source and position in it, of every row."""
     place: dict[tuple[str, str | None], tuple[int, int]] = {}
     for number, loaded in enumerate(sources):
         for position, (row_id, digest) in enumerate(
@@ -196,11 +216,7 @@ def _read_own(folder: Path, predictions: Predictions) -> Data:
         ):
             place.setdefault((row_id, None), (number, position))
             place.setdefault((row_id, digest), (number, position))
-    keys = list(zip(predictions.ids, predictions.digests or [None] * len(predictions.ids), strict=True))
-    if missing := [row_id for row_id, digest in keys if (row_id, digest) not in place]:
-        files = ", ".join(loaded.name for loaded in sources)
-        raise InputError(f"{files} lacks {name_rows(missing, len(keys))}, or has other rows under these ids.")
-    return Data(sources, [place[key] for key in keys])
+    return place
 
 
 def _add_answers(inputs: Inputs, data: Data) -> None:

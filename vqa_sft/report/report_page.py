@@ -18,6 +18,7 @@ from vqa_sft.report.page import read_markup, render
 from vqa_sft.report.report_cards import make_cards
 from vqa_sft.report.report_groups import make_groups
 from vqa_sft.report.report_inputs import Inputs, read_inputs
+from vqa_sft.report.report_leakage import add_leakage
 from vqa_sft.report.report_plots import make_plots
 from vqa_sft.report.report_wall import choose, rank_rows, whole_starts
 
@@ -45,6 +46,7 @@ def write_report(
         kind="page of `vqa-sft report`",
     )
     inputs = read_inputs(items, answers, data, **options)
+    add_leakage(inputs)
     return "\n".join([*map(safe, inputs.notes), write_page(output, inputs, max_rows)])
 
 

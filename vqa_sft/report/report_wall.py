@@ -34,6 +34,8 @@ def rank_rows(inputs: Inputs) -> list[Ranked]:
     found = suspect(first.predictions)
     likely = [row for row in found.ranked if found.is_likely[row]]
     lists.append(Ranked("labels", "Likely label errors", likely, "If the model was not trained on these rows."))
+    leaked = sorted(inputs.in_training, key=inputs.in_training.get)
+    lists.append(Ranked("training", "Image in training too", leaked, "The same ones first, then the nearly same."))
     return [ranked for ranked in lists if ranked.rows]
 
 
