@@ -75,6 +75,7 @@ def test_a_run_folder_describes_itself(families, contest, sft, tmp_path):
     assert validation.metadata["prompts_digest"] == Prompts(system="Look closely.").digest
     page = (run / "report.html").read_text(encoding="utf-8")
     assert page.count("<article") == len(validation.ids) and "loss by step" in page
+    assert f"{run} was trained with no image of these rows, nor nearly the same one." in page
     card = (run / "README.md").read_text()
     assert "Look closely." in card and "seed: 3" in card and f"{metrics['nll']:.4f}" in card
     # Predict shows the same prompt, because the folder says so.

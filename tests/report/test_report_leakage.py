@@ -22,9 +22,10 @@ def leaky(contest):
 
 def test_images_of_training_are_found_among_those_of_validation(leaky):
     write_csv(leaky / "last.csv", rows_of(leaky)[16:])
-    run = make_run(leaky, leaky / "run", ["train"] * 16 + ["validation"] * 8, validation="last.csv")
+    parts = ["train"] * 16 + ["validation"] * 8
+    run = make_run(leaky, leaky / "run", parts, validation="last.csv", folds_file="folds.csv", fold=0)
     page, said = page_of(leaky, run, data=None)
-    note = "Beware: training had the image of 1 of these 8 rows, and nearly the image of 1."
+    note = "was trained with the image of 1 of these 8 rows, and with nearly the image of 1."
     assert note in said and note in page and "Image in training too: 2 of 2" in page
     cards = cards_of(page)
     assert "Training row <bdi>row_000</bdi> has the same image." in cards["row_016"]
@@ -47,12 +48,12 @@ def test_images_of_training_are_found_among_those_of_a_test_set(leaky):
     write_csv(leaky / "other.csv", rows[15:])  # one row is of training itself
     file = scored(leaky, seed=1, name="other.csv", metadata={"run": str(run)})
     assert (
-        "training had the image of 2 of these 9 rows, and nearly the image of 1."
+        "was trained with the image of 2 of these 9 rows, and with nearly the image of 1."
         in page_of(leaky, file, data="other.csv")[1]
     )
     write_csv(leaky / "other.csv", rows[18:])
     file = scored(leaky, seed=1, name="other.csv", metadata={"run": str(run)})
-    none = "No image of these rows, nor nearly the same, is among those of the 16 training rows."
+    none = "was trained with no image of these rows, nor nearly the same one."
     assert none in page_of(leaky, file, data="other.csv")[1]
     write_csv(leaky / "train.csv", rows[:15])
     assert "were not compared: the run in" in page_of(leaky, file, data="other.csv")[1]
@@ -61,10 +62,10 @@ def test_images_of_training_are_found_among_those_of_a_test_set(leaky):
 def test_images_of_training_are_found_between_folds(leaky):
     for fold in (0, 1):
         parts = ["validation" if i % 2 == fold else "train" for i in range(24)]
-        make_run(leaky, leaky / "run" / f"fold{fold}", parts)
+        make_run(leaky, leaky / "run" / f"fold{fold}", parts, folds_file="folds.csv", fold="all")
     (leaky / "run" / "fold0" / "validation.parquet").rename(leaky / "run" / "out_of_fold.parquet")
-    none = "No image of these rows, nor nearly the same, is among those of the 24 training rows."
+    none = "was trained with no image of these rows, nor nearly the same one."
     assert none in page_of(leaky, leaky / "run", data=None)[1]  # both pairs lie in one fold
     (leaky / "images/003.png").write_bytes((leaky / "images/000.png").read_bytes())
     said = page_of(leaky, leaky / "run", data=None)[1]
-    assert "training had the image of 3 of these 24 rows, and nearly the image of 0." in said
+    assert "was trained with the image of 3 of these 24 rows, and with nearly the image of 0." in said

@@ -1,6 +1,6 @@
 """Whether training had the images of the rows of a page, or nearly the same: accuracy there says little of new ones.
 
-It is what `vqa-sft check --test` finds, for the first input, where the run that made it is here. No torch.
+It is what `vqa-sft check --test` finds, where a run that made the predictions is here. No torch.
 """
 
 from collections.abc import Sequence
@@ -28,32 +28,36 @@ def add_leakage(inputs: Inputs) -> None:
         recipe = RecipeArguments.of_run(read_run(runs_in(folder)[0]).recipe)
         if recipe.streaming or not recipe.check_images or not (runs_in(folder)[0] / ROWS).is_file():
             return
-        num_training = _compare(inputs, data, folder, recipe.duplicate_distance)
+        distance = recipe.duplicate_distance
+        if data.run != folder or recipe.validation_data or recipe.folds_file:
+            _compare(inputs, data, folder, distance)  # else the split kept such images together
     except InputError as error:
         inputs.notes.append(f"Images of these rows and of training were not compared: {error}")
         return
-    nearly = "" if recipe.duplicate_distance is None else ", nor nearly the same,"
+    nearly = "" if distance is None else ", nor nearly the same one"
     if found := inputs.in_training.values():
         same = sum(bits == 0 for bits, _ in found)
         inputs.notes.append(
-            f"Beware: training had the image of {same:,} of these {len(inputs.ids):,} rows, and nearly the image of "
-            f"{len(found) - same:,}. Accuracy on them says little of new images."
+            f"Beware: {folder} was trained with the image of {same:,} of these {len(inputs.ids):,} rows, and with "
+            f"nearly the image of {len(found) - same:,}. Accuracy on them says little of new images."
         )
     else:
-        inputs.notes.append(f"No image of these rows{nearly} is among those of the {num_training:,} training rows.")
+        inputs.notes.append(f"{folder} was trained with no image of these rows{nearly}.")
 
 
 def _find_run(inputs: Inputs) -> Path | None:
-    """The folder of the run, or of the folds, that made the first input, if it is here."""
-    first = inputs.inputs[0]
-    named = first.predictions.metadata.get("run")
-    folder = first.folder or (Path(named) if isinstance(named, str) else None)
-    return folder if folder is not None and runs_in(folder) else None
+    """The folder of the first run, or of its folds, that made one of the inputs and is here."""
+    for one in inputs.inputs:
+        named = one.predictions.metadata.get("run")
+        folder = one.folder or (Path(named) if isinstance(named, str) else None)
+        if folder is not None and runs_in(folder):
+            return folder
+    return None
 
 
-def _compare(inputs: Inputs, data: Data, folder: Path, distance: int | None) -> int:
+def _compare(inputs: Inputs, data: Data, folder: Path, distance: int | None) -> None:
     """Each row with the training rows of every run, but a row that one fold validated on not with those of the other
-    folds; returns how many rows were trained on."""
+    folds."""
     own = data.run == folder
     sources = data.sources if own else read_sources(folder)
     if (num_rows := len(data.places) + len(sources[0].examples)) > MOST_ROWS:
@@ -75,7 +79,6 @@ def _compare(inputs: Inputs, data: Data, folder: Path, distance: int | None) -> 
             for i, (bits, other) in rows_in_training(tested, training.take(trained), distance).items():
                 found = bits, training_ids[trained[other]]
                 inputs.in_training[rows[i]] = min(inputs.in_training.get(rows[i], found), found)
-    return len({place for of_run in parts for place, part in of_run.items() if part == TRAIN})
 
 
 def _read_parts(run: Path, sources: Sequence[Loaded]) -> dict[tuple[int, int], str]:
