@@ -23,10 +23,10 @@ def leaky(contest):
 def test_images_of_training_are_found_among_those_of_validation(leaky):
     write_csv(leaky / "last.csv", rows_of(leaky)[16:])
     parts = ["train"] * 16 + ["validation"] * 8
-    run = make_run(leaky, leaky / "run", parts, validation="last.csv", folds_file="folds.csv", fold=0)
+    run = make_run(leaky, leaky / "<b>run", parts, validation="last.csv", folds_file="folds.csv", fold=0)
     page, said = page_of(leaky, run, data=None)
     note = "was trained with the image of 1 of these 8 rows, and with nearly the image of 1."
-    assert note in said and note in page and "Image in training too: 2 of 2" in page
+    assert note in said and note in page and "<b>" not in page and "Image in training too: 2 of 2" in page
     cards = cards_of(page)
     assert "Training row <bdi>row_000</bdi> has the same image." in cards["row_016"]
     assert "Training row <bdi>row_001</bdi> has nearly the same image." in cards["row_017"]

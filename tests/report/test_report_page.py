@@ -77,7 +77,7 @@ def hostile(contest):
     rows = rows_of(contest)
     for row, (name, text) in zip(rows, HOSTILE.items(), strict=False):
         row |= {"id": f"{name} {text}", "question": text, "a": text}
-    rows[6]["path"] = "images/nowhere.png"
+    rows[6]["path"] = "images/<svg onload=alert(6)>.png"
     rows[7]["path"] = "../outside.png"
     Image.new("RGB", (50, 50), "red").save(contest.parent / "outside.png")
     (contest / "images" / "008.png").write_bytes(b"no image")
@@ -228,6 +228,10 @@ def test_without_answers_and_without_data_the_page_shows_what_there_is(contest):
     page, said = page_of(contest, contest / "open.parquet", data=None)
     assert "of which 0 have a known answer" in page and "<h2>Metrics" not in page and "--data names the rows" in said
     assert "Least certain" in page and 'id="result"' not in page and len(cards_of(page)) == 24
+    predictions.choice_logits = predictions.choice_logits[::-1]
+    write_predictions(contest / "other.parquet", predictions)
+    page, _ = page_of(contest, contest / "open.parquet", contest / "other.parquet", data=None)
+    assert "Changed from 1 to 2" in page and "minus 1" not in page and "McNemar" not in page
     for source in ({"answers": str(contest / "test_answers.csv"), "data": None}, {"data": "train.csv"}):
         page, _ = page_of(contest, contest / "open.parquet", **source)
         assert "of which 24 have a known answer" in page and "<h2>Metrics" in page
