@@ -105,7 +105,7 @@ def train(recipe: Recipe, stop: SaveAndStop) -> Finished | Interrupted | Retry:
         print(write_results(recipe, rows, training_args, setup.prompts, predictions, metrics | of_validation))
         if predictions is not None and len(recipe.folders) == 1:  # folds are calibrated together
             print(calibrate_new(output_dir))
-            print(report_new(output_dir))
+            print(report_new(output_dir, rows.loaded))
         if recipe.values.get("push_to_hub"):
             push(recipe)
     return Finished()

@@ -278,6 +278,9 @@ def test_a_run_brings_its_own_data_and_its_curves(contest):
 def test_a_training_ends_with_a_page_or_with_why_there_is_none(contest, monkeypatch):
     run = make_run(contest, contest / "run")
     assert report_new(run) == f"Wrote {run / 'report.html'}: 24 of 24 rows are on the page; its numbers are of all."
+    loaded = read_examples(str(contest / "train.csv"))
+    (contest / "train.csv").rename(contest / "moved.csv")  # as a Hub dataset, which no page downloads
+    assert "not shown" in report_new(run) and report_new(run, [loaded]).startswith("Wrote")
     page, later = (run / "report.html").read_bytes(), f"Later: vqa-sft report {run} --output {run / 'report.html'}"
     for error, says in (
         (OSError(errno.ENOSPC, "No space left on device"), "no room is left on the disk"),

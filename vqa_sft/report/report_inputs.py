@@ -113,9 +113,15 @@ class Inputs:
         return (self.inputs[0].predictions.metadata.get(ANSWERS) or {}).get("id", "id")
 
 
-def read_inputs(items: Sequence[str], answers: str | None = None, data: str | None = None, **options: Any) -> Inputs:
+def read_inputs(
+    items: Sequence[str],
+    answers: str | None = None,
+    data: str | None = None,
+    own: Sequence[Loaded] | None = None,
+    **options: Any,
+) -> Inputs:
     """Prediction files and runs, as FILE, RUN or NAME=either. `answers` is a file of ids and answers; `data` are the
-    rows that were predicted; `options` say how these are read.
+    rows that were predicted; `options` say how these are read. `own` are the data of the run, where they were read.
 
     Raises InputError where something cannot be read, or the files are of different rows.
     """
@@ -130,7 +136,7 @@ def read_inputs(items: Sequence[str], answers: str | None = None, data: str | No
     for one, file in zip(found, align(files, names), strict=True):
         one.predictions = file
     inputs = Inputs(found, notes=[note for one in found if (note := _blind_note(one))])
-    _find_data(inputs, data, options)
+    _find_data(inputs, data, own, options)
     if inputs.data is not None and answers is None:
         _add_answers(inputs, inputs.data)
     return inputs
@@ -161,7 +167,7 @@ def runs_in(folder: Path) -> list[Path]:
     return [path for path in [folder, *folds] if (path / RUN).is_file()]
 
 
-def _find_data(inputs: Inputs, data: str | None, options: dict[str, Any]) -> None:
+def _find_data(inputs: Inputs, data: str | None, own: Sequence[Loaded] | None, options: dict[str, Any]) -> None:
     """The rows that were predicted: `data`, else what a run was trained on. Where the latter is not there any more, or
     has changed, the page says so."""
     first = inputs.inputs[0]
@@ -175,20 +181,19 @@ def _find_data(inputs: Inputs, data: str | None, options: dict[str, Any]) -> Non
         inputs.notes.append("A prediction file holds no questions and images: --data names the rows that were scored.")
         return
     try:
-        inputs.data = _read_own(folder, first.predictions)
+        inputs.data = _find_own(folder, own or read_sources(folder), first.predictions)
     except InputError as error:
         inputs.notes.append(f"Questions and images are not shown: {error} Give --data, the rows that were scored.")
 
 
-def _read_own(folder: Path, predictions: Predictions) -> Data:
+def _find_own(folder: Path, sources: Sequence[Loaded], predictions: Predictions) -> Data:
     """The rows of a run's own data. Raises InputError where some are not there as they were."""
-    sources = read_sources(folder)
     place = find_places(sources)
     keys = list(zip(predictions.ids, predictions.digests or [None] * len(predictions.ids), strict=True))
     if missing := [row_id for row_id, digest in keys if (row_id, digest) not in place]:
         files = ", ".join(loaded.name for loaded in sources)
         raise InputError(f"{files} lacks {name_rows(missing, len(keys))}, or has other rows under these ids.")
-    return Data(sources, [place[key] for key in keys], folder)
+    return Data([*sources], [place[key] for key in keys], folder)
 
 
 def read_sources(folder: Path) -> list[Loaded]:

@@ -9,6 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+
+from vqa_sft.data.examples import Loaded
 from vqa_sft.errors import InputError, breakdown, safe
 from vqa_sft.files import begins_with, check_output, write_whole
 from vqa_sft.predictions.ensemble import take
@@ -50,12 +53,13 @@ def write_report(
     return "\n".join([*map(safe, inputs.notes), write_page(output, inputs, max_rows)])
 
 
-def report_new(folder: str | Path) -> str:
-    """`write_report` at the end of a training, into its folder. Whatever goes wrong is said in one line: the run is
-    whole without a page."""
+def report_new(folder: str | Path, loaded: Sequence[Loaded] = ()) -> str:
+    """`write_report` at the end of a training, into its folder; of the data as they were `loaded`, or else read again.
+    Whatever goes wrong is said in one line: the run is whole without a page."""
     path = Path(folder) / REPORT
     try:
-        return write_report([str(folder)], output=path)
+        own = [source for source in loaded if isinstance(source.examples, datasets.Dataset)]  # no stream
+        return write_report([str(folder)], output=path, own=own)
     except Exception as error:
         what = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         said = breakdown(error) or f"{what}{' '.join(str(error).split())}"
