@@ -32,6 +32,7 @@ from vqa_sft.models import processes
 from vqa_sft.models.load import add_adapter, choose_precision, load_model
 from vqa_sft.models.memory.fit import choose_batch
 from vqa_sft.predictions.calibration import calibrate_new
+from vqa_sft.report.report_page import report_new
 from vqa_sft.runs import folder as run_folder
 from vqa_sft.runs.out_of_fold import write_out_of_fold
 from vqa_sft.training.build import build_trainer, prepare_model
@@ -54,6 +55,7 @@ def main() -> None:
         if isinstance(ended, Finished) and recipe.arguments.fold == "all" and is_main_process():
             print(write_out_of_fold(output_dir, runs[0].folders))
             print(calibrate_new(output_dir))
+            print(report_new(output_dir))
         processes.leave()
     if isinstance(ended, Interrupted) and ended.by_sigterm:
         sys.exit(128 + signal.SIGTERM)  # as of a process that the signal ended
@@ -95,7 +97,7 @@ def train(recipe: Recipe, stop: SaveAndStop) -> Finished | Interrupted | Retry:
     if not isinstance(ended, Finished):
         return ended
 
-    # Keep the raw or the averaged weights, whichever validate better; save, calibrate, push.
+    # Keep the raw or the averaged weights, whichever validate better; save, calibrate, show, push.
     metrics = {"precision": precision} | trainer.speed.metrics()
     predictions, of_validation = choose_weights(trainer, rows.validation)
     trainer.save_model(output_dir)
@@ -103,6 +105,7 @@ def train(recipe: Recipe, stop: SaveAndStop) -> Finished | Interrupted | Retry:
         print(write_results(recipe, rows, training_args, setup.prompts, predictions, metrics | of_validation))
         if predictions is not None and len(recipe.folders) == 1:  # folds are calibrated together
             print(calibrate_new(output_dir))
+            print(report_new(output_dir, rows.loaded))
         if recipe.values.get("push_to_hub"):
             push(recipe)
     return Finished()

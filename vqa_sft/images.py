@@ -52,12 +52,18 @@ class ImageFacts:
     miniature: bytes | None = None  # see make_miniature
 
 
-def open_image(image: dict) -> Image.Image:
-    """The image of one {bytes, path}, RGB, turned as its camera meant it, transparent parts on white."""
+def open_image(image: dict, least_px: int | None = None) -> Image.Image:
+    """The image of one {bytes, path}, RGB, turned as its camera meant it, transparent parts on white.
+
+    For a thumbnail: a JPEG may be decoded at a half, a quarter or an eighth of its size, with sides of at least
+    `least_px`.
+    """
     source = image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])
     if image["bytes"] is None and os.path.exists(image["path"]) and not os.path.isfile(image["path"]):
         raise OSError(f"{image['path']} is no file")  # a pipe would be waited for
     with Image.open(source) as opened:
+        if least_px is not None:
+            opened.draft(None, (least_px, least_px))
         return _to_rgb(opened)
 
 

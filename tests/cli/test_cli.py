@@ -115,6 +115,24 @@ def test_fix_is_not_had_with_a_limit(faulty, run):
     assert code == 2 and "limit checks its first rows only" in err
 
 
+def test_a_copy_by_a_list_of_ids_needs_one_list_of_these_data(clean, run):
+    ids = clean / "ids.txt"
+    ids.write_text("row_003\nrow_1\n")
+    fix = ("--fix", clean / "fixed.csv")
+    for options, says in (
+        (("--only", ids), "give --fix OUT too"),
+        (("--only", ids, "--without", ids, *fix), "Give one of them"),
+        (("--without", ids, *fix), f"{clean}/train.csv lacks row row_1 (1 of 2) of {ids}"),
+        (("--only", clean / "nowhere.txt", *fix), "nowhere.txt cannot be read as a list of ids"),
+        (("--only", clean / "images/000.png", *fix), "cannot be read as a list of ids"),
+    ):
+        code, out, err = run("check", clean / "train.csv", *options)
+        assert code == 2 and not out and says in err and len(err.splitlines()) == 1, err
+    ids.write_text("\n")
+    assert "names no row" in run("check", clean / "train.csv", "--only", ids, *fix)[2]
+    assert not (clean / "fixed.csv").exists()
+
+
 def test_a_data_file_takes_the_options_that_say_how_it_is_read(clean, run):
     rows = [
         {"key": r["id"], "photo": r["path"], "ask": r["question"], "x": "1", "y": "2", "z": "3", "gold": "3"}

@@ -79,6 +79,20 @@ def test_intervals_are_those_of_metrics_computed_one_resample_at_a_time():
         assert interval == pytest.approx(np.percentile([found[name] for found in slow], [2.5, 97.5]), abs=1e-12)
 
 
+def test_differences_are_those_of_the_same_resamples():
+    before, answers = simulated(60)
+    after = np.roll(before, 1, axis=0)
+    drawn = np.random.default_rng(0).integers(60, size=(200, 60))
+    slow = [[metrics.full_metrics(probs[rows], answers[rows]) for probs in (before, after)] for rows in drawn]
+    found = metrics.differences(before, after, answers, num_resamples=200, seed=0)
+    for name, value in metrics.full_metrics(after, answers).items():
+        assert found[name] == value - metrics.full_metrics(before, answers)[name]
+        falls = [now[name] - was[name] for was, now in slow]
+        assert found[f"{name}_95"] == pytest.approx(np.percentile(falls, [2.5, 97.5]), abs=1e-12)
+    same = metrics.differences(before, before, answers, num_resamples=20)
+    assert all(np.all(np.asarray(value) == 0) for value in same.values())
+
+
 def test_five_thousand_rows_are_resampled_in_seconds():
     probs, answers = simulated(5_000)
     start_s = time.process_time()

@@ -75,6 +75,8 @@ def test_every_row_of_a_fold_is_answered_by_the_run_that_did_not_see_it(whole):
         own = read_predictions(whole / f"fold{fold}" / run_folder.VALIDATION)
         for row_id, logits in zip(own.ids, own.choice_logits, strict=True):
             assert together.choice_logits[together.ids.index(row_id)] == logits
+    page = (whole / "report.html").read_text(encoding="utf-8")
+    assert page.count("<article") == 20 and not list(whole.glob("fold*/report.html"))
     content = json.loads((whole / METRICS).read_text())
     assert content["nll"] == pytest.approx(nll(softmax(together.choice_logits), together.answers))
     assert content["nll_95"][0] < content["nll"] < content["nll_95"][1]

@@ -73,6 +73,9 @@ def test_a_run_folder_describes_itself(families, contest, sft, tmp_path):
     correct = [best == answer for best, answer in zip(validation.best, validation.answers, strict=True)]
     assert metrics["accuracy"] == pytest.approx(sum(correct) / len(correct))
     assert validation.metadata["prompts_digest"] == Prompts(system="Look closely.").digest
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert page.count("<article") == len(validation.ids) and "loss by step" in page
+    assert f"{run} was trained with no image of these rows, nor nearly the same one." in page
     card = (run / "README.md").read_text()
     assert "Look closely." in card and "seed: 3" in card and f"{metrics['nll']:.4f}" in card
     # Predict shows the same prompt, because the folder says so.
@@ -93,6 +96,7 @@ def test_choices_that_refer_to_others_keep_their_places_from_training_to_the_pre
         "1 of 24 rows keep their last choice, such as row_006 ('None of the above')"
     )
     sft(TINY_PATH, tmp_path / "plain", shuffle_choices="false")
+    assert not (tmp_path / "plain" / "report.html").exists()  # nobody answered rows that it was not trained on
     assert said not in capsys.readouterr().out
     run = sft(TINY_PATH, tmp_path / "run")
     out = capsys.readouterr().out

@@ -43,6 +43,9 @@ def test_lists_filters_and_search_stand_in_the_address(contest, browse):
         assert ids_shown(browse(page, f"#list={ranked.key}")) == [inputs.ids[row] for row in ranked.rows]
     assert ids_shown(browse(page)) == [inputs.ids[row] for row in rank_rows(inputs)[0].rows]
     wrong = [row_id for i, row_id in enumerate(inputs.ids) if inputs.inputs[0].best[i] != inputs.answers[i]]
+    second = inputs.inputs[1].best == inputs.answers
+    won = [row_id for row_id, is_right in zip(inputs.ids, second, strict=True) if row_id in wrong and is_right]
+    assert ids_shown(browse(page, "#result=wrong&result2=correct")) == won and won
     document = browse(page, "#result=wrong")
     assert ids_shown(document) == wrong and f"{len(wrong)} rows shown" in document
     assert len(ids_shown(browse(page, "#type=colour"))) == 24 and ids_shown(browse(page, "#type=nothing"))
@@ -75,7 +78,7 @@ FRAME = """<iframe src="spied.html#search=row_00" width="400" height="900" style
 <script>onmessage = (event) => { document.querySelector("pre").textContent = JSON.stringify(event.data); };</script>"""
 
 
-def test_nothing_is_wider_than_a_phone_and_buttons_give_the_ids(hostile, browse):  # noqa: F811
+def test_nothing_is_wider_than_a_phone_and_buttons_give_the_ids(hostile, browse, run):  # noqa: F811
     page, _ = page_of(hostile, scored(hostile), scored(hostile, seed=1), scored(hostile, seed=2))
     page = re.sub(r"<meta http-equiv[^>]*>", "", page).replace("</body>", SPY)
     (hostile / "spied.html").write_text(page, encoding="utf-8")
@@ -85,4 +88,7 @@ def test_nothing_is_wider_than_a_phone_and_buttons_give_the_ids(hostile, browse)
     assert width == 400 and scroll_width <= width
     ids = [f"row_00{i}" for i in range(5, 10)]
     lines = "".join(f"{row_id}\n" for row_id in ids)
+    (hostile / "ids.txt").write_text(copied[2], encoding="utf-8")
+    run("check", hostile / "train.csv", "--only", hostile / "ids.txt", "--fix", hostile / "some.csv")
+    assert [line[:7] for line in (hostile / "some.csv").read_text().splitlines()[1:]] == ["row_005", "row_009"]
     assert copied == [lines, "keep_rows: " + json.dumps({"id": ids}).replace(" ", "") + "\n", lines]

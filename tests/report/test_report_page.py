@@ -1,10 +1,12 @@
 import base64
+import csv
 import errno
 import html
 import io
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,12 +17,15 @@ from vqa_sft.batch.prompts import builtin_prompts
 from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.options import ReadOptions
+from vqa_sft.data.split import write_parts
+from vqa_sft.errors import InputError
+from vqa_sft.predictions.blind import paired
 from vqa_sft.predictions.compare import describe as describe_changes
 from vqa_sft.predictions.file import Predictions, answers_as, read_predictions, write_predictions
-from vqa_sft.predictions.metrics import describe, full_metrics, softmax, with_intervals
+from vqa_sft.predictions.metrics import describe, differences, full_metrics, softmax, with_intervals
 from vqa_sft.report.report_groups import find_language, make_groups, share_of
 from vqa_sft.report.report_inputs import read_inputs
-from vqa_sft.report.report_page import PAGE_START, write_report
+from vqa_sft.report.report_page import PAGE_START, report_new, write_report
 from vqa_sft.report.report_plots import bins_of
 from vqa_sft.report.report_wall import choose, rank_rows, whole_starts
 from vqa_sft.runs import folder as run_folder
@@ -62,12 +67,17 @@ def cards_of(page):
     return {html.unescape(re.search(r'data-id="(.*?)"', card, re.DOTALL)[1]): card for card in found}
 
 
+def cells_of(row):
+    """Of a line of a table, those with intervals."""
+    return [re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<td[^>]*>([^<]*<span.*?)</td>", row)]
+
+
 @pytest.fixture
 def hostile(contest):
     rows = rows_of(contest)
     for row, (name, text) in zip(rows, HOSTILE.items(), strict=False):
         row |= {"id": f"{name} {text}", "question": text, "a": text}
-    rows[6]["path"] = "images/nowhere.png"
+    rows[6]["path"] = "images/<svg onload=alert(6)>.png"
     rows[7]["path"] = "../outside.png"
     Image.new("RGB", (50, 50), "red").save(contest.parent / "outside.png")
     (contest / "images" / "008.png").write_bytes(b"no image")
@@ -116,7 +126,7 @@ def test_metrics_are_those_of_score_and_groups_add_up(contest):
     rows = re.findall(r"<tr><th scope=\"row\"><bdi>.*?</tr>", page)
     for row, probs in zip(rows, (softmax(predictions.choice_logits), predictions.probs), strict=True):
         values = with_intervals(probs, predictions.answers)
-        assert describe(values, [*full_metrics(probs, predictions.answers)]) == re.findall(r">([\d.]+ \[.*?\])<", row)
+        assert describe(values, [*full_metrics(probs, predictions.answers)]) == cells_of(row)
     right = [best == answer for best, answer in zip(predictions.best, predictions.answers, strict=True)]
     for group in make_groups(read_inputs([str(file)], data=str(contest / "train.csv"))):
         assert sum(line.num_rows for line in group.lines) == 24
@@ -153,15 +163,37 @@ def test_lists_hold_confident_errors_uncertain_disagreeing_and_changed_rows(cont
     margins = [np.sort(probs)[-1] - np.sort(probs)[-2] for probs in first.probs]
     assert lists["uncertain"].rows == sorted(range(24), key=lambda row: margins[row])
     assert lists["disagree"].rows == [5, 3]
-    assert sorted(lists["changed"].rows) == np.flatnonzero(first.best != second.best).tolist()
-    assert lists["changed"].note in describe_changes(one, other) and "p = " in lists["changed"].note
-    lost = [row for row in lists["changed"].rows if first.best[row] == inputs.answers[row]]
-    assert lists["changed"].rows[: len(lost)] == lost
+    assert sorted(lists["changed2"].rows) == np.flatnonzero(first.best != second.best).tolist()
+    assert lists["changed2"].note in describe_changes(one, other) and "p = " in lists["changed2"].note
+    lost = [row for row in lists["changed2"].rows if first.best[row] == inputs.answers[row]]
+    assert lists["changed2"].rows[: len(lost)] == lost
     given = np.array([probs[answer] for probs, answer in zip(first.probs, inputs.answers, strict=True)])
     likely = [row for row in errors if first.probs[row].max() >= given.mean()]
     assert lists["labels"].rows == sorted(likely, key=lambda row: given[row]) and likely
     cards = cards_of(page_of(contest, one, other)[0])
     assert "Views that agree: 1: 25%, 2: 100%" in cards["row_005"] and "Views that" not in cards["row_006"]
+
+
+def test_runs_side_by_side_have_paired_differences_by_metric_and_by_kind(contest):
+    files = [scored(contest), scored(contest, seed=1), scored(contest, seed=2)]
+    inputs = read_inputs([*map(str, files)], data=str(contest / "train.csv"))
+    page, _ = page_of(contest, *files)
+    was, other, now = (one.probs for one in inputs.inputs)
+    row = re.search(r"<bdi>3 minus 1</bdi>.*?</tr>", page)[0]
+    cells = describe(differences(was, now, inputs.answers), [*full_metrics(was, inputs.answers)], sign="+")
+    assert cells == cells_of(row)
+    letters = next(group for group in make_groups(inputs) if group.title == "letter of the answer")
+    line = next(line for line in letters.lines if line.label == "B")
+    right = [one.best[inputs.answers == 1] == 1 for one in inputs.inputs]
+    assert [more.accuracy for more in line.differences] == [one.mean() - right[0].mean() for one in right[1:]]
+    more = line.differences[1]
+    assert [more.low, more.high] == paired(right[2], right[0]) and f"{more.accuracy:+.3f} <span" in page
+    changed = [ranked for ranked in rank_rows(inputs) if ranked.key.startswith("changed")]
+    assert [ranked.title for ranked in changed] == ["Changed from 1 to 2", "Changed from 1 to 3"]
+    for ranked, file in zip(changed, files[1:], strict=True):
+        assert ranked.note in describe_changes(files[0], file)
+    results = ["correct" if one.best[4] == inputs.answers[4] else "wrong" for one in inputs.inputs]
+    assert f'data-results="{" ".join(results)}"' in cards_of(page)["row_004"]
 
 
 def test_every_list_has_its_first_rows_on_the_page_and_no_holes(contest):
@@ -196,6 +228,10 @@ def test_without_answers_and_without_data_the_page_shows_what_there_is(contest):
     page, said = page_of(contest, contest / "open.parquet", data=None)
     assert "of which 0 have a known answer" in page and "<h2>Metrics" not in page and "--data names the rows" in said
     assert "Least certain" in page and 'id="result"' not in page and len(cards_of(page)) == 24
+    predictions.choice_logits = predictions.choice_logits[::-1]
+    write_predictions(contest / "other.parquet", predictions)
+    page, _ = page_of(contest, contest / "open.parquet", contest / "other.parquet", data=None)
+    assert "Changed from 1 to 2" in page and "minus 1" not in page and "McNemar" not in page
     for source in ({"answers": str(contest / "test_answers.csv"), "data": None}, {"data": "train.csv"}):
         page, _ = page_of(contest, contest / "open.parquet", **source)
         assert "of which 24 have a known answer" in page and "<h2>Metrics" in page
@@ -209,18 +245,21 @@ def test_answers_of_some_rows_give_the_metrics_of_these(contest):
     write_predictions(file, predictions)
     page, _ = page_of(contest, file, data=None)
     accuracy = full_metrics(predictions.probs[:10], known)["accuracy"]
-    assert "of which 10 have a known answer" in page and f'data-name="accuracy">{accuracy:.4f} [' in page
+    assert "of which 10 have a known answer" in page and f'data-name="accuracy">{accuracy:.4f} <span' in page
 
 
-def make_run(contest, folder, **recipe):
-    """A finished run, as far as a page reads it."""
+def make_run(contest, folder, parts=None, validation="train.csv", **recipe):
+    """A finished run, as far as a page reads it. `parts` are those of its rows, which `validation` has some of."""
     folder.mkdir(parents=True)
-    columns = read_examples(str(contest / "train.csv")).columns
+    loaded = read_examples(str(contest / "train.csv"))
+    columns = loaded.columns
+    if parts:
+        write_parts(folder, [loaded], [parts])
     values = {"model_name_or_path": "tiny", "train_data": str(contest / "train.csv")} | recipe
     run = run_folder.Run(str(folder), values, builtin_prompts("en"), 4, columns, "fp32")
     run_folder.describe(run, num_rows={}, num_processes=1, micro_batch=1, accumulation=1)
     (folder / "log.csv").write_text("step,epoch,accuracy,eval_loss,loss\n1,0.5,0.25,,1.5\n2,1,0.5,1.25,1.25\n")
-    scored(contest).rename(folder / "validation.parquet")
+    scored(contest, name=validation).rename(folder / "validation.parquet")
     return folder
 
 
@@ -234,6 +273,23 @@ def test_a_run_brings_its_own_data_and_its_curves(contest):
     assert "Questions and images are not shown: no such file: " in said and "Give --data" in html.unescape(page)
     page, said = page_of(contest, run, data="moved.csv")
     assert "Which colour has the square?" in page
+
+
+def test_a_training_ends_with_a_page_or_with_why_there_is_none(contest, monkeypatch):
+    run = make_run(contest, contest / "run")
+    assert report_new(run) == f"Wrote {run / 'report.html'}: 24 of 24 rows are on the page; its numbers are of all."
+    loaded = read_examples(str(contest / "train.csv"))
+    (contest / "train.csv").rename(contest / "moved.csv")  # as a Hub dataset, which no page downloads
+    assert "not shown" in report_new(run) and report_new(run, [loaded]).startswith("Wrote")
+    page, later = (run / "report.html").read_bytes(), f"Later: vqa-sft report {run} --output {run / 'report.html'}"
+    for error, says in (
+        (OSError(errno.ENOSPC, "No space left on device"), "no room is left on the disk"),
+        (InputError("the log is damaged."), "No page was written: the log is damaged. The run is whole."),
+        (MemoryError(), "No page was written: MemoryError"),
+    ):
+        monkeypatch.setattr("vqa_sft.report.report_page.render", Mock(side_effect=error))
+        said = report_new(run)
+        assert says in said and said.endswith(later) and "\n" not in said and (run / "report.html").read_bytes() == page
 
 
 def test_a_run_that_was_asked_whether_it_looks_says_it(contest):
@@ -318,6 +374,21 @@ def test_languages_are_told_by_their_letters():
     }
     texts |= {"What is this?": "Latin letters", "ما هذا؟": "Arabic letters", "Что это? OK": "Cyrillic letters"}
     assert {text: find_language(text) for text in texts} == texts
+
+
+def test_ids_of_the_page_find_their_lines_of_the_csv(hostile, run):
+    cards = cards_of(page_of(hostile, scored(hostile))[0])
+    wrong = {row_id for row_id, card in cards.items() if 'data-results="wrong"' in card} | {[*cards][1], "row_006"}
+    (hostile / "ids.txt").write_text("".join(f"{row_id}\n" for row_id in wrong), encoding="utf-8")
+    for option, is_named in (("--only", True), ("--without", False)):
+        command = ("check", hostile / "train.csv", option, hostile / "ids.txt", "--fix", hostile / f"{is_named}.csv")
+        code, out, _ = run(*command)
+        usable = [row for i, row in enumerate(rows_of(hostile)) if i not in (4, 6, 7, 8)]
+        rows = [row for row in usable if (row["id"] in wrong) == is_named]
+        num_others = len(cards) - len(wrong) if is_named else len(wrong)
+        assert f": {len(rows)} rows, {24 - len(rows)} left out.\n  by the list of ids ({num_others})\n" in out
+        with (hostile / f"{is_named}.csv").open(newline="", encoding="utf-8") as file:
+            assert [*csv.DictReader(file)] == rows and rows
 
 
 def test_ids_are_copied_as_keep_rows_takes_them(contest):

@@ -39,6 +39,13 @@ def check(
         str | None, Option(metavar="FOLDER", help="folder of its images; default: that of the file")
     ] = None,
     fix: Annotated[str | None, Option(metavar="OUT", help="write a copy of the training rows that can be used")] = None,
+    only: Annotated[
+        str | None,
+        Option(metavar="IDS", help="copy only the rows of this file of ids, a line each, as report gives it"),
+    ] = None,
+    without: Annotated[
+        str | None, Option(metavar="IDS", help="leave the rows of this file out of the copy too")
+    ] = None,
     json_file: Annotated[
         str | None, Option("--json", metavar="[FILE]", help="JSON to a file, or in place of the table")
     ] = None,
@@ -54,6 +61,7 @@ def check(
     import json
 
     from vqa_sft.data.check import check as check_rows
+    from vqa_sft.data.fix import choose_by_ids
     from vqa_sft.files import write_whole
     from vqa_sft.report.check_json import as_dict
     from vqa_sft.report.check_page import write_page
@@ -64,7 +72,12 @@ def check(
         check_reports(json_file, html)
         if fix:
             check_fix(fix, arguments)
+        elif only or without:
+            raise InputError("--only and --without choose the rows of a copy: give --fix OUT too.")
+        if only and without:
+            raise InputError("--only and --without are two ways to choose. Give one of them.")
         data = read_data(arguments, test, test_image_root)
+        by_ids = choose_by_ids(data[0][1], only, without)
         checks, images = token_checks(arguments, values)
         reports = check_rows(data, distance=arguments.duplicate_distance, max_length=max_length, **checks)
     # ASCII, for a terminal obeys some characters that JSON leaves as they are.
@@ -79,7 +92,9 @@ def check(
     if fix and reports[0].num_bad == reports[0].num_rows:
         print(f"No row can be used, so {fix} was not written.")
     elif fix:
-        print(write_fix(fix, arguments, data[0][1].problems), file=sys.stderr if json_file == "-" else sys.stdout)
+        print(
+            write_fix(fix, arguments, data[0][1].problems, by_ids), file=sys.stderr if json_file == "-" else sys.stdout
+        )
     sys.exit(int(any(report.num_bad for report in reports)))
 
 
@@ -206,8 +221,8 @@ def token_checks(arguments: "RecipeArguments", values: dict[str, Any]) -> tuple[
     return prompt_checks(processor, prompts), describe_images(processor, arguments.max_pixels)
 
 
-def write_fix(path: str, arguments: "RecipeArguments", problems: "Problems") -> str:
-    """Write the copy; returns what was left out."""
+def write_fix(path: str, arguments: "RecipeArguments", problems: "Problems", by_ids: set[int]) -> str:
+    """Write the copy; returns what was left out: rows that cannot be used, and numbers of rows `by_ids`."""
     from vqa_sft.data.fix import describe_copy, write_copy
     from vqa_sft.data.sources import open_source
 
@@ -217,8 +232,8 @@ def write_fix(path: str, arguments: "RecipeArguments", problems: "Problems") -> 
         config=arguments.data_config,
         encoding=arguments.encoding,
     )
-    num_rows = write_copy(path, source, problems.bad_rows())
-    return describe_copy(path, num_rows, arguments.train_data, arguments.image_root, problems)
+    num_rows = write_copy(path, source, {*problems.bad_rows(), *by_ids})
+    return describe_copy(path, num_rows, arguments.train_data, arguments.image_root, problems, by_ids)
 
 
 def read_all_rows(arguments: "RecipeArguments") -> "tuple[Loaded, Scan]":

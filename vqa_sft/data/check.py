@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 from scipy.special import chdtrc
 
-from vqa_sft.data.duplicates import near_pairs, row_groups
+from vqa_sft.data.duplicates import row_groups, rows_in_training
 from vqa_sft.data.examples import Loaded
 from vqa_sft.data.scan import Scan, scan_images
 from vqa_sft.images import ImageFacts
@@ -239,20 +239,13 @@ def _plain(text: str) -> str:
 
 
 def _find_in_training(loaded: Loaded, scan: Scan, training: Loaded, training_scan: Scan, distance: int | None) -> None:
-    nearest: dict[int, tuple[int, int]] = {}  # image -> (distance, image of the training set)
-    for image, other, apart in near_pairs(scan, training_scan, distance):
-        nearest[image] = min(nearest.get(image, (apart, other)), (apart, other))
-    if not nearest:
+    found = rows_in_training(scan, training_scan, distance)
+    if not found:
         return
-    row_of = {}  # image of the training set -> its first row
-    for row, images in enumerate(training_scan.of_row):
-        for image in images:
-            row_of.setdefault(image, row)
-    training_ids, ids = training.examples["id"], loaded.examples["id"]
-    for row, images in enumerate(scan.of_row):
-        for apart, other in sorted(nearest[image] for image in images if image in nearest)[:1]:
-            kind = "near_training" if apart else "in_training"
-            loaded.problems.add(ids[row], loaded.numbers[row], kind, f"{training_ids[row_of[other]]} there")
+    training_ids, ids = training.examples["id"][:], loaded.examples["id"][:]
+    for row, (apart, other) in found.items():
+        kind = "near_training" if apart else "in_training"
+        loaded.problems.add(ids[row], loaded.numbers[row], kind, f"{training_ids[other]} there")
 
 
 def _find_control_tokens(loaded: Loaded, control_tokens: re.Pattern) -> None:

@@ -69,6 +69,23 @@ def row_groups(scan: Scan, distance: int | None) -> list[int]:
     ]
 
 
+def rows_in_training(scan: Scan, training: Scan, distance: int | None) -> dict[int, tuple[int, int]]:
+    """Row -> (bits, row of training), of the rows that have an image of the training rows, or nearly one: the nearest,
+    its first row, and by how many bits their hashes differ, 0 for equal files."""
+    nearest: dict[int, tuple[int, int]] = {}  # image -> (bits, image of the training set)
+    for image, other, apart in near_pairs(scan, training, distance):
+        nearest[image] = min(nearest.get(image, (apart, other)), (apart, other))
+    row_of: dict[int, int] = {}  # image of the training set -> its first row
+    for row, images in enumerate(training.of_row if nearest else ()):
+        for image in images:
+            row_of.setdefault(image, row)
+    found = {}
+    for row, images in enumerate(scan.of_row):
+        for apart, other in sorted(nearest[image] for image in images if image in nearest)[:1]:
+            found[row] = apart, row_of[other]
+    return found
+
+
 def near_pairs(test: Scan, train: Scan, distance: int | None) -> list[tuple[int, int, int]]:
     """(image of `test`, image of `train`, bits by which their hashes differ, at least 1; 0 for equal files)."""
     ours = [number for number, image in enumerate(test.images) if image.problem is None]

@@ -1,4 +1,5 @@
-"""`vqa-sft check --fix`: a copy of a source without the rows that cannot be used. No torch.
+"""`vqa-sft check --fix`: a copy of a source without the rows that cannot be used, or that a list of ids leaves out. No
+torch.
 
 CSV and TSV become .csv, JSONL and JSON .jsonl, Parquet and what `datasets` holds .parquet. Cells stay as they are, and
 so do image paths: in another folder, the copy is read with `image_root`.
@@ -6,17 +7,18 @@ so do image paths: in another folder, the copy is read with `image_root`.
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import datasets
 import pyarrow.parquet as pq
 
+from vqa_sft.data.examples import Loaded
 from vqa_sft.data.find_files import FORMATS, find_files
 from vqa_sft.data.problems import Problems
 from vqa_sft.data.read_arrow import with_images
 from vqa_sft.data.sources import Source
-from vqa_sft.errors import InputError, printable
+from vqa_sft.errors import InputError, explains, name_rows, printable
 from vqa_sft.files import whole
 
 SUFFIXES = {"CSV": ".csv", "TSV": ".csv", "JSONL": ".jsonl", "JSON": ".jsonl", "Parquet": ".parquet"}
@@ -36,7 +38,25 @@ def check_copy(path: str, source: str | list[str], image_root: str | None) -> No
         raise InputError("the files lie in several folders, and image paths in one copy cannot be relative to all.")
 
 
-def write_copy(path: str, source: Source, left_out: Sequence[int]) -> int:
+def choose_by_ids(loaded: Loaded, only: str | None, without: str | None) -> set[int]:
+    """Numbers of the rows that a copy leaves out: those that the file `only` does not name, or that `without` names, by
+    an id a line, as the page of `vqa-sft report` gives them. Raises InputError for ids of other data."""
+    file = only or without
+    if file is None:
+        return set()
+    with explains((OSError, ValueError), f"{file} cannot be read as a list of ids"):
+        ids = dict.fromkeys(filter(str.strip, Path(file).read_text(encoding="utf-8-sig").split("\n")))
+    rows = list(zip(loaded.numbers, loaded.examples["id"], strict=True))
+    if missing := [*ids.keys() - {row_id for _, row_id in rows}]:
+        raise InputError(
+            f"{loaded.name} lacks {name_rows(sorted(missing), len(ids))} of {file}. Name the data of the ids."
+        )
+    if not ids:
+        raise InputError(f"{file} names no row: it holds an id a line. Write some, or leave the option out.")
+    return {number for number, row_id in rows if (row_id in ids) == (without is not None)}
+
+
+def write_copy(path: str, source: Source, left_out: Collection[int]) -> int:
     """Copy the source's rows but for those numbers to a CSV, JSONL or Parquet file, whole or not at all; returns how
     many were copied."""
     left_out = set(left_out)
@@ -48,9 +68,18 @@ def write_copy(path: str, source: Source, left_out: Sequence[int]) -> int:
     return num_rows
 
 
-def describe_copy(path: str, num_rows: int, source: str | list[str], image_root: str | None, problems: Problems) -> str:
+def describe_copy(
+    path: str,
+    num_rows: int,
+    source: str | list[str],
+    image_root: str | None,
+    problems: Problems,
+    by_ids: Collection[int] = (),
+) -> str:
     """What was copied, what was left out and why, and how the copy finds its images."""
-    lines = [f"Wrote {path}: {num_rows:,} rows, {len(problems.bad_rows()):,} left out."]
+    lines = [f"Wrote {path}: {num_rows:,} rows, {len({*problems.bad_rows(), *by_ids}):,} left out."]
+    if by_ids:
+        lines.append(f"  by the list of ids ({len(by_ids):,})")
     for _, kind, labels in problems.errors():
         lines.append(f"  {kind.what} ({len(labels):,}): {', '.join(map(printable, labels))}")
     folders = {str(file.parent.resolve()) for file in find_files([source] if isinstance(source, str) else source)}

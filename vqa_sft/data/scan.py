@@ -45,6 +45,13 @@ class Scan:
         """Positions of the row's images that cannot be used."""
         return tuple(i for i, number in enumerate(self.of_row[row]) if self.images[number].problem)
 
+    def take(self, rows: Sequence[int]) -> "Scan":
+        """Of these rows, and the images that they have."""
+        used = sorted({number for row in rows for number in self.of_row[row]})
+        place = {number: i for i, number in enumerate(used)}
+        of_row = [tuple(place[number] for number in self.of_row[row]) for row in rows]
+        return Scan([self.images[number] for number in used], of_row, [self.names[number] for number in used])
+
     def add_problems(self, problems: Problems, ids: Sequence[str], rows: Sequence[int] | None = None) -> None:
         """Add what is wrong with every row's images; `rows` are the numbers of the rows in the source."""
         for row, numbers in enumerate(self.of_row):

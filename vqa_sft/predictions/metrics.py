@@ -111,6 +111,34 @@ def bootstrap(
     values: chance alone makes it larger, in a resample even more so, and the interval of a well-calibrated model lies
     high.
     """
+    values = _resample(probs, answers, num_resamples, seed)
+    return {name: _middle(of_metric) for name, of_metric in values.items()}
+
+
+def differences(
+    before: Sequence[Sequence[float]],
+    after: Sequence[Sequence[float]],
+    answers: Sequence[int],
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Every one of `full_metrics` of `after` minus that of `before`, with its interval as in `with_intervals`: the
+    middle 95% of the differences over the same resamples, each row with both of its predictions."""
+    one, other = (_resample(probs, answers, num_resamples, seed) for probs in (before, after))
+    was, now = (full_metrics(probs, answers) for probs in (before, after))
+    intervals = {f"{name}_95": [*_middle(other[name] - one[name])] for name in one}
+    return {name: now[name] - was[name] for name in was} | intervals
+
+
+def _middle(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _resample(
+    probs: Sequence[Sequence[float]], answers: Sequence[int], num_resamples: int, seed: int
+) -> dict[str, np.ndarray]:
+    """Every one of `full_metrics` of each resample (R,)."""
     rng = np.random.default_rng(seed)
     confidence, correct = _top_choices(probs, answers)
     # In the order of their confidence, so that sorted ranks are sorted confidences. The rows drawn do not depend on the
@@ -134,8 +162,7 @@ def bootstrap(
         found["brier"].append(squares[rows].mean(axis=1))
         found["ece"].append(np.abs(sums.reshape(-1, num_bins)).sum(axis=1) / num_rows)
         found["ece_equal_mass"].append(_equal_mass(gaps[rows], num_bins))
-    low_high = {name: np.percentile(np.concatenate(values), [2.5, 97.5]) for name, values in found.items()}
-    return {name: (float(low), float(high)) for name, (low, high) in low_high.items()}
+    return {name: np.concatenate(values) for name, values in found.items()}
 
 
 def with_intervals(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> dict[str, Any]:
@@ -144,6 +171,10 @@ def with_intervals(probs: Sequence[Sequence[float]], answers: Sequence[int]) -> 
     return full_metrics(probs, answers) | {f"{name}_95": [*interval] for name, interval in intervals.items()}
 
 
-def describe(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
-    """Cells of a table from `with_intervals`: "0.5000 [0.400, 0.600]"."""
-    return [f"{values[name]:.4f} [{values[f'{name}_95'][0]:.3f}, {values[f'{name}_95'][1]:.3f}]" for name in names]
+def describe(values: Mapping[str, Any], names: Sequence[str], sign: str = "") -> list[str]:
+    """Cells of a table from `with_intervals`: "0.5000 [0.400, 0.600]"; from `differences` with the sign "+"."""
+    intervals = [values[f"{name}_95"] for name in names]
+    return [
+        f"{values[name]:{sign}.4f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+        for name, (low, high) in zip(names, intervals, strict=True)
+    ]

@@ -99,8 +99,9 @@ def _histogram(values: dict[str, np.ndarray], unit: str, of_what: str, mark: int
     return draw(paint)
 
 
-def draw(paint: Callable[["Axes"], None], height: float = 2.4) -> Markup:
-    """An SVG that takes its colours and its font from the page."""
+def draw(paint: Callable[["Axes"], None], height: float = 2.4, width: float = 4.6) -> Markup:
+    """An SVG that takes its colours and its font from the page, and is as wide as there is room: in a smaller one texts
+    are larger."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -109,7 +110,7 @@ def draw(paint: Callable[["Axes"], None], height: float = 2.4) -> Markup:
     style |= {"axes.spines.top": False, "axes.spines.right": False}
     file = io.StringIO()
     with rc_context(style):
-        figure = Figure(figsize=(4.6, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         paint(figure.add_subplot())
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()

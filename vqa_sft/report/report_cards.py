@@ -11,7 +11,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from vqa_sft.data.problems import IMAGES, KINDS
-from vqa_sft.images import examine, open_image
+from vqa_sft.images import examine, open_image, size_of
 from vqa_sft.questions.letters import LETTERS
 from vqa_sft.report.page import render
 from vqa_sft.report.report_inputs import Inputs
@@ -83,7 +83,7 @@ def _facts(inputs: Inputs, row: int, example: Mapping[str, Any] | None) -> dict[
     return {
         "id": inputs.ids[row],
         "type": example["question_type"] if example else "",
-        "result": "unknown" if answer < 0 else "correct" if first.best[row] == answer else "wrong",
+        "results": ["correct" if one.best[row] == answer else "wrong" for one in inputs.inputs if answer >= 0],
         "question": example["question"] if example else None,
         "context": example["context"] if example else "",
         "num_more": max(0, len(example["images"]) - _MAX_THUMBNAILS) if example else 0,
@@ -91,6 +91,7 @@ def _facts(inputs: Inputs, row: int, example: Mapping[str, Any] | None) -> dict[
         "num_inputs": len(inputs.inputs),
         "others": [LETTERS[one.best[row]] for one in inputs.inputs[_SHOWN_INPUTS:]],
         "agreement": [float(share) for share in shares] if min(shares) < 1 - 1e-6 else [],
+        "in_training": inputs.in_training.get(row),
         "is_blanked": bool(blanked and blanked[row]),
     }
 
@@ -106,10 +107,12 @@ def _thumbnails(example: Mapping[str, Any] | None, unopened: str | None, limit: 
 
 def _thumbnail(image: dict, limit: int) -> tuple[str | None, str]:
     try:
-        decoded = open_image(image)
+        decoded = open_image(image, least_px=_STEPS[0][0])
+        sides = size_of(image)
     except Exception:  # Pillow raises many kinds; `examine` has a name for each
         return None, KINDS[examine(image, miniature=False).problem or "broken_image"].what
-    width, height = decoded.size
+    # As it is shown: a phone's image may be turned.
+    width, height = sides if (sides[0] < sides[1]) == (decoded.width < decoded.height) else sides[::-1]
     data = _as_jpeg(decoded, limit)
     address = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
     return address, f"{width} x {height}"

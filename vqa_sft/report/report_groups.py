@@ -12,12 +12,14 @@ import numpy as np
 from scipy.stats import binomtest
 
 from vqa_sft.images import size_of
+from vqa_sft.predictions.blind import paired
 from vqa_sft.questions.letters import LETTERS
 from vqa_sft.questions.types import TYPES
 from vqa_sft.report.report_inputs import Data, Inputs
 
 CHARS, PIXELS = (10, 20, 40, 80, 160, 320), (224, 448, 896, 1792)  # upper ends of groups
 NO_IMAGE, NO_SIZE = "no image", "unknown"
+IN_TRAINING, NOT_IN_TRAINING = ("the same", "nearly the same"), "not there"
 # Scripts by the first word of a letter's name; others are named by that word.
 LANGUAGES = {"HANGUL": "Korean", "HIRAGANA": "Japanese", "KATAKANA": "Japanese", "CJK": "Chinese characters"}
 OTHER = "no letters"
@@ -34,17 +36,24 @@ class Share:
 
 @dataclass(frozen=True)
 class Line:
-    """Rows of one kind; a share for each input."""
+    """Rows of one kind; a share for each input, and for each but the first how much larger it is than that of the
+    first, with the 95% interval of the same rows' differences."""
 
     label: str
     num_rows: int
     shares: list[Share]
+    differences: list[Share]
 
 
 @dataclass(frozen=True)
 class Group:
     title: str
     lines: list[Line]
+
+    @property
+    def is_one(self) -> bool:
+        """Whether all rows are of one kind, so that there is nothing to compare."""
+        return len(self.lines) == 1
 
 
 def make_groups(inputs: Inputs) -> list[Group]:
@@ -61,6 +70,10 @@ def make_groups(inputs: Inputs) -> list[Group]:
         languages = [find_language(text) for text in questions]
         groups.append(("language, by the letters of the question", languages, _by_count(languages, rows)))
         groups.append(("longer side of the image, pixels", *_sizes(inputs.data)))
+    if inputs.in_training:
+        bits = [inputs.in_training.get(row, (None, ""))[0] for row in range(len(inputs.ids))]
+        known = [NOT_IN_TRAINING if apart is None else IN_TRAINING[apart > 0] for apart in bits]
+        groups.append(("image in training", known, [*IN_TRAINING, NOT_IN_TRAINING]))
     counts = [str(number) for number in lengths]
     groups.append(("number of choices", counts, sorted({*counts}, key=int)))
     groups.append(("letter of the answer", [LETTERS[answer] for answer in inputs.answers], LETTERS))
@@ -74,8 +87,12 @@ def _make_group(inputs: Inputs, title: str, labels: Sequence[str], order: Sequen
     lines = []
     for label in order:
         if rows := rows_of.get(label):
-            right = [int((one.best[rows] == inputs.answers[rows]).sum()) for one in inputs.inputs]
-            lines.append(Line(label, len(rows), [share_of(number, len(rows)) for number in right]))
+            right = [one.best[rows] == inputs.answers[rows] for one in inputs.inputs]
+            shares = [share_of(int(of_input.sum()), len(rows)) for of_input in right]
+            more = [
+                Share(float(other.mean() - right[0].mean()), *paired(was=other, now=right[0])) for other in right[1:]
+            ]
+            lines.append(Line(label, len(rows), shares, more))
     return Group(title, lines)
 
 

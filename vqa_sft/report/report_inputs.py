@@ -61,10 +61,12 @@ class Input:
 
 @dataclass
 class Data:
-    """Questions, choices and images: row i is the example `places[i]` = (number of the source, position in it)."""
+    """Questions, choices and images: row i is the example `places[i]` = (number of the source, position in it). They
+    are the own data of the run in the folder `run`, where there is one."""
 
     sources: list[Loaded]
     places: list[tuple[int, int]]
+    run: Path | None = None
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         source, position = self.places[row]
@@ -82,11 +84,13 @@ class Data:
 
 @dataclass
 class Inputs:
-    """Everything a page is made of. `answers` (N,) is -1 where none is known; `notes` are for the reader."""
+    """Everything a page is made of. `answers` (N,) is -1 where none is known; `notes` are for the reader. `in_training`
+    tells of the rows with an image that training rows have too: row -> (bits by which the hashes differ, id there)."""
 
     inputs: list[Input]
     data: Data | None = None
     notes: list[str] = field(default_factory=list)
+    in_training: dict[int, tuple[int, str]] = field(default_factory=dict)
 
     @property
     def ids(self) -> list[str]:
@@ -109,9 +113,15 @@ class Inputs:
         return (self.inputs[0].predictions.metadata.get(ANSWERS) or {}).get("id", "id")
 
 
-def read_inputs(items: Sequence[str], answers: str | None = None, data: str | None = None, **options: Any) -> Inputs:
+def read_inputs(
+    items: Sequence[str],
+    answers: str | None = None,
+    data: str | None = None,
+    own: Sequence[Loaded] | None = None,
+    **options: Any,
+) -> Inputs:
     """Prediction files and runs, as FILE, RUN or NAME=either. `answers` is a file of ids and answers; `data` are the
-    rows that were predicted; `options` say how these are read.
+    rows that were predicted; `options` say how these are read. `own` are the data of the run, where they were read.
 
     Raises InputError where something cannot be read, or the files are of different rows.
     """
@@ -126,7 +136,7 @@ def read_inputs(items: Sequence[str], answers: str | None = None, data: str | No
     for one, file in zip(found, align(files, names), strict=True):
         one.predictions = file
     inputs = Inputs(found, notes=[note for one in found if (note := _blind_note(one))])
-    _find_data(inputs, data, options)
+    _find_data(inputs, data, own, options)
     if inputs.data is not None and answers is None:
         _add_answers(inputs, inputs.data)
     return inputs
@@ -157,7 +167,7 @@ def runs_in(folder: Path) -> list[Path]:
     return [path for path in [folder, *folds] if (path / RUN).is_file()]
 
 
-def _find_data(inputs: Inputs, data: str | None, options: dict[str, Any]) -> None:
+def _find_data(inputs: Inputs, data: str | None, own: Sequence[Loaded] | None, options: dict[str, Any]) -> None:
     """The rows that were predicted: `data`, else what a run was trained on. Where the latter is not there any more, or
     has changed, the page says so."""
     first = inputs.inputs[0]
@@ -171,13 +181,24 @@ def _find_data(inputs: Inputs, data: str | None, options: dict[str, Any]) -> Non
         inputs.notes.append("A prediction file holds no questions and images: --data names the rows that were scored.")
         return
     try:
-        inputs.data = _read_own(folder, first.predictions)
+        inputs.data = _find_own(folder, own or read_sources(folder), first.predictions)
     except InputError as error:
         inputs.notes.append(f"Questions and images are not shown: {error} Give --data, the rows that were scored.")
 
 
-def _read_own(folder: Path, predictions: Predictions) -> Data:
+def _find_own(folder: Path, sources: Sequence[Loaded], predictions: Predictions) -> Data:
     """The rows of a run's own data. Raises InputError where some are not there as they were."""
+    place = find_places(sources)
+    keys = list(zip(predictions.ids, predictions.digests or [None] * len(predictions.ids), strict=True))
+    if missing := [row_id for row_id, digest in keys if (row_id, digest) not in place]:
+        files = ", ".join(loaded.name for loaded in sources)
+        raise InputError(f"{files} lacks {name_rows(missing, len(keys))}, or has other rows under these ids.")
+    return Data([*sources], [place[key] for key in keys], folder)
+
+
+def read_sources(folder: Path) -> list[Loaded]:
+    """The training data of a run and, where its recipe names some, its validation data; of a stream the latter alone.
+    Raises InputError where they are not here."""
     run = read_run(runs_in(folder)[0])
     recipe = RecipeArguments.of_run(run.recipe)
     named = [] if recipe.streaming else [(recipe.train_data, recipe.data_options)]
@@ -188,7 +209,11 @@ def _read_own(folder: Path, predictions: Predictions) -> Data:
     for source, _ in named:
         if not find_files(as_list(source)) and not all(Path(name).is_dir() for name in as_list(source)):
             raise InputError(f"{source} is no file here.")  # and nothing is downloaded for a page
-    sources = [read_examples(source, options) for source, options in named]
+    return [read_examples(source, options) for source, options in named]
+
+
+def find_places(sources: Sequence[Loaded]) -> dict[tuple[str, str | None], tuple[int, int]]:
+    """(id, digest) and (id, None) -> number of the source and position in it, of every row."""
     place: dict[tuple[str, str | None], tuple[int, int]] = {}
     for number, loaded in enumerate(sources):
         for position, (row_id, digest) in enumerate(
@@ -196,11 +221,7 @@ def _read_own(folder: Path, predictions: Predictions) -> Data:
         ):
             place.setdefault((row_id, None), (number, position))
             place.setdefault((row_id, digest), (number, position))
-    keys = list(zip(predictions.ids, predictions.digests or [None] * len(predictions.ids), strict=True))
-    if missing := [row_id for row_id, digest in keys if (row_id, digest) not in place]:
-        files = ", ".join(loaded.name for loaded in sources)
-        raise InputError(f"{files} lacks {name_rows(missing, len(keys))}, or has other rows under these ids.")
-    return Data(sources, [place[key] for key in keys])
+    return place
 
 
 def _add_answers(inputs: Inputs, data: Data) -> None:

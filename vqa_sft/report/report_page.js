@@ -1,13 +1,15 @@
 "use strict";
 // Filters the rows of the page. What is chosen stands in the address, so that a view can be kept and sent:
-// #list=errors&type=colour&result=wrong&search=cat
+// #list=errors&type=colour&result=wrong&search=cat; of a second input #result2=correct
 const find = (id) => document.getElementById(id);
-const fields = ["list", "type", "result", "search"].map(find).filter(Boolean);
+const fields = Array.from(document.querySelectorAll(".filters select, .filters input"));
+const results = fields.filter((field) => field.dataset.place);  // of each input
 const wall = find("wall");
 const plain = (text) => text.normalize("NFC").toLowerCase().replace(/\s+/g, " ").trim();
 const cards = Array.from(wall.children, (card) => ({
   card,
   id: card.dataset.id,
+  results: card.dataset.results.split(" "),
   ranks: new Map(card.dataset.lists.split(" ").filter(Boolean).map((entry) => {
     const [key, rank] = entry.split(":");
     return [key, Number(rank)];
@@ -23,10 +25,10 @@ function value(name) {
 
 function show() {
   const list = value("list") === "all" ? "" : value("list"), words = plain(value("search")).split(" ");
-  shown = cards.filter(({ card, ranks, text }) =>
+  shown = cards.filter(({ card, ranks, results: own, text }) =>
     (!list || ranks.has(list)) &&
     (!value("type") || card.dataset.type === value("type")) &&
-    (!value("result") || card.dataset.result === value("result")) &&
+    results.every((field) => !field.value || own[field.dataset.place] === field.value) &&
     words.every((word) => text.includes(word)));
   const place = (one) => (list ? one.ranks.get(list) : Number(one.card.dataset.number));
   shown.sort((one, other) => place(one) - place(other));

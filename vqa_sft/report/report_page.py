@@ -9,18 +9,24 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vqa_sft.errors import InputError, safe
+import datasets
+
+from vqa_sft.data.examples import Loaded
+from vqa_sft.errors import InputError, breakdown, safe
 from vqa_sft.files import begins_with, check_output, write_whole
 from vqa_sft.predictions.ensemble import take
+from vqa_sft.predictions.metrics import describe, differences
 from vqa_sft.predictions.score import METRICS, score_lines, split_name
 from vqa_sft.report.page import read_markup, render
 from vqa_sft.report.report_cards import make_cards
 from vqa_sft.report.report_groups import make_groups
 from vqa_sft.report.report_inputs import Inputs, read_inputs
+from vqa_sft.report.report_leakage import add_leakage
 from vqa_sft.report.report_plots import make_plots
 from vqa_sft.report.report_wall import choose, rank_rows, whole_starts
 
 PAGE_START = "<!DOCTYPE html>\n<!-- Written by vqa-sft report -->\n"
+REPORT = "report.html"  # in a run folder
 
 
 def write_report(
@@ -43,7 +49,21 @@ def write_report(
         kind="page of `vqa-sft report`",
     )
     inputs = read_inputs(items, answers, data, **options)
+    add_leakage(inputs)
     return "\n".join([*map(safe, inputs.notes), write_page(output, inputs, max_rows)])
+
+
+def report_new(folder: str | Path, loaded: Sequence[Loaded] = ()) -> str:
+    """`write_report` at the end of a training, into its folder; of the data as they were `loaded`, or else read again.
+    Whatever goes wrong is said in one line: the run is whole without a page."""
+    path = Path(folder) / REPORT
+    try:
+        own = [source for source in loaded if isinstance(source.examples, datasets.Dataset)]  # no stream
+        return write_report([str(folder)], output=path, own=own)
+    except Exception as error:
+        what = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        said = breakdown(error) or f"{what}{' '.join(str(error).split())}"
+        return safe(f"No page was written: {said} The run is whole. Later: vqa-sft report {folder} --output {path}")
 
 
 def write_page(path: str | Path, inputs: Inputs, max_rows: int = 1000) -> str:
@@ -78,6 +98,12 @@ def write_page(path: str | Path, inputs: Inputs, max_rows: int = 1000) -> str:
 
 
 def _metric_lines(inputs: Inputs) -> Iterator[list[str]]:
-    """As `vqa-sft score` prints them, of the rows with an answer."""
-    for one in inputs.inputs if len(inputs.answered) else ():
-        yield from score_lines(one.name, take(one.predictions, inputs.answered.tolist()))
+    """As `vqa-sft score` prints them, of the rows with an answer; then what each input has more than the first."""
+    if not len(inputs.answered):
+        return
+    files = [take(one.predictions, inputs.answered.tolist()) for one in inputs.inputs]
+    for one, file in zip(inputs.inputs, files, strict=True):
+        yield from score_lines(one.name, file)
+    for number, file in enumerate(files[1:], 2):
+        found = differences(files[0].probs, file.probs, file.answers)
+        yield [f"{number} minus 1", f"{len(file.ids):,}", *describe(found, METRICS, sign="+")]

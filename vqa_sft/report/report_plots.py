@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NUM_BINS = 15  # those of the ECE
+SIZE = (2.3, 3.5)  # height and width: four stand side by side, and their texts stay readable
 CURVES = (("loss", "eval_loss"), ("accuracy", "eval_accuracy"))  # in training, in validation
 
 
@@ -63,7 +64,7 @@ def _reliability(confidence: np.ndarray, right: np.ndarray) -> Markup:
         axes.errorbar(means, heights, np.maximum([below, above], 0), fmt="o", color=MARK, markersize=4, linewidth=1.2)
         axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy")
 
-    return draw(paint, height=3)
+    return draw(paint, *SIZE)
 
 
 def _confidences(confidence: np.ndarray, right: np.ndarray | None) -> Markup:
@@ -82,7 +83,7 @@ def _confidences(confidence: np.ndarray, right: np.ndarray | None) -> Markup:
         axes.yaxis.get_major_locator().set_params(integer=True, nbins=4)
         axes.set(xlim=(0, 1), xlabel="confidence", ylabel="rows")
 
-    return draw(paint, height=3)
+    return draw(paint, *SIZE)
 
 
 def _curves(start: str, folder: Path) -> Iterator[tuple[str, Markup]]:
@@ -110,13 +111,14 @@ def _lines(lines: Sequence[tuple[str, list]], of_training: str, of_validation: s
             of_validation: {"color": MARK, "label": "validation", "marker": "o", "markersize": 4},
         }
         for key, points in lines:
-            axes.plot(*zip(*points, strict=True), **styles[key])
+            dots = {"marker": "o", "markersize": 3} if len(points) < 20 else {}  # of one step there is no line
+            axes.plot(*zip(*points, strict=True), **dots | styles[key])
             styles[key].pop("label", None)  # once for all folds
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="step", ylabel=of_training)
 
-    return draw(paint, height=3)
+    return draw(paint, *SIZE)
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

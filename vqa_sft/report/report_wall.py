@@ -30,11 +30,12 @@ def rank_rows(inputs: Inputs) -> list[Ranked]:
         Ranked("uncertain", "Least certain", _by(first.uncertainty.margin, np.arange(len(answers)))),
         Ranked("disagree", *_disagreeing(inputs)),
     ]
-    if len(inputs.inputs) > 1:
-        lists.append(_changed(inputs))
+    lists += [_changed(inputs, place) for place in range(1, len(inputs.inputs))]
     found = suspect(first.predictions)
     likely = [row for row in found.ranked if found.is_likely[row]]
     lists.append(Ranked("labels", "Likely label errors", likely, "If the model was not trained on these rows."))
+    leaked = sorted(inputs.in_training, key=inputs.in_training.get)
+    lists.append(Ranked("training", "Image in training too", leaked, "The same ones first, then the nearly same."))
     return [ranked for ranked in lists if ranked.rows]
 
 
@@ -58,9 +59,10 @@ def _disagreeing(inputs: Inputs) -> tuple[str, list[int]]:
     return title, _by(lowest[rows], rows)
 
 
-def _changed(inputs: Inputs) -> Ranked:
-    """Right -> wrong first, then wrong -> right, then the others; each by the largest change of a probability."""
-    before, after = inputs.inputs[:2]
+def _changed(inputs: Inputs, place: int) -> Ranked:
+    """From the first input to the one in this place: right -> wrong first, then wrong -> right, then the others; each
+    by the largest change of a probability."""
+    before, after = inputs.inputs[0], inputs.inputs[place]
     answers = inputs.answers
     changed = np.flatnonzero(before.best != after.best)
     sizes = np.array([np.abs(after.probs[row] - before.probs[row]).max() for row in changed])
@@ -68,7 +70,7 @@ def _changed(inputs: Inputs) -> Ranked:
     rows = changed[np.lexsort((-sizes, kinds))].tolist() if len(changed) else []
     known = inputs.answered
     note = say_changes(before.best[known] == answers[known], after.best[known] == answers[known]) if len(known) else ""
-    return Ranked("changed", "Changed between the first two", rows, note)
+    return Ranked(f"changed{place + 1}", f"Changed from 1 to {place + 1}", rows, note)
 
 
 def choose(lists: Sequence[Ranked], limit: int) -> dict[int, None]:

@@ -7,6 +7,7 @@ runs/demo/
   adapter_model.safetensors, adapter_config.json, processor files
   metrics.json          validation metrics of the weights that were kept
   validation.parquet    predictions for the validation rows
+  report.html           a page about its validation rows
   blind.json            whether it looks at the images, once `vqa-sft blind` was asked
   log.csv, log.png      loss, accuracy and the rest of what was logged, step by step
   checkpoint-*/         to resume from
