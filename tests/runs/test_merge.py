@@ -321,12 +321,14 @@ def test_a_folder_that_a_killed_merge_left_is_no_obstacle(train, tmp_path):
 
 @pytest.mark.parametrize(("name", "letters"), [("tiny", list("ABCD")), ("llava", [" A", " B", " C", " D"])])
 def test_what_the_docs_send_to_a_server_is_the_prompt_of_the_run(train, tmp_path, monkeypatch, name, letters):
-    """Their Python block, with a server that answers with four probabilities out of the whole vocabulary."""
+    """Their Python block, with a server that answers with probabilities of the tokens that it is asked for, and one
+    that was sampled."""
     sent = {}
 
     def create(**request):
         sent.update(request)
-        top = [Of(token=token, logprob=-n) for n, token in enumerate([*letters[1:], "the", letters[0]])]
+        asked = request["extra_body"]["logprob_token_ids"]
+        top = [Of(token=f"token_id:{token}", logprob=-n) for n, token in enumerate([*asked[1:], 0, asked[0]])]
         return Of(choices=[Of(logprobs=Of(content=[Of(top_logprobs=top)]))])
 
     openai = ModuleType("openai")
@@ -340,8 +342,9 @@ def test_what_the_docs_send_to_a_server_is_the_prompt_of_the_run(train, tmp_path
     (block,) = (found for found in re.findall(r"```python\n(.*?)```", docs, re.DOTALL) if "OpenAI" in found)
     exec(block, found := {})
 
-    extra = {"structured_outputs": {"choice": letters}, "chat_template_kwargs": {}}
-    assert found["before"] == "" and sent["extra_body"] == extra
+    asked = sent["extra_body"]
+    assert found["before"] == "" and asked["chat_template_kwargs"] == {} and asked["return_tokens_as_token_ids"]
+    assert asked["logprob_token_ids"] == asked["allowed_token_ids"]
     expected = torch.tensor([-4.0, 0.0, -1.0, -2.0]).softmax(0).tolist()
     assert found["probs"] == pytest.approx(expected)
     # The server calls an image by the name that templates know.
@@ -349,5 +352,6 @@ def test_what_the_docs_send_to_a_server_is_the_prompt_of_the_run(train, tmp_path
         for part in message["content"]:
             part["type"] = part["type"].removesuffix("_url")
     processor = load_processor("runs/mine")
+    assert [processor.tokenizer.decode([token]) for token in asked["allowed_token_ids"]] == letters
     text = processor.apply_chat_template(sent["messages"], add_generation_prompt=True, tokenize=False)
     assert text == render_prompt(processor, found["row"], (0, 1, 2, 3), Prompts())
