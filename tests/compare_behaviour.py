@@ -1,4 +1,4 @@
-"""Run the whole demo in two source trees, one process a step, and compare all that they write. Not a test of pytest.
+"""Run all steps on digits in two source trees, each a process, and compare what they write. Not a test of pytest.
 
     python tests/compare_behaviour.py be40872 HEAD --work /tmp/compare              # git revisions, or folders
     python tests/compare_behaviour.py be40872 . --work /tmp/compare --reuse         # the old tree is not run again
