@@ -11,7 +11,7 @@ NUMBERS := data/numbers
 JOBS ?= 2
 # A file's tests stay in one process, which trains the runs that they share once.
 PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
-# Without a launcher, which takes seconds to start, and uses all cores too.
+# No launcher, which takes seconds to start: one process uses all cores as well.
 PREDICT := $(BIN)/vqa-sft predict --data $(NUMBERS)/test.csv --batch_size 64 --use_cpu
 PREDICTIONS := base=runs/demo_base/submission.parquet tuned=runs/demo/submission.parquet \
 	permutations=runs/demo/permutations.parquet
