@@ -1,6 +1,6 @@
 """Score the letters of every question with fine-tuned runs, or with a base model, and write a submission.
 
-    accelerate launch recipes/predict.py --run runs/demo --data data/digits/test.csv --output runs/demo/submission.csv
+    accelerate launch recipes/predict.py --run runs/demo --data data/numbers/test.csv --output runs/demo/submission.csv
     accelerate launch recipes/predict.py --run runs/fold0 runs/fold1 --orders rotations --data test.csv --output out.csv
     accelerate launch recipes/predict.py --run runs/demo --part validation --orders rotations --output validation.csv
     accelerate launch recipes/predict.py --run none --model Qwen/Qwen2.5-VL-7B-Instruct --max_pixels 200704 \\

@@ -1,4 +1,4 @@
-"""Run the whole demo in two source trees, one process a step, and compare all that they write. Not a test of pytest.
+"""Run all steps on digits in two source trees, each a process, and compare what they write. Not a test of pytest.
 
     python tests/compare_behaviour.py be40872 HEAD --work /tmp/compare              # git revisions, or folders
     python tests/compare_behaviour.py be40872 . --work /tmp/compare --reuse         # the old tree is not run again
@@ -57,7 +57,7 @@ SHOWN_LINES, SHOWN_CHARACTERS = 12, 240
 TREE = ("recipes", "vqa_sft", "accelerate_configs")  # what is copied of a tree
 WRITTEN = ("data", "runs", "out", "home/vqa_sft")  # what steps write
 PROGRAMS = {
-    "sft": "recipes/sft.py --config recipes/demo.yaml",
+    "sft": "recipes/sft.py --config data/digits.yaml",
     "predict": "recipes/predict.py --use_cpu --batch_size 64 --num_workers 0",
     "vqa-sft": "-m vqa_sft.cli",
     "tiny": "-m vqa_sft.tiny",
@@ -80,12 +80,12 @@ MAKE = {
     "digits": "tiny digits data/digits",
     "folds": "vqa-sft folds data/digits/noisy.csv --num-folds 2 --output data/folds.csv",
     "folds, one split": "vqa-sft folds data/digits/noisy.csv --holdout 0.2 --seed 7 --output data/holdout.csv",
-    "check": "vqa-sft check recipes/demo.yaml --limit 200 --test data/digits/test_small.csv --html out/page.html",
+    "check": "vqa-sft check data/digits.yaml --limit 200 --test data/digits/test_small.csv --html out/page.html",
     "check, json": "vqa-sft check data/digits/broken.csv --json out/check.json --html out/broken.html",
     "check, fix": "vqa-sft check data/digits/broken.csv --fix data/digits/clean.csv",
     "memory": "vqa-sft memory recipes/qwen3b_t4.yaml --gpu-gib 14",
-    "train": f"sft {LONG}",
-    "train, other recipe": f"sft {LONG} --learning_rate 1e-4",
+    "train": f"sft {LONG} --output_dir runs/demo",
+    "train, other recipe": f"sft {LONG} --output_dir runs/demo --learning_rate 1e-4",
     "train, stopped": f"sft {LONG} --output_dir runs/stopped",
     "train, folds, ema": f"sft {NOISY} {OFTEN} --folds_file data/folds.csv --fold all --averaging ema --ema_decay 0.5 "
     "--output_dir runs/folds",
@@ -218,7 +218,8 @@ class Side:
 
 
 def write_tables(data: Path) -> None:
-    """Rows that are harder than the demo's, and rows with mistakes, of its images."""
+    """Rows that are harder than the digits, rows with mistakes, of their images, and one recipe for both trees."""
+    shutil.copy(Path(__file__).parents[1] / "vqa_sft/lab/digits.yaml", data)
     header, *train = [line.split(",") for line in (data / "digits/train.csv").read_text().splitlines()]
     noisy, broken = train[:240], train[300:364]
     for number, row in enumerate(noisy):

@@ -42,7 +42,7 @@ def test_the_demo_runs_from_a_wheel_outside_the_checkout(tmp_path):
     pip = ("--no-deps", "--no-index", "--quiet")
     run("pip", "wheel", *pip, "--no-build-isolation", "--wheel-dir", tmp_path, source)
     run("pip", "install", *pip, "--target", target, *tmp_path.glob("*.whl"))
-    run("vqa_sft.tiny", "digits", "data/digits")
+    run("vqa_sft.tiny", "numbers", "data/numbers")
     few = ("--config", "demo.yaml", "--max_steps", 2, "--limit", 64)
     said = run("vqa_sft.cli", "train", *few)
     assert f"Using {target}/vqa_sft/recipes/demo.yaml." in said and "Saved to runs/demo" in said
@@ -50,9 +50,9 @@ def test_the_demo_runs_from_a_wheel_outside_the_checkout(tmp_path):
     assert f"Using {target}/vqa_sft/accelerate_configs/cpu.yaml." in said
     weights = [(work / "runs" / name / "adapter_model.safetensors").read_bytes() for name in ("demo", "launched")]
     assert weights[0] == weights[1]
-    rows = ("--data", "data/digits/test.csv", "--limit", 64, "--use_cpu", "--output", "submission.csv")
+    rows = ("--data", "data/numbers/test.csv", "--limit", 64, "--use_cpu", "--output", "submission.csv")
     run("vqa_sft.cli", "predict", "--run", "runs/demo", *rows)
     assert len((work / "submission.csv").read_text().splitlines()) == 65
     assert "submission.parquet" in run(
-        "vqa_sft.cli", "score", "submission.parquet", "--answers", "data/digits/test_answers.csv"
+        "vqa_sft.cli", "score", "submission.parquet", "--answers", "data/numbers/test_answers.csv"
     )

@@ -125,7 +125,7 @@ def test_every_recipe_of_the_ablation_can_be_read(tmp_path):
     for keys in ablation.RECIPES.values():
         values = ablation.recipe_values(SETS["few"], keys, tmp_path, tmp_path / "run", seed=0, use_cpu=True)
         given = [str(token) for name, value in values.items() for token in (f"--{name}", value)]
-        read_recipe(["--config", str(ablation.ROOT / "recipes" / "demo.yaml"), *given])
+        read_recipe(["--config", str(ablation.DIGITS), *given])
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from vqa_sft.tiny.evaluate import accuracy_by_kind, load_base, predict_answers
 from vqa_sft.tiny.families import FAMILIES, build_model
 from vqa_sft.tiny.forward import answer_logits, to_gemma_patches, to_patches
 from vqa_sft.tiny.glyphs import PEN
+from vqa_sft.tiny.numbers import write_numbers
 from vqa_sft.tiny.tasks import TASKS, render_task
 from vqa_sft.tiny.train import (
     TEST_SEED,
@@ -233,7 +234,25 @@ def test_workers_draw_what_this_process_draws():
         assert all(torch.equal(value, vars(by_workers)[name]) for name, value in vars(alone).items())
 
 
-# ---- the demo's data
+# ---- the data of the demo, and of the ablations
+
+
+def test_the_numbers_are_a_contest_whose_files_share_no_digit(tmp_path):
+    write_numbers(tmp_path)
+    files = {name: read_csv(tmp_path / f"{name}.csv") for name in ("train", "validation", "test", "test_answers")}
+    assert {name: len(rows) for name, rows in files.items()} == {
+        "train": 1200, "validation": 300, "test": 500, "test_answers": 500,
+    }  # fmt: skip
+    columns = ["id", "path", "question", "a", "b", "c", "d"]
+    assert [*files["train"][0]] == [*files["validation"][0]] == [*columns, "answer"]
+    assert [*files["test"][0]] == columns and [*files["test_answers"][0]] == ["id", "answer"]
+    assert [row["id"] for row in files["test"]] == [row["id"] for row in files["test_answers"]]
+    digits = {}
+    for name in ("train", "validation", "test"):
+        pages = [np.asarray(Image.open(tmp_path / row["path"])) for row in files[name]]
+        digits[name] = {half.tobytes() for page in pages for half in (page[:, :48], page[:, 48:])}
+    assert all(len(found) >= 250 for found in digits.values())
+    assert not digits["train"] & digits["validation"] and not digits["test"] & (digits["train"] | digits["validation"])
 
 
 def test_the_digits_are_a_contest_with_every_letter_right_equally_often(digits):

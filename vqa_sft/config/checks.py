@@ -141,8 +141,8 @@ def _of_rows(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
         yield f"{', '.join(needs_validation)} needs validation rows; set validation_data or validation_fraction."
     if sum(map(bool, (own.validation_data, own.validation_fraction, own.folds_file))) > 1:
         yield (
-            "only one of validation_data, validation_fraction and folds_file can be set (--validation_fraction 0 takes "
-            "it back)."
+            "only one of validation_data, validation_fraction and folds_file can be set (--validation_fraction 0 or "
+            "--validation_data null takes it back)."
         )
     if (own.folds_file is None) != (own.fold is None):
         yield "folds_file and fold go together; set both."

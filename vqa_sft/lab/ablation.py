@@ -5,9 +5,9 @@
     python -m vqa_sft.lab.ablation --work runs/ablation             # again: finished runs are not repeated
 
 The tiny base learns handwritten digits, and two-digit numbers of them with similar choices, few rows, wrong answers
-and skewed letters (vqa_sft/tiny/numbers.py). Each run is recipes/sft.py and recipes/predict.py with recipes/demo.yaml
-and the keys of one of the `RECIPES`: `plain` supervises the answer token alone and does nothing else, the next ones add
-one trick each to it, `all together` has several, `defaults` is a recipe that names none. `naive` is TRL's SFTTrainer
+and skewed letters (vqa_sft/tiny/numbers.py). Each run is recipes/sft.py and recipes/predict.py with lab/digits.yaml and
+the keys of one of the `RECIPES`: `plain` supervises the answer token alone and does nothing else, the next ones add one
+trick each to it, `all together` has several, `defaults` is a recipe that names none. `naive` is TRL's SFTTrainer
 with its own collator on the same rows: the loss on every token, no shuffling, the last weights.
 
 Test rows are scored once under each rotation of their choices. The letter bias is the largest difference in recall
@@ -38,7 +38,7 @@ from vqa_sft.runs.folder import is_finished
 from vqa_sft.tiny.numbers import SETS, TaskSet, write_set
 
 ROOT = Path(__file__).parents[2]
-DEMO, SCORED = ROOT / "recipes" / "demo.yaml", "test.parquet"
+DIGITS, SCORED = Path(__file__).parent / "digits.yaml", "test.parquet"
 NUM_RESAMPLES, NUM_BINS = 1000, 15
 LAST = {"eval_strategy": "no", "load_best_model_at_end": False}
 PLAIN = {"vocabulary_weight": 1.0, "shuffle_choices": False, **LAST}
@@ -155,7 +155,7 @@ def train_and_score(work: str, set_name: str, recipe: str, seed: int, use_cpu: b
     elif recipe == NAIVE:
         train_naive(values)
     else:
-        run_recipe("sft.py", {"config": DEMO} | values)
+        run_recipe("sft.py", {"config": DIGITS} | values)
     score = {"run": run, "data": data / "test.csv", "output": run / "test.csv", "batch_size": 250, "num_workers": 0}
     run_recipe("predict.py", score | ({"use_cpu": ""} if use_cpu else {}))
 
@@ -193,7 +193,7 @@ def train_naive(values: dict[str, Any]) -> None:
     from vqa_sft.runs import folder as run_folder
     from vqa_sft.training import curves
 
-    given = [str(token) for name, value in ({"config": DEMO} | values).items() for token in (f"--{name}", value)]
+    given = [str(token) for name, value in ({"config": DIGITS} | values).items() for token in (f"--{name}", value)]
     recipe = read_recipe(given)
     own = recipe.arguments
     loaded = [read_examples(own.train_data)]

@@ -136,7 +136,7 @@ def tiny_cases() -> list[Case]:
     ]
     ours: dict[str, Any] = {
         "shape": "tiny",
-        "recipe": "recipes/demo.yaml",
+        "recipe": "vqa_sft/lab/digits.yaml",
         "data": data,
         "batch_size": 4,
         "baseline": "TRL",

@@ -24,7 +24,7 @@ BASE, TUNED = "#9aa5b1", "#2f6fb0"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data/digits"))
+    parser.add_argument("--data", type=Path, default=Path("data/numbers"))
     parser.add_argument("--base", default="runs/demo_base/submission.parquet")
     parser.add_argument("--tuned", default="runs/demo/submission.parquet")
     parser.add_argument("--output", default="docs/images/demo.png")

@@ -1,9 +1,9 @@
-"""How many wrong answers `vqa-sft label-errors` finds, where they are known: 5% of the demo's training digits.
+"""How many wrong answers `vqa-sft label-errors` finds, where they are known: 5% of 1,300 handwritten digits.
 
     python -m vqa_sft.lab.planted_errors --epochs 2      # five seeds of four folds; six minutes on two CPU cores
     python -m vqa_sft.lab.planted_errors --seeds 1 --epochs 1
 
-Each seed draws the rows whose answer becomes another choice, trains recipes/demo.yaml on each of four folds with them,
+Each seed draws the rows whose answer becomes another choice, trains lab/digits.yaml on each of four folds with them,
 and ranks all rows by their out-of-fold probabilities. Among as many of the most suspicious rows as answers are wrong,
 precision is recall. Beside it: a random order, the same by the base without any training, and what
 `cleanlab.filter.find_label_issues` gives where that package is installed. For the likely errors: both.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vqa_sft.lab.ablation import DEMO, run_recipe
+from vqa_sft.lab.ablation import DIGITS, run_recipe
 from vqa_sft.predictions.file import Predictions, read_predictions, with_answers
 from vqa_sft.predictions.label_errors import suspect
 from vqa_sft.tiny import TINY_PATH
@@ -52,7 +52,7 @@ def measure(work: Path, seed: int, epochs: float) -> dict[str, float]:
             csv.writer(file).writerows([("id", "fold"), *folds.items()])
         split = {"folds_file": work / "folds.csv", "fold": "all", "validation_fraction": 0}
         how = {"train_data": source, "output_dir": run, "num_train_epochs": epochs, "seed": seed, "use_cpu": True}
-        run_recipe("sft.py", {"config": DEMO} | how | split | {"disable_tqdm": True})
+        run_recipe("sft.py", {"config": DIGITS} | how | split | {"disable_tqdm": True})
     if not base.with_suffix(".parquet").is_file():
         score = {"run": "none", "model": TINY_PATH, "data": work / "train.csv", "output": base, "batch_size": 64}
         run_recipe("predict.py", score | {"num_workers": 0, "use_cpu": ""})

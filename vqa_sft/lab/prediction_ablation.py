@@ -4,11 +4,11 @@
     python -m vqa_sft.lab.prediction_ablation --sets few --rows 500 --views "one order" rotations --use_cpu
     python -m vqa_sft.lab.prediction_ablation --work runs/ways    # again: what is done is kept
 
-The tiny base learns the sets of vqa_sft/lab/ablation.py in three folds, by recipes/demo.yaml with its defaults. Every
-way is recipes/predict.py: for the rows out of fold, on which `vqa-sft calibrate` finds a temperature for these views
-and weights of the scales, and for test rows. "One fold" is the first of them; the other lines are three together (the
-mean of logarithms). Test rows are all different ones, but those of `digits` show each of its test images several times,
-with other wrong choices. Those images have three tokens a side, and the folds have seen no other size. "Trained on
+The tiny base learns the sets of vqa_sft/lab/ablation.py in three folds, by lab/digits.yaml. Every way is
+recipes/predict.py: for the rows out of fold, on which `vqa-sft calibrate` finds a temperature for these views and
+weights of the scales, and for test rows. "One fold" is the first of them; the other lines are three together (the mean
+of logarithms). Test rows are all different ones, but those of `digits` show each of its test images several times, with
+other wrong choices. Those images have three tokens a side, and the folds have seen no other size. "Trained on
 sizes" is one more run of the first fold: on the same images with eight tokens a side, changed by up to an eighth in
 training, for twice as long; it is compared to its own first line. "Equal weights" is what scales give without
 calibrate. Brackets hold the middle 95% of 1,000 resamples of the rows; a difference to one order of one fold compares
@@ -31,7 +31,7 @@ from PIL import Image
 
 from vqa_sft.data.folds import write_folds
 from vqa_sft.errors import InputError, exits_with_message
-from vqa_sft.lab.ablation import DEMO, ROOT
+from vqa_sft.lab.ablation import DIGITS, ROOT
 from vqa_sft.predictions.calibration import calibrate_run
 from vqa_sft.predictions.check_file import CALIBRATION
 from vqa_sft.predictions.ensemble import experts_of
@@ -152,7 +152,7 @@ def train_command(args: argparse.Namespace, name: str, run: str) -> list[str]:
     values |= {"output_dir": folder / run, "num_train_epochs": epochs if run == FOLDS else 2 * epochs}
     values |= {"use_cpu": args.use_cpu, "compile_layers": False, "disable_tqdm": True}
     tokens = [str(token) for key, value in values.items() for token in (f"--{key}", value)]
-    return [str(ROOT / "recipes" / "sft.py"), "--config", str(DEMO), *tokens]
+    return [str(ROOT / "recipes" / "sft.py"), "--config", str(DIGITS), *tokens]
 
 
 def predict_commands(args: argparse.Namespace, ways: Sequence[Way], part: str) -> list[list[str]]:

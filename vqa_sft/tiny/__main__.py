@@ -1,6 +1,7 @@
 """Command line of the tiny base.
 
-    python -m vqa_sft.tiny digits data/digits          the demo's data: handwritten digits as a contest's files
+    python -m vqa_sft.tiny numbers data/numbers        the demo's data: handwritten numbers as a contest's files
+    python -m vqa_sft.tiny digits data/digits          single digits, which the base nearly reads already
     python -m vqa_sft.tiny draw --output runs/drawn    a contact sheet of what the base has seen
     python -m vqa_sft.tiny train --output runs/tiny    the base, from nothing; --family qwen3_5 or gemma4 for another
     python -m vqa_sft.tiny evaluate                    accuracy per kind on held-out drawn pictures
@@ -28,9 +29,11 @@ def parse_args() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True)
 
+    numbers = commands.add_parser("numbers", help="write two-digit numbers of handwritten digits as PNG and CSV files")
     digits = commands.add_parser("digits", help="write scikit-learn's handwritten digits as PNG and CSV files")
-    digits.add_argument("output", type=Path)
-    digits.set_defaults(run=run_digits)
+    for command, run in ((numbers, run_numbers), (digits, run_digits)):
+        command.add_argument("output", type=Path)
+        command.set_defaults(run=run)
 
     draw = commands.add_parser("draw", help="draw examples and a contact sheet")
     draw.add_argument("--output", type=Path, required=True)
@@ -57,6 +60,14 @@ def parse_args() -> argparse.Namespace:
     evaluate.add_argument("--examples", type=int, default=3000)
     evaluate.set_defaults(run=run_evaluate)
     return parser.parse_args()
+
+
+def run_numbers(args: argparse.Namespace) -> None:
+    from vqa_sft.tiny.numbers import NUM_TEST_ROWS, NUM_TRAIN_ROWS, NUM_VALIDATION_ROWS, write_numbers
+
+    write_numbers(args.output)
+    numbers = f"{NUM_TRAIN_ROWS:,} training, {NUM_VALIDATION_ROWS} validation and {NUM_TEST_ROWS} test rows"
+    print(f"{numbers} in {args.output}")
 
 
 def run_digits(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ The split is stratified by digit and fixed.
 import csv
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,20 +24,23 @@ PICTURE_PX = 96
 
 def write_digits(output: Path, seed: int = 0) -> None:
     """Write pictures and CSV files under `output`; the same seed writes the same bytes."""
+    digits, train, test = split_digits(seed)
+    (output / "images").mkdir(parents=True, exist_ok=True)
+    for index, pixels in enumerate(digits.images):
+        to_picture(pixels).save(output / _picture_path(index))
+    write_csv(output / "train.csv", make_rows("train", train, digits.target, seed))
+    write_test(output, make_rows("test", test, digits.target, seed))
+
+
+def split_digits(seed: int) -> tuple[Any, np.ndarray, np.ndarray]:
+    """scikit-learn's digits, and the indices of those for training and for test."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     sizes = {"train_size": NUM_TRAIN, "test_size": NUM_TEST}
-    train, test = train_test_split(np.arange(len(digits.target)), **sizes, stratify=digits.target, random_state=seed)
-    (output / "images").mkdir(parents=True, exist_ok=True)
-    for index, pixels in enumerate(digits.images):
-        to_picture(pixels).save(output / _picture_path(index))
-    train_rows = make_rows("train", train, digits.target, seed)
-    test_rows = make_rows("test", test, digits.target, seed)
-    write_csv(output / "train.csv", train_rows)
-    write_csv(output / "test_answers.csv", [{"id": row["id"], "answer": row.pop("answer")} for row in test_rows])
-    write_csv(output / "test.csv", test_rows)
+    indices = np.arange(len(digits.target))
+    return digits, *train_test_split(indices, **sizes, stratify=digits.target, random_state=seed)
 
 
 def make_rows(split: str, indices: np.ndarray, targets: np.ndarray, seed: int) -> list[dict]:
@@ -58,6 +62,12 @@ def to_picture(pixels: np.ndarray) -> Image.Image:
     """8 x 8 values of 0 (paper) to 16 (ink), scaled up smoothly."""
     small = Image.fromarray((255 - pixels * 255 / 16).astype(np.uint8))
     return small.resize((PICTURE_PX, PICTURE_PX), Image.Resampling.BICUBIC)
+
+
+def write_test(output: Path, rows: list[dict]) -> None:
+    """test.csv without the answers, which are in test_answers.csv."""
+    write_csv(output / "test_answers.csv", [{"id": row["id"], "answer": row["answer"]} for row in rows])
+    write_csv(output / "test.csv", [{key: row[key] for key in row if key != "answer"} for row in rows])
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:

@@ -1,11 +1,14 @@
-"""Sets on which training recipes are compared: handwritten digits, and two-digit numbers of them with similar choices.
+"""The demo's data, two-digit numbers with similar choices, and the sets on which training recipes are compared.
 
-    FOLDER/images/...
-    FOLDER/train.csv     id, path, question, a, b, c, d, answer
-    FOLDER/test.csv      the same; every row four times, its answer once under each letter
+    data/numbers/images/train_0000.png ...   96 x 96 px, dark ink on white paper
+    data/numbers/train.csv                   id, path, question, a, b, c, d, answer      1,200 rows
+    data/numbers/validation.csv              the same                                      300 rows
+    data/numbers/test.csv                    the same without the answer                   500 rows
+    data/numbers/test_answers.csv            id, answer
 
-A number is two of scikit-learn's handwritten digits side by side, which the tiny base has never seen. The digits of
-test pictures stand in no training picture. Wrong choices are the digits swapped, and numbers with one other digit.
+A number is two of scikit-learn's handwritten digits side by side, which the tiny base has never seen. No digit stands
+in pictures of two of these files. Wrong choices are the digits swapped, and numbers with one other digit.
+A set for comparisons has in test.csv the answers too, and every row four times, its answer once under each letter.
 """
 
 import random
@@ -16,9 +19,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vqa_sft.tiny.digits import LETTERS, NUM_TEST, NUM_TRAIN, PICTURE_PX, make_rows, to_picture, write_csv
+from vqa_sft.tiny.digits import (
+    LETTERS,
+    NUM_TEST,
+    NUM_TRAIN,
+    PICTURE_PX,
+    make_rows,
+    split_digits,
+    to_picture,
+    write_csv,
+    write_test,
+)
 
 QUESTION = "Which number is written here?"
+NUM_TRAIN_ROWS, NUM_VALIDATION_ROWS, NUM_TEST_ROWS = 1200, 300, 500  # of the demo
+NUM_VALIDATION_DIGITS = 300  # of those for training
 
 
 @dataclass(frozen=True)
@@ -35,7 +50,7 @@ class TaskSet:
 
 
 SETS = {
-    "digits": TaskSet("one digit, wrong choices at random; the demo's rows", NUM_TRAIN, 4, 1, num_test=NUM_TEST),
+    "digits": TaskSet("one digit, wrong choices at random", NUM_TRAIN, 4, 1, num_test=NUM_TEST),
     "similar": TaskSet("numbers, similar choices", 800, 12),
     "few": TaskSet("numbers, similar choices, 160 rows", 160, 24),
     "noisy": TaskSet("numbers, similar choices, a fifth of the answers wrong", 800, 12, noise=0.2),
@@ -43,30 +58,42 @@ SETS = {
 }
 
 
+def write_numbers(output: Path, seed: int = 0) -> None:
+    """Write pictures and CSV files of the demo under `output`; the same seed writes the same bytes."""
+    digits, train, test = split_digits(seed)
+    (output / "images").mkdir(parents=True, exist_ok=True)
+    train, validation = train[:-NUM_VALIDATION_DIGITS], train[-NUM_VALIDATION_DIGITS:]
+    for split, indices, num_rows in (
+        ("train", train, NUM_TRAIN_ROWS),
+        ("validation", validation, NUM_VALIDATION_ROWS),
+    ):
+        write_csv(output / f"{split}.csv", _number_rows(split, indices, num_rows, digits, output, seed))
+    write_test(output, _number_rows("test", test, NUM_TEST_ROWS, digits, output, seed))
+
+
 def write_set(output: Path, task: TaskSet, seed: int = 0, *, choice_seed: int | None = None) -> None:
     """Write the pictures and the two files of a set; the same arguments write the same bytes. `choice_seed` draws the
     wrong choices of single test digits anew."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    sizes = {"train_size": NUM_TRAIN, "test_size": NUM_TEST}
-    parts = train_test_split(np.arange(len(digits.target)), **sizes, stratify=digits.target, random_state=seed)
+    digits, *parts = split_digits(seed)
     (output / "images").mkdir(parents=True, exist_ok=True)
     for split, indices, num_rows in zip(("train", "test"), parts, (task.num_train, task.num_test), strict=True):
-        rng = random.Random(f"{seed}/{split}/{task.num_digits}")
         if task.num_digits == 1:
             is_anew = split == "test" and choice_seed is not None
             rows = make_rows(split, indices[:num_rows], digits.target, choice_seed if is_anew else seed)
             for row, index in zip(rows, indices, strict=False):
                 to_picture(digits.images[index]).save(output / row["path"])
         else:
-            rows = [_number_row(f"{split}_{number:04d}", indices, digits, rng, output) for number in range(num_rows)]
+            rows = _number_rows(split, indices, num_rows, digits, output, seed)
         if split == "train":
             rng = random.Random(f"{seed}/{task.noise}/{task.skew}")
             write_csv(output / "train.csv", [_disturbed(row, task, rng) for row in rows])
         else:
             write_csv(output / "test.csv", [turned for row in rows for turned in _rotations(row)])
+
+
+def _number_rows(split: str, indices: np.ndarray, num_rows: int, digits: Any, output: Path, seed: int) -> list[dict]:
+    rng = random.Random(f"{seed}/{split}/2")
+    return [_number_row(f"{split}_{number:04d}", indices, digits, rng, output) for number in range(num_rows)]
 
 
 def _number_row(row_id: str, indices: np.ndarray, digits: Any, rng: random.Random, output: Path) -> dict:
