@@ -9,7 +9,7 @@ from contest import write_contest
 FOLDER = Path(__file__).parents[1] / "notebooks"
 # What a session on the embedded base, without a GPU, sets instead.
 TINY = {"CODE": "", "RECIPE": "demo.yaml", "LAUNCH": "cpu", "PREDICT_OPTIONS": "--use_cpu"}
-TINY_OPTIONS = "--num_train_epochs 1 --learning_rate 1e-2 --disable_tqdm true"
+TINY_OPTIONS = "--num_train_epochs 1 --learning_rate 1e-2 --disable_tqdm true --validation_data null"
 
 
 def build(place):
