@@ -20,6 +20,8 @@ from vqa_sft.questions.letters import LETTERS
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
+# Of one question. Without them a request of 10 MB takes all memory, and a server of it ends.
+MOST_IMAGES, MOST_CHARS = 32, 2**16
 # transformers' sandbox knows one way to raise a ValueError that says something: a format that there is none of.
 _MACROS = """\
 {%- set vqa = namespace(text="", num_images=0, choices=[], lines=[], content=[], type="") -%}
@@ -29,12 +31,17 @@ _MACROS = """\
     {%- for token in vqa_tokens if token in value -%}
         {{ vqa_refuse(what ~ " holds a control token of this model") }}
     {%- endfor -%}
+    {%- if "\\0" in value -%}{{ vqa_refuse(what ~ " holds a null byte") }}{%- endif -%}
     {{- value|trim -}}
 {%- endmacro -%}
 {%- macro vqa_read(value) -%}
     {%- if value is string -%}{%- set vqa.text = vqa.text ~ value -%}
     {%- elif value is mapping and value.type == "text" -%}{%- set vqa.text = vqa.text ~ value.text -%}
-    {%- elif value is mapping and value.type == "image" -%}{%- set vqa.num_images = vqa.num_images + 1 -%}
+    {%- elif value is mapping and value.type == "image" -%}
+        {%- set vqa.num_images = vqa.num_images + 1 -%}
+        {%- if vqa.num_images > vqa_most_images -%}
+            {{ vqa_refuse("state names more than " ~ vqa_most_images ~ " images") }}
+        {%- endif -%}
     {%- elif value is sequence and value is not mapping -%}
         {%- for part in value -%}{{ vqa_read(part) }}{%- endfor -%}
     {%- else -%}{{ vqa_refuse("state holds what is neither a text nor an image of assets") }}
@@ -80,6 +87,9 @@ _CHOICES = """\
 {%- endif -%}
 """
 _MESSAGES = """\
+{%- if vqa_user|length > vqa_most_chars -%}
+    {{ vqa_refuse("the texts of a question have more than " ~ vqa_most_chars ~ " characters") }}
+{%- endif -%}
 {%- for number in range(1, vqa.num_images + 1) -%}
     {%- if vqa.num_images > 1 -%}
         {%- set vqa.content = vqa.content + [{"type": "text", "text": <image>}] -%}
@@ -91,12 +101,8 @@ _MESSAGES = """\
 """
 
 
-def decision_template(
-    processor: "ProcessorMixin", prompts: Prompts, *, has_images: bool, has_context: bool, refuses_tokens: bool
-) -> str:
-    """The Jinja template of a run that was trained with `has_images` and `has_context`. With `refuses_tokens` it
-    refuses control tokens in texts, for a model whose texts transformers cannot mark. Raises InputError."""
-    tokens = list_control_tokens(processor) if refuses_tokens else []
+def decision_template(processor: "ProcessorMixin", prompts: Prompts, *, has_images: bool, has_context: bool) -> str:
+    """The Jinja template of a run that was trained with `has_images` and `has_context`. Raises InputError."""
     system = ""
     if prompts.system:
         content = prompts.system if prompts.system_as_text else [{"type": "text", "text": prompts.system}]
@@ -111,7 +117,9 @@ def decision_template(
             "{#- The prompt of a run of vqa-sft, from the state and one question of a request. -#}\n",
             _assign("vqa_has_images", literal(has_images)),
             _assign("vqa_has_context", literal(has_context)),
-            _assign("vqa_tokens", literal(tokens)),
+            _assign("vqa_most_images", literal(MOST_IMAGES)),
+            _assign("vqa_most_chars", literal(MOST_CHARS)),
+            _assign("vqa_tokens", literal(list_control_tokens(processor))),
             _MACROS,
             _STATE,
             _CHOICES.replace("<choice>", choice),

@@ -17,6 +17,7 @@ from transformers import DecisionConfig
 from transformers.decision import parse_questions
 from transformers.decision.template_utils import Question
 
+from vqa_sft.batch.decision_template import MOST_CHARS, MOST_IMAGES
 from vqa_sft.errors import InputError, explains
 from vqa_sft.questions.letters import LETTERS, describe_value
 
@@ -76,6 +77,8 @@ def _read_state(state: Any, assets: Mapping, has_images: bool, has_context: bool
             "state holds a text that names no image of assets, and the run was trained without contexts: "
             f"{describe_value(text)}."
         )
+    if len(names) > MOST_IMAGES:
+        raise InputError(f"state names more than {MOST_IMAGES} images; got {len(names):,}.")
     return [_image(assets[name], name) for name in names], text if has_context else None
 
 
@@ -98,7 +101,10 @@ def _read_question(question: Question, images: list, context: str | None, assets
         if not text.strip():
             raise InputError(f"an option of question {question.name!r} is empty.")
         choices.append(text)
-    return Asked(question, images, _text(question.instructions, "instructions", assets), choices, context)
+    instructions = _text(question.instructions, "instructions", assets)
+    if (num_chars := sum(map(len, (instructions, context or "", *choices)))) > MOST_CHARS:
+        raise InputError(f"the texts of a question have more than {MOST_CHARS:,} characters; got {num_chars:,}.")
+    return Asked(question, images, instructions, choices, context)
 
 
 def _text(value: Any, what: str, assets: Mapping) -> str:
