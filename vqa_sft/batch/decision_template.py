@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Of one question. Without them a request of 10 MB takes all memory, and a server of it ends.
 MOST_IMAGES, MOST_CHARS = 32, 2**16
 # transformers' sandbox knows one way to raise a ValueError that says something: a format that there is none of.
-_MACROS = """\
+MACROS = """\
 {%- set vqa = namespace(text="", num_images=0, choices=[], lines=[], content=[], type="") -%}
 {%- macro vqa_refuse(why) -%}{{ ("{:" ~ why ~ "}").format("") }}{%- endmacro -%}
 {%- macro vqa_text(value, what) -%}
@@ -120,7 +120,7 @@ def decision_template(processor: "ProcessorMixin", prompts: Prompts, *, has_imag
             _assign("vqa_most_images", literal(MOST_IMAGES)),
             _assign("vqa_most_chars", literal(MOST_CHARS)),
             _assign("vqa_tokens", literal(list_control_tokens(processor))),
-            _MACROS,
+            MACROS,
             _STATE,
             _CHOICES.replace("<choice>", choice),
             type_template(prompts.types),

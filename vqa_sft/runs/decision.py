@@ -73,7 +73,7 @@ def _labels(run: Run, processor: ProcessorMixin) -> list[str]:
         spelt = (space + letter, letter, processor.tokenizer.convert_ids_to_tokens(letter_id))
         found = [text for text in spelt if _has_id(processor, text, letter_id)]
         if not found:
-            raise InputError(f"decision.json cannot name the token of {letter!r} in this model. Export with --plain.")
+            raise InputError(f"decision.json cannot name the token of {letter!r} in this model.")
         labels.append(found[0])
     return labels
 
@@ -119,5 +119,5 @@ def _check_prompt(
         if not all(same):
             raise InputError(
                 "transformers' decision pipeline makes another prompt than the run was trained on: "
-                f"{processor.tokenizer.decode(inputs['input_ids'][0])[-200:]!r}. Export with --plain."
+                f"{processor.tokenizer.decode(inputs['input_ids'][0])[-200:]!r}."
             )

@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    DecisionConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.core_model_loading import Transpose, WeightConverter
 from trl import ModelConfig
 
@@ -78,7 +85,7 @@ def _export_run(
     _check_room(Path(output).resolve(), size, dtype)
     # Of a processor of its own: transformers adds tokens to the one that it asks.
     own = load_processor(str(folder), trust_remote_code=trust)
-    decision = None if plain else decision_config(run, own, ADAPTER if adapter else None)
+    decision = None if plain else _decide(run, own, ADAPTER if adapter else None)
     processor = load_processor(str(folder), trust_remote_code=trust)
     _tell_quantised(run, config)
     with whole_folder(output) as part:
@@ -106,6 +113,13 @@ def _export_run(
     )
     asks = "" if plain else f' pipeline("decision", model="{output}") answers as the run does.'
     return f"Wrote {output}: {name} with {made}, {dtype}, {size / 2**30:,.2f} GiB.{asks}"
+
+
+def _decide(run: run_folder.Run, processor: ProcessorMixin, adapter: str | None) -> DecisionConfig:
+    try:
+        return decision_config(run, processor, adapter)
+    except InputError as error:
+        raise InputError(f"{error} --plain writes the weights without a decision model.") from error
 
 
 def _tell_quantised(run: run_folder.Run, config: PreTrainedConfig) -> None:
