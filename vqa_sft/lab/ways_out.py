@@ -123,13 +123,14 @@ def _plain(model: torch.nn.Module, processor: Any, exported: Exported) -> Ask:
 
 @contextmanager
 def transformers_serve(exported: Exported) -> Iterator[Ask]:
-    with served(exported.merged) as url:
+    with served(exported.merged) as (url, _):
         yield lambda row: probs_of(_post(f"{url}/v1/systemone", request_of(row, exported.run))["answers"])
 
 
 @contextmanager
-def served(folder: str | Path) -> Iterator[str]:
-    """The address of `transformers serve FOLDER`, on loopback, while this lasts. Raises InputError."""
+def served(folder: str | Path) -> Iterator[tuple[str, int]]:
+    """The address of `transformers serve FOLDER`, on loopback, and its process id, while this lasts. Raises
+    InputError."""
     if missing := [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]:
         raise InputError(f"transformers serve needs {', '.join(missing)}: pip install 'transformers[serving]'.")
     with socket.socket() as probe:
@@ -142,7 +143,7 @@ def served(folder: str | Path) -> Iterator[str]:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             _wait_for(server, url, log)
-            yield url
+            yield url, server.pid
         finally:
             server.terminate()
             server.wait()
