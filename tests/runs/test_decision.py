@@ -239,6 +239,14 @@ def test_what_a_card_says_can_be_run(calibrated, exported, predict, tmp_path, na
     assert [*found["found"].values()] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+def test_the_request_of_the_docs_can_be_asked(calibrated, exported, predict):
+    docs = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = (found for found in python_of(docs, calibrated[0]) if "pipeline" in found)
+    found = {}
+    exec(block.replace("runs/mine_merged", str(exported[0])), found)
+    assert_same(found["decide"](found["request"]), predict.decide(found["request"]))
+
+
 def test_a_card_that_somebody_changed_stays_and_a_push_says_what_it_leaves_out(calibrated, tmp_path):
     folder = shutil.copytree(calibrated[1], tmp_path / "run")
     (folder / "README.md").write_text("mine")

@@ -184,6 +184,14 @@ def test_an_adapter_of_a_4_bit_base_is_merged_into_the_unquantised_one_with_a_no
     assert len(predict(tmp_path / "out", train.contest, tmp_path / "out.csv")) == 12
 
 
+def test_whole_weights_are_exported_as_they_are(train, tmp_path):
+    export_run(str(train("tiny")), str(tmp_path / "out"), dtype="fp32")
+    export_run(str(tmp_path / "out"), str(tmp_path / "again"))
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "again" / "decision.json").is_file()
+
+
 def test_a_soup_is_merged_as_a_run_is(train, tmp_path):
     make_soup([str(train("tiny")), str(train("tiny"))], str(tmp_path / "soup"))
     export_run(str(tmp_path / "soup"), str(tmp_path / "out"), dtype="fp32")
