@@ -39,7 +39,7 @@ def decision_config(run: Run, processor: ProcessorMixin, adapter: str | None = N
     if calibration.bias is not None:
         raise InputError(
             f"the calibration of {folder} has a bias for each letter, and decision.json holds a temperature alone. "
-            f'Remove the entry "orders identity" from its calibration.json, or export with --plain.'
+            'Remove "orders identity" from its calibration.json, or its bias.'
         )
     labels = _labels(run, processor)
     reads: dict[str, Any] = {"has_images": bool(run.columns and run.columns.image)}
@@ -112,7 +112,7 @@ def _check_prompt(
             [(inputs, _)] = prepare_inputs(config, request, processor)
         expected = collator([row])
         same = [
-            name in inputs and torch.equal(inputs[name], expected[name])
+            name in inputs and torch.equal(inputs[name].to(expected[name].dtype), expected[name])
             for name in ("input_ids", "pixel_values")
             if name in expected
         ]

@@ -104,15 +104,9 @@ def _export_run(
             (part / ADAPTER).mkdir()
             run_folder.copy_files(folder, part / ADAPTER, run_folder.SHARED_FILES)
         _describe(part / ADAPTER if adapter else part, folder, run, output, entries)
-    made = (
-        "its weights"
-        if is_whole
-        else f"the adapter of {folder} beside it"
-        if adapter
-        else f"the adapter of {folder} merged in"
-    )
+    what = name if is_whole else f"{name} with the adapter of {folder} {'beside it' if adapter else 'merged in'}"
     asks = "" if plain else f' pipeline("decision", model="{output}") answers as the run does.'
-    return f"Wrote {output}: {name} with {made}, {dtype}, {size / 2**30:,.2f} GiB.{asks}"
+    return f"Wrote {output}: {what}, {dtype}, {size / 2**30:,.2f} GiB.{asks}"
 
 
 def _decide(run: run_folder.Run, processor: ProcessorMixin, adapter: str | None) -> DecisionConfig:
