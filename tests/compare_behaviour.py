@@ -37,6 +37,7 @@ from safetensors import safe_open
 # How a tree spells a command or an option where its help has the second name and not the first.
 RENAMED = {
     "vqa-sft doubt": "vqa-sft uncertainty",
+    "vqa-sft merge": "vqa-sft export",
 }
 # Keys of check.json that the new tree may have renamed; keys of all other files may not change.
 RENAMED_KEYS = {"mend": "fix", "pictures": "images", "pictures_per_row": "images_per_row"}

@@ -259,7 +259,7 @@ def test_a_wrong_use_is_told_in_one_line(run):
         (("chekc", "train.csv"), "No such command 'chekc'. Did you mean 'check'? See `vqa-sft --help`.\n"),
         (("score",), "Missing argument 'FILE'. See `vqa-sft score --help`."),
         (("ensemble", "a", "b", "--output"), "Option '--output' requires an argument."),
-        (("merge", "a", "b", "--dtype", "fp8"), "'--dtype': 'fp8' is not one of 'bf16', 'fp16', 'fp32'. See"),
+        (("export", "a", "b", "--dtype", "fp8"), "'--dtype': 'fp8' is not one of 'bf16', 'fp16', 'fp32'. See"),
         (("soup", "a", "--output", "o", "--weights", "x"), "'--weights': must be a number; got 'x'. See `vqa-sft soup"),
         (("folds", "a.csv", "--output", "f", "--num-folds", "2.5"), "must be a whole number; got '2.5'. See"),
         (("folds", "train.csv", "--output", "f.csv"), "give --num-folds N or --holdout SHARE"),
@@ -320,7 +320,7 @@ def test_every_command_of_the_docs_exists_with_its_options(run):
     texts = [path.read_text(encoding="utf-8") for path in (Path(__file__).parents[2] / "docs").rglob("*.md")]
     lines = [line.strip() for text in texts for line in text.replace("\\\n", " ").splitlines()]
     commands = [line.split() for line in lines if line.startswith("vqa-sft ") and line.split()[1] != "COMMAND"]
-    assert {"score", "calibrate", "ensemble", "submit", "diff", "uncertainty", "merge"} <= {w[1] for w in commands}
+    assert {"score", "calibrate", "ensemble", "submit", "diff", "uncertainty", "export"} <= {w[1] for w in commands}
     for words in commands:
         _, shown, _ = run(words[1], "--help")
         assert all(word in shown for word in words if word.startswith("--")), words

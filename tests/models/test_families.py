@@ -21,7 +21,7 @@ from vqa_sft.inference.predictor import Predictor
 from vqa_sft.models.families import FAMILIES
 from vqa_sft.models.load import load_model
 from vqa_sft.models.parts import vision_layers
-from vqa_sft.runs.merge import merge_run
+from vqa_sft.runs.export import export_run
 
 
 @dataclass
@@ -94,7 +94,7 @@ def test_rotations_are_averaged_as_by_plain_transformers(road):
 
 @torch.no_grad()
 def test_merged_weights_answer_as_base_and_adapter(road, tmp_path):
-    merge_run(road.run, str(tmp_path / "merged"), dtype="fp32")
+    export_run(road.run, str(tmp_path / "merged"), dtype="fp32")
     expected = [road.reference.choice_log_probs(row).numpy() for row in road.rows]
     assert_same(predict(road, tmp_path / "merged")[1], expected)
 

@@ -22,7 +22,7 @@ from trl import ModelConfig
 from vqa_sft.inference.predictor import Predictor
 from vqa_sft.models import fp8, quantized
 from vqa_sft.models.load import load_model
-from vqa_sft.runs.merge import merge_run
+from vqa_sft.runs.export import export_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FAMILIES = [name for name in TINY if name not in NOT_IN_FP8]
@@ -126,7 +126,7 @@ def test_a_run_on_fp8_trains_predicts_and_merges_as_on_whole_weights(
     with torch.no_grad():
         expected = [reference.choice_log_probs(row).numpy() for row in rows]
     assert_log_probs(run, rows, expected)
-    merge_run(str(run), str(tmp_path / "merged"), dtype="fp32")
+    export_run(str(run), str(tmp_path / "merged"), dtype="fp32")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
     assert {weight.dtype for weight in merged.values()} == {torch.float32}
     shapes = [{n: w.shape for n, w in of.items()} for of in (merged, load_file(f"{whole}/model.safetensors"))]

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from vqa_sft.predictions.file import read_predictions
-from vqa_sft.runs.merge import merge_run
+from vqa_sft.runs.export import export_run
 from vqa_sft.tiny.build import build_tokenizer
 
 TILE_PX, LIMIT = 28, 3 * 28 * 28
@@ -63,7 +63,7 @@ def test_a_run_with_a_limit_trains_predicts_and_merges_with_it(llava_next, conte
     assert "images: at most 2,352 pixels, " in capsys.readouterr().out
     assert json.loads((run / "processor_config.json").read_text())["image_processor"]["image_grid_pinpoints"] == KEPT
     of_run = predict(run, contest, tmp_path / "run.csv")
-    merge_run(str(run), str(tmp_path / "merged"))
+    export_run(str(run), str(tmp_path / "merged"))
     assert AutoConfig.from_pretrained(tmp_path / "merged").image_grid_pinpoints == KEPT
     of_merged = predict(tmp_path / "merged", contest, tmp_path / "merged.csv")
     torch.testing.assert_close(of_merged, of_run, atol=1e-4, rtol=0)

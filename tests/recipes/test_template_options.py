@@ -14,8 +14,8 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.examples import load_examples
 from vqa_sft.images import open_image
 from vqa_sft.predictions.file import read_predictions
+from vqa_sft.runs.export import export_run
 from vqa_sft.runs.folder import read_run
-from vqa_sft.runs.merge import merge_run
 from vqa_sft.tiny import TINY_PATH
 
 OPTIONS = {"enable_thinking": False, "effort": "low"}
@@ -98,7 +98,7 @@ def test_training_prediction_merging_and_the_base_read_the_same_bytes(
     assert found["prompts_digest"] == digest and taken(rendered) == texts
     assert "Thinking is off" in capsys.readouterr().out
 
-    merge_run(str(folder), str(tmp_path / "merged"))
+    export_run(str(folder), str(tmp_path / "merged"))
     assert read_run(tmp_path / "merged").prompts == read_run(folder).prompts
 
     given = ["--model_name_or_path", thinking, "--train_data", contest / "train.csv", "--output_dir", tmp_path / "x"]

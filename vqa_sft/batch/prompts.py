@@ -147,13 +147,17 @@ def _image_blocks(num_images: int, label: str) -> list[dict]:
 
 
 def _fill(template: str, **texts: str) -> str:
+    return "".join(texts[part] if i % 2 else part for i, part in enumerate(split_user(template)))
+
+
+def split_user(template: str) -> list[str]:
+    """The user's text in parts: its own words and names of fields take turns."""
     if "{context}" not in template:
         line = template.rfind("\n", 0, template.index("{question}")) + 1
         template = f"{template[:line]}{{context}}{template[line:]}"
     # Line ends after {context} are those of that text: without it, no empty line remains. Only the
     # template is split, so that a question that contains "{choices}" stays as it is.
-    parts = re.split(r"\{(question|choices|context)\}", re.sub(r"(\{context\})\n+", r"\1", template))
-    return "".join(texts[part] if i % 2 else part for i, part in enumerate(parts))
+    return re.split(r"\{(question|choices|context)\}", re.sub(r"(\{context\})\n+", r"\1", template))
 
 
 def settle_prompts(processor: "ProcessorMixin", prompts: Prompts) -> tuple[Prompts, list[str]]:
@@ -187,11 +191,16 @@ def render_prompt(processor: "ProcessorMixin", row: dict, order: Sequence[int], 
     return prompt + before
 
 
+def list_control_tokens(processor: "ProcessorMixin") -> list[str]:
+    """Every control token of the model."""
+    tokens = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    return [token for token in sorted(tokens) if token.strip()]
+
+
 @functools.lru_cache
 def control_tokens(processor: "ProcessorMixin") -> re.Pattern:
     """Matches every control token of the model."""
-    tokens = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens) if token.strip()) or r"(?!)")
+    return re.compile("|".join(map(re.escape, list_control_tokens(processor))) or r"(?!)")
 
 
 def has_control_token(processor: "ProcessorMixin", row: dict) -> bool:

@@ -59,7 +59,7 @@ def choose_options(processor: "ProcessorMixin", given: Options) -> Options:
     """What goes to the template: what is `given`, and `enable_thinking: false` where the template knows that and
     nothing else is given; what is given as None is left to the template. Raises InputError for what it does not know.
     """
-    known, own = _options(processor), _read_source(_source(processor)).sets
+    known, own = _options(processor), read_source(source_of(processor)).sets
     for name in given:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
@@ -73,7 +73,7 @@ def keep_date(processor: "ProcessorMixin", options: Options, messages: list[dict
     """The options, and today's date among them where the template would write it into such messages: another day's
     prediction must read the same prompt. Raises InputError where the template has no option for it."""
     shown = render(processor, messages, options)
-    dates = {datetime.now().strftime(pattern) for pattern in _read_source(_source(processor)).dates}
+    dates = {datetime.now().strftime(pattern) for pattern in read_source(source_of(processor)).dates}
     dates = {date for date in dates if date in shown}
     for name in sorted(_options(processor) - options.keys()):
         for date in dates:
@@ -90,10 +90,11 @@ def keep_date(processor: "ProcessorMixin", options: Options, messages: list[dict
 
 def _options(processor: "ProcessorMixin") -> set[str]:
     """The names of the options that the template reads."""
-    return _read_source(_source(processor)).reads - _FILLED - {*processor.tokenizer.special_tokens_map}
+    return read_source(source_of(processor)).reads - _FILLED - {*processor.tokenizer.special_tokens_map}
 
 
-def _source(processor: "ProcessorMixin") -> str:
+def source_of(processor: "ProcessorMixin") -> str:
+    """The text of the chat template."""
     template = processor.chat_template
     return template.get("default", "") if isinstance(template, dict) else template
 
@@ -117,7 +118,8 @@ class _Names(NamedTuple):
 
 
 @functools.lru_cache
-def _read_source(template: str) -> _Names:
+def read_source(template: str) -> _Names:
+    """What a template names. Raises InputError for one that cannot be read."""
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", _Generation])
     try:
         tree = environment.parse(template)

@@ -1,7 +1,7 @@
 """`vqa-sft COMMAND`: the command line, a thin shell over the other packages, one module for each group of commands.
 
 main.py        the program: parses, and ends with 2 and one message where the use or the input is wrong
-runs.py        train, predict; merge, soup, push; memory
+runs.py        train, predict; export, soup, push; memory
 data.py        check, folds
 predictions.py score, calibrate, ensemble, submit, diff, uncertainty
 options.py     options that several commands share

@@ -53,7 +53,7 @@ def build_app() -> typer.Typer:
     from vqa_sft.cli.options import SOURCE_EPILOG
 
     app = typer.Typer(
-        help="Train and predict, check data, make folds, score and combine predictions, merge and push runs.",
+        help="Train and predict, check data, make folds, score and combine predictions, export and push runs.",
         add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -65,7 +65,7 @@ def build_app() -> typer.Typer:
     add(app, [runs.memory, runs.blind], fields)
     add(app, [predictions.score, predictions.report, predictions.calibrate, predictions.ensemble])
     add(app, [predictions.submit, predictions.diff, predictions.uncertainty, predictions.label_errors])
-    add(app, [runs.soup, runs.merge, runs.push])
+    add(app, [runs.soup, runs.export, runs.push])
 
     @app.callback()
     def program() -> None:

@@ -82,22 +82,26 @@ def soup(
     print(make_soup(run_folders, output, weights=weights or None, rank=rank))
 
 
-def merge(
+def export(
     run_folder: Annotated[str, Argument(metavar="RUN", help="folder of a finished run, or of a soup")],
     output: Annotated[str, Argument(metavar="OUT", help="a new folder")],
+    adapter: Annotated[bool, Option("--adapter", help="base and adapter side by side, in place of one model")] = False,
+    plain: Annotated[bool, Option("--plain", help="weights and processor alone: no decision model")] = False,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"] | None, Option(help="default: that of the base's checkpoint")
     ] = None,
     model: Annotated[str | None, Option(help="where the base is now, if not where it was in training")] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="replace an earlier merge in OUT")] = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="replace an earlier export in OUT")] = False,
 ) -> None:
-    """Merge a run's adapter into whole weights.
+    """Write a run as whole weights that serve elsewhere.
 
-    They load in transformers and vLLM.
+    The adapter is merged. transformers' pipeline("decision") and `transformers serve` answer with the run's own prompt,
+    letters and temperature; plain transformers, PEFT, vLLM and SGLang load the same folder.
     """
-    from vqa_sft.runs.merge import merge_run
+    from vqa_sft.runs.export import export_run
 
-    print(merge_run(run_folder, output, dtype=dtype, overwrite=overwrite, model=model))
+    how = {"adapter": adapter, "plain": plain, "overwrite": overwrite}
+    print(export_run(run_folder, output, dtype=dtype, model=model, **how))
 
 
 def push(

@@ -3,6 +3,7 @@
 predict = vqa_sft.Predictor("runs/mine")
 predict("cat.jpg", "What is it?", ["a cat", "a dog"])                      ->  array([0.97, 0.03])
 predict([one, other], ["What?", "Which?"], [["a", "b"], ["x", "y", "z"]])  ->  a list of two arrays
+predict.decide({"state": ..., "questions": ..., "assets": ...})            ->  the answers of a decision model
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.errors import InputError, explains
 from vqa_sft.images import source_of
 from vqa_sft.inference import scorer
+from vqa_sft.inference.request import read_request
 from vqa_sft.models import scoring
 from vqa_sft.predictions.calibration import Calibration, read_calibration
 from vqa_sft.predictions.ensemble import AVERAGES, combine
@@ -67,6 +69,7 @@ class Predictor:
             raise InputError(f"one model cannot score {', '.join(self.folders) or 'no run'}. Give runs of one kind.")
         self.num_choices = described[0].num_letters
         self.has_context = described[0].columns.context is not None
+        self.has_images = bool(described[0].columns.image)
         self.views.check(self.num_choices)
         self.scorer = scorer.load(groups[0], most_choices=self.num_choices, compile_layers=compile_layers)
         self.collators = self.scorer.collators(self.views)
@@ -111,6 +114,19 @@ class Predictor:
         rows = [self._row(number, *of_row) for number, of_row in together]
         size = max(1, self.batch_size // len(view_orders(self.num_choices, self.views.orders)))
         return [probs for start in range(0, len(rows), size) for probs in self._of_rows(rows[start : start + size])]
+
+    def decide(self, request: Mapping[str, Any] | str) -> dict[str, dict[str, Any]]:
+        """The answers to a request of transformers' pipeline("decision"), in its form:
+        `{"state": ..., "questions": ..., "assets": ...}` or its JSON -> name of a question -> {"type", "choice",
+        "confidence", "probabilities"}.
+
+        Of the run that `vqa-sft export` wrote the pipeline gives the same numbers, where the Predictor has one run and
+        the identity alone. Raises InputError for what it refuses.
+        """
+        asked = read_request(request, self.num_choices, has_images=self.has_images, has_context=self.has_context)
+        parts = zip(*((each.images, each.text, each.choices, each.context) for each in asked), strict=True)
+        found = self(*map(list, parts))
+        return {each.question.name: each.question.answer(p.tolist()) for each, p in zip(asked, found, strict=True)}
 
     def _row(self, number: int, images: Any, question: str, choices: Any, context: Any) -> dict:
         """An example as data/ would read it."""

@@ -1,10 +1,10 @@
 """What a server answers against what predict.py answers: the probabilities of a file's rows over chat completions.
 
-    python recipes/predict.py --run runs/demo --data data/digits/test.csv --output runs/demo/submission.csv --use_cpu
-    vqa-sft merge runs/demo runs/demo_merged --dtype fp32
-    vllm serve runs/demo_merged --served-model-name mine --host 127.0.0.1 --generation-config vllm --dtype float32
-    python -m vqa_sft.lab.vllm_agreement http://127.0.0.1:8000/v1 --run runs/demo --data data/digits/test.csv \\
-        --predictions runs/demo/submission.parquet --model mine
+    python recipes/predict.py --run runs/digits --data data/digits/test.csv --output runs/digits/submission.csv
+    vqa-sft export runs/digits runs/digits_merged --dtype fp32
+    vllm serve runs/digits_merged --served-model-name mine --host 127.0.0.1 --generation-config vllm --dtype float32
+    python -m vqa_sft.lab.vllm_agreement http://127.0.0.1:8000/v1 --run runs/digits --data data/digits/test.csv \\
+        --predictions runs/digits/submission.parquet --model mine
 
 Prints a table: the largest and the mean difference of a probability, how many answers differ, how many prompts were
 other tokens than ours (an image at another size is more or fewer of them), and questions a second. It needs no vLLM

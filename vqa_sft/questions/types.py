@@ -92,23 +92,23 @@ def _compile(num_languages: int) -> list[tuple[str, re.Pattern]]:
     return rules
 
 
-_ENGLISH, _BOTH = _compile(1), _compile(2)
-_YES_NO = re.compile(
+_ENGLISH, RULES_OF_ALL = _compile(1), _compile(2)
+YES_NO = re.compile(
     r"(yes|no|true|false|maybe|unknown|not sure|can ?not tell|can't tell|[예네]|아니[오요])([,.;!].*)?"
     r"|(그렇|아니|맞|틀리|있|없)다|그렇지 않다|아닙니다|(그렇|맞|틀리|있|없)(습니다|어요|음)|틀림|참|거짓"
     r"|(알 수 없|모르겠)(다|음|습니다|어요)"
 )
-_MAX_CHARS = 300
+MAX_CHARS = 300
 
 
 def find_type(question: str, choices: Sequence[str]) -> str:
     """The type of a question, one of TYPES."""
-    if choices and all(_YES_NO.fullmatch(_clean(choice)) for choice in choices):
+    if choices and all(YES_NO.fullmatch(_clean(choice)) for choice in choices):
         return "yes_no"
     text = _clean(question)
-    return next((name for name, rule in (_ENGLISH if text.isascii() else _BOTH) if rule.search(text)), "general")
+    return next((name for name, rule in (_ENGLISH if text.isascii() else RULES_OF_ALL) if rule.search(text)), "general")
 
 
 def _clean(text: str) -> str:
     # The end of a long text, because that is where it asks. Composed, because macOS writes Hangul in pieces.
-    return " ".join(unicodedata.normalize("NFC", text[-_MAX_CHARS:]).lower().split())
+    return " ".join(unicodedata.normalize("NFC", text[-MAX_CHARS:]).lower().split())

@@ -54,6 +54,7 @@ PROCESSOR_FILES = (
 SHARED_FILES = (
     *PROCESSOR_FILES, "adapter_config.json", "adapter_model*.safetensors", "config.json", "generation_config.json",
     "model*.safetensors", "model.safetensors.index.json", RUN, RECIPE, METRICS, "calibration.json", "README.md",
+    "decision.json", "decision_template.jinja",
 )  # fmt: skip
 _MICRO_BATCH = {"per_device_train_batch_size", "gradient_accumulation_steps"}
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "vqa-sft")
@@ -204,10 +205,10 @@ def write_metrics(folder: str | Path, metrics: dict[str, float | str]) -> None:
     write_json(Path(folder) / METRICS, metrics)
 
 
-def copy_processor(folder: Path, target: Path) -> None:
-    """Copy what belongs to the base of a run and not to that run alone."""
+def copy_files(folder: Path, target: Path, patterns: Sequence[str]) -> None:
+    """Copy the files of a run with such names: PROCESSOR_FILES, or SHARED_FILES."""
     for path in sorted(folder.iterdir()):
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in PROCESSOR_FILES):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns):
             shutil.copy(path, target)
 
 

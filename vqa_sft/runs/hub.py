@@ -4,17 +4,46 @@ import json
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from transformers.decision.configuration_utils import DECISION_CONFIG_NAME, DECISION_TEMPLATE_NAME
 
 from vqa_sft.errors import InputError
+from vqa_sft.models.load import DTYPES, load_processor
+from vqa_sft.runs.decision import decision_config
 from vqa_sft.runs.folder import METRICS, RECIPE, SHARED_FILES, Run, read_run
 
 # Patterns match across folders: the second one excludes the weights of checkpoints.
 _UPLOADED = {"allow_patterns": list(SHARED_FILES), "ignore_patterns": ["*/*"]}
 
 
+# {folder}, {whole}: of the run, and of whole weights; {how}: what else the pipeline is told.
+_DECISION = """
+### As a decision model
+
+The probabilities of the run, with its prompt, its letters and its temperature:
+
+```python
+from transformers import pipeline
+
+folder = "{folder}"  # or the name of this repository
+decide = pipeline("decision", model=folder{how})
+question = {{"type": "choice", "instructions": "Which animal is it?", "criteria": {{"cat": None, "dog": None}}}}
+assets = {{"image-1": "photo.jpg"}}  # or {{"type": "image", "data_base64": "..."}}
+request = {{"state": {{"images": ["image-1"]}}, "questions": {{"animal": question}}, "assets": assets}}
+print(decide(request)["animal"]["probabilities"])
+```
+
+{export}    transformers serve {whole} --host 127.0.0.1    # POST /v1/systemone
+    vllm serve {whole} --generation-config vllm    # not run
+    python -m sglang.launch_server --model-path {whole}    # not run
+"""
+
+
 def write_card(folder: str | Path) -> None:
     """README.md of a finished run: base model, data, recipe, metrics, how to load it."""
-    folder = Path(folder)
+    _make_card(Path(folder)).save(Path(folder) / "README.md")
+
+
+def _make_card(folder: Path) -> ModelCard:
     run = read_run(folder)
     base = run.base_model
     metrics_file = folder / METRICS
@@ -28,7 +57,7 @@ def write_card(folder: str | Path) -> None:
         tags=["vqa-sft", "visual-question-answering", "multiple-choice"],
     )
     text = _card_text(folder, run, metrics, is_adapter)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def _card_text(folder: Path, run: Run, metrics: dict[str, float], is_adapter: bool) -> str:
@@ -44,6 +73,7 @@ def _card_text(folder: Path, run: Run, metrics: dict[str, float], is_adapter: bo
     trained_on = f"{'a stream of' if num_rows is None else num_rows} rows of `{', '.join(sources)}`"
     of_types = "".join(f"\nFor {kind} questions: `{text!r}`.\n" for kind, text in prompts.types.items())
     options = f"\nOptions of the chat template: `{prompts.template_options}`.\n" if prompts.template_options else ""
+    decision = _describe_decision(folder, run, is_adapter)
     rows = [f"| {key} | {metrics[key]:.4f} |" for key in ("accuracy", "nll", "ece") if key in metrics]
     validation = "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "None was asked for."
     return f"""# {name}
@@ -68,7 +98,7 @@ folder = "{recipe["output_dir"]}"  # or the name of this repository
 processor = AutoProcessor.from_pretrained(folder)
 {loading}
 ```
-
+{decision}
 ## Prompt
 
 System: `{prompts.system}`
@@ -85,12 +115,44 @@ Versions: {", ".join(f"{key} {value}" for key, value in run.content["versions"].
 """
 
 
+def _describe_decision(folder: Path, run: Run, is_adapter: bool) -> str:
+    name = run.recipe["output_dir"]
+    if not (folder / DECISION_CONFIG_NAME).is_file():
+        return ""
+    if not is_adapter:
+        return _DECISION.format(folder=name, whole=name, how="", export="")
+    # Without them transformers takes processor, prompt and dtype of the base.
+    dtype = str(DTYPES[run.precision or "bf16"]).removeprefix("torch.")
+    how = f', tokenizer=folder, processor=folder, decision_config=folder, dtype="{dtype}"'
+    export = f"Servers take whole weights:\n\n    vqa-sft export {name} {name}_whole\n"
+    return _DECISION.format(folder=name, whole=f"{name}_whole", how=how, export=export)
+
+
+def add_decision(folder: Path, run: Run) -> str | None:
+    """Write the files of a decision model beside the weights, and how to use them into a card that nobody changed. A
+    run that cannot be expressed so has none; the reason."""
+    card, before = folder / "README.md", str(_make_card(folder))
+    try:
+        processor = load_processor(str(folder), trust_remote_code=bool(run.recipe.get("trust_remote_code")))
+        decision_config(run, processor).save_pretrained(folder)
+    except InputError as error:
+        for name in (DECISION_CONFIG_NAME, DECISION_TEMPLATE_NAME):
+            (folder / name).unlink(missing_ok=True)
+        return f"No decision model: {error}"
+    if card.is_file() and card.read_text(encoding="utf-8") == before:
+        write_card(folder)
+    return None
+
+
 def push_run(
     folder: str | Path, repo_id: str | None = None, *, private: bool | None = None, token: str | None = None
 ) -> str:
     """Upload a finished run to the Hub and return its address. Raises InputError where that fails."""
     folder = Path(folder)
-    recipe = read_run(folder).recipe
+    run = read_run(folder)
+    recipe = run.recipe
+    if reason := add_decision(folder, run):
+        print(reason)
     name = repo_id or recipe.get("hub_model_id") or Path(recipe["output_dir"]).name
     try:
         api = HfApi(token=token)

@@ -72,7 +72,7 @@ def _make_soup(folders: Sequence[str], output: str, weights: Sequence[float] | N
     recipe = {name: value for name, value in runs[0].recipe.items() if name not in ("push_to_hub", "hub_model_id")}
     content = runs[0].content | {"recipe": recipe | {"output_dir": str(output)}, "soup_of": of}
     with whole_folder(output) as part:
-        run_folder.copy_processor(first, part)
+        run_folder.copy_files(first, part, run_folder.PROCESSOR_FILES)
         run_folder.write_json(part / CONFIG, config)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / WEIGHTS, {"format": "pt"})
         run_folder.write_json(part / run_folder.RUN, content)

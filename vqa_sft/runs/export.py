@@ -1,15 +1,18 @@
-"""`vqa-sft merge`: a run's base with the adapter merged into its weights, for plain transformers and vLLM.
+"""`vqa-sft export`: a run as a folder that transformers, its decision models, vLLM and SGLang load without us.
 
-runs/merged/
-  model*.safetensors, config.json, generation_config.json     full weights: s B A is added to each layer's own
-  processor files     of the run: chat template, pixel limits
+out/                                              with --adapter
+  model*.safetensors, config.json, ...            full weights: s B A is added to each layer's own; or the base's own
+  processor files                                 of the run: chat template, pixel limits
+  decision.json, decision_template.jinja          labels, temperature and prompt of the run (runs/decision.py)
+  adapter/                                        the adapter, with the files of the run below
   run.json            of the run, so that predict.py takes the folder as it takes the run; merged_from names the run
-  recipe.yaml, metrics.json, rows.csv, README.md              of the run, as far as it has them
+  recipe.yaml, metrics.json, rows.csv, README.md  of the run, as far as it has them
   calibration.json    of the run, or of all folds where it is one of them
 
 Each weight is rounded once, to `dtype`; in fp32 the letters' logits are those of base and adapter within 1e-4.
 """
 
+import contextlib
 import functools
 import shutil
 import warnings
@@ -17,7 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    DecisionConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.core_model_loading import Transpose, WeightConverter
 from trl import ModelConfig
 
@@ -28,83 +38,123 @@ from vqa_sft.models import fp8, quantized
 from vqa_sft.models.load import DTYPES, LOADING_ERRORS, add_adapter, follow_processor, load_model, load_processor
 from vqa_sft.predictions.calibration import CALIBRATION, known_entries
 from vqa_sft.runs import folder as run_folder, hub
+from vqa_sft.runs.decision import decision_config
 
 KEPT = (run_folder.RECIPE, run_folder.METRICS, ROWS)
-MERGED_FROM = "merged_from"  # the key of run.json by which an earlier merge is known
+ADAPTER = "adapter"  # the folder of the adapter, beside whole weights
+MERGED_FROM = "merged_from"  # the key of run.json by which an earlier export is known
 # Keys of the recipe that are not true of full weights in a folder of their own.
 DROPPED = ("load_in_4bit", "load_in_8bit", "push_to_hub", "hub_model_id")
 SHARD = "5GB"  # largest file of weights
 
 
-def merge_run(
-    folder: str, output: str, *, dtype: str | None = None, overwrite: bool = False, model: str | None = None
+def export_run(
+    folder: str,
+    output: str,
+    *,
+    adapter: bool = False,
+    plain: bool = False,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    model: str | None = None,
 ) -> str:
-    """Write the base of a finished run with its adapter merged in to `output`; a summary, as text.
+    """Write a finished run to `output`, its adapter merged into the base, or with `adapter` beside it; a summary, as
+    text. With `plain` weights and processor alone, without what makes them a decision model.
 
     `dtype` is "bf16", "fp16" or "fp32", by default that of the base's checkpoint. `output` is new or empty, or with
-    `overwrite` an earlier merge, which is replaced once the new one is complete. `model` says where the base is now, if
-    not where it was in training. Raises InputError.
+    `overwrite` an earlier export, which is replaced once the new one is complete. `model` says where the base is now,
+    if not where it was in training. Raises InputError.
     """
     with held(output, "OUTPUT"):
-        return _merge_run(folder, output, dtype, overwrite, model)
+        [run] = run_folder.read_runs([folder], model)
+        return _export_run(run, Path(folder), output, dtype, overwrite=overwrite, adapter=adapter, plain=plain)
 
 
-def _merge_run(folder: str, output: str, dtype: str | None, overwrite: bool, model: str | None) -> str:
-    [run] = run_folder.read_runs([folder], model)
-    recipe = run.recipe
-    name, trust = run.base_model, bool(recipe.get("trust_remote_code"))
-    _check_adapter(folder)
+def _export_run(
+    run: run_folder.Run, folder: Path, output: str, dtype: str | None, *, overwrite: bool, adapter: bool, plain: bool
+) -> str:
+    recipe, trust = run.recipe, bool(run.recipe.get("trust_remote_code"))
+    is_whole = _is_whole(folder, adapter)
+    name = str(folder) if is_whole else run.base_model
+    revision = "main" if is_whole else recipe.get("model_revision") or "main"
     entries = known_entries(folder)
-    _check_output(Path(output), overwrite, reads=(folder, name))
-    config = _base_config(name, recipe.get("model_revision") or "main", trust)
+    _check_output(Path(output), overwrite, reads=(str(folder), name))
+    config = _base_config(name, revision, trust)
     dtype = dtype or _own_dtype(config) or run.precision or "bf16"
     size = _count_weights(config, trust) * DTYPES[dtype].itemsize
     _check_room(Path(output).resolve(), size, dtype)
-    processor = load_processor(folder, trust_remote_code=trust)
+    # Of a processor of its own: transformers adds tokens to the one that it asks.
+    own = load_processor(str(folder), trust_remote_code=trust)
+    decision = None if plain else _decide(run, own, ADAPTER if adapter else None)
+    processor = load_processor(str(folder), trust_remote_code=trust)
+    _tell_quantised(run, config)
+    with whole_folder(output) as part:
+        (part / run_folder.MARKER).touch()
+        written = _load_base(name, revision, dtype, trust)
+        if not is_whole and not adapter:
+            written = _merged(written, str(folder), dtype)
+        follow_processor(written, processor)
+        _turn_experts(written)
+        with explains(ValueError, f"{name} cannot be saved"):  # a generation config that contradicts itself
+            written.save_pretrained(part, max_shard_size=SHARD)
+        processor.save_pretrained(part)
+        if decision is not None:
+            decision.save_pretrained(part)
+        if adapter:
+            (part / ADAPTER).mkdir()
+            run_folder.copy_files(folder, part / ADAPTER, run_folder.SHARED_FILES)
+        _describe(part / ADAPTER if adapter else part, folder, run, output, entries)
+    what = name if is_whole else f"{name} with the adapter of {folder} {'beside it' if adapter else 'merged in'}"
+    asks = "" if plain else f' pipeline("decision", model="{output}") answers as the run does.'
+    return f"Wrote {output}: {what}, {dtype}, {size / 2**30:,.2f} GiB.{asks}"
+
+
+def _decide(run: run_folder.Run, processor: ProcessorMixin, adapter: str | None) -> DecisionConfig:
+    try:
+        return decision_config(run, processor, adapter)
+    except InputError as error:
+        raise InputError(f"{error} --plain writes the weights without a decision model.") from error
+
+
+def _tell_quantised(run: run_folder.Run, config: PreTrainedConfig) -> None:
+    name, recipe = run.base_model, run.recipe
     if recipe.get("load_in_4bit") or recipe.get("load_in_8bit"):
         bits = 4 if recipe.get("load_in_4bit") else 8
         line = f"The adapter was trained on {name} in {bits} bit and is merged into its unquantised weights: "
         print(line + "probabilities may differ slightly from those of the run.")
     if own := quantized.quantization_of(config):
         print(f"{name} is quantised itself ({quantized.describe(own)}): its weights are unpacked, and merged whole.")
-    with whole_folder(output) as part:
-        (part / run_folder.MARKER).touch()
-        merged = _merged(_load_base(name, recipe, dtype, trust), folder, dtype)
-        follow_processor(merged, processor)
-        _turn_experts(merged)
-        with explains(ValueError, f"{name} cannot be saved"):  # a generation config that contradicts itself
-            merged.save_pretrained(part, max_shard_size=SHARD)
-        processor.save_pretrained(part)
-        _describe(part, Path(folder), run, output, entries)
-    return f"Wrote {output}: {name} with the adapter of {folder} merged in, {dtype}, {size / 2**30:,.2f} GiB."
 
 
-def _check_adapter(folder: str) -> None:
-    if (Path(folder) / "adapter_config.json").is_file():
-        return
-    if (Path(folder) / "config.json").is_file():
-        raise InputError(f"{folder} already holds full weights and no adapter: load or serve that folder directly.")
-    raise InputError(f"{folder} holds no adapter (adapter_config.json). Give the folder of a finished run.")
+def _is_whole(folder: Path, adapter: bool) -> bool:
+    """Whether the run was fine-tuned whole, and has no adapter. Raises InputError where it has neither."""
+    if (folder / "adapter_config.json").is_file():
+        return False
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no adapter (adapter_config.json). Give the folder of a finished run.")
+    if adapter:
+        raise InputError(f"{folder} already holds full weights and no adapter. Leave --adapter out.")
+    return True
 
 
 def _check_output(output: Path, overwrite: bool, reads: tuple[str, ...]) -> None:
-    """Raises InputError where anything but an earlier merge would be lost."""
+    """Raises InputError where anything but an earlier export would be lost."""
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file. Name another folder.")
     if output.exists() and any(output.iterdir()):
-        if not _is_merge(output):
-            raise InputError(f"{output} is not empty and holds no earlier merge. Name another folder.")
+        if not _is_export(output):
+            raise InputError(f"{output} is not empty and holds no earlier export. Name another folder.")
         if not overwrite:
-            raise InputError(f"{output} holds an earlier merge. Name another folder, or give --overwrite.")
+            raise InputError(f"{output} holds an earlier export. Name another folder, or give --overwrite.")
     if inside := lying_in(output, reads):
         raise InputError(f"{output} holds what is read: {', '.join(inside)}. Name another folder.")
 
 
-def _is_merge(folder: Path) -> bool:
-    try:
-        return MERGED_FROM in run_folder.read_run(folder).content
-    except InputError:
-        return False
+def _is_export(folder: Path) -> bool:
+    for of_run in (folder, folder / ADAPTER):
+        with contextlib.suppress(InputError):
+            return MERGED_FROM in run_folder.read_run(of_run).content
+    return False
 
 
 def _base_config(name: str, revision: str, trust: bool) -> PreTrainedConfig:
@@ -144,9 +194,8 @@ def _check_room(target: Path, needed: int, dtype: str) -> None:
         )
 
 
-def _load_base(name: str, recipe: dict[str, Any], dtype: str, trust: bool) -> PreTrainedModel:
+def _load_base(name: str, revision: str, dtype: str, trust: bool) -> PreTrainedModel:
     """On the CPU, never quantised. Raises InputError where weights stay in FP8."""
-    revision = recipe.get("model_revision") or "main"
     dtype = str(DTYPES[dtype]).removeprefix("torch.")
     args = ModelConfig(model_name_or_path=name, model_revision=revision, dtype=dtype)
     base = load_model(args, "fp32", trust_remote_code=trust, unpacks_fp8=True)

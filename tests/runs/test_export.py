@@ -30,8 +30,8 @@ from vqa_sft.models.load import load_processor, load_trained
 from vqa_sft.models.scoring import find_letter_ids, letter_logits
 from vqa_sft.predictions.calibration import read_calibration
 from vqa_sft.predictions.file import read_predictions
-from vqa_sft.runs import folder as run_folder, merge
-from vqa_sft.runs.merge import merge_run
+from vqa_sft.runs import export, folder as run_folder
+from vqa_sft.runs.export import export_run
 from vqa_sft.runs.soup import CONFIG, WEIGHTS, make_soup
 from vqa_sft.tiny import TINY_PATH
 
@@ -115,7 +115,7 @@ def set_recipe(run, **values):
 @pytest.mark.parametrize("name", ADAPTED)
 def test_a_merged_run_scores_the_letters_in_plain_transformers_as_base_and_adapter_do(train, tmp_path, name):
     run = train(name)
-    said = merge_run(str(run), str(tmp_path / "out"), dtype="fp32")
+    said = export_run(str(run), str(tmp_path / "out"), dtype="fp32")
     assert "fp32" in said and not (tmp_path / "out" / CONFIG).exists()
     merged, expected = plain(tmp_path / "out", train.contest), ours(run, train.contest)
     assert_close(merged, expected, atol=1e-4, rtol=0)
@@ -127,7 +127,7 @@ def test_predict_gives_the_same_answers_for_the_run_and_for_what_it_was_merged_t
     run = copy_of(train(name), tmp_path / "run")
     calibration = {"orders identity": {"temperature": 1.5, "bias": None}}
     (run / "calibration.json").write_text(json.dumps(calibration))
-    merge_run(str(run), str(tmp_path / "out"), dtype="fp32")
+    export_run(str(run), str(tmp_path / "out"), dtype="fp32")
     assert json.loads((tmp_path / "out" / "calibration.json").read_text()) == calibration
     assert (tmp_path / "out" / "rows.csv").read_bytes() == (run / "rows.csv").read_bytes()
     before = predict(run, train.contest, tmp_path / "run.csv")
@@ -149,7 +149,7 @@ def test_input_and_output_embeddings_part_where_an_adapter_changes_one_of_them(t
         if weight.requires_grad and "modules_to_save" in name:
             weight.data += 0.02 * torch.randn_like(weight)
     adapted.save_pretrained(run)
-    merge_run(str(run), str(tmp_path / "out"), dtype="fp32")
+    export_run(str(run), str(tmp_path / "out"), dtype="fp32")
     assert_close(plain(tmp_path / "out", train.contest), ours(run, train.contest), atol=1e-4, rtol=0)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     is_tied = how == {"modules_to_save": []}
@@ -160,7 +160,7 @@ def test_input_and_output_embeddings_part_where_an_adapter_changes_one_of_them(t
 def test_weights_have_the_dtype_of_the_base_or_that_which_is_asked_for(train, families, tmp_path):
     for name, asked, expected in (("tiny", None, "bfloat16"), ("llava", None, "float32"), ("tiny", "fp16", "float16")):
         out = tmp_path / f"{name}_{asked}"
-        merge_run(str(train(name)), str(out), dtype=asked)
+        export_run(str(train(name)), str(out), dtype=asked)
         assert {str(w.dtype) for w in load_file(out / "model.safetensors").values()} == {f"torch.{expected}"}
         assert json.loads((out / "config.json").read_text())["dtype"] == expected
     rounded = plain(tmp_path / "tiny_None", train.contest)
@@ -168,15 +168,15 @@ def test_weights_have_the_dtype_of_the_base_or_that_which_is_asked_for(train, fa
 
 
 def test_weights_are_cut_into_shards(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "SHARD", "4MB")
-    merge_run(str(train("tiny")), str(tmp_path / "out"), dtype="fp32")
+    monkeypatch.setattr(export, "SHARD", "4MB")
+    export_run(str(train("tiny")), str(tmp_path / "out"), dtype="fp32")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
     assert_close(plain(tmp_path / "out", train.contest), ours(train("tiny"), train.contest), atol=1e-4, rtol=0)
 
 
 def test_an_adapter_of_a_4_bit_base_is_merged_into_the_unquantised_one_with_a_note(train, tmp_path, capsys):
     run = train("tiny 4 bit", load_in_4bit=True)
-    merge_run(str(run), str(tmp_path / "out"), dtype="fp32")
+    export_run(str(run), str(tmp_path / "out"), dtype="fp32")
     assert "in 4 bit and is merged into its unquantised weights: probabilities may differ" in capsys.readouterr().out
     # `ours` loads the base unquantised: that is what the adapter was merged into.
     assert_close(plain(tmp_path / "out", train.contest), ours(run, train.contest), atol=1e-4, rtol=0)
@@ -184,21 +184,29 @@ def test_an_adapter_of_a_4_bit_base_is_merged_into_the_unquantised_one_with_a_no
     assert len(predict(tmp_path / "out", train.contest, tmp_path / "out.csv")) == 12
 
 
+def test_whole_weights_are_exported_as_they_are(train, tmp_path):
+    export_run(str(train("tiny")), str(tmp_path / "out"), dtype="fp32")
+    export_run(str(tmp_path / "out"), str(tmp_path / "again"))
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "again" / "decision.json").is_file()
+
+
 def test_a_soup_is_merged_as_a_run_is(train, tmp_path):
     make_soup([str(train("tiny")), str(train("tiny"))], str(tmp_path / "soup"))
-    merge_run(str(tmp_path / "soup"), str(tmp_path / "out"), dtype="fp32")
+    export_run(str(tmp_path / "soup"), str(tmp_path / "out"), dtype="fp32")
     assert_close(plain(tmp_path / "out", train.contest), ours(train("tiny"), train.contest), atol=1e-4, rtol=0)
 
 
 def test_the_command_writes_a_folder_with_a_card_and_replaces_only_its_own(train, tmp_path, run):
     trained, out = train("tiny"), tmp_path / "out"
     out.mkdir()  # an empty folder will do
-    code, printed, _ = run("merge", trained, out, "--dtype", "bf16")
+    code, printed, _ = run("export", trained, out, "--dtype", "bf16")
     assert code == 0 and f"Wrote {out}" in printed
     assert "AutoModelForImageTextToText.from_pretrained(folder)" in (out / "README.md").read_text()
-    code, _, error = run("merge", trained, out)
-    assert code == 2 and "holds an earlier merge" in error and "--overwrite" in error and "Traceback" not in error
-    merge_run(str(trained), str(out), dtype="fp32", overwrite=True)
+    code, _, error = run("export", trained, out)
+    assert code == 2 and "holds an earlier export" in error and "--overwrite" in error and "Traceback" not in error
+    export_run(str(trained), str(out), dtype="fp32", overwrite=True)
     assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.float32}
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
@@ -209,7 +217,7 @@ def test_a_merged_fold_has_the_temperature_of_all_folds(train, tmp_path):
     of_all = {"orders identity": {"temperature": 1.5, "bias": None}, "orders all": {"temperature": 2.0, "bias": None}}
     (tmp_path / "run" / "calibration.json").write_text(json.dumps(of_all))
     (fold / "calibration.json").write_text('{"orders all": {"temperature": 3.0, "bias": null}}')
-    merge_run(str(fold), str(tmp_path / "out"))
+    export_run(str(fold), str(tmp_path / "out"))
     for views, temperature in (("identity", 1.5), ("all", 3.0)):
         for folder in (fold, tmp_path / "out"):
             assert read_calibration(folder, {"orders": views}).temperature == temperature
@@ -219,17 +227,17 @@ def refused(match, run, out, **how):
     """Nothing is left where something is refused, and what was there is as it was."""
     before = {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=match):
-        merge_run(str(run), str(out), **how)
+        export_run(str(run), str(out), **how)
     assert {path: path.read_bytes() for path in out.parent.rglob("*") if path.is_file()} == before
     assert not out.with_name(f"{out.name}.part").exists()
 
 
 def test_what_cannot_be_merged_is_an_error_and_an_earlier_merge_stays(train, families, tmp_path, monkeypatch):
     run, out = train("tiny"), tmp_path / "here" / "out"
-    merge_run(str(run), str(out))
+    export_run(str(run), str(out))
     refused("no such run folder", tmp_path / "nowhere", out, overwrite=True)
-    refused("holds an earlier merge", run, out)
-    refused("already holds full weights and no adapter", out, out.parent / "new")
+    refused("holds an earlier export", run, out)
+    refused("already holds full weights and no adapter", out, out.parent / "new", adapter=True)
 
     bare = copy_of(run, tmp_path / "bare")
     (bare / CONFIG).unlink()
@@ -250,7 +258,7 @@ def test_what_cannot_be_merged_is_an_error_and_an_earlier_merge_stays(train, fam
     refused("holds what is read", elsewhere, out, overwrite=True)
 
     set_recipe(elsewhere, model_name_or_path=str(tmp_path / "gone"))
-    merge_run(str(elsewhere), str(tmp_path / "found"), model=str(TINY_PATH))
+    export_run(str(elsewhere), str(tmp_path / "found"), model=str(TINY_PATH))
     refused("has no adapter and needs no base", out, tmp_path / "found", overwrite=True, model="x")
     weights = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "found"))
     assert all(torch.equal(one, other) for one, other in zip(*(each.values() for each in weights), strict=True))
@@ -258,11 +266,11 @@ def test_what_cannot_be_merged_is_an_error_and_an_earlier_merge_stays(train, fam
     (out.parent / "file").write_text("mine")
     refused("is a file", run, out.parent / "file")
     refused("cannot be written", run, out.parent / "file" / "out")
-    refused("is not empty and holds no earlier merge", run, out.parent, overwrite=True)
+    refused("is not empty and holds no earlier export", run, out.parent, overwrite=True)
     (out.parent / "new.part").mkdir()
     (out.parent / "new.part" / "mine.txt").write_text("mine")
     with pytest.raises(InputError, match="is none of ours"):
-        merge_run(str(run), str(out.parent / "new"))
+        export_run(str(run), str(out.parent / "new"))
     assert (out.parent / "new.part" / "mine.txt").read_text() == "mine"
 
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
@@ -281,7 +289,7 @@ def test_a_quantised_base_is_not_merged_and_the_unquantised_one_can_be_given(
     set_recipe(run, model_name_or_path=base)
     out.parent.mkdir()
     refused(rf"is quantised itself \(.*{said}\).* give --model", run, out)
-    merge_run(str(run), str(out), dtype="fp32", model=families("llava"))
+    export_run(str(run), str(out), dtype="fp32", model=families("llava"))
     assert_close(plain(out, train.contest), ours(train("llava"), train.contest), atol=1e-4, rtol=0)
 
 
@@ -290,7 +298,7 @@ def test_an_fp8_base_is_unpacked_and_merged_whole(train, families, tmp_path, cap
     base = save_quantised(families("llava"), "fp8", tmp_path / "base", inside_text=inside_text)
     run, out = copy_of(train("llava"), tmp_path / "run"), tmp_path / "out"
     set_recipe(run, model_name_or_path=base)
-    merge_run(str(run), str(out), dtype="fp32")
+    export_run(str(run), str(out), dtype="fp32")
     assert "is quantised itself (fp8): its weights are unpacked, and merged whole" in capsys.readouterr().out
     assert "quantization_config" not in (out / "config.json").read_text()
     assert_close(plain(out, train.contest), ours(run, train.contest), atol=1e-4, rtol=0)
@@ -298,15 +306,15 @@ def test_an_fp8_base_is_unpacked_and_merged_whole(train, families, tmp_path, cap
 
 def test_a_merge_that_is_interrupted_leaves_what_was_there(train, tmp_path, monkeypatch):
     run, out = train("tiny"), tmp_path / "here" / "out"
-    merge_run(str(run), str(out))
+    export_run(str(run), str(out))
     before = {path.name: path.read_bytes() for path in out.iterdir()}
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merge, "_describe", interrupt)
+    monkeypatch.setattr(export, "_describe", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        merge_run(str(run), str(out), overwrite=True)
+        export_run(str(run), str(out), overwrite=True)
     assert [*out.parent.iterdir()] == [out] and {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
@@ -315,7 +323,7 @@ def test_a_folder_that_a_killed_merge_left_is_no_obstacle(train, tmp_path):
     part.mkdir()
     for name in (UNFINISHED, "model.safetensors"):
         (part / name).write_text("half")
-    merge_run(str(train("tiny")), str(tmp_path / "out"))
+    export_run(str(train("tiny")), str(tmp_path / "out"))
     assert not part.exists() and (tmp_path / "out" / "run.json").is_file()
 
 
