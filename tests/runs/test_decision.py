@@ -170,6 +170,9 @@ def test_assets_that_only_the_predictor_refuses_in_one_line(calibrated, predict)
     with pytest.raises(InputError, match="is no base64"):
         path = str(calibrated[0] / row["path"])
         predict.decide(request_of(calibrated[0], row, assets={"image-1": {"data_base64": path}}))
+    for assets in (5, {1: b""}, {"": b""}):
+        with pytest.raises(InputError, match="assets map names to images"):
+            predict.decide(request_of(calibrated[0], row, assets=assets))
     for given in ("{", [], {"state": ""}):
         with pytest.raises(InputError, match="request"):
             predict.decide(given)
@@ -237,6 +240,41 @@ def test_what_a_card_says_can_be_run(calibrated, exported, predict, tmp_path, na
     assert "not run" in card and len(python_of(card, contest)) == 2 and isinstance(found["model"], torch.nn.Module)
     expected = predict(contest / rows_of(contest)[0]["path"], "Which animal is it?", ["cat", "dog"])
     assert [*found["found"].values()] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("columns", [{"image": []}, {"context": "hint"}], ids=["no images", "context"])
+def test_a_card_asks_as_the_run_was_trained(calibrated, tmp_path, columns):
+    contest, run = calibrated
+    folder = shutil.copytree(run, tmp_path / "run")
+    content = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(content | {"columns": content["columns"] | columns}))
+    hub.write_card(folder)
+    assert hub.add_decision(folder, read_run(folder)) is None
+    block = python_of((folder / "README.md").read_text(), contest)[1]
+    found = {}
+    exec(re.sub(r'folder = ".*?"', f'folder = "{folder}"', block).replace("print(", "found = ("), found)
+    predict = vqa_sft.Predictor(folder, use_cpu=True)
+    expected = predict.decide(found["request"])["animal"]["probabilities"]
+    assert found["found"] == pytest.approx(expected, abs=1e-5)
+    if not predict.has_images:
+        for decide in (found["decide"], predict.decide):
+            with pytest.raises(ValueError, match="trained without images"):
+                decide(request_of(contest, rows_of(contest)[0]))
+
+
+def test_an_adapter_beside_its_base_is_a_run_of_its_own_folder(exported):
+    run = read_run(exported[1] / "adapter")
+    assert run.recipe["output_dir"] == run.folder
+    assert f'folder = "{run.folder}"' in (exported[1] / "adapter" / "README.md").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_pushed_all_the_same(calibrated, monkeypatch):
+    def refuse(*_, **how):
+        raise PermissionError(13, "Permission denied", "decision.json")
+
+    monkeypatch.setattr(DecisionConfig, "save_pretrained", refuse)
+    said = hub.add_decision(calibrated[1], read_run(calibrated[1]))
+    assert said == "No decision model: [Errno 13] Permission denied: 'decision.json'."
 
 
 def test_the_request_of_the_docs_can_be_asked(calibrated, exported, predict):

@@ -177,7 +177,7 @@ def test_weights_are_cut_into_shards(train, tmp_path, monkeypatch):
 def test_an_adapter_of_a_4_bit_base_is_merged_into_the_unquantised_one_with_a_note(train, tmp_path, capsys):
     run = train("tiny 4 bit", load_in_4bit=True)
     export_run(str(run), str(tmp_path / "out"), dtype="fp32")
-    assert "in 4 bit and is merged into its unquantised weights: probabilities may differ" in capsys.readouterr().out
+    assert "in 4 bit and goes with its unquantised weights now: probabilities may differ" in capsys.readouterr().out
     # `ours` loads the base unquantised: that is what the adapter was merged into.
     assert_close(plain(tmp_path / "out", train.contest), ours(run, train.contest), atol=1e-4, rtol=0)
     assert "load_in_4bit" not in run_folder.read_run(tmp_path / "out").recipe
@@ -299,7 +299,7 @@ def test_an_fp8_base_is_unpacked_and_merged_whole(train, families, tmp_path, cap
     run, out = copy_of(train("llava"), tmp_path / "run"), tmp_path / "out"
     set_recipe(run, model_name_or_path=base)
     export_run(str(run), str(out), dtype="fp32")
-    assert "is quantised itself (fp8): its weights are unpacked, and merged whole" in capsys.readouterr().out
+    assert "is quantised itself (fp8): its weights are unpacked, and written whole" in capsys.readouterr().out
     assert "quantization_config" not in (out / "config.json").read_text()
     assert_close(plain(out, train.contest), ours(run, train.contest), atol=1e-4, rtol=0)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # Of one question. Without them a request of 10 MB takes all memory, and a server of it ends.
 MOST_IMAGES, MOST_CHARS = 32, 2**16
+NOUL = {"true": "Yes", "false": "No"}  # what the options of a yes-no question are shown as
 # transformers' sandbox knows one way to raise a ValueError that says something: a format that there is none of.
 MACROS = """\
 {%- set vqa = namespace(text="", num_images=0, choices=[], lines=[], content=[], type="") -%}
@@ -67,6 +68,9 @@ _STATE = """\
     {%- if vqa_has_images and not vqa.num_images -%}{{ vqa_refuse("state names no image of assets") }}{%- endif -%}
     {%- set vqa.text = vqa_text(vqa.text, "state") -%}
 {%- endif -%}
+{%- if vqa.num_images and not vqa_has_images -%}
+    {{ vqa_refuse("state names an image, and the run was trained without images") }}
+{%- endif -%}
 {%- if vqa.text and not vqa_has_context -%}
     {{ vqa_refuse("state holds a text that names no image of assets, and the run was trained without contexts") }}
 {%- endif -%}
@@ -76,7 +80,7 @@ _CHOICES = """\
 {%- if not vqa_question -%}{{ vqa_refuse("instructions must be the question; they are empty") }}{%- endif -%}
 {%- for option in question.options -%}
     {%- set described = question.descriptions[loop.index0] -%}
-    {%- set option = {"true": "Yes", "false": "No"}[option] if question.type == "noul" else option -%}
+    {%- set option = <noul>[option] if question.type == "noul" else option -%}
     {%- set text = vqa_text(described if described is not none and described != "" else option, "an option") -%}
     {%- if not text -%}{{ vqa_refuse("an option is empty") }}{%- endif -%}
     {%- set vqa.choices = vqa.choices + [text] -%}
@@ -122,7 +126,7 @@ def decision_template(processor: "ProcessorMixin", prompts: Prompts, *, has_imag
             _assign("vqa_tokens", literal(list_control_tokens(processor))),
             MACROS,
             _STATE,
-            _CHOICES.replace("<choice>", choice),
+            _CHOICES.replace("<choice>", choice).replace("<noul>", literal(NOUL)),
             type_template(prompts.types),
             _user(prompts),
             _MESSAGES.replace("<image>", _filled(prompts.image, number="number")).replace("<system>", system),

@@ -68,8 +68,7 @@ class Predictor:
         if len(groups) != 1:
             raise InputError(f"one model cannot score {', '.join(self.folders) or 'no run'}. Give runs of one kind.")
         self.num_choices = described[0].num_letters
-        self.has_context = described[0].columns.context is not None
-        self.has_images = bool(described[0].columns.image)
+        self.has_context, self.has_images = described[0].has_context, described[0].has_images
         self.views.check(self.num_choices)
         self.scorer = scorer.load(groups[0], most_choices=self.num_choices, compile_layers=compile_layers)
         self.collators = self.scorer.collators(self.views)

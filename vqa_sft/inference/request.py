@@ -17,11 +17,9 @@ from transformers import DecisionConfig
 from transformers.decision import parse_questions
 from transformers.decision.template_utils import Question
 
-from vqa_sft.batch.decision_template import MOST_CHARS, MOST_IMAGES
+from vqa_sft.batch.decision_template import MOST_CHARS, MOST_IMAGES, NOUL
 from vqa_sft.errors import InputError, explains
 from vqa_sft.questions.letters import LETTERS, describe_value
-
-_YES_NO = {"true": "Yes", "false": "No"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def read_request(request: Any, num_choices: int, *, has_images: bool, has_contex
     with explains((ValueError, TypeError), "the questions cannot be asked"):
         questions = parse_questions(request["questions"], config)
     assets = request.get("assets") or {}
-    if not isinstance(assets, Mapping):
+    if not isinstance(assets, Mapping) or not all(isinstance(name, str) and name for name in assets):
         raise InputError(f"assets map names to images; got {describe_value(assets)}.")
     images, context = _read_state(request["state"], assets, has_images, has_context)
     return [_read_question(question, images, context, assets) for question in questions]
@@ -72,6 +70,8 @@ def _read_state(state: Any, assets: Mapping, has_images: bool, has_context: bool
         names, text = _split(state, assets)
         if has_images and not names:
             raise InputError("state names no image of assets.")
+    if names and not has_images:
+        raise InputError("state names an image, and the run was trained without images.")
     if text.strip() and not has_context:
         raise InputError(
             "state holds a text that names no image of assets, and the run was trained without contexts: "
@@ -96,7 +96,7 @@ def _split(value: Any, assets: Mapping) -> tuple[list[str], str]:
 def _read_question(question: Question, images: list, context: str | None, assets: Mapping) -> Asked:
     choices = []
     for option, described in zip(question.options, question.descriptions, strict=True):
-        shown = _YES_NO.get(option, option) if question.type == "noul" else option
+        shown = NOUL[option] if question.type == "noul" else option
         text = _text(shown if described is None or described == "" else described, "an option", assets)
         if not text.strip():
             raise InputError(f"an option of question {question.name!r} is empty.")

@@ -50,7 +50,7 @@ def request_of(row: dict, run: Run) -> dict[str, Any]:
     """A row as a System One request. Choices are named by their numbers: two of them may say the same."""
     assets = {f"image-{n}": _asset(image) for n, image in enumerate(row["images"], start=1)}
     state: dict[str, Any] = {"images": [*assets]}
-    if run.columns is not None and run.columns.context is not None:
+    if run.has_context:
         state["context"] = row["context"]
     criteria = {str(number): text for number, text in enumerate(row["choices"])}
     question = {"type": "choice", "instructions": row["question"], "criteria": criteria}

@@ -42,8 +42,7 @@ def decision_config(run: Run, processor: ProcessorMixin, adapter: str | None = N
             'Remove "orders identity" from its calibration.json, or its bias.'
         )
     labels = _labels(run, processor)
-    reads: dict[str, Any] = {"has_images": bool(run.columns and run.columns.image)}
-    reads["has_context"] = bool(run.columns and run.columns.context)
+    reads = {"has_images": run.has_images, "has_context": run.has_context}
     # The template refuses control tokens. That transformers marks them too fails with tokenizers that add a token of
     # their own, and with processors that look up tokens by their characters (Idefics3, SmolVLM).
     for marks in (True, False):
@@ -55,7 +54,7 @@ def decision_config(run: Run, processor: ProcessorMixin, adapter: str | None = N
             adapter=adapter,
         )
         try:
-            _check_prompt(config, run, processor, **reads)
+            _check_prompt(config, run, processor)
         except InputError:
             if not marks:
                 raise
@@ -85,15 +84,13 @@ def _has_id(processor: ProcessorMixin, label: str, letter_id: int) -> bool:
         return False
 
 
-def _check_prompt(
-    config: DecisionConfig, run: Run, processor: ProcessorMixin, *, has_images: bool, has_context: bool
-) -> None:
+def _check_prompt(config: DecisionConfig, run: Run, processor: ProcessorMixin) -> None:
     """Raises InputError where transformers makes another prompt of a question than the run was trained on."""
     collator = AnswerCollator(processor, run.prompts, run.num_letters or 0)
     file = io.BytesIO()
     Image.linear_gradient("L").resize((120, 84)).save(file, "PNG")
-    nums = (1, 2) if has_images else (0,)
-    for num_images, question, context in product(nums, _QUESTIONS, ("", "A {hint}.") if has_context else ("",)):
+    nums = (1, 2) if run.has_images else (0,)
+    for num_images, question, context in product(nums, _QUESTIONS, ("", "A {hint}.") if run.has_context else ("",)):
         choices = ["x", "y {text}"]
         row: dict[str, Any] = {
             "id": "sample",
@@ -105,7 +102,7 @@ def _check_prompt(
         row |= {"images": [{"bytes": file.getvalue(), "path": None}] * num_images}
         row["question_type"] = find_type(question.strip(), choices)
         request: dict[str, Any] = {"state": {"images": ["image-1"] * num_images}}
-        request["state"] |= {"context": context} if has_context else {}
+        request["state"] |= {"context": context} if run.has_context else {}
         request["questions"] = {"q": {"type": "choice", "instructions": question, "criteria": dict.fromkeys(choices)}}
         request["assets"] = {"image-1": Image.open(file)} if num_images else {}
         with explains(Exception, "transformers' decision pipeline refuses the run's prompt"):

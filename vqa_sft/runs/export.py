@@ -1,4 +1,4 @@
-"""`vqa-sft export`: a run as a folder that transformers, its decision models, vLLM and SGLang load without us.
+"""`vqa-sft export`: a run as a folder that transformers, its decision models and vLLM load without us.
 
 out/                                              with --adapter
   model*.safetensors, config.json, ...            full weights: s B A is added to each layer's own; or the base's own
@@ -103,7 +103,8 @@ def _export_run(
         if adapter:
             (part / ADAPTER).mkdir()
             run_folder.copy_files(folder, part / ADAPTER, run_folder.SHARED_FILES)
-        _describe(part / ADAPTER if adapter else part, folder, run, output, entries)
+        lies = ADAPTER if adapter else ""
+        _describe(part / lies, folder, run, str(Path(output) / lies), entries)
     what = name if is_whole else f"{name} with the adapter of {folder} {'beside it' if adapter else 'merged in'}"
     asks = "" if plain else f' pipeline("decision", model="{output}") answers as the run does.'
     return f"Wrote {output}: {what}, {dtype}, {size / 2**30:,.2f} GiB.{asks}"
@@ -120,10 +121,10 @@ def _tell_quantised(run: run_folder.Run, config: PreTrainedConfig) -> None:
     name, recipe = run.base_model, run.recipe
     if recipe.get("load_in_4bit") or recipe.get("load_in_8bit"):
         bits = 4 if recipe.get("load_in_4bit") else 8
-        line = f"The adapter was trained on {name} in {bits} bit and is merged into its unquantised weights: "
+        line = f"The adapter was trained on {name} in {bits} bit and goes with its unquantised weights now: "
         print(line + "probabilities may differ slightly from those of the run.")
     if own := quantized.quantization_of(config):
-        print(f"{name} is quantised itself ({quantized.describe(own)}): its weights are unpacked, and merged whole.")
+        print(f"{name} is quantised itself ({quantized.describe(own)}): its weights are unpacked, and written whole.")
 
 
 def _is_whole(folder: Path, adapter: bool) -> bool:
@@ -189,7 +190,7 @@ def _check_room(target: Path, needed: int, dtype: str) -> None:
     if free < needed:
         smaller = "" if dtype != "fp32" else ", or give --dtype bf16"
         raise InputError(
-            f"the merged weights take {needed / 2**30:,.2f} GiB in {dtype}, and {free / 2**30:,.2f} GiB are free for "
+            f"the weights take {needed / 2**30:,.2f} GiB in {dtype}, and {free / 2**30:,.2f} GiB are free for "
             f"{target}. Make room, name a folder on another disk{smaller}."
         )
 
@@ -256,7 +257,7 @@ def _describe(part: Path, folder: Path, run: run_folder.Run, output: str, entrie
     if entries:  # of a fold, those of the folder above too
         run_folder.write_json(part / CALIBRATION, entries)
     recipe = {name: value for name, value in run.recipe.items() if name not in DROPPED}
-    content = run.content | {"recipe": recipe | {"output_dir": str(output)}, MERGED_FROM: str(folder)}
+    content = run.content | {"recipe": recipe | {"output_dir": output}, MERGED_FROM: str(folder)}
     run_folder.write_json(part / run_folder.RUN, content)
     if (part / run_folder.RECIPE).is_file():  # a soup has none
         hub.write_card(part)

@@ -76,6 +76,16 @@ class Run:
     def base_model(self) -> str:
         return self.recipe["model_name_or_path"]
 
+    @property
+    def has_images(self) -> bool:
+        """Whether rows of training could have images."""
+        return bool(self.columns and self.columns.image)
+
+    @property
+    def has_context(self) -> bool:
+        """Whether rows of training could have a context."""
+        return bool(self.columns and self.columns.context)
+
 
 def is_finished(folder: str | Path) -> bool:
     """Whether a run in this folder has saved everything; run.json is written last."""
@@ -218,7 +228,9 @@ def read_run(folder: str | Path) -> Run:
     if not Path(folder).is_dir():
         raise InputError(f"no such run folder: {folder}.")
     if not path.is_file():
-        raise InputError(f"{folder} holds no finished run (no {RUN}). Give the output_dir of a run that has ended.")
+        folds = sorted(Path(folder).glob(f"fold*/{RUN}"))
+        which = f"one of its folds: {folds[0].parent}" if folds else "the output_dir of a run that has ended"
+        raise InputError(f"{folder} holds no finished run (no {RUN}). Give {which}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         prompts, columns = Prompts(**content["prompts"]), Columns(**content["columns"])

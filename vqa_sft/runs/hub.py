@@ -1,7 +1,9 @@
 """The model card of a run, and pushing the run to the Hub."""
 
+import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers.decision.configuration_utils import DECISION_CONFIG_NAME, DECISION_TEMPLATE_NAME
@@ -14,8 +16,8 @@ from vqa_sft.runs.folder import METRICS, RECIPE, SHARED_FILES, Run, read_run
 # Patterns match across folders: the second one excludes the weights of checkpoints.
 _UPLOADED = {"allow_patterns": list(SHARED_FILES), "ignore_patterns": ["*/*"]}
 
-
-# {folder}, {whole}: of the run, and of whole weights; {how}: what else the pipeline is told.
+# {folder}, {whole}: of the run, and of whole weights; {how}: what else the pipeline is told; {state}, {assets}: of a
+# question as the run was trained on.
 _DECISION = """
 ### As a decision model
 
@@ -27,15 +29,16 @@ from transformers import pipeline
 folder = "{folder}"  # or the name of this repository
 decide = pipeline("decision", model=folder{how})
 question = {{"type": "choice", "instructions": "Which animal is it?", "criteria": {{"cat": None, "dog": None}}}}
-assets = {{"image-1": "photo.jpg"}}  # or {{"type": "image", "data_base64": "..."}}
-request = {{"state": {{"images": ["image-1"]}}, "questions": {{"animal": question}}, "assets": assets}}
+assets = {assets}
+request = {{"state": {state}, "questions": {{"animal": question}}, "assets": assets}}
 print(decide(request)["animal"]["probabilities"])
 ```
 
 {export}    transformers serve {whole} --host 127.0.0.1    # POST /v1/systemone
-    vllm serve {whole} --generation-config vllm    # not run
+    vllm serve {whole} --host 127.0.0.1 --generation-config vllm    # POST /v1/chat/completions
     python -m sglang.launch_server --model-path {whole}    # not run
 """
+_ASSETS = '{"image-1": "photo.jpg"}  # or {"type": "image", "data_base64": "..."}'
 
 
 def write_card(folder: str | Path) -> None:
@@ -119,13 +122,16 @@ def _describe_decision(folder: Path, run: Run, is_adapter: bool) -> str:
     name = run.recipe["output_dir"]
     if not (folder / DECISION_CONFIG_NAME).is_file():
         return ""
+    shown: dict[str, Any] = {"images": ["image-1"] if run.has_images else []}
+    shown |= {"context": "It is night."} if run.has_context else {}
+    fields = {"folder": name, "state": json.dumps(shown), "assets": _ASSETS if run.has_images else "{}"}
     if not is_adapter:
-        return _DECISION.format(folder=name, whole=name, how="", export="")
+        return _DECISION.format(**fields, whole=name, how="", export="")
     # Without them transformers takes processor, prompt and dtype of the base.
     dtype = str(DTYPES[run.precision or "bf16"]).removeprefix("torch.")
     how = f', tokenizer=folder, processor=folder, decision_config=folder, dtype="{dtype}"'
     export = f"Servers take whole weights:\n\n    vqa-sft export {name} {name}_whole\n"
-    return _DECISION.format(folder=name, whole=f"{name}_whole", how=how, export=export)
+    return _DECISION.format(**fields, whole=f"{name}_whole", how=how, export=export)
 
 
 def add_decision(folder: Path, run: Run) -> str | None:
@@ -136,9 +142,12 @@ def add_decision(folder: Path, run: Run) -> str | None:
         processor = load_processor(str(folder), trust_remote_code=bool(run.recipe.get("trust_remote_code")))
         decision_config(run, processor).save_pretrained(folder)
     except InputError as error:
-        for name in (DECISION_CONFIG_NAME, DECISION_TEMPLATE_NAME):
-            (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for name in (DECISION_CONFIG_NAME, DECISION_TEMPLATE_NAME):
+                (folder / name).unlink(missing_ok=True)
         return f"No decision model: {error}"
+    except OSError as error:  # it may be pushed from where nothing can be written
+        return f"No decision model: {error}."
     if card.is_file() and card.read_text(encoding="utf-8") == before:
         write_card(folder)
     return None
