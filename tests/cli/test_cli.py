@@ -130,6 +130,9 @@ def test_a_copy_by_a_list_of_ids_needs_one_list_of_these_data(clean, run):
         assert code == 2 and not out and says in err and len(err.splitlines()) == 1, err
     ids.write_text("\n")
     assert "names no row" in run("check", clean / "train.csv", "--only", ids, *fix)[2]
+    ids.write_text("\n".join(row["id"] for row in rows_of(clean)))
+    _, out, err = run("check", clean / "train.csv", "--without", ids, *fix, "--json", "-")
+    assert json.loads(out) and err == f"No row is left, so {clean}/fixed.csv was not written.\n"
     assert not (clean / "fixed.csv").exists()
 
 

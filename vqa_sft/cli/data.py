@@ -89,12 +89,12 @@ def check(
         print(images, file=sys.stderr if json_file == "-" else sys.stdout)
     if html:
         write_page(html, reports)
-    if fix and reports[0].num_bad == reports[0].num_rows:
-        print(f"No row can be used, so {fix} was not written.")
-    elif fix:
-        print(
-            write_fix(fix, arguments, data[0][1].problems, by_ids), file=sys.stderr if json_file == "-" else sys.stdout
-        )
+    if fix:
+        left_out = {*data[0][1].problems.bad_rows(), *by_ids}
+        wrote = f"No row is left, so {fix} was not written."
+        if len(left_out) < reports[0].num_rows:
+            wrote = write_fix(fix, arguments, data[0][1].problems, by_ids)
+        print(wrote, file=sys.stderr if json_file == "-" else sys.stdout)
     sys.exit(int(any(report.num_bad for report in reports)))
 
 
