@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.options import ReadOptions
+from vqa_sft.errors import InputError
 from vqa_sft.lab import agreement
 from vqa_sft.lab.ways_out import probs_of, request_of, served
 from vqa_sft.predictions.file import read_predictions
@@ -46,9 +48,17 @@ def test_every_way_out_gives_the_probabilities_of_predict(three, tmp_path, monke
 
 
 def test_a_way_that_differs_or_cannot_be_had_says_so():
+    @contextmanager
+    def way(error=None):
+        yield {"one": [0.4, 0.6], "two": [0.1, 0.9]}.get
+        if error:
+            raise error
+
     expected = [np.array([0.6, 0.4]), np.array([0.1, 0.9])]
-    cells, largest, num_other = agreement.compare([np.array([0.4, 0.6]), np.array([0.1, 0.9])], expected, 4.0)
-    assert cells == ["2", "2.0e-01", "1.0e-01", "1", "0.5"] and largest == pytest.approx(0.2) and num_other == 1
+    cells, largest, num_other = agreement.measure(way(), ["one", "two"], expected)
+    assert cells[:-1] == ["2", "2.0e-01", "1.0e-01", "1"] and largest == pytest.approx(0.2) and num_other == 1
+    said = agreement.measure(way(InputError("it is not here")), ["one", "two"], expected)
+    assert said == (["0", "it is not here", "", "", ""], 0.0, 0)
 
 
 @pytest.fixture(scope="module")

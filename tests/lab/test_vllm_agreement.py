@@ -18,7 +18,8 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.columns import Columns
 from vqa_sft.errors import InputError
 from vqa_sft.lab import vllm_agreement
-from vqa_sft.lab.vllm_agreement import ChatServer, difference
+from vqa_sft.lab.answers import difference
+from vqa_sft.lab.vllm_agreement import ChatServer
 from vqa_sft.predictions.file import Predictions, write_predictions
 from vqa_sft.questions.letters import Views
 from vqa_sft.runs.folder import PROCESSOR_FILES, RUN, read_run, write_json
@@ -206,3 +207,4 @@ def test_the_difference_is_over_all_choices_of_all_rows():
     one, other = [np.array([0.9, 0.1]), np.array([0.5, 0.3, 0.2])], [np.array([0.4, 0.6]), np.array([0.5, 0.2, 0.3])]
     found = difference(one, other)
     assert found.largest == pytest.approx(0.5) and found.mean == pytest.approx(1.2 / 5) and found.num_answers == 1
+    assert found.mean_largest == pytest.approx(0.3)

@@ -96,7 +96,7 @@ def export(
     """Write a run as whole weights that serve elsewhere.
 
     The adapter is merged. transformers' pipeline("decision") and `transformers serve` answer with the run's own prompt,
-    letters and temperature; plain transformers, PEFT, vLLM and SGLang load the same folder.
+    letters and temperature; plain transformers and vLLM load the same folder, PEFT what --adapter writes.
     """
     from vqa_sft.runs.export import export_run
 

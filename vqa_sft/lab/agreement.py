@@ -1,11 +1,12 @@
 """Whether a run has the same probabilities in everybody's hands: each way out of it, against recipes/predict.py.
 
-    python -m vqa_sft.lab.agreement runs/demo data/digits/test.csv --limit 200 --dtype fp32 bf16
-    python -m vqa_sft.lab.agreement runs/demo data/digits/test.csv --ways pipeline "transformers serve"
+    python -m vqa_sft.lab.agreement runs/demo data/numbers/test.csv --limit 200 --dtype fp32 bf16
+    python -m vqa_sft.lab.agreement runs/demo data/numbers/test.csv --ways pipeline "transformers serve"
 
 The run is exported in each dtype, merged and with its adapter beside the base, and every row is asked alone. A way that
-cannot be had says why in its line. Servers with chat completions (vLLM) are asked by vllm_agreement.py. Exit code 1
-where an answer differs in fp32, or a probability by more than 1e-4.
+cannot be had says why in its line. "mean of rows" is that of each row's largest difference. Servers with chat
+completions (vLLM) are asked by vllm_agreement.py. Exit code 1 where an answer differs in fp32, or a probability by more
+than 1e-4.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from vqa_sft.inference.plan import find_runs
 from vqa_sft.inference.rows import read_rows
 from vqa_sft.lab import ways_out
 from vqa_sft.lab.ablation import run_recipe
+from vqa_sft.lab.answers import difference
 from vqa_sft.lab.ways_out import Ask, Exported
 from vqa_sft.predictions.file import read_predictions
 from vqa_sft.runs.export import export_run
@@ -38,7 +40,7 @@ WAYS: dict[str, Callable[[Exported], AbstractContextManager[Ask]]] = {
     "plain transformers": ways_out.plain_transformers,
     "plain PEFT": ways_out.plain_peft,
 }
-HEADER = ["way", "dtype", "rows", "largest difference", "mean", "answers that differ", "questions/s"]
+HEADER = ["way", "dtype", "rows", "largest difference", "mean of rows", "answers that differ", "questions/s"]
 
 
 @exits_with_message
@@ -95,15 +97,9 @@ def measure(
             took_s = time.perf_counter() - started_s
     except InputError as error:
         return ["0", str(error), "", "", ""], 0.0, 0
-    return compare(found, expected, took_s)
-
-
-def compare(found: Sequence[np.ndarray], expected: Sequence[np.ndarray], took_s: float) -> tuple[list[str], float, int]:
-    apart = [np.abs(one - other).max() for one, other in zip(found, expected, strict=True)]
-    num_other = sum(one.argmax() != other.argmax() for one, other in zip(found, expected, strict=True))
-    largest, mean = max(apart), float(np.mean(apart))
-    numbers = [f"{len(found)}", f"{largest:.1e}", f"{mean:.1e}", f"{num_other}", f"{len(found) / took_s:.1f}"]
-    return numbers, float(largest), int(num_other)
+    gaps = difference(found, expected)
+    cells = [f"{len(found)}", f"{gaps.largest:.1e}", f"{gaps.mean_largest:.1e}", f"{gaps.num_answers}"]
+    return [*cells, f"{len(found) / took_s:.1f}"], gaps.largest, gaps.num_answers
 
 
 if __name__ == "__main__":

@@ -20,13 +20,10 @@ import base64
 import io
 import json
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from http.client import HTTPException
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,6 +36,7 @@ from vqa_sft.environment import set_library_defaults
 from vqa_sft.errors import InputError, exits_with_message, name_rows, printable
 from vqa_sft.images import open_image
 from vqa_sft.inference.rows import read_rows
+from vqa_sft.lab.answers import ask_server, difference
 from vqa_sft.predictions.calibration import Calibration, read_calibration
 from vqa_sft.predictions.file import Predictions, read_predictions
 from vqa_sft.predictions.metrics import softmax
@@ -48,7 +46,6 @@ from vqa_sft.runs.folder import Run, read_run
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
-TIMEOUT_S = 600  # the first request may wait for a compilation
 MOST_PLAIN = 20  # log-probabilities of one token that the protocol knows
 IDENTITY = Views().metadata
 
@@ -143,17 +140,7 @@ class ChatServer:
         return batch["input_ids"][0].tolist()
 
     def _ask(self, path: str, body: dict | None = None) -> dict:
-        url = f"{self.address.rstrip('/')}/{path}"
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as reply:
-                return json.load(reply)
-        except urllib.error.HTTPError as error:
-            said = printable(error.read().decode(errors="replace"), 300)
-            raise InputError(f"{url} answers {error.code}: {said}") from error
-        except (OSError, HTTPException, ValueError) as error:
-            raise InputError(f"{url} cannot be asked: {error}. Is the server up?") from error
+        return ask_server(f"{self.address.rstrip('/')}/{path}", body)
 
 
 def chat_messages(row: dict, run: Run) -> list[dict]:
@@ -169,22 +156,6 @@ def chat_messages(row: dict, run: Run) -> list[dict]:
             part.clear()
             part |= {"type": "image_url", "image_url": {"url": url}}
     return messages
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Of the probabilities of the same rows by two ways."""
-
-    largest: float
-    mean: float  # over all choices of all rows
-    num_answers: int  # whose most probable choice differs
-
-
-def difference(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> Difference:
-    """Of probabilities (C,) of each row."""
-    gaps = np.concatenate([np.abs(a - b) for a, b in zip(one, other, strict=True)])
-    answers = sum(int(a.argmax() != b.argmax()) for a, b in zip(one, other, strict=True))
-    return Difference(float(gaps.max()), float(gaps.mean()), answers)
 
 
 @exits_with_message

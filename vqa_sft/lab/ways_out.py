@@ -5,13 +5,11 @@ Each is a context that gives a function: a row, as data/ reads it -> probabiliti
 
 import base64
 import importlib.util
-import json
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +26,7 @@ from vqa_sft.batch.prompts import render_prompt
 from vqa_sft.errors import InputError
 from vqa_sft.images import open_image
 from vqa_sft.inference.predictor import Predictor
+from vqa_sft.lab.answers import ask_server
 from vqa_sft.models.load import DTYPES
 from vqa_sft.questions.letters import identity_order
 from vqa_sft.runs.folder import Run
@@ -123,7 +122,7 @@ def _plain(model: torch.nn.Module, processor: Any, exported: Exported) -> Ask:
 @contextmanager
 def transformers_serve(exported: Exported) -> Iterator[Ask]:
     with served(exported.merged) as (url, _):
-        yield lambda row: probs_of(_post(f"{url}/v1/systemone", request_of(row, exported.run))["answers"])
+        yield lambda row: probs_of(ask_server(f"{url}/v1/systemone", request_of(row, exported.run))["answers"])
 
 
 @contextmanager
@@ -160,16 +159,3 @@ def _wait_for(server: subprocess.Popen, url: str, log: Any) -> None:
     log.seek(0)
     last = log.read().decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
     raise InputError(f"transformers serve did not start: {last[0]}")
-
-
-def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Raises InputError with what the server says."""
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request) as reply:
-            return json.load(reply)
-    except urllib.error.HTTPError as error:
-        said = error.read().decode(errors="replace")[:300]
-        raise InputError(f"{url} answers {error.code}: {said}") from error
-    except OSError as error:
-        raise InputError(f"{url} does not answer: {error}") from error
