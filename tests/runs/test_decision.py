@@ -144,6 +144,7 @@ WRONG = {
     "names no image of assets": {"assets": {}},
     "needs images": {"state": {}},
     "neither a text nor": {"state": 5},
+    "neither a text nor an image": {"state": {"images": None}},
     "images and context, and nothing else": {"state": {"images": ["image-1"], "photo": "image-1"}},
     "trained without contexts": {"state": ["image-1", "It is night."]},
     "more than 32 images": {"state": "image-1" * 33},
@@ -263,6 +264,8 @@ def test_a_card_asks_as_the_run_was_trained(calibrated, tmp_path, columns):
 
 
 def test_an_adapter_beside_its_base_is_a_run_of_its_own_folder(exported):
+    with pytest.raises(InputError, match="Give the run in it: .*/adapter"):
+        read_run(exported[1])
     run = read_run(exported[1] / "adapter")
     assert run.recipe["output_dir"] == run.folder
     assert f'folder = "{run.folder}"' in (exported[1] / "adapter" / "README.md").read_text()
@@ -274,7 +277,7 @@ def test_a_folder_that_cannot_be_written_is_pushed_all_the_same(calibrated, monk
 
     monkeypatch.setattr(DecisionConfig, "save_pretrained", refuse)
     said = hub.add_decision(calibrated[1], read_run(calibrated[1]))
-    assert said == "No decision model: [Errno 13] Permission denied: 'decision.json'."
+    assert said == "No decision model: PermissionError: [Errno 13] Permission denied: 'decision.json'"
 
 
 def test_the_request_of_the_docs_can_be_asked(calibrated, exported, predict):

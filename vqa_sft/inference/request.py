@@ -58,7 +58,7 @@ def _read_state(state: Any, assets: Mapping, has_images: bool, has_context: bool
     if isinstance(state, Mapping):
         if unknown := state.keys() - {"images", "context"}:
             raise InputError(f"state may hold images and context, and nothing else; got {sorted(map(str, unknown))}.")
-        names, text = _split(state.get("images") or [], assets)
+        names, text = _split(state.get("images", []), assets)
         if text.strip():
             raise InputError(f"state.images holds a text that names no image of assets: {describe_value(text)}.")
         if has_images and "images" not in state:

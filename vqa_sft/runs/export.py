@@ -29,6 +29,7 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.core_model_loading import Transpose, WeightConverter
+from transformers.decision.configuration_utils import DECISION_CONFIG_NAME, DECISION_TEMPLATE_NAME
 from trl import ModelConfig
 
 from vqa_sft.data.split import ROWS
@@ -102,7 +103,9 @@ def _export_run(
             decision.save_pretrained(part)
         if adapter:
             (part / ADAPTER).mkdir()
-            run_folder.copy_files(folder, part / ADAPTER, run_folder.SHARED_FILES)
+            # Without the decision files of a push, which say the temperature of their day.
+            patterns = {*run_folder.SHARED_FILES} - {DECISION_CONFIG_NAME, DECISION_TEMPLATE_NAME}
+            run_folder.copy_files(folder, part / ADAPTER, patterns)
         lies = ADAPTER if adapter else ""
         _describe(part / lies, folder, run, str(Path(output) / lies), entries)
     what = name if is_whole else f"{name} with the adapter of {folder} {'beside it' if adapter else 'merged in'}"

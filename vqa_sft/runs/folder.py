@@ -19,7 +19,7 @@ import json
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePath
@@ -215,7 +215,7 @@ def write_metrics(folder: str | Path, metrics: dict[str, float | str]) -> None:
     write_json(Path(folder) / METRICS, metrics)
 
 
-def copy_files(folder: Path, target: Path, patterns: Sequence[str]) -> None:
+def copy_files(folder: Path, target: Path, patterns: Collection[str]) -> None:
     """Copy the files of a run with such names: PROCESSOR_FILES, or SHARED_FILES."""
     for path in sorted(folder.iterdir()):
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in patterns):
@@ -228,8 +228,8 @@ def read_run(folder: str | Path) -> Run:
     if not Path(folder).is_dir():
         raise InputError(f"no such run folder: {folder}.")
     if not path.is_file():
-        folds = sorted(Path(folder).glob(f"fold*/{RUN}"))
-        which = f"one of its folds: {folds[0].parent}" if folds else "the output_dir of a run that has ended"
+        inside = sorted(Path(folder).glob(f"*/{RUN}"))  # folds, or the adapter of an export
+        which = f"the run in it: {inside[0].parent}" if inside else "the output_dir of a run that has ended"
         raise InputError(f"{folder} holds no finished run (no {RUN}). Give {which}.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -141,13 +141,11 @@ def add_decision(folder: Path, run: Run) -> str | None:
     try:
         processor = load_processor(str(folder), trust_remote_code=bool(run.recipe.get("trust_remote_code")))
         decision_config(run, processor).save_pretrained(folder)
-    except InputError as error:
+    except Exception as error:  # the weights are pushed all the same, and from where nothing can be written
         with contextlib.suppress(OSError):
             for name in (DECISION_CONFIG_NAME, DECISION_TEMPLATE_NAME):
                 (folder / name).unlink(missing_ok=True)
-        return f"No decision model: {error}"
-    except OSError as error:  # it may be pushed from where nothing can be written
-        return f"No decision model: {error}."
+        return f"No decision model: {'' if isinstance(error, InputError) else f'{type(error).__name__}: '}{error}"
     if card.is_file() and card.read_text(encoding="utf-8") == before:
         write_card(folder)
     return None
