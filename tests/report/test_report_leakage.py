@@ -1,5 +1,7 @@
 """Images of the page's rows that training had too."""
 
+from dataclasses import replace
+
 import pytest
 from contest import noise, rows_of, write_csv
 from PIL import Image
@@ -69,3 +71,13 @@ def test_images_of_training_are_found_between_folds(leaky):
     (leaky / "images/003.png").write_bytes((leaky / "images/000.png").read_bytes())
     said = page_of(leaky, leaky / "run", data=None)[1]
     assert "was trained with the image of 3 of these 24 rows, and with nearly the image of 0." in said
+
+
+def test_nothing_is_said_of_rows_without_images(leaky):
+    run = make_run(leaky, leaky / "run", ["train"] * 16 + ["validation"] * 8)
+    for image, num_notes in ((("path",), 1), ((), 0)):
+        inputs = read_inputs([str(run)])
+        [loaded] = inputs.data.sources
+        inputs.data.sources = [replace(loaded, columns=replace(loaded.columns, image=image))]
+        add_leakage(inputs)
+        assert len(inputs.notes) == num_notes

@@ -19,10 +19,10 @@ MOST_ROWS = 20_000  # of the page and of training, whose images are opened, unle
 
 
 def add_leakage(inputs: Inputs) -> None:
-    """Fill `in_training`, and note what was found. Nothing is known of a run that is not here, of one that was trained
-    on a stream, and of one whose recipe asks that no image be looked at."""
+    """Fill `in_training`, and note what was found. Nothing is said of rows without images, of a run that is not
+    here, of one that was trained on a stream, and of one whose recipe asks that no image be looked at."""
     data, folder = inputs.data, _find_run(inputs)
-    if data is None or folder is None:
+    if data is None or folder is None or not any(loaded.columns.image for loaded in data.sources):
         return
     try:
         recipe = RecipeArguments.of_run(read_run(runs_in(folder)[0]).recipe)

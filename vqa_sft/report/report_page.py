@@ -98,7 +98,7 @@ def write_page(path: str | Path, inputs: Inputs, max_rows: int = 1000) -> str:
 
 
 def _metric_lines(inputs: Inputs) -> Iterator[list[str]]:
-    """As `vqa-sft score` prints them, of the rows with an answer; then what each input has more than the first."""
+    """As `vqa-sft score` prints them, of the rows with an answer; then how each differs from the first."""
     if not len(inputs.answered):
         return
     files = [take(one.predictions, inputs.answered.tolist()) for one in inputs.inputs]
