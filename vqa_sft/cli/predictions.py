@@ -56,10 +56,10 @@ def report(
     """Write a page about runs or prediction files.
 
     It has metrics, calibration, accuracy by kind of question, training curves, and the rows worth a look: confident
-    errors, uncertain answers, rows whose permutations or runs disagree. Of several files, what each has more than the
+    errors, uncertain answers, rows whose permutations or runs disagree. Of several files, how each differs from the
     first, with paired intervals, and the rows that changed. The page is one file of at most 10 MB and needs no network.
 
-    Example: vqa-sft report runs/mine before=runs/old --output report.html
+    Example: vqa-sft report before=runs/old after=runs/mine --output report.html
     """
     from vqa_sft.report.report_page import write_report
 

@@ -111,7 +111,10 @@ def push(
     ] = None,
     private: Annotated[bool, Option("--private", help="make the repository private")] = False,
 ) -> None:
-    """Upload a finished run to the Hub."""
+    """Upload a finished run to the Hub.
+
+    The files of a decision model are written beside its weights first, where the run can be one.
+    """
     from vqa_sft.runs.hub import push_run
 
     print(push_run(run_folder, repo, private=private or None))
