@@ -34,12 +34,13 @@ MAX_UPLOAD = "64mb"
 
 # The bar is the probability, the line under it the range over permutations; both also stand there as numbers.
 CSS = """
-.answer table { width: 100%; border-collapse: collapse; }
+.answer table { width: 100%; table-layout: fixed; border-collapse: collapse; }
 .answer caption { text-align: left; padding-bottom: 8px; }
 .answer :is(th, td) { text-align: left; padding: 8px; vertical-align: top; }
 .answer tr { border-bottom: 1px solid var(--border-color-primary); }
 .answer tbody th { font-weight: normal; overflow-wrap: anywhere; }
-.answer .number { white-space: nowrap; font-variant-numeric: tabular-nums; }
+.answer thead th:first-child { width: 42%; }
+.answer .number { font-variant-numeric: tabular-nums; }
 .answer p { padding: 8px 0; }
 .answer .track { margin-top: 4px; background: var(--border-color-primary); }
 .answer .track div { height: 10px; background: #2563eb; }
@@ -212,7 +213,7 @@ def describe_answer(choices: list[str], probs: np.ndarray, threshold: Threshold 
         )
     else:
         said.append("These options refer to letters or places, and are not permuted.")
-    head = "".join(f'<th scope="col">{name}</th>' for name in ("Option", "Probability", "Range"))
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Option", "Probability (range)"))
     table = f"<table><caption>{' '.join(said)}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return f'<div class="answer" role="status">{table}<p>{escape(about)}</p></div>'
 
@@ -224,9 +225,8 @@ def _row(letter: str, choice: str, prob: float, spread: tuple[float, float], is_
     line = f'<div class="range" style="margin-left: {100 * low:.1f}%; width: {100 * (high - low):.1f}%"></div>'
     return (
         f'<tr><th scope="row">{letter}. {escape(choice)}{mark}</th>'
-        f'<td style="width: 40%"><span class="number">{_percent(prob)}</span>'
-        f'<div aria-hidden="true"><div class="track">{bar}</div>{line}</div></td>'
-        f'<td class="number">{100 * low:.1f} to {_percent(high)}</td></tr>'
+        f'<td><span class="number">{_percent(prob)} ({100 * low:.1f} to {_percent(high)})</span>'
+        f'<div aria-hidden="true"><div class="track">{bar}</div>{line}</div></td></tr>'
     )
 
 
