@@ -125,7 +125,7 @@ def push(
 def try_run(
     run_folder: Annotated[str, Argument(metavar="RUN", help="folder of a finished run, or of all its folds")],
     host: Annotated[str, Option(help="address to listen on; 0.0.0.0: all of this machine")] = "127.0.0.1",
-    port: Annotated[int, Option(metavar="N")] = 7860,
+    port: Annotated[int, Option(metavar="N", help="to listen on")] = 7860,
     coverage: Annotated[float, Option(metavar="P", help="with which the conformal set holds the answer")] = 0.9,
     model: Annotated[str | None, Option(help="where the base is now, if not where it was in training")] = None,
     use_cpu: Annotated[bool, Option("--use-cpu", help="do not use the GPU")] = False,
