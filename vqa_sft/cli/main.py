@@ -66,6 +66,7 @@ def build_app() -> typer.Typer:
     add(app, [predictions.score, predictions.report, predictions.calibrate, predictions.ensemble])
     add(app, [predictions.submit, predictions.diff, predictions.uncertainty, predictions.label_errors])
     add(app, [runs.soup, runs.export, runs.push])
+    add(app, [runs.try_run], name="try")
 
     @app.callback()
     def program() -> None:

@@ -110,14 +110,41 @@ def push(
         str | None, Option(help="user/name; default: hub_model_id of the recipe, else the folder's name")
     ] = None,
     private: Annotated[bool, Option("--private", help="make the repository private")] = False,
+    space: Annotated[
+        str | None, Option(metavar="USER/NAME", help="also upload a Space with the page of vqa-sft try")
+    ] = None,
 ) -> None:
     """Upload a finished run to the Hub.
 
     The files of a decision model are written beside its weights first, where the run can be one.
     """
     from vqa_sft.runs.hub import push_run
+    from vqa_sft.runs.space import check_base, push_space
 
-    print(push_run(run_folder, repo, private=private or None))
+    if space is not None:
+        check_base(run_folder)
+    address = push_run(run_folder, repo, private=private or None)
+    print(address)
+    if space is not None:
+        print(push_space(run_folder, address, space, private=private or None))
+
+
+def try_run(
+    run_folder: Annotated[str, Argument(metavar="RUN", help="folder of a finished run, or of all its folds")],
+    host: Annotated[str, Option(help="address to listen on; 0.0.0.0: all of this machine")] = "127.0.0.1",
+    port: Annotated[int, Option(metavar="N", help="to listen on")] = 7860,
+    coverage: Annotated[float, Option(metavar="P", help="with which the conformal set holds the answer")] = 0.9,
+    model: Annotated[str | None, Option(help="where the base is now, if not where it was in training")] = None,
+    use_cpu: Annotated[bool, Option("--use-cpu", help="do not use the GPU")] = False,
+) -> None:
+    """Ask a run about your own images, on a page in the browser.
+
+    Drop an image, type a question and options: you see calibrated bars, the conformal set, and how far permutations of
+    the options move the probabilities. Needs the package gradio.
+    """
+    from vqa_sft.cli.try_page import serve
+
+    serve(run_folder, host=host, port=port, coverage=coverage, model=model, use_cpu=use_cpu)
 
 
 def memory(

@@ -9,7 +9,7 @@ import numpy as np
 
 from vqa_sft.console import table
 from vqa_sft.errors import InputError, name_rows, printable
-from vqa_sft.predictions.calibration import views_key
+from vqa_sft.predictions.calibration import VALIDATION, read_calibration, views_key
 from vqa_sft.predictions.check_file import CALIBRATION
 from vqa_sft.predictions.file import Predictions, may_be_of_one_run, read_predictions, shared_rows
 from vqa_sft.predictions.submission import check_table, write_table
@@ -63,8 +63,32 @@ def conformal_sets(predictions: Predictions, threshold: float) -> list[list[int]
     """The choices with 1 - p at most the threshold. Over rows like the held-out ones they hold the answer with the
     coverage asked for: on average, not for each kind of row. A set that would be empty holds the best choice, which can
     only raise the coverage."""
-    sets = [[i for i, p in enumerate(row) if 1 - p <= threshold] for row in predictions.probs]
-    return [found or [best] for found, best in zip(sets, predictions.best, strict=True)]
+    return [conformal_set(row, threshold) for row in predictions.probs]
+
+
+def conformal_set(probs: np.ndarray, threshold: float) -> list[int]:
+    """That of one row's probabilities (C,)."""
+    return [i for i, p in enumerate(probs) if 1 - p <= threshold] or [int(np.argmax(probs))]
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """`conformal_threshold` of a run's validation rows, for questions that are asked one by one."""
+
+    coverage: float
+    value: float
+    num_rows: int
+
+
+def threshold_of_run(folder: str | Path, coverage: float) -> Threshold | None:
+    """That of a run's own validation rows, as they were scored in training; None where it has none."""
+    file = Path(folder) / VALIDATION
+    if not file.is_file():
+        return None
+    held_out = read_predictions(file)
+    found = read_calibration(folder, held_out.metadata)
+    held_out.metadata[CALIBRATION] = found.as_dict if found else None
+    return Threshold(coverage, conformal_threshold(held_out, coverage), len(held_out.ids))
 
 
 def risk_at(is_wrong: np.ndarray, certainty: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ from vqa_sft.predictions.calibration import CALIBRATION, known_entries
 from vqa_sft.runs import folder as run_folder, hub
 from vqa_sft.runs.decision import decision_config
 
-KEPT = (run_folder.RECIPE, run_folder.METRICS, ROWS)
+KEPT = (run_folder.RECIPE, run_folder.METRICS, run_folder.VALIDATION, ROWS)
 ADAPTER = "adapter"  # the folder of the adapter, beside whole weights
 MERGED_FROM = "merged_from"  # the key of run.json by which an earlier export is known
 # Keys of the recipe that are not true of full weights in a folder of their own.
