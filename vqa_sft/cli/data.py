@@ -70,12 +70,7 @@ def check(
     with contextlib.redirect_stdout(sys.stderr):  # where libraries may print what they like
         arguments, values = options.read(source, context.args)
         check_reports(json_file, html)
-        if fix:
-            check_fix(fix, arguments)
-        elif only or without:
-            raise InputError("--only and --without choose the rows of a copy: give --fix OUT too.")
-        if only and without:
-            raise InputError("--only and --without are two ways to choose. Give one of them.")
+        check_fix(fix, only, without, arguments)
         data = read_data(arguments, test, test_image_root)
         by_ids = choose_by_ids(data[0][1], only, without)
         checks, images = token_checks(arguments, values)
@@ -90,10 +85,7 @@ def check(
     if html:
         write_page(html, reports)
     if fix:
-        left_out = {*data[0][1].problems.bad_rows(), *by_ids}
-        wrote = f"No row is left, so {fix} was not written."
-        if len(left_out) < reports[0].num_rows:
-            wrote = write_fix(fix, arguments, data[0][1].problems, by_ids)
+        wrote = write_fix(fix, arguments, data[0][1].problems, by_ids, reports[0].num_rows)
         print(wrote, file=sys.stderr if json_file == "-" else sys.stdout)
     sys.exit(int(any(report.num_bad for report in reports)))
 
@@ -162,10 +154,16 @@ def check_reports(json_file: str | None, html: str | None) -> None:
             raise InputError(f"there is no folder {Path(path).parent} to write {Path(path).name} into.")
 
 
-def check_fix(path: str, arguments: "RecipeArguments") -> None:
-    """Raises InputError where no copy can be written to `path`."""
+def check_fix(path: str | None, only: str | None, without: str | None, arguments: "RecipeArguments") -> None:
+    """Raises InputError where no copy can be written to `path`, or rows are chosen for none."""
     from vqa_sft.data.fix import check_copy
 
+    if only and without:
+        raise InputError("--only and --without are two ways to choose. Give one of them.")
+    if not path:
+        if only or without:
+            raise InputError("--only and --without choose the rows of a copy: give --fix OUT too.")
+        return
     if arguments.limit:
         raise InputError("--fix copies the whole file, and limit checks its first rows only. Give one of them.")
     check_copy(path, arguments.train_data, arguments.image_root)
@@ -221,19 +219,23 @@ def token_checks(arguments: "RecipeArguments", values: dict[str, Any]) -> tuple[
     return prompt_checks(processor, prompts), describe_images(processor, arguments.max_pixels)
 
 
-def write_fix(path: str, arguments: "RecipeArguments", problems: "Problems", by_ids: set[int]) -> str:
-    """Write the copy; returns what was left out: rows that cannot be used, and numbers of rows `by_ids`."""
+def write_fix(path: str, arguments: "RecipeArguments", problems: "Problems", by_ids: set[int], num_rows: int) -> str:
+    """Write the copy; returns what was left out of `num_rows`: rows that cannot be used, and numbers of rows `by_ids`.
+    Where that is all of them, nothing is written."""
     from vqa_sft.data.fix import describe_copy, write_copy
     from vqa_sft.data.sources import open_source
 
+    left_out = {*problems.bad_rows(), *by_ids}
+    if len(left_out) == num_rows:
+        return f"No row is left, so {path} was not written."
     source = open_source(
         arguments.train_data,
         split=arguments.train_split,
         config=arguments.data_config,
         encoding=arguments.encoding,
     )
-    num_rows = write_copy(path, source, {*problems.bad_rows(), *by_ids})
-    return describe_copy(path, num_rows, arguments.train_data, arguments.image_root, problems, by_ids)
+    num_written = write_copy(path, source, left_out)
+    return describe_copy(path, num_written, arguments.train_data, arguments.image_root, problems, by_ids)
 
 
 def read_all_rows(arguments: "RecipeArguments") -> "tuple[Loaded, Scan]":

@@ -18,8 +18,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH, MAX_HEIGHT = 1280, 4000
 MAX_BYTES = 300_000
 MARGIN = 24  # pixels below the last row
-# One line of rows: what is left of the page fits a screen.
-STYLE = "<style>.kinds, .facts, .notes, .card:nth-child(n+5 of :not([hidden])) { display: none; }</style></head>"
+# One line of rows and one of plots: what is left of the page fits a screen.
+HIDDEN = ".kinds, .facts, .notes, .plots > :nth-child(n+5), .card:nth-child(n+5 of :not([hidden]))"
+STYLE = f"<style>{HIDDEN} {{ display: none; }}</style></head>"
 VIEW = "list=changed2&result=wrong&result2=correct"  # what the second input won
 
 
