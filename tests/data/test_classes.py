@@ -361,6 +361,7 @@ def test_folds_are_balanced_by_class(run, tmp_path):
         ((*WORDS, "--answer-format", "letter"), "answer_format cannot be set"),
         ((*WORDS, "--fix", "copy.csv"), "--fix copies files of rows"),
         (("--task", "classification"), "missing columns: question"),
+        ((*WORDS, "--columns", "{answer: model}"), "missing columns: model. The data has: id, path, label"),
         (("--task", "classify"), "`task` must be 'multiple_choice' or 'classification'"),
     ],
 )

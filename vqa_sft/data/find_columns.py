@@ -75,9 +75,10 @@ def _check_found(names: Sequence[str], found: dict[str, Any], given: Mapping[str
     missing += [name for name in _named(found) if name not in names and name not in optional]
     if missing:
         has = printable(", ".join(names), limit=1_000) or "none"
+        example = "{image: ..., answer: ...}" if options.is_classification else "{question: ..., choices: [...]}"
         raise InputError(
             f"missing columns: {'; '.join(missing)}. The data has: {has}. Rename them, or name "
-            "yours in the recipe: `columns: {question: ..., choices: [...]}`."
+            f"yours in the recipe: `columns: {example}`."
         )
     if found["choices"] and not isinstance(found["choices"], str):
         if len(found["choices"]) > len(LETTERS):
@@ -103,7 +104,7 @@ def _missing_roles(found: Mapping[str, Any], given: Mapping[str, Any], options: 
         names = "usual names: a, b, c, ...; option1, ...; choices"
         yield f"choices ({names}; in the question's text: choices: in_question; the same for all: fixed_choices)"
     if not found["answer"] and options.answers == "required":
-        yield f"answer ({usual['answer']})"
+        yield f"{'class' if options.is_classification else 'answer'} ({usual['answer']})"
 
 
 def _named(found: Mapping[str, Any]) -> list[str]:

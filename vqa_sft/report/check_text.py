@@ -34,6 +34,8 @@ def say_classes(report: Report) -> str:
     """How many classes there are, and the rows of the smallest, the median and the largest."""
     rows, classes = report.class_rows, report.loaded.classes
     assert rows is not None and classes is not None
+    if not rows.any():
+        return f"{len(rows):,}; no row names one"
     least, most = (f"{rows[i]:,} ({printable(classes.names[i], 60)})" for i in (rows.argmin(), rows.argmax()))
     return f"{len(rows):,}; rows a class: least {least}, median {np.median(rows):,g}, most {most}"
 
