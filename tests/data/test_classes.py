@@ -150,6 +150,11 @@ def test_the_columns_of_a_sample_submission_are_classes(tmp_path):
     assert read_classes(str(tmp_path / "sample.csv")).names == ("718 박스터", "A4", "K5, 2020")
 
 
+def test_numbers_beside_names_are_no_submission(tmp_path):
+    write_csv(tmp_path / "classes.csv", [{"class_name": name, "year": 2020, "rows": 3} for name in NAMES])
+    assert read_classes(str(tmp_path / "classes.csv")).names == NAMES
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -299,6 +304,17 @@ def test_a_label_that_no_list_has_is_an_error_with_the_name_that_may_be_meant(tm
     assert loaded.problems.found("no_answer") == [("r3", 3)]
     with pytest.raises(InputError, match="the label is no class of the list: rows r1 .* The list is that of a list"):
         loaded.problems.raise_if_any(loaded.name)
+
+
+def test_a_word_for_an_unknown_class_is_one_only_where_the_list_says_so(tmp_path):
+    path = write_table(tmp_path, ["Kia", "none", "BMW", "nan"])
+    loaded = read_examples(str(path), OPTIONS)
+    assert loaded.classes.names == ("BMW", "Kia") and named(loaded) == ["Kia", None, "BMW", None]
+    with pytest.raises(InputError, match=r"r1 \('none'\), r3 \('nan'\) .* name it in `classes`"):
+        loaded.problems.raise_if_any(loaded.name)
+    (tmp_path / "classes.txt").write_text("BMW\nKia\nnone\nnan\n")
+    options = ReadOptions(**ASKED, classes=str(tmp_path / "classes.txt"))
+    assert named(read_examples(str(path), options)) == ["Kia", "none", "BMW", "nan"]
 
 
 def test_a_test_set_may_have_no_labels_and_its_classes_are_those_of_training(tmp_path):

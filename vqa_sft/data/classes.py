@@ -137,6 +137,8 @@ def _columns_of_submission(columns: Sequence[str], rows: Sequence[dict[str, str]
     """The columns beside the id, where there are two or more and all hold numbers alone; else none."""
     row_id = find_usual(columns, USUAL_NAMES["id"]) or columns[0]
     others = [name for name in columns if name != row_id]
+    if find_usual([row_id], NAME_COLUMNS):  # names, and numbers about them
+        return []
     are_numbers = all(_is_number(row[name]) for row in rows for name in others)
     return others if len(others) > 1 and rows and are_numbers else []
 

@@ -32,7 +32,8 @@ def check_class_columns(source: str, names: Sequence[str], labels: Labels) -> No
 
 
 def settle_classes(reader: RowReader, labels: pa.ChunkedArray) -> Classes:
-    """The list that the options give, else that of the data. `labels` are the cells of all rows."""
+    """The list that the options give, else that of the data: names that it declares, or those in `labels`, the cells of
+    all rows."""
     given = reader.options.classes
     if isinstance(given, Classes):
         return given
@@ -41,7 +42,9 @@ def settle_classes(reader: RowReader, labels: pa.ChunkedArray) -> Classes:
     column = reader.columns.answer or ""
     kind = (reader.source.features or {}).get(column)
     declared = kind.names if isinstance(kind, datasets.ClassLabel) else reader.source.class_names
-    found = {class_name(label) for label in (*declared, *labels.unique().to_pylist())} - {""}
+    # Folders name classes; the cells of a column may also say that nothing is known.
+    said = [label for label in labels.unique().to_pylist() if label.casefold() not in UNKNOWN]
+    found = {class_name(label) for label in (declared or said)}
     where = f"column {printable(column)}" if reader.source.class_names == () else "its folders"
     return Classes(tuple(sorted(found)), f"{reader.source.name} ({where})")
 
@@ -59,7 +62,9 @@ def read_labels(
         if place is not None or (is_optional and reader.is_no_answer(label)):
             continue
         if label.casefold() in UNKNOWN:
-            reader.problems.add(row_id, number, "no_answer")
+            reader.problems.add(row_id, number, "no_answer", repr(label) if label else "")
+            if label:
+                reader.problems.hints["no_answer"] = "Where such a word is a class, name it in `classes`."
             continue
         if label not in likely:
             likely[label] = classes.likely(label)
