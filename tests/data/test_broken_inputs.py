@@ -16,8 +16,9 @@ from vqa_sft.data.examples import read_examples, stream_examples
 from vqa_sft.data.split import TRAIN, choose_parts
 from vqa_sft.errors import InputError
 
-# Only a stream has these, or a test set.
+# Only a stream has these, or a test set, or a classification (test_classes.py).
 ELSEWHERE = {"more_choices", "in_training", "near_training"}
+ELSEWHERE |= {"unknown_class", "classes_differ", "near_classes_differ", "only_of_class", "class_not_trained"}
 
 
 def severity(name):

@@ -18,8 +18,8 @@ def test_the_json_holds_every_row_of_a_problem_under_stable_keys(contest):
     assert whole["clean"] is False
     (data,) = whole["data"]
     assert list(data) == [
-        *("role", "name", "notes", "columns", "rows", "usable_rows", "answers", "choices", "question_types"),
-        *("images_per_row", "images", "tokens", "tokens_note", "problems"),
+        *("role", "name", "notes", "columns", "rows", "usable_rows", "answers", "classes", "choices"),
+        *("question_types", "images_per_row", "images", "tokens", "tokens_note", "problems"),
     ]
     assert (data["role"], data["rows"], data["usable_rows"]) == ("training", 24, 21)
     assert data["answers"] == {
@@ -29,7 +29,11 @@ def test_the_json_holds_every_row_of_a_problem_under_stable_keys(contest):
         "p_value": pytest.approx(chisquare([21, 0, 0, 0]).pvalue),
         "skewed": True,
     }
-    assert data["choices"] == {"4": 24} and data["images_per_row"] == {"1": 24} and data["tokens"] is None
+    assert (
+        data["choices"] == {"4": 24}
+        and data["images_per_row"] == {"1": 24}
+        and data["tokens"] is data["classes"] is None
+    )
     (problem,) = data["problems"]
     assert {key: problem[key] for key in ("kind", "severity", "count")} == {
         "kind": "bad_answer",

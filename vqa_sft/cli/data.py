@@ -157,6 +157,7 @@ def check_reports(json_file: str | None, html: str | None) -> None:
 def check_fix(path: str | None, only: str | None, without: str | None, arguments: "RecipeArguments") -> None:
     """Raises InputError where no copy can be written to `path`, or rows are chosen for none."""
     from vqa_sft.data.fix import check_copy
+    from vqa_sft.data.image_folder import find_image_folder
 
     if only and without:
         raise InputError("--only and --without are two ways to choose. Give one of them.")
@@ -164,6 +165,8 @@ def check_fix(path: str | None, only: str | None, without: str | None, arguments
         if only or without:
             raise InputError("--only and --without choose the rows of a copy: give --fix OUT too.")
         return
+    if arguments.data_options.is_classification and find_image_folder(arguments.train_data):
+        raise InputError(f"--fix copies files of rows, and {arguments.train_data} is an image folder. Leave it out.")
     if arguments.limit:
         raise InputError("--fix copies the whole file, and limit checks its first rows only. Give one of them.")
     check_copy(path, arguments.train_data, arguments.image_root)
@@ -183,7 +186,7 @@ def read_data(
         )
     rows = read_examples(arguments.train_data, arguments.data_options)
     data = [(TRAINING, rows)]
-    options = arguments.options_for_other_data(rows.columns)
+    options = replace(arguments.options_for_other_data(rows.columns), classes=rows.classes)
     if arguments.validation_data:
         data.append((VALIDATION, read_examples(arguments.validation_data, options)))
     if test:
@@ -198,6 +201,8 @@ def token_checks(arguments: "RecipeArguments", values: dict[str, Any]) -> tuple[
     sizes of its images."""
     if not values:
         return {"tokens_note": "a data file names no model; check a recipe."}, ""
+    if arguments.data_options.is_classification:
+        return {"tokens_note": "the prompts of a classification hold candidates, which are not built yet."}, ""
     from vqa_sft.batch.count_tokens import prompt_checks
     from vqa_sft.batch.image_size import describe_images
     from vqa_sft.batch.prompts import settle_prompts

@@ -15,7 +15,16 @@ if TYPE_CHECKING:
     from vqa_sft.config.training import RecipeArguments
 
 # What a data file takes of a recipe's fields as --key value, in addition to the options of `SourceOptions`.
-DATA_FIELDS = ("keep_rows", "empty_cells", "fixed_question", "fixed_choices", "max_choices", "validation_data")
+DATA_FIELDS = (
+    "keep_rows",
+    "empty_cells",
+    "task",
+    "classes",
+    "fixed_question",
+    "fixed_choices",
+    "max_choices",
+    "validation_data",
+)
 DATA_FIELDS += ("validation_split", "on_bad_row")
 SOURCE_EPILOG = f"As in a recipe, for a data file too: --{', --'.join(DATA_FIELDS)}."
 

@@ -8,7 +8,7 @@ from vqa_sft.batch.control import KINDS, ORIGINAL, SWAPPED
 from vqa_sft.config.fields import bounds_of, build, check_bounds, check_required, option, read_values
 from vqa_sft.config.packaged import find_base
 from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
-from vqa_sft.data.options import ReadOptions
+from vqa_sft.data.options import CLASSIFICATION, NO_CANDIDATES, ReadOptions
 from vqa_sft.errors import InputError, printable
 from vqa_sft.questions.letters import MOST_ORDERS, Views
 
@@ -39,6 +39,9 @@ class PredictionArguments:
     )
     columns: dict | None = option(
         "Columns that are not found by their names, as in a recipe: {id: key, image: photo}.", default=None
+    )
+    task: Literal["multiple_choice", "classification"] = option(
+        "As in a recipe; rows of a classification are not predicted yet.", default="multiple_choice"
     )
     fixed_question: str | None = option("The question of every row; default: as in training.", default=None)
     fixed_choices: list[str] | None = option("The choices of every row; default: as in training.", default=None)
@@ -94,6 +97,8 @@ class PredictionArguments:
     use_cpu: bool = option("Do not use the GPU.", default=False)
 
     def __post_init__(self) -> None:
+        if self.task == CLASSIFICATION:
+            raise InputError(NO_CANDIDATES)
         self.run = self.run if isinstance(self.run, list) else [self.run]
         self.scales = _as_numbers(self.scales)
         self.images = self.images.split(",") if isinstance(self.images, str) else self.images

@@ -57,7 +57,15 @@ class Recipe:
     def inputs(self) -> list[str]:
         """What a run reads from disk, as far as it is on disk."""
         own = self.arguments
-        named = [self.path, own.image_root, own.folds_file, own.init_adapter, self.values["model_name_or_path"], "."]
+        named = [
+            self.path,
+            own.image_root,
+            own.folds_file,
+            own.init_adapter,
+            own.classes,
+            self.values["model_name_or_path"],
+            ".",
+        ]
         return [name for name in named if name] + as_list(own.train_data) + as_list(own.validation_data)
 
     def model_args(self) -> "ModelConfig":

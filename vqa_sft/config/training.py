@@ -7,7 +7,7 @@ from vqa_sft.batch.prompts import Prompts, builtin_prompts
 from vqa_sft.config.fields import bounds_of, build, check_bounds, option
 from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
 from vqa_sft.data.duplicates import DISTANCE, MAX_DISTANCE
-from vqa_sft.data.options import ReadOptions
+from vqa_sft.data.options import CLASSIFICATION, ReadOptions
 from vqa_sft.errors import InputError
 
 
@@ -45,6 +45,15 @@ class RecipeArguments:
     columns: dict | None = option(
         "Columns that are not found by their names: {id, image, question, choices, answer, context, targets}. choices: "
         "in_question reads them from the question's text; image: 'img/{id}.png' is a path with cells of the row.",
+        default=None,
+    )
+    task: Literal["multiple_choice", "classification"] = option(
+        "What a row is: a question with choices, or with the name of a class (vqa-sft check alone, for now).",
+        default="multiple_choice",
+    )
+    classes: str | None = option(
+        "List of the classes of a classification: .txt, .csv with name, description, other_names, or a sample "
+        "submission; default: those of the rows.",
         default=None,
     )
     fixed_question: str | None = option("The question of every row, where no column holds it.", default=None)
@@ -161,7 +170,19 @@ class RecipeArguments:
             raise InputError(f"min_pixels {self.min_pixels} is larger than max_pixels {self.max_pixels}.")
         check_columns(self.columns or {})
         check_fixed(self.fixed_question, self.fixed_choices)
+        self._check_task()
         self.prompts  # noqa: B018  raises for a template without its placeholders
+
+    def _check_task(self) -> None:
+        if self.task != CLASSIFICATION:
+            if self.classes is not None:
+                raise InputError("classes is the list of a classification. Set task: classification, or remove it.")
+            return
+        given = [name for name in ("fixed_choices", "answer_format", "max_choices") if getattr(self, name) is not None]
+        given += [f"columns: {{{key}: ...}}" for key in ("choices", "targets") if (self.columns or {}).get(key)]
+        given += ["streaming"] if self.streaming else []
+        if given:
+            raise InputError(f"{', '.join(given)} cannot be set beside task: classification. Remove one of the two.")
 
     @classmethod
     def of_run(cls, values: dict[str, Any]) -> "RecipeArguments":
@@ -176,7 +197,7 @@ class RecipeArguments:
     def data_options(self) -> ReadOptions:
         """How the training rows are read."""
         names = ("encoding", "image_root", "columns", "answer_format", "keep_rows", "empty_cells", "limit")
-        names += ("fixed_question", "fixed_choices")
+        names += ("fixed_question", "fixed_choices", "task", "classes")
         values = {name: getattr(self, name) for name in names}
         values["max_choices"] = self.max_choices if self.streaming else None
         return ReadOptions(split=self.train_split, config=self.data_config, **values)

@@ -15,9 +15,11 @@ import datasets
 import numpy as np
 from scipy.special import chdtrc
 
+from vqa_sft.data.check_classes import find_class_problems
 from vqa_sft.data.duplicates import row_groups, rows_in_training
-from vqa_sft.data.examples import Loaded
+from vqa_sft.data.examples import CLASS, Loaded
 from vqa_sft.data.scan import Scan, scan_images
+from vqa_sft.data.settle_classes import count_rows
 from vqa_sft.images import ImageFacts
 from vqa_sft.questions.letters import LETTERS
 
@@ -77,6 +79,7 @@ class Report:
     tokens: np.ndarray | None  # of every row that can be used
     tokens_note: str
     max_length: int | None
+    class_rows: np.ndarray | None = None  # of a classification: how many rows each of `loaded.classes` has
 
     @property
     def num_rows(self) -> int:
@@ -123,18 +126,25 @@ def check(
     for role, loaded in data:
         scan = scan_images(loaded.examples)
         scan.add_problems(loaded.problems, loaded.examples["id"], loaded.numbers)
-        _find_different_answers(loaded, scan)
+        images = _distinct(scan)
+        groups = None if distance is None else _group(images, distance)
+        if loaded.classes is None:
+            _find_different_answers(loaded, scan)
+        else:
+            find_class_problems(loaded, scan, images, groups, reports[0].loaded if reports else None)
         if reports:
             _find_in_training(loaded, scan, reports[0].loaded, reports[0].scan, distance)
         if control_tokens is not None:
             _find_control_tokens(loaded, control_tokens)
         tokens = None if count_tokens is None else _tokens_of(loaded, scan, count_tokens)
         counted = {"tokens": tokens, "tokens_note": tokens_note, "max_length": max_length}
-        reports.append(_report(role, loaded, scan, distance, **counted))
+        reports.append(_report(role, loaded, scan, images, groups, **counted))
     return reports
 
 
-def _report(role: str, loaded: Loaded, scan: Scan, distance: int | None, **counted: Any) -> Report:
+def _report(
+    role: str, loaded: Loaded, scan: Scan, images: list[ImageFacts], groups: list[int] | None, **counted: Any
+) -> Report:
     answers, types = Counter(), Counter()
     for batch in loaded.examples.select_columns(["choices", "answer", "question_type"]).iter(_BATCH):
         types.update(batch["question_type"])
@@ -143,7 +153,8 @@ def _report(role: str, loaded: Loaded, scan: Scan, distance: int | None, **count
     for (num_choices, _), count in answers.items():
         choices[num_choices] += count
     known = {key: count for key, count in answers.items() if key[1] is not None and 2 <= key[0] <= len(LETTERS)}
-    images = _distinct(scan)
+    near = None if groups is None else sorted((n for n in Counter(groups).values() if n > 1), reverse=True)
+    classes = loaded.classes
     return Report(
         role,
         loaded,
@@ -153,8 +164,9 @@ def _report(role: str, loaded: Loaded, scan: Scan, distance: int | None, **count
         question_types=dict(types.most_common()),
         images_per_row=dict(sorted(Counter(map(len, scan.of_row)).items())),
         images=images,
-        near_groups=_near_groups(images, distance),
+        near_groups=near,
         problems=list(_list_problems(loaded)),
+        class_rows=None if classes is None else count_rows(classes, loaded.examples[CLASS]),
         **counted,
     )
 
@@ -191,11 +203,9 @@ def _distinct(scan: Scan) -> list[ImageFacts]:
     return list(first.values())
 
 
-def _near_groups(images: list[ImageFacts], distance: int | None) -> list[int] | None:
-    if distance is None:
-        return None
-    alone = Scan(images, of_row=[(number,) for number in range(len(images))])
-    return sorted((count for count in Counter(row_groups(alone, distance)).values() if count > 1), reverse=True)
+def _group(images: list[ImageFacts], distance: int) -> list[int]:
+    """One number an image: those that are nearly the same have the same."""
+    return row_groups(Scan(images, of_row=[(number,) for number in range(len(images))]), distance)
 
 
 def _list_problems(loaded: Loaded) -> Iterator[Found]:

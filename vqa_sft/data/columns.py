@@ -48,7 +48,8 @@ class Columns:
     "images/{id}.png". `choices` may be IN_QUESTION. `targets` is a list column with a number for each choice: votes, or
     a teacher's probabilities. `answer_format` and `answers_are_upper` say how the source writes its answers, so that a
     submission can write them the same. `fixed_question` and `fixed_choices` are those of every row; `question` is then
-    None, and `choices` (). `has_labels`: every choice began with the label of its place, which was taken off.
+    None, and `choices` (), as in a classification, whose `answer` is a class. `has_labels`: every choice began with the
+    label of its place, which was taken off.
     `other_formats` read all answers as well, and mean the same choices.
     """
 
@@ -98,6 +99,8 @@ class Columns:
             return f"{printable(', '.join(self.fixed_choices))} (every row)"
         if self.choices == IN_QUESTION:
             return "in the question's text"
+        if not self.choices:  # of a classification
+            return ""
         return self.choices if isinstance(self.choices, str) else f"{self.choices[0]} to {self.choices[-1]}"
 
     def unlike(self, trained: "Columns") -> str:

@@ -7,25 +7,29 @@
     open_source -> find_columns -> settle_columns -> RowReader.read -> settle_answers -> RowReader.answer
 
 `images` holds what `datasets.Image(decode=False)` holds, so that nothing is decoded before a worker needs it; it is
-empty for a row without an image. `context` is "" where there is none; `question_type` is found by rules.
+empty for a row without an image. `context` is "" where there is none; `question_type` is found by rules. Rows of a
+classification have no choices and no answer, but a `class_index`.
 """
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vqa_sft.data.classes import Classes
 from vqa_sft.data.columns import Columns, are_here
 from vqa_sft.data.find_columns import find_columns
+from vqa_sft.data.image_folder import find_image_folder, open_image_folder
 from vqa_sft.data.images_in_tables import IMAGES, add_images
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.data.problems import Problems
 from vqa_sft.data.read_row import NUMBER, RowReader, columns_with_images
 from vqa_sft.data.settle_answers import settle_answers
+from vqa_sft.data.settle_classes import count_rows, describe_classes, read_labels, settle_classes
 from vqa_sft.data.settle_columns import settle_columns
 from vqa_sft.data.sources import open_source
 from vqa_sft.errors import InputError, safe
@@ -41,6 +45,7 @@ FEATURES = datasets.Features(
         "question_type": datasets.Value("string"),
     }
 )
+CLASS = "class_index"  # a column more of a classification: the row's class in `Loaded.classes`, None for none
 TARGETS = datasets.List(datasets.Value("float32"))  # a column more, where there are any
 _READ_SCHEMA = FEATURES.arrow_schema.remove(4).append(pa.field("cell", pa.string()))  # before answers are understood
 _BATCH = 1_000  # rows turned into Arrow at a time
@@ -64,6 +69,7 @@ class Loaded:
     numbers: Sequence[int]
     notes: list[str]
     num_choices: int
+    classes: Classes | None = None  # of a classification
     image_digests: list[str] | None = None  # of every row, by content; None where nobody looked at the images
 
 
@@ -89,10 +95,17 @@ def read_examples(source: str | Sequence[str], options: ReadOptions = ReadOption
     settle_columns(reader, lambda: itertools.islice(reader.rows(), limit), given, options.answer_format)
     texts, numbers, folder = _read_texts(reader, limit)
     reader.problems.total = len(numbers)
-    settle_answers(reader, partial(_cells_and_choices, texts), options.answer_format, are_all=limit is None)
-    answers = _read_answers(reader, texts, numbers)
-    features = _features(reader.columns)
-    texts = texts.append_column("answer", pa.array(answers, pa.int64())).select(list(features))
+    features, classes = _features(reader.columns), None
+    if options.is_classification:
+        classes = settle_classes(reader, texts["cell"])
+        answers = read_labels(reader, classes, texts["cell"].to_pylist(), texts["id"].to_pylist(), numbers)
+        texts = texts.append_column(CLASS, pa.array(answers, pa.int64())).append_column("answer", pa.nulls(len(texts)))
+        features = datasets.Features(features | {CLASS: datasets.Value("int64")})
+    else:
+        settle_answers(reader, partial(_cells_and_choices, texts), options.answer_format, are_all=limit is None)
+        answers = _read_answers(reader, texts, numbers)
+        texts = texts.append_column("answer", pa.array(answers, pa.int64()))
+    texts = texts.select(list(features))
     examples = datasets.Dataset(datasets.table.InMemoryTable(texts.cast(features.arrow_schema)))
     if reader.images.inside:
 
@@ -103,18 +116,24 @@ def read_examples(source: str | Sequence[str], options: ReadOptions = ReadOption
     reader.check_that_some_have_images(len(numbers))
     notes = [*reader.source.notes, *reader.notes, reader.describe(len(numbers)), *reader.images.paths.notes()]
     notes += note_kept_orders(name, reader.problems)
+    if classes is not None and options.answers == "required" and options.trained is None and limit is None:
+        notes += describe_classes(name, classes, count_rows(classes, answers))
     has_one_answer = len({*answers}) == 1 and answers[0] is not None
     if has_one_answer and limit is not None and len(numbers) == limit >= _MANY:
         notes.append(f"{name}: the first {limit:,} rows have one answer. A sorted file? Then shuffle its rows.")
     num_choices = pc.max(pc.list_value_length(texts["choices"])).as_py()
-    return Loaded(name, examples, reader.columns, reader.problems, numbers, notes, num_choices)
+    return Loaded(name, examples, reader.columns, reader.problems, numbers, notes, num_choices, classes)
 
 
 def _open(source: str | Sequence[str], options: ReadOptions, streaming: bool) -> tuple[RowReader, dict]:
     """A reader of the source's rows, and the columns that are named and are there."""
-    opened = open_source(
-        source, split=options.split, config=options.config, encoding=options.encoding, streaming=streaming
-    )
+    folder = find_image_folder(source) if options.is_classification else None
+    if folder is None:
+        opened = open_source(
+            source, split=options.split, config=options.config, encoding=options.encoding, streaming=streaming
+        )
+    else:  # paths are its own
+        opened, options = open_image_folder(folder), replace(options, image_root=None)
     given = are_here(options.known_columns, opened.columns) | dict(options.columns or {})
     columns = find_columns(opened.columns, given, options, columns_with_images(opened))
     return RowReader(opened, columns, options), given

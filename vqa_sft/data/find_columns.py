@@ -5,6 +5,7 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from vqa_sft.data.classes import NAME_COLUMNS
 from vqa_sft.data.columns import IN_QUESTION, USUAL_NAMES, Columns, fields_of, find_usual, plain_name
 from vqa_sft.data.options import ReadOptions
 from vqa_sft.errors import InputError, printable
@@ -12,6 +13,7 @@ from vqa_sft.questions.letters import LETTERS
 
 # What precedes the letter or the number in choice_a, option1, ...
 CHOICE_PREFIXES = ("option", "opt", "choice", "candidate", "alternative", "answer", "보기", "선택지")
+CLASS_COLUMNS = [*NAME_COLUMNS[1:-1], *USUAL_NAMES["answer"]]  # a row's own `name` is hardly its class
 
 
 def find_columns(
@@ -22,19 +24,21 @@ def find_columns(
 ) -> Columns:
     """The columns of a source with these names: as `given`, the rest found by their usual names.
 
-    Of the options, `answers`, `fixed_question` and `fixed_choices` count. `images` are the columns that hold images
-    themselves, which come before those with paths. Raises InputError when a column is missing or there are too many
-    choices.
+    Of the options, `answers`, `task`, `fixed_question` and `fixed_choices` count. `images` are the columns that hold
+    images themselves, which come before those with paths. Raises InputError when a column is missing or there are too
+    many choices.
     """
     fixed_choices = options.fixed_choices
-    found: dict[str, Any] = {key: find_usual(names, usual) for key, usual in USUAL_NAMES.items()}
+    found: dict[str, Any] = {key: find_usual(names, usual) for key, usual in usual_names(options).items()}
     found["image"] = find_usual(images, USUAL_NAMES["image"]) or found["image"]
     if options.fixed_question is not None:
         found["question"] = None
-    if fixed_choices is not None:
+    if fixed_choices is not None or options.is_classification:
         found["choices"] = ()
     elif "choices" not in given:
         found["choices"] = find_choice_columns(names) or found["choices"]
+    if options.is_classification:
+        _check_no_choices(names, given)
     found["image"] = (found["image"],) if found["image"] else _numbered(names, ("image", "img", "picture"))
     found |= {**given, "fixed_question": options.fixed_question}
     found["fixed_choices"] = None if fixed_choices is None else tuple(fixed_choices)
@@ -43,27 +47,40 @@ def find_columns(
             found[key] = tuple(found[key])
     if isinstance(found["image"], str):
         found["image"] = (found["image"],)
-    _check_found(names, found, given, options.answers)
+    _check_found(names, found, given, options)
     if found["answer"] not in names:  # a test set without answers; the submission still names the column
         found["answer"] = given.get("answer")
     return Columns(**found)
 
 
-def _check_found(names: Sequence[str], found: dict[str, Any], given: Mapping[str, Any], answers: str) -> None:
+def _check_no_choices(names: Sequence[str], given: Mapping[str, Any]) -> None:
+    """Raises InputError for rows of a classification that have choices: their answers may be letters."""
+    listed = find_usual(names, USUAL_NAMES["choices"])
+    choices = [listed] if listed else find_choice_columns(names) or ()
+    if given.get("choices") or len(choices) > 1 or listed:
+        named = given.get("choices") or ", ".join(choices)
+        raise InputError(
+            f"task: classification has rows without choices, and these have them in {printable(str(named))}. Leave the "
+            "task out, or take these columns out."
+        )
+
+
+def _check_found(names: Sequence[str], found: dict[str, Any], given: Mapping[str, Any], options: ReadOptions) -> None:
     """Raises InputError for columns that are missing or stand for two things."""
     for role in ("question", "choices"):
         if found[f"fixed_{role}"] is not None and found[role]:
             raise InputError(f"fixed_{role} stands for a column, and columns names {found[role]}. Keep one of the two.")
-    missing = [*_missing_roles(found, given, answers)]
-    optional = () if answers == "required" else (found["answer"],)
+    missing = [*_missing_roles(found, given, options)]
+    optional = () if options.answers == "required" else (found["answer"],)
     missing += [name for name in _named(found) if name not in names and name not in optional]
     if missing:
         has = printable(", ".join(names), limit=1_000) or "none"
+        example = "{image: ..., answer: ...}" if options.is_classification else "{question: ..., choices: [...]}"
         raise InputError(
             f"missing columns: {'; '.join(missing)}. The data has: {has}. Rename them, or name "
-            "yours in the recipe: `columns: {question: ..., choices: [...]}`."
+            f"yours in the recipe: `columns: {example}`."
         )
-    if found["fixed_choices"] is None and not isinstance(found["choices"], str):
+    if found["choices"] and not isinstance(found["choices"], str):
         if len(found["choices"]) > len(LETTERS):
             raise InputError(f"at most {len(LETTERS)} choices have letters; got {len(found['choices'])} columns.")
         if len(found["choices"]) < 2:
@@ -75,18 +92,19 @@ def _check_found(names: Sequence[str], found: dict[str, Any], given: Mapping[str
         raise InputError(f"columns: {', '.join(twice)} stands for two things. Name another column for one.")
 
 
-def _missing_roles(found: Mapping[str, Any], given: Mapping[str, Any], answers: str) -> Iterator[str]:
+def _missing_roles(found: Mapping[str, Any], given: Mapping[str, Any], options: ReadOptions) -> Iterator[str]:
     """What has neither a usual name nor is named, for the user."""
-    usual = {role: f"usual names: {', '.join(USUAL_NAMES[role][:4])}" for role in ("question", "image", "answer")}
+    names = usual_names(options)
+    usual = {role: f"usual names: {', '.join(names[role][:4])}" for role in ("question", "image", "answer")}
     if not found["question"] and found["fixed_question"] is None:
         yield f"question ({usual['question']}; one for all: fixed_question)"
     if not found["image"] and "image" not in given:
         yield f"image ({usual['image']}; for none: image: [])"
-    if not found["choices"] and found["fixed_choices"] is None:
+    if not found["choices"] and found["fixed_choices"] is None and not options.is_classification:
         names = "usual names: a, b, c, ...; option1, ...; choices"
         yield f"choices ({names}; in the question's text: choices: in_question; the same for all: fixed_choices)"
-    if not found["answer"] and answers == "required":
-        yield f"answer ({usual['answer']})"
+    if not found["answer"] and options.answers == "required":
+        yield f"{'class' if options.is_classification else 'answer'} ({usual['answer']})"
 
 
 def _named(found: Mapping[str, Any]) -> list[str]:
@@ -99,13 +117,20 @@ def _named(found: Mapping[str, Any]) -> list[str]:
     return named + ([] if isinstance(found["choices"], str | None) else [*found["choices"]])
 
 
-def find_others(names: Sequence[str], columns: Columns, given: Mapping[str, Any]) -> dict[str, list[str]]:
+def usual_names(options: ReadOptions) -> dict[str, list[str]]:
+    """USUAL_NAMES; the answer of a classification is a class."""
+    return USUAL_NAMES | ({"answer": CLASS_COLUMNS} if options.is_classification else {})
+
+
+def find_others(
+    names: Sequence[str], columns: Columns, given: Mapping[str, Any], options: ReadOptions = ReadOptions()
+) -> dict[str, list[str]]:
     """What else has a usual name of each thing that is not `given`, and stands for nothing: columns that may mean the
     same, or something else."""
     used = {*columns.names, *(name for value in given.values() for name in ([value] if isinstance(value, str) else ()))}
     plain = {plain_name(name): name for name in reversed(names)}
     others = {}
-    for key, usual in USUAL_NAMES.items():
+    for key, usual in usual_names(options).items():
         if key not in given and key != "id":
             here = [plain[plain_name(name)] for name in usual if plain_name(name) in plain]
             others[key] = list(dict.fromkeys(name for name in here if name not in used))

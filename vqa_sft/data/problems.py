@@ -37,6 +37,7 @@ KINDS = {
     "same_choices": _error("all choices are equal", "Nothing can be learned from such a row; remove it."),
     "no_answer": _error("the answer is empty", "Give the answer or remove the row."),
     "bad_answer": _error("the answer is none of the choices", "Correct it, or set answer_format."),
+    "unknown_class": _error("the label is no class of the list", "Correct it, or add it to the list."),
     "bad_targets": _error(
         "the targets are not a number for each choice", "Give votes or probabilities, 0 or more, in a list."
     ),
@@ -85,6 +86,10 @@ KINDS = {
     "tiny_image": _warning("the image is smaller than 28 pixels", "The model may see nothing on it."),
     # Between rows
     "answers_differ": _warning("the same image and question with another answer", "One of them is wrong."),
+    "classes_differ": _warning("the same image under another class", "One of them is wrong, or the classes are one."),
+    "near_classes_differ": _warning("nearly the same image under another class", "Look at the pair."),
+    "only_of_class": _warning("the only row of its class", "Add images: it cannot be both trained and validated on."),
+    "class_not_trained": _warning("no training row has its class", "Nothing is learned of it; add training rows."),
     "in_training": _warning("the image is also in the training set", "Its score will be too good."),
     "near_training": _warning("nearly the same image is in the training set", "Look at the pair."),
 }

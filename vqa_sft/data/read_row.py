@@ -71,6 +71,7 @@ class RowReader:
         self.sparse: str | None = None  # one that may be none
         self.constant: str | None = None  # the answer of every row, which is none
         self.first_split: str | None = None  # of choices in the question, to show
+        self._is_classification = options.is_classification
         self._kinds = source.features or {}
         self._empty_cells = {*(options.empty_cells or ()), ""}
         self._values: dict[str, dict[str, None]] = {name: {} for name in keep_rows}  # some that are there
@@ -173,7 +174,8 @@ class RowReader:
             choices = self._without_labels(choices, report)
         self._report_left_out(row, report)
         texts["id"] = self._clean_id(row_id, number)
-        _check_texts(texts["question"], texts["context"], None if cells is None else choices, report)
+        has_choices = cells is not None and not self._is_classification
+        _check_texts(texts["question"], texts["context"], choices if has_choices else None, report)
         images = [] if self.images.inside else self.images.read(row, folder, row_id, self.value, report)
         texts |= {"choices": choices, "images": images, "question_type": find_type(texts["question"], choices)}
         if columns.targets:
@@ -285,7 +287,7 @@ def _without_odd_characters(text: str) -> str:
 
 
 def _check_texts(question: str, context: str, choices: Sequence[str] | None, report: Callable[..., None]) -> None:
-    """`choices` None: the row's cell was no list, which is reported already."""
+    """`choices` None: the row has none, or its cell was no list, which is reported already."""
     if not question:
         report("empty_question")
     if choices is None:

@@ -24,6 +24,7 @@ from vqa_sft.data.cells import (
 from vqa_sft.data.columns import IN_QUESTION
 from vqa_sft.data.find_columns import find_choice_columns, find_others
 from vqa_sft.data.read_row import RowReader, columns_with_images
+from vqa_sft.data.settle_classes import check_class_columns
 from vqa_sft.errors import InputError, name_rows, safe
 
 Rows = Callable[[], Iterator[tuple[int, str | None, dict]]]  # those of RowReader.rows, from the start at every call
@@ -36,7 +37,7 @@ def settle_columns(reader: RowReader, rows: Rows, given: Mapping[str, Any], answ
     """Fix `reader.columns` and how its choices are read; columns that are `given` stay."""
     in_arrow = columns_with_images(reader.source)
     texts = [name for name in reader.source.columns if name not in in_arrow and name not in reader.keep_rows]
-    others = find_others(texts, reader.columns, given)
+    others = find_others(texts, reader.columns, given, reader.options)
     _settle_choices(reader, rows, given, others, texts)
     _check_other_choices(reader, rows, others.get("choices", ()))
     _settle_answer(reader, rows, others, answer_format)
@@ -71,7 +72,13 @@ def _settle_answer(reader: RowReader, rows: Rows, others: dict[str, list[str]], 
     names, trained = [reader.columns.answer, *others.get("answer", ())], reader.options.trained
     if trained is not None and trained.answer in names:  # the first of those that mean the same
         names.sort(key=lambda name: name != trained.answer)
-    if len(names) > 1 and names[0] in reader.source.columns:
+    if reader.options.is_classification:
+        check_class_columns(
+            reader.source.name,
+            names,
+            lambda: ([reader.value(reader.answer_cell(row, name)) for name in names] for _, _, row in rows()),
+        )
+    elif len(names) > 1 and names[0] in reader.source.columns:
         cells = (
             ([reader.value(reader.answer_cell(row, name)) for name in names], reader.choices(row))
             for _, _, row in rows()

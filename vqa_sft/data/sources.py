@@ -25,9 +25,10 @@ class Source:
     """An opened source. `notes` are facts to tell the user once.
 
     `table` holds the rows of Parquet, saved and Hub datasets, in the order of `rows()`, images undecoded; it is None
-    for text files. `rows()` gives (folder of its file, row) of every row, from the start at every call; the folder is
-    None for what is no file, and rows of a `table` come without their images. It raises InputError at the first row
-    that cannot be read, once it has found the others of its file.
+    for text files. `class_names` are those of an image folder, with those of empty ones. `rows()` gives (folder of its
+    file, row) of every row, from the start at every call; the folder is None for what is no file, and rows of a `table`
+    come without their images. It raises InputError at the first row that cannot be read, once it has found the others
+    of its file.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Source:
     notes: list[str]
     table: Table | None
     rows: Callable[[], Iterator[tuple[str | None, dict]]]
+    class_names: tuple[str, ...] = ()
 
     @property
     def features(self) -> datasets.Features | None:

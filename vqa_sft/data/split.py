@@ -24,7 +24,7 @@ import datasets
 
 from vqa_sft.data.digests import digest, digests_of
 from vqa_sft.data.duplicates import row_groups
-from vqa_sft.data.examples import Loaded
+from vqa_sft.data.examples import CLASS, Loaded
 from vqa_sft.data.folds import hold_out_rows, read_folds
 from vqa_sft.data.scan import Scan, scan_images
 from vqa_sft.errors import InputError, name_rows
@@ -124,8 +124,9 @@ def _tell_apart(examples: datasets.Dataset) -> Scan:
 
 
 def strata_of(examples: datasets.Dataset) -> list[tuple]:
-    """What folds are balanced by: the answer, the question type and the number of choices of every row."""
-    columns = (examples["answer"], examples["question_type"], map(len, examples["choices"]))
+    """What folds are balanced by: the answer or class, the question type and the number of choices of every row."""
+    answers = examples[CLASS if CLASS in examples.column_names else "answer"]
+    columns = (answers, examples["question_type"], map(len, examples["choices"]))
     return list(zip(*columns, strict=True))
 
 

@@ -7,6 +7,8 @@ data                    one object for the training rows, and for the validation
   rows, usable_rows
   answers               null without answers, else counts {letter: rows}, expected {letter: rows if no letter were
                         preferred}, largest {letter, share, expected_share}, p_value (null: too few rows), skewed
+  classes               null but for a classification: source (of the list), rows {class: rows}, and near_names
+                        [{differ_in, names}]
   choices               {number of choices: rows}
   question_types        {type: rows}
   images_per_row        {number of images: rows}
@@ -23,6 +25,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vqa_sft.data.check import Report, Skew, quantiles
+from vqa_sft.data.classes import find_near_names
 from vqa_sft.questions.letters import LETTERS
 
 
@@ -40,6 +43,7 @@ def _as_dict(report: Report) -> dict[str, Any]:
         "rows": report.num_rows,
         "usable_rows": report.num_rows - report.num_bad,
         "answers": _skew_as_dict(report.skew),
+        "classes": _classes_as_dict(report),
         "choices": {str(number): count for number, count in report.num_choices.items()},
         "question_types": report.question_types,
         "images_per_row": {str(number): count for number, count in report.images_per_row.items()},
@@ -75,6 +79,18 @@ def _skew_as_dict(skew: Skew | None) -> dict[str, Any] | None:
         "largest": dict(zip(("letter", "share", "expected_share"), skew.largest, strict=True)),
         "p_value": skew.p_value,
         "skewed": skew.skewed,
+    }
+
+
+def _classes_as_dict(report: Report) -> dict[str, Any] | None:
+    classes, rows = report.loaded.classes, report.class_rows
+    if classes is None or rows is None:
+        return None
+    near = [{"differ_in": how, "names": list(names)} for how, names in find_near_names(classes.names)]
+    return {
+        "source": classes.source,
+        "rows": dict(zip(classes.names, rows.tolist(), strict=True)),
+        "near_names": near,
     }
 
 

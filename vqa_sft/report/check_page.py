@@ -7,13 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from vqa_sft.data.check import Report
+from vqa_sft.data.examples import CLASS
 from vqa_sft.data.problems import KINDS
 from vqa_sft.files import write_whole
 from vqa_sft.images import ImageFacts, open_image
 from vqa_sft.questions.letters import LETTERS
 from vqa_sft.questions.types import TYPES
 from vqa_sft.report.check_plots import make_plots
-from vqa_sft.report.check_text import quantile_rows, say_count, say_formats, say_near, say_rows, say_tokens, say_verdict
+from vqa_sft.report.check_text import (
+    quantile_rows,
+    say_classes,
+    say_count,
+    say_formats,
+    say_near,
+    say_rows,
+    say_tokens,
+    say_verdict,
+)
 from vqa_sft.report.page import render
 
 # On the wall: rows of every question type, and rows that are shown for their problems.
@@ -60,9 +70,11 @@ def _section(report: Report, num_samples: int, num_problems: int) -> dict:
 
 def _facts(report: Report) -> Iterator[str]:
     """Sentences for what needs no plot."""
-    if report.skew is None:
+    if report.class_rows is not None:
+        yield f"Classes: {say_classes(report)}."
+    elif report.skew is None:
         yield "No row has an answer."
-    if len(report.num_choices) == 1:
+    if len(report.num_choices) == 1 and report.class_rows is None:
         yield f"Every question has {next(iter(report.num_choices))} choices."
     if len(report.images_per_row) == 1:
         number = next(iter(report.images_per_row))
@@ -117,6 +129,9 @@ def _card(report: Report, row: int, problems_of: dict[int, dict[str, str]]) -> d
     problems = problems_of.get(number, {})
     facts = [report.scan.images[i] for i in report.scan.of_row[row]]
     images = list(zip(example["images"], facts, strict=True))[:_MAX_THUMBNAILS]
+    choices, classes = list(zip(LETTERS, example["choices"], strict=False)), report.loaded.classes
+    if classes is not None and example[CLASS] is not None:
+        choices, example["answer"] = [("", classes.names[example[CLASS]])], 0
     size = _THUMBNAIL_PX if len(facts) == 1 else _SMALL_THUMBNAIL_PX
     if "path_outside" in problems:  # what the recipe does not allow to be read is not shown to whoever gets the page
         thumbnails: list[tuple[str | None, str]] = [(None, KINDS["path_outside"].what)]
@@ -124,7 +139,7 @@ def _card(report: Report, row: int, problems_of: dict[int, dict[str, str]]) -> d
         thumbnails = [_make_thumbnail(*image, size) for image in images]
     return example | {
         "row_id": example["id"] or f"number {number}",
-        "choices": list(zip(LETTERS, example["choices"], strict=False)),
+        "choices": choices,
         "problems": [(KINDS[kind].severity, text) for kind, text in problems.items()],
         "images": thumbnails,
         "num_more": len(facts) - len(images),

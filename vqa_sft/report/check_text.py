@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from vqa_sft.console import table
 from vqa_sft.data.check import Found, Report, Skew, quantiles
 from vqa_sft.errors import name_rows, printable
@@ -26,6 +28,16 @@ def say_skew(skew: Skew) -> str:
     p_value = f"p = {skew.p_value:.2f}" if not skew.skewed else f"p = {max(skew.p_value, 1e-12):.1g}"
     p_value = p_value.replace("= 1e-12", "< 1e-12")
     return f"The answers are {'' if skew.skewed else 'not '}skewed ({p_value}): {evidence}"
+
+
+def say_classes(report: Report) -> str:
+    """How many classes there are, and the rows of the smallest, the median and the largest."""
+    rows, classes = report.class_rows, report.loaded.classes
+    assert rows is not None and classes is not None
+    if not rows.any():
+        return f"{len(rows):,}; no row names one"
+    least, most = (f"{rows[i]:,} ({printable(classes.names[i], 60)})" for i in (rows.argmin(), rows.argmax()))
+    return f"{len(rows):,}; rows a class: least {least}, median {np.median(rows):,g}, most {most}"
 
 
 def say_near(report: Report) -> str:
@@ -84,10 +96,13 @@ def describe(reports: Sequence[Report]) -> str:
 
 def _describe(report: Report) -> Iterator[str]:
     lines = [("rows", say_rows(report))]
+    if report.class_rows is not None:
+        lines.append(("classes", say_classes(report)))
     if report.skew is not None:
         lines.append(("answers", _shares(dict(zip(LETTERS, report.skew.counts, strict=False)))))
         lines.append(("", say_skew(report.skew)))
-    lines.append(("choices a row", _shares(report.num_choices)))
+    if report.class_rows is None:
+        lines.append(("choices a row", _shares(report.num_choices)))
     lines.append(("question types", _shares(report.question_types)))
     lines.append(("images a row", _shares(report.images_per_row)))
     lines.append(("images", f"{len(report.images):,} different; {say_near(report)}"))

@@ -9,6 +9,7 @@ from trl import SFTConfig
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.console import note
 from vqa_sft.data.examples import Loaded, note_kept_orders, read_examples, stream_examples
+from vqa_sft.data.options import CLASSIFICATION, NO_CANDIDATES
 from vqa_sft.data.split import TRAIN, VALIDATION, choose_parts, most_choices, read_parts, select
 from vqa_sft.errors import InputError
 from vqa_sft.models import processes
@@ -48,6 +49,8 @@ class Rows:
 def load_data(recipe: Recipe) -> list[Loaded]:
     """The training rows and, where the recipe names data for it, the validation rows; texts only."""
     args = recipe.arguments
+    if args.task == CLASSIFICATION:
+        raise InputError(NO_CANDIDATES)
     read = stream_examples if args.streaming else read_examples
     loaded = [read(args.train_data, args.data_options)]
     if args.validation_data is not None:
