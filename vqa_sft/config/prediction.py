@@ -103,13 +103,8 @@ class PredictionArguments:
         self.scales = _as_numbers(self.scales)
         self.images = self.images.split(",") if isinstance(self.images, str) else self.images
         self.views  # noqa: B018  raises for what cannot be scored
-        validates, is_base = self.part == "validation", BASE in self.run
-        if is_base and (len(self.run) > 1 or validates):
-            raise InputError("--run none scores a base model alone, and has no validation rows.")
-        if is_base and self.model is None:
-            raise InputError("--run none needs --model: the base model to score.")
-        if not is_base and any(value is not None for value in self.of_base.values()):
-            raise InputError(f"{', '.join(self.of_base)} belong to the run; they go with --run none only.")
+        validates = self.part == "validation"
+        self._check_base()
         if self.data is None and not validates:
             raise InputError("--data is missing: the rows to score.")
         if validates and (self.streaming or self.limit or self.template):
@@ -121,6 +116,16 @@ class PredictionArguments:
             raise InputError("--template needs rows that are known. Leave it out; vqa-sft submit takes it later.")
         check_columns(self.columns or {})
         check_fixed(self.fixed_question, self.fixed_choices)
+
+    def _check_base(self) -> None:
+        if BASE not in self.run:
+            if any(value is not None for value in self.of_base.values()):
+                raise InputError(f"{', '.join(self.of_base)} belong to the run; they go with --run none only.")
+            return
+        if len(self.run) > 1 or self.part == "validation":
+            raise InputError("--run none scores a base model alone, and has no validation rows.")
+        if self.model is None:
+            raise InputError("--run none needs --model: the base model to score.")
 
     def _check_images(self) -> None:
         if not self.images or {*self.images} - {*KINDS} or len({*self.images}) < len(self.images):
