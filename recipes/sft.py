@@ -56,6 +56,9 @@ def main() -> None:
             print(write_out_of_fold(output_dir, runs[0].folders))
             print(calibrate_new(output_dir))
             print(report_new(output_dir))
+            if recipe.values.get("push_to_hub"):
+                for run in runs:
+                    push(run)  # once more, with the temperature that the folds share
         processes.leave()
     if isinstance(ended, Interrupted) and ended.by_sigterm:
         sys.exit(128 + signal.SIGTERM)  # as of a process that the signal ended

@@ -20,7 +20,7 @@ from vqa_sft.errors import InputError
 from vqa_sft.predictions.calibration import calibrate_run, read_calibration
 from vqa_sft.predictions.file import read_predictions
 from vqa_sft.predictions.metrics import accuracy, bootstrap, ece, nll, softmax
-from vqa_sft.runs import checkpoints, folder as run_folder
+from vqa_sft.runs import checkpoints, folder as run_folder, hub
 from vqa_sft.runs.out_of_fold import METRICS, OUT_OF_FOLD, write_out_of_fold
 from vqa_sft.tiny import TINY_PATH
 from vqa_sft.training import saving
@@ -181,6 +181,15 @@ def test_folds_that_do_not_go_together_are_refused(arguments, whole, tmp_path, c
 def test_each_fold_is_pushed_to_a_repository_of_its_own(arguments, tmp_path):
     recipe = read_recipe(arguments(tmp_path / "mine", push_to_hub=True))
     assert [run.values["hub_model_id"] for run in recipe.runs()] == ["mine-fold0", "mine-fold1", "mine-fold2"]
+
+
+def test_folds_are_pushed_again_with_the_temperature_that_they_share(arguments, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "run")
+    pushed = []
+    monkeypatch.setattr(hub, "push_run", lambda folder, **_: pushed.append(read_calibration(folder, {})) or "address")
+    run_script("sft", *arguments(tmp_path / "run", push_to_hub=True))  # each fold is whole already
+    assert len(pushed) == 3 and pushed[0] is not None
+    assert {one.temperature for one in pushed} == {read_calibration(tmp_path / "run", {}).temperature}
 
 
 def test_a_budget_leaves_time_for_what_a_pause_takes(monkeypatch):
