@@ -85,7 +85,7 @@ def run(command):
 
 
 if WHEELS:
-    run(f"pip install -q --no-index --find-links {WHEELS} vqa-sft")
+    run(f"pip install -q --no-deps {WHEELS}/*.whl")
 elif CODE:
     Path("pins.txt").write_text("")
     source = CODE
