@@ -21,6 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from vqa_sft.config.packaged import find_packaged
+from vqa_sft.data.cells import is_number
 from vqa_sft.errors import InputError
 
 TEXT_FIELDS = ("columns", "keep_rows", "type_prompts")  # mappings that hold names and cells of data
@@ -256,19 +257,11 @@ def _fits_one(value: Any, kind: Any) -> bool:
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
     if kind is float:
-        return isinstance(value, int | float) or (isinstance(value, str) and _is_number(value))
+        return isinstance(value, int | float) or (isinstance(value, str) and is_number(value))
     if origin is list:
         inner = typing.get_args(kind) or (Any,)
         return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
     return isinstance(value, origin) if isinstance(origin, type) else False
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _describe(hint: Any) -> str:

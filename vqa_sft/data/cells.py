@@ -326,3 +326,11 @@ def is_upper_case(cells: Iterable[str]) -> bool:
     labels = [match for cell in bare if (match := _LETTER.fullmatch(cell) or _LABELLED.match(cell))]
     letters = [match[1] for match in labels if match[1].isascii()]
     return sum(letter.isupper() for letter in letters) * 2 > len(letters) if letters else True
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

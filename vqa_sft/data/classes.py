@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vqa_sft.data.cells import read_list, text_of
+from vqa_sft.data.cells import is_number, read_list, text_of
 from vqa_sft.data.columns import USUAL_NAMES, find_usual
 from vqa_sft.data.find_encoding import find_encoding
 from vqa_sft.data.read_text import open_text
@@ -139,16 +139,8 @@ def _columns_of_submission(columns: Sequence[str], rows: Sequence[dict[str, str]
     others = [name for name in columns if name != row_id]
     if find_usual([row_id], NAME_COLUMNS):  # names, and numbers about them
         return []
-    are_numbers = all(_is_number(row[name]) for row in rows for name in others)
+    are_numbers = all(is_number(row[name]) for row in rows for name in others)
     return others if len(others) > 1 and rows and are_numbers else []
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 # --- Names that nearly say the same -----------------------------------------------------------------------------------
