@@ -87,7 +87,10 @@ class Packer:
         images = self.pack_images(batch["pixel_values"], grid) if self.has_grids and "pixel_values" in batch else {}
         if not self.packs_rows:
             kept = {"keep_positions": supervised_positions(batch)} if self.keeps_answers else {}
-            return batch | {"position_ids": positions} | images | kept
+            # Padding is on the right, and no token looks at a later one: attention needs no mask.
+            assert is_token[:, 0].all()
+            padded = {key: value for key, value in batch.items() if key != "attention_mask"}
+            return padded | {"position_ids": positions} | images | kept
         lengths = is_token.sum(dim=1)
         cu_seq_lens = F.pad(lengths.cumsum(dim=0, dtype=torch.int32), (1, 0))
         ends = int("end_positions" in batch)
