@@ -30,7 +30,9 @@ def store(tmp_path, monkeypatch):
 
 @pytest.fixture
 def images(tmp_path):
-    return [Image.open(noise(tmp_path / f"{i}.png", i, size)) for i, size in enumerate([(64, 64), (90, 60), (60, 90)])]
+    for i, size in enumerate([(64, 64), (90, 60), (60, 90)]):
+        noise(tmp_path / f"{i}.png", i, size)
+    return [Image.open(tmp_path / f"{i}.png") for i in range(3)]
 
 
 def encode(encoder, images):
@@ -97,6 +99,7 @@ def test_texts_are_those_of_plain_transformers_and_of_length_1(tmp_path):
 @pytest.fixture
 def rows(tmp_path):
     """Eight rows of six images, of which two are equal files."""
+    (tmp_path / "img").mkdir()
     for i in range(6):
         noise(tmp_path / f"img/{i}.png", i)
     (tmp_path / "img/5.png").write_bytes((tmp_path / "img/0.png").read_bytes())
@@ -172,7 +175,9 @@ def test_several_devices_share_the_batches(rows, encoder):
 
 def test_what_cannot_be_an_encoder_is_refused_in_one_line(tmp_path, rows, encoder):
     folder = save_encoder("ConvNext", tmp_path / "conv")
-    (folder / "model.safetensors").write_bytes((save_encoder("ViT", tmp_path / "vit") / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").write_bytes(
+        (save_encoder("ViT", tmp_path / "vit") / "model.safetensors").read_bytes()
+    )
     for name, said in ((folder, "does not hold the weights"), (tmp_path / "nowhere", "cannot be loaded")):
         with pytest.raises(InputError, match=said) as error:
             load_encoder(str(name), "fp32")

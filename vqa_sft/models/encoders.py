@@ -249,7 +249,7 @@ def _load_tower(name: str, precision: str, revision: str, trust_remote_code: boo
 
 @contextmanager
 def _without_hooks() -> Iterator[None]:
-    """transformers 5.23 takes weights on "meta" for offloaded ones, and would have accelerate offload the others too."""
+    """transformers 5.23 takes weights on "meta" for offloaded ones: accelerate would move the others there too."""
     kept = transformers.modeling_utils.accelerate_dispatch
     transformers.modeling_utils.accelerate_dispatch = lambda *args, **kwargs: None
     try:
