@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -31,6 +32,8 @@ from vqa_sft.data.class_probs import (
 )
 from vqa_sft.data.classes import Classes, class_name
 from vqa_sft.data.columns import USUAL_NAMES, find_usual
+from vqa_sft.data.digests import digests_of
+from vqa_sft.data.examples import CLASS
 from vqa_sft.data.find_encoding import find_encoding
 from vqa_sft.data.find_files import quote
 from vqa_sft.data.read_text import find_separator, read_header
@@ -70,6 +73,35 @@ def read_any_class_probs(path: str | Path, classes: Classes | None) -> ClassProb
     if not kept:
         raise InputError(f"{path} has no rows.")
     return _join(path, kept)
+
+
+def of_rows(path: str | Path, probs: ClassProbs, examples: datasets.Dataset) -> ClassProbs:
+    """The probabilities of these rows in their order, matched by id, with their labels and digests.
+
+    Raises InputError where the file lacks rows, or knows a row by another digest or label: it is of other data.
+    """
+    ids, labels, digests = examples["id"][:], labels_of(examples), digests_of(examples)
+    place_of = {row_id: place for place, row_id in enumerate(probs.ids)}
+    if missing := [row_id for row_id in ids if row_id not in place_of]:
+        raise InputError(
+            f"{path} lacks {name_rows(missing, len(ids))}; it has {len(probs):,} rows, such as "
+            f"{printable(probs.ids[0])}. Give the probabilities of these rows, with their ids."
+        )
+    found = probs.take([place_of[row_id] for row_id in ids])
+    known = (found.labels != UNKNOWN_LABEL) & (labels != UNKNOWN_LABEL)
+    for what, differ in (
+        ("question or images", np.array(found.digests or digests) != np.array(digests)),
+        ("class", known & (found.labels != labels)),
+    ):
+        if differ.any():
+            rows = [ids[row] for row in np.flatnonzero(differ)]
+            raise InputError(f"{path} is of other data: another {what} in {name_rows(rows, len(ids))}. Make it again.")
+    return replace(found, labels=np.where(known, found.labels, labels), digests=digests)
+
+
+def labels_of(examples: datasets.Dataset) -> np.ndarray:
+    """The class of each row, UNKNOWN_LABEL for none, (N,)."""
+    return np.array([UNKNOWN_LABEL if place is None else place for place in examples[CLASS][:]], np.int32)
 
 
 def _match(path: str | Path, names: Sequence[str], classes: Classes) -> list[int]:

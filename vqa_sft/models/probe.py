@@ -36,6 +36,7 @@ _LOG_TEMPERATURES = (-5.0, 5.0)
 class Classifier(ABC):
     """A way to fit, with the settings among which held-out rows choose."""
 
+    label: str  # for the user
     settings: Sequence[Any]
 
     @abstractmethod
@@ -51,6 +52,7 @@ class LinearProbe(Classifier):
     Features are divided by sqrt(D) as well, so that one list of penalties suits every width.
     """
 
+    label = "linear probe"
     settings = PENALTIES
 
     def fit(
@@ -107,6 +109,7 @@ class NearestNeighbours(Classifier):
     """Votes of the k training rows of the largest cosine, weighted by softmax(cosine / sharpness); centred features. A
     setting is (k, sharpness)."""
 
+    label = "nearest neighbours"
     settings = [(k, sharpness) for k in NEIGHBOURS for sharpness in SHARPNESS]
 
     def fit(
@@ -131,6 +134,7 @@ class ZeroShot(Classifier):
     """Cosines with texts of the classes (C, D), of length 1. Training rows give the temperature alone."""
 
     texts: torch.Tensor
+    label = "names of the classes"
     settings: Sequence[Any] = (100.0,)  # what pairs of encoders are trained with, about
 
     def fit(
@@ -181,7 +185,7 @@ def cross_fit(
     device: torch.device | str = "cpu",
 ) -> CrossFit:
     """Fit on `features` (N, D) with folds 0, 1, ..., of which there are three or more."""
-    rows, targets = torch.as_tensor(features, device=device), torch.as_tensor(labels, device=device)
+    rows, targets = torch.as_tensor(features, device=device), torch.as_tensor(labels, device=device).long()
     folds, num_folds = torch.as_tensor(fold_of, device=device), max(fold_of) + 1
     assert num_folds >= 3  # one is predicted, one chooses, the others train
     probs = np.empty((len(labels), num_classes), np.float32)
@@ -210,10 +214,18 @@ def cross_fit(
 
 
 def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
-    """The temperature that minimises the mean NLL of softmax(logits / temperature), and that NLL."""
+    """The temperature that minimises the mean NLL of softmax(logits / temperature), and that NLL.
+
+    As if there were one more row, whose label is the runner-up: few rows that are all right would else be taken for
+    certainty.
+    """
+    runner_up = logits.topk(2, dim=1).indices[:, 1]
+    num_rows = len(labels)
 
     def nll(log_temperature: float) -> float:
-        return float(F.cross_entropy(logits / math.exp(log_temperature), labels))
+        scaled = logits / math.exp(log_temperature)
+        one_wrong = F.cross_entropy(scaled, runner_up)
+        return float((num_rows * F.cross_entropy(scaled, labels) + one_wrong) / (num_rows + 1))
 
     found = minimize_scalar(nll, bounds=_LOG_TEMPERATURES, method="bounded", options={"xatol": 1e-3})
     return math.exp(found.x), float(found.fun)
