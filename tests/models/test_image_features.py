@@ -173,6 +173,20 @@ def test_several_devices_share_the_batches(rows, encoder):
     np.testing.assert_array_equal(row_features(encoder, [rows], CPU * 3, batch_size=1)[0], one)
 
 
+def test_workers_read_images_as_this_process_does(rows, encoder):
+    tables, batches = [rows[0]], [[("first", (0, 0, 0))], [("second", (0, 3, 0)), ("third", (0, 4, 0))]]
+    alone, shared = ([*image_features._compute(encoder, tables, batches, CPU, num)] for num in (0, 2))
+    for (digests, features), (others, same) in zip(alone, shared, strict=True):
+        assert digests == others and np.array_equal(features, same)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_gives_nearly_the_same(families, images, precision):
+    exact, lower = (load_encoder(families("qwen3_vl"), name) for name in ("fp32", precision))
+    assert next(lower.modules[0].parameters()).dtype != torch.float32 and exact.key() != lower.key()
+    torch.testing.assert_close(encode(lower, images), encode(exact, images), atol=0.1, rtol=0.1)
+
+
 def test_what_cannot_be_an_encoder_is_refused_in_one_line(tmp_path, rows, encoder):
     folder = save_encoder("ConvNext", tmp_path / "conv")
     (folder / "model.safetensors").write_bytes(

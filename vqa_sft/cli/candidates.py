@@ -3,7 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -67,25 +67,44 @@ def candidates(
 
     Example: vqa-sft candidates --config recipes/classification.yaml --test data/test --output candidates
     """
-    check_positive(folds=folds, batch_size=batch_size, max_pixels=max_pixels)
-    files = probs or []
+    check_positive(batch_size=batch_size, max_pixels=max_pixels)
+    tests, files = test or [], probs or []
     with contextlib.redirect_stdout(sys.stderr):  # where libraries may print what they like
         arguments, values = read_arguments(options, data, config, context.args)
         seed = seed if seed is not None else values.get("seed", 42)
-        check_numbers(folds, seed)
-        paths = check_paths(output, part_names(arguments, test or []), files)
         use_cpu = use_cpu or bool(values.get("use_cpu"))
-        if not files:
-            own = {"model": model, "max_pixels": max_pixels, "use_cpu": use_cpu}
-            encoded = open_encoder(encoder, classifier, arguments, values, **own)
-        rows = read_rows(arguments, test or [], test_image_root)
-        if files:
+        how = How(encoder, classifier, folds, seed, model, max_pixels, batch_size, use_cpu)
+        paths = check_paths(output, part_names(arguments, tests), files)
+        encoded = None if files else open_encoder(how, arguments, values)
+        rows = read_rows(arguments, tests, test_image_root)
+        if encoded is None:
             found = read_files(files, rows, out_of_fold)
         else:
-            fold_of = deal_folds(rows[0], folds, seed, arguments.duplicate_distance)
-            found = classify_rows(encoded, classifier, rows, fold_of, batch_size, use_cpu)
-            found.metadata |= {"seed": seed, "encoder": encoder, "classifier": classifier}
+            found = classify_rows(how, encoded, rows, arguments.duplicate_distance)
     finish(found, paths)
+
+
+@dataclass(frozen=True)
+class How:
+    """The options of the encoder and the classifier. Raises InputError for numbers out of bounds."""
+
+    encoder: str
+    classifier: str
+    num_folds: int
+    seed: int
+    model: str | None
+    max_pixels: int | None
+    batch_size: int
+    use_cpu: bool
+
+    def __post_init__(self) -> None:
+        if not 3 <= self.num_folds <= 100:
+            raise InputError(
+                "--folds must be 3 to 100, for one is predicted, one chooses settings and the others train; got "
+                f"{self.num_folds}."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be between 0 and {2**32 - 1}; got {self.seed}.")
 
 
 def read_arguments(
@@ -105,15 +124,6 @@ def read_arguments(
     if not arguments.data_options.is_classification:
         raise InputError("candidates are of a classification, and this is multiple_choice. Set task: classification.")
     return arguments, values
-
-
-def check_numbers(folds: int, seed: int) -> None:
-    if not 3 <= folds <= 100:
-        raise InputError(
-            f"--folds must be 3 to 100: one is predicted, one chooses settings, others train; got {folds}."
-        )
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed must be between 0 and {2**32 - 1}; got {seed}.")
 
 
 def part_names(arguments: "RecipeArguments", tests: Sequence[str]) -> list[str]:
@@ -193,69 +203,52 @@ def note_classes(loaded: "Loaded", scan: "Scan", training: "Loaded | None") -> N
             print(safe(f"{loaded.name}: {kind.what}: {name_rows(labels, len(loaded.examples))}"))
 
 
-def open_encoder(
-    name: str,
-    classifier: str,
-    arguments: "RecipeArguments",
-    values: dict[str, Any],
-    *,
-    model: str | None,
-    max_pixels: int | None,
-    use_cpu: bool,
-) -> "Encoder":
+def open_encoder(how: How, arguments: "RecipeArguments", values: dict[str, Any]) -> "Encoder":
     """Raises InputError where it cannot be had, or the classifier needs another."""
     from vqa_sft.config.packaged import find_base
     from vqa_sft.models.candidates import check_classifier
     from vqa_sft.models.encoders import load_encoder
+    from vqa_sft.models.image_features import choose_devices
     from vqa_sft.models.load import choose_precision
 
-    precision = choose_precision(values | {"use_cpu": use_cpu})
-    if name != "own":
-        encoder = load_encoder(name, precision)
-    else:
-        base = model or values.get("model_name_or_path")
-        if base is None:
-            raise InputError(
-                "--encoder own is the vision tower of a recipe's model. Give --config, --model NAME or another encoder."
-            )
-        limits = {"min_pixels": arguments.min_pixels, "max_pixels": max_pixels or arguments.max_pixels}
-        is_recipes = model is None
-        encoder = load_encoder(
-            find_base(base),
-            precision,
-            revision=values.get("model_revision", "main") if is_recipes else "main",
-            trust_remote_code=values.get("trust_remote_code", False) if is_recipes else False,
-            **limits,
+    precision, device = choose_precision(values | {"use_cpu": how.use_cpu}), choose_devices(how.use_cpu)[0]
+    base = how.model or values.get("model_name_or_path")
+    if how.encoder != "own":
+        encoder = load_encoder(how.encoder, precision, device)
+    elif base is None:
+        raise InputError(
+            "--encoder own is the vision tower of a recipe's model. Give --config, --model NAME or another encoder."
         )
-    check_classifier(classifier, encoder)
+    else:
+        options: dict[str, Any] = {"min_pixels": arguments.min_pixels}
+        options["max_pixels"] = how.max_pixels or arguments.max_pixels
+        if how.model is None:  # the recipe's
+            options["revision"] = values.get("model_revision", "main")
+            options["trust_remote_code"] = values.get("trust_remote_code", False)
+        encoder = load_encoder(find_base(base), precision, device, **options)
+    check_classifier(how.classifier, encoder)
     return encoder
 
 
-def deal_folds(rows: "tuple[Loaded, Scan]", num_folds: int, seed: int, distance: int | None) -> list[int]:
-    """The fold of every training row, by class; rows with nearly the same image are in one."""
+def classify_rows(
+    how: How, encoder: "Encoder", rows: "Sequence[tuple[Loaded, Scan]]", distance: int | None
+) -> "Classified":
+    """The classifier's probabilities of all rows. Folds are balanced by class, and rows with nearly the same image are
+    in one."""
     from vqa_sft.data.duplicates import row_groups
     from vqa_sft.data.folds import make_folds
     from vqa_sft.data.split import strata_of
-
-    loaded, scan = rows
-    return make_folds(strata_of(loaded.examples), row_groups(scan, distance), num_folds, seed)
-
-
-def classify_rows(
-    encoder: "Encoder",
-    classifier: str,
-    rows: "Sequence[tuple[Loaded, Scan]]",
-    fold_of: list[int],
-    batch_size: int,
-    use_cpu: bool,
-) -> "Classified":
     from vqa_sft.models.candidates import build_classifier, classify
     from vqa_sft.models.image_features import choose_devices
 
-    classes = rows[0][0].classes
     parts = [(loaded.examples, scan) for loaded, scan in rows]
-    fitted = build_classifier(classifier, encoder, classes)
-    return classify(parts, classes, encoder, fitted, fold_of, choose_devices(use_cpu), batch_size)
+    (examples, scan), classes = parts[0], rows[0][0].classes
+    fold_of = make_folds(strata_of(examples), row_groups(scan, distance), how.num_folds, how.seed)
+    devices = choose_devices(how.use_cpu)
+    classifier = build_classifier(how.classifier, encoder, classes)
+    found = classify(parts, classes, encoder, classifier, fold_of, devices, how.batch_size)
+    found.metadata |= {"seed": how.seed, "encoder": how.encoder, "classifier": how.classifier}
+    return found
 
 
 def read_files(files: Sequence[str], rows: "Sequence[tuple[Loaded, Scan]]", out_of_fold: bool) -> "Classified":

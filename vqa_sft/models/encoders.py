@@ -82,7 +82,7 @@ class Encoder(ABC):
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
         return digest.hexdigest()[:32]
 
-    def to(self, device: torch.device) -> "Encoder":
+    def to(self, device: torch.device | str) -> "Encoder":
         for module in self.modules:
             module.to(device)
         return self
@@ -106,7 +106,7 @@ class TowerEncoder(Encoder):
         parts = (name for name in names_beside_decoder(self.model) if "audio" not in name)
         return [self.model.get_submodule(name) for name in parts]
 
-    def to(self, device: torch.device) -> "Encoder":
+    def to(self, device: torch.device | str) -> "Encoder":
         parent = self.model.get_submodule(decoder_name(self.model).rpartition(".")[0])
         for weight in parent.parameters(recurse=False):  # what ends the lines of an image (LLaVA-NeXT)
             weight.data = weight.data.to(device)
@@ -188,14 +188,17 @@ class NamedEncoder(Encoder):
 def load_encoder(
     name: str,
     precision: str,
+    device: torch.device | str = "cpu",
     *,
     max_pixels: int | None = None,
     min_pixels: int | None = None,
     revision: str = "main",
     trust_remote_code: bool = False,
 ) -> Encoder:
-    """The encoder on the CPU, in the precision. The limits of pixels are those of a vision-language model alone. Raises
-    InputError where the model is not there, has no image processor, or misses weights."""
+    """The encoder on the device, in the precision. The limits of pixels are those of a vision-language model alone.
+
+    Raises InputError where the model is not there, has no image processor, or misses weights.
+    """
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
@@ -205,9 +208,10 @@ def load_encoder(
         processor = load_processor(name, min_pixels=min_pixels, max_pixels=max_pixels, **options)
         model = _load_tower(name, precision, revision, trust_remote_code)
         tower = TowerEncoder(name, model, processor.image_processor, precision)
+        tower.to(device)
         tower.is_batched = tower.finds_images()
         return tower
-    return _load_named(name, precision, revision)
+    return _load_named(name, precision, revision).to(device)
 
 
 def _load_named(name: str, precision: str, revision: str) -> NamedEncoder:
@@ -236,7 +240,8 @@ def _load_named(name: str, precision: str, revision: str) -> NamedEncoder:
 def _load_tower(name: str, precision: str, revision: str, trust_remote_code: bool) -> PreTrainedModel:
     """A vision-language model whose language model has no weights (they stay on the meta device), unless the checkpoint
     is quantised."""
-    args = ModelConfig(model_name_or_path=name, model_revision=revision, use_peft=True)
+    dtype = str(DTYPES[precision]).removeprefix("torch.")
+    args = ModelConfig(model_name_or_path=name, model_revision=revision, dtype=dtype)
     skeleton = build_skeleton(args, trust_remote_code=trust_remote_code)
     places: dict[str, Any] | None = {"": "cpu", decoder_name(skeleton): "meta"}
     if any(child == "lm_head" for child, _ in skeleton.named_children()):

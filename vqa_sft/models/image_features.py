@@ -58,7 +58,9 @@ def row_features(
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     named = [[(digest, places[digest]) for digest in batch] for batch in batches]
     found: dict[str, np.ndarray] = {}
-    for digests, features in _compute(encoder, [examples for examples, _ in sources], named, devices):
+    # On a CPU the encoder has all cores.
+    num_workers = 0 if devices[0].type == "cpu" else min(count_cores(), 8 * len(devices))
+    for digests, features in _compute(encoder, [examples for examples, _ in sources], named, devices, num_workers):
         found |= zip(digests, features, strict=True)
         if len(found) >= FILE_IMAGES:
             _write(folder, found)
@@ -88,13 +90,13 @@ def _compute(
     tables: Sequence[datasets.Dataset],
     batches: list[list[tuple[str, Place]]],
     devices: Sequence[torch.device],
+    num_workers: int,
 ) -> Iterator[tuple[list[str], np.ndarray]]:
-    """(digests, features) of each batch; a GPU each takes the next. On a CPU the encoder has all cores."""
+    """(digests, features) of each batch, in their order; the device that is free takes the next."""
     if not batches:
         return
-    num_workers = 0 if devices[0].type == "cpu" else min(count_cores(), 8 * len(devices))
     read = partial(_prepare, encoder.processor, encoder.is_batched, tables)
-    loader = DataLoader(batches, None, collate_fn=read, num_workers=num_workers)  # type: ignore[arg-type]
+    loader = DataLoader(batches, None, collate_fn=read, num_workers=num_workers)
     free: queue.SimpleQueue[Encoder] = queue.SimpleQueue()
     for copied in encoder.copies(devices):
         free.put(copied)

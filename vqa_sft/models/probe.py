@@ -24,7 +24,7 @@ from vqa_sft.console import progress
 # Rows (n, D) -> logits (n, C), on one device.
 Score = Callable[[torch.Tensor], torch.Tensor]
 # The penalty of half the squared weights, over the sum of the rows' losses; the strongest first.
-PENALTIES = (10.0, 1.0, 0.1, 0.01, 0.001)
+PENALTIES = (1.0, 0.1, 0.01, 0.001, 0.0001)
 NEIGHBOURS = (5, 20, 100)
 SHARPNESS = (0.02, 0.05, 0.1)  # cosines are divided by it
 PRIOR_SHARE = 0.01  # of k nearest neighbours' probabilities, so that no class has none
@@ -88,7 +88,7 @@ def _minimise(inputs: torch.Tensor, targets: torch.Tensor, start: torch.Tensor, 
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]  # it returns a tensor
+    optimizer.step(closure)
     return weight.detach()
 
 
