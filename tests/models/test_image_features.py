@@ -6,6 +6,7 @@ import torch
 from contest import noise, write_csv
 from encoders import save_encoder
 from PIL import Image
+from quantised import save_quantised
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from vqa_sft.data.examples import read_examples
@@ -81,6 +82,20 @@ def test_no_weights_of_the_language_model_are_held():
     assert not any(weight.is_meta for weight in model.model.visual.parameters())
 
 
+@pytest.mark.parametrize(
+    ("kind", "inside_text"),
+    [*((kind, inside) for kind in ("fp8", "compressed fp8", "compressed int4") for inside in (False, True))]
+    + [("bitsandbytes 4 bit", False)],
+)
+def test_the_tower_of_a_quantised_checkpoint_gives_what_the_whole_one_gives(
+    families, images, tmp_path, kind, inside_text
+):
+    whole = families("qwen3_vl")
+    folder = save_quantised(whole, kind, tmp_path / "small", inside_text=inside_text)
+    found = encode(load_encoder(folder, "fp32"), images)
+    torch.testing.assert_close(found, encode(load_encoder(whole, "fp32"), images), atol=1e-5, rtol=1e-4)
+
+
 def test_texts_are_those_of_plain_transformers_and_of_length_1(tmp_path):
     folder = save_encoder("CLIP", tmp_path / "clip")
     texts = ["a photo of a 0.", "nine eight"]
@@ -154,6 +169,13 @@ def test_an_interrupted_computation_continues_and_damaged_files_are_computed_aga
     again = row_features(encoder, [rows], CPU, batch_size=1)[0]
     assert encoder.seen > 0
     np.testing.assert_allclose(again, features, atol=2e-3)
+
+
+def test_features_that_cannot_be_kept_are_used_all_the_same(rows, encoder, store, capsys):
+    store.parent.mkdir(parents=True)
+    store.write_text("a file in place of the folder")
+    (features,) = row_features(encoder, [rows], CPU)
+    assert features.shape == (8, 32) and "Features of 5 images are not kept" in capsys.readouterr().out
 
 
 def test_other_weights_or_sizes_have_features_of_their_own(tmp_path, encoder):

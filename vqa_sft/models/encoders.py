@@ -30,6 +30,7 @@ from vqa_sft.console import note
 from vqa_sft.errors import InputError
 from vqa_sft.models.load import DTYPES, LOADING_ERRORS, build_skeleton, load_model, load_processor
 from vqa_sft.models.parts import decoder_name, names_beside_decoder
+from vqa_sft.models.quantized import quantization_of
 
 FORMAT = 1  # count up when features change
 Inputs = list[dict[str, torch.Tensor]]  # one of a batch, or one an image
@@ -246,10 +247,11 @@ def _load_tower(name: str, precision: str, revision: str, trust_remote_code: boo
     places: dict[str, Any] | None = {"": "cpu", decoder_name(skeleton): "meta"}
     if any(child == "lm_head" for child, _ in skeleton.named_children()):
         places["lm_head"] = "meta"
-    if getattr(skeleton.config, "quantization_config", None) is not None:
+    if is_quantised := quantization_of(skeleton.config) is not None:
         places = None
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "unpacks_fp8": is_quantised}
     with _without_hooks():
-        return load_model(args, precision, trust_remote_code=trust_remote_code, device_map=places).eval()
+        return load_model(args, precision, device_map=places, **options).eval()
 
 
 @contextmanager

@@ -159,7 +159,10 @@ def _write(folder: Path, found: dict[str, np.ndarray]) -> None:
     features = np.stack(list(found.values()))
     # Half precision is enough for a classifier, unless a number is too large for it.
     kept = features.astype(np.float16) if np.abs(features).max() < 6e4 else features
-    with whole(folder / f"{uuid4().hex}.npz") as unfinished, unfinished.open("wb") as file:
-        np.savez(file, digests=np.array(list(found)), features=kept)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with whole(folder / f"{uuid4().hex}.npz") as unfinished, unfinished.open("wb") as file:
+            np.savez(file, digests=np.array(list(found)), features=kept)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, InputError) as error:  # a full disk, or one that cannot be written
+        note(f"Features of {len(found):,} images are not kept: {error}")

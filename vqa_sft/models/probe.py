@@ -4,8 +4,8 @@
                     fit on all other folds, predict the fold
     test rows:      the setting that was best over the folds, fitted on all training rows
 
-So nothing that predicts a row has seen its label, nor has its temperature. A class whose rows all lie in one fold is
-unknown to what predicts them.
+So nothing that predicts a row has seen its label, nor has its temperature; of the folds, which are balanced by class,
+that cannot be said. A class whose rows all lie in one fold is unknown to what predicts them.
 """
 
 import math
