@@ -1,5 +1,7 @@
 """Features of images: each family's own numbers, each image once, all of them kept."""
 
+from importlib.util import find_spec
+
 import numpy as np
 import pytest
 import torch
@@ -207,6 +209,13 @@ def test_lower_precision_gives_nearly_the_same(families, images, precision):
     exact, lower = (load_encoder(families("qwen3_vl"), name) for name in ("fp32", precision))
     assert next(lower.modules[0].parameters()).dtype != torch.float32 and exact.key() != lower.key()
     torch.testing.assert_close(encode(lower, images), encode(exact, images), atol=0.1, rtol=0.1)
+
+
+@pytest.mark.skipif(find_spec("timm") is not None, reason="timm is installed")
+def test_an_encoder_of_timm_names_the_package_that_it_needs(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "timm_wrapper", "architecture": "resnet18"}')
+    with pytest.raises(InputError, match="is one of timm. Install it: pip install timm"):
+        load_encoder(str(tmp_path), "fp32")
 
 
 def test_what_cannot_be_an_encoder_is_refused_in_one_line(tmp_path, rows, encoder):

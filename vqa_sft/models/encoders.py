@@ -203,7 +203,7 @@ def load_encoder(
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
-        raise InputError(f"the encoder {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise _cannot_load(name, error) from error
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or trust_remote_code:
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         processor = load_processor(name, min_pixels=min_pixels, max_pixels=max_pixels, **options)
@@ -222,8 +222,7 @@ def _load_named(name: str, precision: str, revision: str) -> NamedEncoder:
             name, revision=revision, dtype=DTYPES[precision], use_safetensors=True, output_loading_info=True
         )
     except LOADING_ERRORS as error:
-        hint = " It needs the package timm." if "timm" in str(error) else ""
-        raise InputError(f"the encoder {name!r} cannot be loaded: {_first_line(error)}{hint}") from error
+        raise _cannot_load(name, error) from error
     missing = sorted(loaded["missing_keys"])
     lacks_pooler = bool(missing) and all("pooler." in weight or weight.startswith("head.") for weight in missing)
     if (missing and not lacks_pooler) or loaded["mismatched_keys"]:
@@ -274,6 +273,12 @@ def _arguments(method: Any) -> set[str]:
 def _pooled(outputs: Any) -> Any:
     pooled = getattr(outputs, "pooler_output", outputs)
     return outputs.last_hidden_state if pooled is None else pooled
+
+
+def _cannot_load(name: str, error: Exception) -> InputError:
+    if "requires the timm library" in str(error):
+        return InputError(f"the encoder {name!r} is one of timm. Install it: pip install timm.")
+    return InputError(f"the encoder {name!r} cannot be loaded: {_first_line(error)}")
 
 
 def _first_line(error: Exception) -> str:
