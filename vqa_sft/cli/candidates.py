@@ -211,7 +211,7 @@ def open_encoder(how: How, arguments: "RecipeArguments", values: dict[str, Any])
     from vqa_sft.models.image_features import choose_devices
     from vqa_sft.models.load import choose_precision
 
-    precision, device = choose_precision(values | {"use_cpu": how.use_cpu}), choose_devices(how.use_cpu)[0]
+    precision, device = choose_precision({"use_cpu": how.use_cpu}), choose_devices(how.use_cpu)[0]
     base = how.model or values.get("model_name_or_path")
     if how.encoder != "own":
         encoder = load_encoder(how.encoder, precision, device)

@@ -1,10 +1,9 @@
 """Image encoders: one vector an image, of the base model's own vision tower or of any vision model of transformers.
 
-load_encoder("Qwen/Qwen2.5-VL-7B-Instruct", ...)      mean of what its merger or projector gives
-load_encoder("google/siglip2-base-patch16-384", ...)  the model's own pooled output, else the mean of its tokens
+    load_encoder("Qwen/Qwen2.5-VL-7B-Instruct", ...)      mean of what its merger or projector gives
+    load_encoder("google/siglip2-base-patch16-384", ...)  the model's own pooled output, else the mean of its tokens
 
-worker:   inputs = encoder.prepare(images)           what the image processor gives
-device:   encoder.encode(inputs)                     (B, D) float32
+A worker makes `prepare(processor, is_batched, images)`, of which `encoder.encode(inputs)` makes (B, D) on its device.
 """
 
 import copy
