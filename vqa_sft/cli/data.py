@@ -190,10 +190,17 @@ def read_data(
     if arguments.validation_data:
         data.append((VALIDATION, read_examples(arguments.validation_data, options)))
     if test:
-        # Test images lie where the test data say, not where training did.
-        options = replace(options, split="test", answers="optional", image_root=test_image_root, limit=None)
-        data.append((TEST, read_examples(test, options)))
+        data.append((TEST, read_test(test, arguments, rows, test_image_root)))
     return data
+
+
+def read_test(test: str, arguments: "RecipeArguments", training: "Loaded", image_root: str | None) -> "Loaded":
+    """Test rows, as those of training are read."""
+    from vqa_sft.data.examples import read_examples
+
+    options = replace(arguments.options_for_other_data(training.columns), classes=training.classes)
+    # Test images lie where the test data say, not where training did.
+    return read_examples(test, replace(options, split="test", answers="optional", image_root=image_root, limit=None))
 
 
 def token_checks(arguments: "RecipeArguments", values: dict[str, Any]) -> tuple[dict[str, Any], str]:

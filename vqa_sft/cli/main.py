@@ -49,7 +49,7 @@ def one_value_each(tokens: Sequence[str], names: Collection[str], several: Colle
 
 
 def build_app() -> typer.Typer:
-    from vqa_sft.cli import data, predictions, runs
+    from vqa_sft.cli import candidates, data, predictions, runs
     from vqa_sft.cli.options import SOURCE_EPILOG
 
     app = typer.Typer(
@@ -62,6 +62,7 @@ def build_app() -> typer.Typer:
     fields = {"allow_extra_args": True, "ignore_unknown_options": True}  # those of a recipe may follow
     add(app, [runs.train, runs.predict], fields | {"help_option_names": []})  # the scripts have a --help of their own
     add(app, [data.check, data.folds], fields, epilog=SOURCE_EPILOG)
+    add(app, [candidates.candidates], fields, epilog=SOURCE_EPILOG)
     add(app, [runs.memory, runs.blind], fields)
     add(app, [predictions.score, predictions.report, predictions.calibrate, predictions.ensemble])
     add(app, [predictions.submit, predictions.diff, predictions.uncertainty, predictions.label_errors])
