@@ -91,6 +91,7 @@ def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Prediction
 def take(file: Predictions, rows: Sequence[int]) -> Predictions:
     """Some of the rows, in this order."""
     names = ("ids", "choice_logits", "answers", "blanked", "agreement", "scale_logits", "digests", "changed")
+    names += ("candidates", "labels")
     taken: dict[str, Any] = {name: [column[i] for i in rows] for name in names if (column := getattr(file, name))}
     return replace(file, **taken)
 
