@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from typer import Argument, Option
 
 from vqa_sft.cli.options import AnswerOptions, DataOptions, with_options
+from vqa_sft.errors import InputError
 
 File = Annotated[str, Argument(metavar="FILE", help="prediction file")]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace a file with other columns")]
@@ -33,8 +34,13 @@ def score(
 
     Example: vqa-sft score runs/a/validation.parquet mine=runs/b/validation.parquet
     """
-    from vqa_sft.predictions.score import score_table
+    from vqa_sft.predictions.class_scores import score_classes
+    from vqa_sft.predictions.class_tables import are_class_tables
+    from vqa_sft.predictions.score import score_table, split_name
 
+    if are_class_tables([split_name(item)[1] for item in predictions]):
+        print(score_classes(predictions, answers, **options.read()))
+        return
     print(score_table(predictions, answers, data, **options.read()))
 
 
@@ -76,17 +82,28 @@ def calibrate(
             "validation.parquet",
         ),
     ] = None,
+    output: Annotated[
+        str | None, Option(metavar="OUT", help="where RUN is a file of class probabilities: the file to write")
+    ] = None,
 ) -> None:
     """Fit a run's temperature on rows that it was not trained on.
 
     A bias of the letters is fitted too where it lowers the NLL of other rows, and of images at several scales the
     weight of each. All of it is written to calibration.json in RUN; later predictions with the same orders and scales
-    use it. Prints NLL, Brier score and ECE before and after.
+    use it. Prints NLL, Brier score and ECE before and after. Of class probabilities, which vqa-sft fuse writes, the
+    temperature of --predictions goes to --output.
 
     Example: vqa-sft calibrate runs/mine
     """
     from vqa_sft.predictions.calibration import calibrate_run
+    from vqa_sft.predictions.class_ensemble import calibrate_classes
+    from vqa_sft.predictions.class_tables import are_class_tables
 
+    if are_class_tables([run_folder]):
+        print(calibrate_classes(run_folder, predictions, output))
+        return
+    if output is not None:
+        raise InputError("--output is for class probabilities; the calibration of a run is written into its folder.")
     print(calibrate_run(run_folder, predictions))
 
 
@@ -121,9 +138,12 @@ def ensemble(
     Example: vqa-sft ensemble a/test.parquet b/test.parquet --output both.parquet --weights learned --learn-on
     a/out_of_fold.parquet b/out_of_fold.parquet
     """
+    from vqa_sft.predictions.class_ensemble import ensemble_classes
+    from vqa_sft.predictions.class_tables import are_class_tables
     from vqa_sft.predictions.ensemble import write_ensemble
 
-    ensemble = write_ensemble(
+    write = ensemble_classes if are_class_tables([*predictions, *(learn_on or [])], "ensemble") else write_ensemble
+    ensemble = write(
         predictions, output, average=average, weights=weights, learn_on=learn_on or [], save_weights=save_weights
     )
     print(ensemble)
@@ -191,8 +211,13 @@ def diff(
 
     Example: vqa-sft diff old.csv new.csv --data test.csv
     """
+    from vqa_sft.predictions.class_scores import diff_classes
+    from vqa_sft.predictions.class_tables import are_class_tables
     from vqa_sft.predictions.compare import describe
 
+    if are_class_tables([before, after], "diff"):
+        print(diff_classes(before, after))
+        return
     print(describe(before, after, data=data, show_all=all_rows, **options.read()))
 
 
@@ -239,6 +264,12 @@ def uncertainty(
     Example: vqa-sft uncertainty test.parquet --coverage 0.9 --calibrate-on runs/mine/validation.parquet --output
     uncertainty.csv
     """
+    from vqa_sft.predictions.class_scores import describe_uncertainty
+    from vqa_sft.predictions.class_tables import are_class_tables
     from vqa_sft.predictions.uncertainty import describe
 
+    if are_class_tables([predictions], "uncertainty"):
+        with_sets = coverage is not None or calibrate_on is not None
+        print(describe_uncertainty(predictions, with_sets=with_sets, output=output, overwrite=overwrite))
+        return
     print(describe(predictions, coverage=coverage, calibrate_on=calibrate_on, output=output, overwrite=overwrite))

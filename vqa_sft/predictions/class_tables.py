@@ -132,6 +132,14 @@ def align_tables(tables: Sequence[ClassProbs], names: Sequence[str | Path]) -> l
     return [replace(table, labels=labels) for table in aligned]
 
 
+def join_tables(tables: Sequence[ClassProbs]) -> ClassProbs:
+    """The rows of tables with the same classes, and as many of them one by one, one after the other."""
+    arrays = ("indices", "log_probs", "tail", "labels")
+    joined: dict[str, Any] = {name: np.concatenate([getattr(table, name) for table in tables]) for name in arrays}
+    joined["digests"] = [digest for table in tables for digest in table.digests]
+    return replace(tables[0], ids=[row_id for table in tables for row_id in table.ids], **joined)
+
+
 def read_aligned(paths: Sequence[str | Path]) -> list[ClassProbs]:
     """`align_tables` of files."""
     return align_tables([read_table(path) for path in paths], paths)

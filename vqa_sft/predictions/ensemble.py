@@ -187,7 +187,7 @@ def write_ensemble(
     if weights == "learned":
         found, notes = _learned_weights(files, learn_on, average, names)
     else:
-        found, notes = _given_weights(weights, names, average), []
+        found, notes = given_weights(weights, names, average), []
     ensemble = combine(files, names, found, average)
     ways = [file.metadata[ANSWERS] for file in files if file.metadata.get(ANSWERS)]
     if any(way != ways[0] for way in ways):
@@ -258,7 +258,7 @@ def _views(predictions: Predictions) -> str:
     return views + predictions.shown
 
 
-def _given_weights(text: str, names: Sequence[str], average: str) -> list[float]:
+def given_weights(text: str, names: Sequence[str], average: str) -> list[float]:
     if text == "mean":
         return [1 / len(names)] * len(names)
     of = average

@@ -98,7 +98,7 @@ def _labelled(rows: Rows, names: Sequence[str]) -> tuple[Rows, int]:
 
 def _check_candidates(prior: ClassProbs, votes: Votes, names: Sequence[str]) -> list[str]:
     """Raises InputError where the label was put among the candidates; a note where these are not the prior's own."""
-    prior = prior.take(rows_of(prior, votes.ids, votes.digest_of, names * 2))
+    prior = prior.take(rows_of(prior, votes.ids, votes.digest_of, [names[0], names[0]]))
     own = votes.candidates != NO_CLASS
     num_own = own.sum(axis=1)
     if num_own.max() > prior.num_kept:  # which are the likeliest is not known

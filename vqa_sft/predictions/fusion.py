@@ -20,6 +20,7 @@ from scipy.optimize import minimize
 
 from vqa_sft.data.class_probs import ClassProbs
 from vqa_sft.predictions.class_metrics import losses_of
+from vqa_sft.predictions.class_tables import join_tables
 from vqa_sft.predictions.fit_calibration import NUM_FOLDS, deal_rows, is_lower
 from vqa_sft.predictions.votes import NO_CLASS, Votes
 
@@ -192,9 +193,9 @@ def fuse(rows: Rows, fusion: Fusion) -> ClassProbs:
     with np.errstate(divide="ignore"):
         tail = np.logaddexp(prior.rest + scale + keep, even) + np.log(rows.num_rest)
     order = np.argsort(-log_probs, axis=1, kind="stable")
-    kinds = [np.take_along_axis(rows.classes, order, 1).astype(np.int32)]
-    kinds += [np.take_along_axis(log_probs, order, 1).astype(np.float32), tail.astype(np.float32)]
-    return ClassProbs(rows.ids, rows.names, *kinds, rows.labels.astype(np.int32))
+    indices = np.take_along_axis(rows.classes, order, 1).astype(np.int32)
+    log_probs = np.take_along_axis(log_probs, order, 1).astype(np.float32)
+    return ClassProbs(rows.ids, rows.names, indices, log_probs, tail.astype(np.float32), rows.labels.astype(np.int32))
 
 
 # --- fitting ----------------------------------------------------------------------------------------------------------
@@ -322,16 +323,10 @@ def select(rows: Rows) -> Selection:
         ways = fit_ways(rows.take(np.flatnonzero(fold_of != fold)))
         for way, fusion in ways.items():
             parts[way].append(fuse(rows.take(own), fusion))
-    tables = {way: _joined(found).take(np.argsort(order)) for way, found in parts.items()}
+    tables = {way: join_tables(found).take(np.argsort(order)) for way, found in parts.items()}
     losses = {way: losses_of(table) for way, table in tables.items()}
     best = min((PRIOR, MODEL), key=lambda way: losses[way].mean())
     if all(is_lower(losses[FUSED], losses[way], 1) for way in (PRIOR, MODEL)):
         best = FUSED
     ways = fit_ways(rows)
     return Selection(ways[best], ways, tables)
-
-
-def _joined(tables: Sequence[ClassProbs]) -> ClassProbs:
-    arrays = ("indices", "log_probs", "tail", "labels")
-    joined = {name: np.concatenate([getattr(table, name) for table in tables]) for name in arrays}
-    return replace(tables[0], ids=[row_id for table in tables for row_id in table.ids], **joined)
