@@ -312,7 +312,8 @@ def test_the_help_and_every_command_of_it_import_no_package_that_they_do_not_nee
 
 
 @pytest.mark.parametrize(
-    "command", ["score", "report", "calibrate", "ensemble", "submit", "diff", "uncertainty", "label-errors", "blind"]
+    "command",
+    ["score", "report", "calibrate", "ensemble", "submit", "diff", "uncertainty", "label-errors", "blind", "fuse"],
 )
 def test_help_says_what_a_command_does_with_an_example(command, run):
     code, out, _ = run(command, "--help")

@@ -27,7 +27,7 @@ def fuse(
     Writes the probabilities of all classes. How much each counts is fitted on rows with labels, in a 5-fold
     cross-validation; where fusing is no better than the classifier or the model alone, the better of these is used.
 
-    Example: vqa-sft fuse preds/test.parquet --prior cands/test.parquet --fit preds/oof.parquet --fit_prior
+    Example: vqa-sft fuse preds/test.parquet --prior cands/test.parquet --fit preds/oof.parquet --fit-prior
     cands/train.parquet --output fused.parquet
     """
     from vqa_sft.predictions.fuse import fuse_files

@@ -159,7 +159,7 @@ def submit(
         Option(
             metavar="CSV",
             help="sample submission: a column with the ids of FILE, and one for the answer or one for the probability "
-            "of each choice",
+            "of each choice, or class",
         ),
     ] = None,
     answer_format: Annotated[
@@ -173,16 +173,29 @@ def submit(
             help="the data that were predicted, for answers and columns that are texts of choices",
         ),
     ] = None,
+    classes: Annotated[
+        str | None,
+        Option(metavar="FILE", help="of class probabilities: the list of classes, where a template uses other names"),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a submission from a prediction file.
 
-    It has id and answer letter, or columns, rows and format of a template.
+    It has id and answer letter, or columns, rows and format of a template. Of class probabilities, it has one column a
+    class, matched by name, or the name of the most likely class.
 
     Example: vqa-sft submit both.parquet --output submission.csv --template sample_submission.csv
     """
+    from vqa_sft.predictions.class_submission import submit_classes
+    from vqa_sft.predictions.class_tables import are_class_tables
     from vqa_sft.predictions.submission import submit as write_submission
 
+    if are_class_tables([predictions], "submit"):
+        how = {"template": template, "answer_format": answer_format, "classes": classes, "overwrite": overwrite}
+        print(submit_classes(predictions, output, **how))
+        return
+    if classes is not None:
+        raise InputError("--classes is for class probabilities, which vqa-sft fuse writes.")
     submission = write_submission(
         predictions,
         output,

@@ -257,3 +257,11 @@ def with_answers(predictions: Predictions, answers: dict[str, int]) -> Predictio
     if beyond := [row_id for row_id, logits in pairs if answers[row_id] >= len(logits)]:
         raise InputError(f"the answer is none of the row's choices in {name_rows(beyond, len(predictions.ids))}.")
     return replace(predictions, answers=[answers[row_id] for row_id in predictions.ids])
+
+
+def take(file: Predictions, rows: Sequence[int]) -> Predictions:
+    """Some of the rows, in this order."""
+    names = ("ids", "choice_logits", "answers", "blanked", "agreement", "scale_logits", "digests", "changed")
+    names += ("candidates", "labels")
+    taken: dict[str, Any] = {name: [column[i] for i in rows] for name in names if (column := getattr(file, name))}
+    return replace(file, **taken)
