@@ -191,8 +191,15 @@ def submit(
     from vqa_sft.predictions.submission import submit as write_submission
 
     if are_class_tables([predictions], "submit"):
-        how = {"template": template, "answer_format": answer_format, "classes": classes, "overwrite": overwrite}
-        print(submit_classes(predictions, output, **how))
+        submission = submit_classes(
+            predictions,
+            output,
+            template=template,
+            answer_format=answer_format,
+            classes=classes,
+            overwrite=overwrite,
+        )
+        print(submission)
         return
     if classes is not None:
         raise InputError("--classes is for class probabilities, which vqa-sft fuse writes.")

@@ -19,7 +19,8 @@ from vqa_sft.predictions.class_metrics import with_intervals
 from vqa_sft.predictions.class_tables import digest_of, merge_labels, read_table, rows_of, with_classes
 from vqa_sft.predictions.file import Predictions, read_predictions, shared_rows
 from vqa_sft.predictions.fit_calibration import MIN_ROWS
-from vqa_sft.predictions.fusion import FUSED, MODEL, PRIOR, Rows, Selection, fuse, make_rows, select
+from vqa_sft.predictions.fit_fusion import Selection, select
+from vqa_sft.predictions.fusion import FUSED, MODEL, PRIOR, Rows, fuse, make_rows
 from vqa_sft.predictions.metrics import describe
 from vqa_sft.predictions.votes import NO_CLASS, Votes, average_votes, join_votes, votes_of
 
