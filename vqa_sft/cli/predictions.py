@@ -67,8 +67,17 @@ def report(
 
     Example: vqa-sft report before=runs/old after=runs/mine --output report.html
     """
+    from vqa_sft.predictions.class_tables import are_class_tables
+    from vqa_sft.predictions.score import split_name
     from vqa_sft.report.report_page import write_report
 
+    if are_class_tables([split_name(item)[1] for item in inputs], "report"):
+        from vqa_sft.report.report_classes import write_class_report
+
+        if data is not None:
+            raise InputError("--data: a page about class probabilities shows no rows. Leave it out.")
+        print(write_class_report(inputs, answers, output=output, **options.read()))
+        return
     print(write_report(inputs, answers, data, output=output, max_rows=rows, **options.read()))
 
 
