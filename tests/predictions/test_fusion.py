@@ -302,6 +302,18 @@ def test_noise_falls_back_to_the_prior_with_a_line(files):
     assert found.way == PRIOR and found.model == 0
 
 
+def test_what_may_not_stand_for_the_test_rows_is_said(files):
+    folder, given = files
+    assert "Beware" not in run_fuse(folder)
+    change_prior(folder, "fit_prior.parquet", metadata={})
+    other = {"run": "runs/other", "orders": "rotations"}
+    write_predictions(folder / "fit.parquet", predictions_of(given["fit"][1], **other))
+    write_predictions(folder / "test.parquet", predictions_of(given["test"][1], run="runs/mine"))
+    said = run_fuse(folder)
+    for part in ("out of fold", "scored by runs/other, the test rows by runs/mine", "orders rotations", "Beware"):
+        assert part in said
+
+
 def test_none_of_these_must_be_a_choice_of_all_rows_and_files(files):
     folder, given = files
     write_predictions(folder / "test.parquet", predictions_of(given["test"][1], none=True))
@@ -392,5 +404,10 @@ def test_the_command_takes_its_options_in_both_spellings(files, run):
     given = [part for pair in zip(["--prior", "--fit", "--fit_prior"], names[1:], strict=True) for part in pair]
     code, printed, _ = run("fuse", names[0], *given, "--output", folder / "o.parquet")
     assert code == 0 and "Wrote 60 rows" in printed
+    code, _, error = run("fuse", names[0], *given, "--output", folder / "other.parquet")
+    assert code == 0
+    write_class_probs(folder / "other.parquet", read_class_probs(names[1]))
+    code, _, error = run("fuse", names[0], *given, "--output", folder / "other.parquet")
+    assert code == 2 and "is no table of vqa-sft fuse" in error
     code, _, error = run("fuse", names[0], *given, "--output", names[1])
     assert code == 2 and "one of the files that are read" in error

@@ -8,19 +8,27 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from vqa_sft.console import table
-from vqa_sft.data.class_probs import UNKNOWN_LABEL, ClassProbs, is_class_probs, keep_likely, write_class_probs
+from vqa_sft.data.class_probs import UNKNOWN_LABEL, ClassProbs, keep_likely, write_class_probs
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import check_output
 from vqa_sft.predictions.class_metrics import METRICS, losses_of, with_intervals
 from vqa_sft.predictions.class_scores import NAMES
-from vqa_sft.predictions.class_tables import digest_of, join_tables, labelled, read_aligned, read_table
+from vqa_sft.predictions.class_tables import (
+    MADE_BY,
+    digest_of,
+    is_made_by,
+    join_tables,
+    labelled,
+    read_aligned,
+    read_table,
+)
 from vqa_sft.predictions.ensemble import given_weights
 from vqa_sft.predictions.file import shared_rows
 from vqa_sft.predictions.fit_calibration import HIGHEST, LOWEST, MIN_ROWS, NUM_FOLDS, deal_rows, is_lower
 from vqa_sft.predictions.metrics import describe
 from vqa_sft.predictions.pooling import learn_weights
 
-KIND = "file of class probabilities"
+KIND = "class probabilities that this command wrote"
 _BATCH = 10_000
 
 
@@ -70,7 +78,7 @@ def ensemble_classes(
         raise InputError(f"an ensemble is of two different files at least; got {', '.join(names)}.")
     if (weights == "learned") != bool(learn_on) or len(learn_on) not in (0, len(names)):
         raise InputError("--weights learned and --learn-on with a file for each, in their order, belong together.")
-    check_output(output, suffix=".parquet", reads=[*names, *learn_on], is_ours=is_class_probs, kind=KIND)
+    check_output(output, suffix=".parquet", reads=[*names, *learn_on], is_ours=is_made_by("ensemble"), kind=KIND)
     tables, notes = read_aligned(names), []
     if learn_on:
         held_out = _known(read_aligned(learn_on), learn_on[0])
@@ -85,7 +93,7 @@ def ensemble_classes(
         shares = given_weights(weights, names, average)
     made_of = ", ".join(f"{weight:.4f} {name}" for weight, name in zip(shares, names, strict=True))
     ensemble = mean_of(tables, shares)
-    ensemble.metadata = {"source": f"vqa-sft ensemble: {made_of}"}
+    ensemble.metadata = {"source": f"vqa-sft ensemble: {made_of}", MADE_BY: "ensemble"}
     write_class_probs(output, ensemble)
     lines = [f"{weight:7.4f}  {name}" for weight, name in zip(shares, names, strict=True)]
     return "\n".join([*notes, *lines, f"Wrote {len(ensemble):,} rows to {output}."])
@@ -137,7 +145,7 @@ def calibrate_classes(file: str, held_out: str | None, output: str | None) -> st
         raise InputError(
             f"{file} holds class probabilities: give --predictions FILE, those of rows with labels, and --output FILE."
         )
-    check_output(output, suffix=".parquet", reads=[file, held_out], is_ours=is_class_probs, kind=KIND)
+    check_output(output, suffix=".parquet", reads=[file, held_out], is_ours=is_made_by("calibrate"), kind=KIND)
     probs = read_table(file)
     [known] = _known([labelled(read_table(held_out), held_out)], held_out)
     _check_apart(known, probs, [held_out, file])
@@ -155,7 +163,7 @@ def calibrate_classes(file: str, held_out: str | None, output: str | None) -> st
     lines = [["", *NAMES.values()]]
     lines += [[name, *describe(with_intervals(one), METRICS)] for name, one in (("before", known), ("after", after))]
     calibrated = tempered(probs, temperature)
-    calibrated.metadata = {**probs.metadata, "temperature": temperature}
+    calibrated.metadata = {**probs.metadata, "temperature": temperature, MADE_BY: "calibrate"}
     write_class_probs(output, calibrated)
     return (
         f"{table(lines)}\nTemperature {temperature:.3f}{said}, from {len(known):,} rows of {held_out}; `after` is "

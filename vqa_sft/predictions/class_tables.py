@@ -3,8 +3,9 @@
 A table is a `ClassProbs`: the full probabilities of a classification, as `vqa-sft fuse` writes them, or a classifier's.
 """
 
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 
 from vqa_sft.data.answers import UNKNOWN
 from vqa_sft.data.cells import text_of
-from vqa_sft.data.class_probs import UNKNOWN_LABEL, ClassProbs, is_class_probs, read_class_probs
+from vqa_sft.data.class_probs import METADATA_KEY, UNKNOWN_LABEL, ClassProbs, is_class_probs, read_class_probs
 from vqa_sft.data.classes import NAME_COLUMNS, Classes, class_name
 from vqa_sft.data.columns import USUAL_NAMES, find_usual
 from vqa_sft.data.find_files import quote
@@ -23,6 +24,8 @@ from vqa_sft.data.image_folder import find_image_folder, open_image_folder
 from vqa_sft.data.sources import open_source
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.predictions.file import CANDIDATES, check_same_rows
+
+MADE_BY = "made_by"  # in the metadata, the command that wrote the file
 
 
 def are_class_tables(paths: Sequence[str | Path], command: str = "") -> bool:
@@ -39,11 +42,27 @@ def are_class_tables(paths: Sequence[str | Path], command: str = "") -> bool:
             "compared: give files of one kind. vqa-sft fuse makes the former of predictions of candidates."
         )
     if command and (among := [path for path in paths if _has_candidates(path)]):
-        raise InputError(
-            f"{among[0]} holds probabilities of a few candidates, not of all classes, and {command} takes the latter. "
-            "vqa-sft fuse makes them, with the classifier that chose the candidates."
-        )
+        raise not_of_all_classes(among[0], command)
     return all(are_tables) and bool(are_tables)
+
+
+def not_of_all_classes(name: str | Path, command: str) -> InputError:
+    """What to say where a command gets predictions of candidates."""
+    return InputError(
+        f"{name} holds probabilities of a few candidates, not of all classes, and {command} takes the latter. vqa-sft "
+        "fuse makes them, with the classifier that chose the candidates."
+    )
+
+
+def is_made_by(command: str) -> Callable[[Path], bool]:
+    """For `check_output`: whether a file holds class probabilities that this command wrote."""
+
+    def is_ours(path: Path) -> bool:
+        if not is_class_probs(path):
+            return False
+        return json.loads(pq.read_schema(path).metadata[METADATA_KEY]).get(MADE_BY) == command
+
+    return is_ours
 
 
 def _has_candidates(path: str | Path) -> bool:

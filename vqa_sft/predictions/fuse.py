@@ -11,13 +11,22 @@ from pathlib import Path
 import numpy as np
 
 from vqa_sft.console import table
-from vqa_sft.data.class_probs import UNKNOWN_LABEL, ClassProbs, is_class_probs, write_class_probs
+from vqa_sft.data.class_probs import UNKNOWN_LABEL, ClassProbs, write_class_probs
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import check_output
+from vqa_sft.predictions.calibration import views_key
 from vqa_sft.predictions.check_file import CALIBRATION
 from vqa_sft.predictions.class_metrics import with_intervals
-from vqa_sft.predictions.class_tables import digest_of, merge_labels, read_table, rows_of, with_classes
-from vqa_sft.predictions.file import Predictions, read_predictions, shared_rows
+from vqa_sft.predictions.class_tables import (
+    MADE_BY,
+    digest_of,
+    is_made_by,
+    merge_labels,
+    read_table,
+    rows_of,
+    with_classes,
+)
+from vqa_sft.predictions.file import Predictions, may_be_of_one_run, read_predictions, shared_rows
 from vqa_sft.predictions.fit_calibration import MIN_ROWS
 from vqa_sft.predictions.fit_fusion import Selection, select
 from vqa_sft.predictions.fusion import FUSED, MODEL, PRIOR, Rows, fuse, make_rows
@@ -31,11 +40,11 @@ def fuse_files(files: Sequence[str], *, prior: str, fit: Sequence[str], fit_prio
     """Write the fused table of `files`; the cross-fitted metrics of each way and the parameters, as text. Several files
     are averaged. Raises InputError before anything is written."""
     reads = [*files, prior, *fit, fit_prior]
-    check_output(output, suffix=".parquet", reads=reads, is_ours=is_class_probs, kind="file of class probabilities")
+    check_output(output, suffix=".parquet", reads=reads, is_ours=is_made_by("fuse"), kind="table of vqa-sft fuse")
     own = read_table(prior)
     of_fit = with_classes(read_table(fit_prior), own.names, [fit_prior, prior])
     test, held_out = ([read_predictions(name) for name in names] for names in (files, fit))
-    notes = _notes(test, held_out, of_fit, fit_prior)
+    notes = _notes(test, held_out, [*files, *fit]) + _note_prior(of_fit, fit_prior)
     votes = average_votes(
         [votes_of(one, own.names, [name, prior]) for one, name in zip(test, files, strict=True)], files
     )
@@ -59,23 +68,42 @@ def fuse_files(files: Sequence[str], *, prior: str, fit: Sequence[str], fit_prio
     fused = replace(fuse(rows, found.fusion), digests=[votes.digest_of.get(row_id) for row_id in votes.ids])
     fused.metadata = {
         "source": f"vqa-sft fuse: {', '.join(files)} and {prior}, by {', '.join(fit)} and {fit_prior}",
+        MADE_BY: "fuse",
         "fusion": {"way": found.fusion.way} | found.fusion.parameters,
     }
     write_class_probs(output, fused)
     return "\n".join([*notes, describe_selection(found), f"Wrote {len(fused):,} rows to {output}."])
 
 
-def _notes(test: Sequence[Predictions], held_out: Sequence[Predictions], of_fit: ClassProbs, name: str) -> list[str]:
+def _notes(test: Sequence[Predictions], held_out: Sequence[Predictions], names: Sequence[str]) -> list[str]:
+    """Where the rows to fit on may not stand for the test rows."""
     notes = []
-    if of_fit.metadata.get("out_of_fold") is not True:
-        notes.append(
-            f"Beware: {name} does not say that its probabilities are out of fold. Those of rows that the classifier "
-            "was trained on are too good, and the table would trust it too much."
-        )
+    if any(not any(may_be_of_one_run(one, other) for other in held_out) for one in test):
+        makers = [", ".join(dict.fromkeys(one.maker for one in files)) for files in (held_out, test)]
+        notes.append(f"Beware: the rows to fit on were scored by {makers[0]}, the test rows by {makers[1]}.")
+    ways = [{views_key(one.metadata) + one.shown for one in files} for files in (held_out, test)]
+    if ways[0] != ways[1]:
+        said = [" and ".join(sorted(way)) for way in ways]
+        notes.append(f"Beware: the rows to fit on were scored with {said[0]}, the test rows with {said[1]}.")
+    sizes = [{max(map(len, one.candidates)) for one in files if one.candidates} for files in (held_out, test)]
+    if sizes[0] != sizes[1]:
+        said = [", ".join(map(str, sorted(size))) for size in sizes]
+        notes.append(f"Beware: the rows to fit on have up to {said[0]} choices, the test rows {said[1]}.")
+    if shown := [f"{name} ({one.images})" for name, one in zip(names, [*test, *held_out], strict=True) if one.shown]:
+        notes.append(f"Beware: not scored with the rows' own images: {', '.join(shown)}.")
     calibrations = [one.metadata.get(CALIBRATION) for one in test]
     if len(held_out) != len(test) and any(one != calibrations[0] for one in calibrations):
         notes.append("Beware: the calibrations of the files differ; rows to fit on have that of the first.")
     return notes
+
+
+def _note_prior(prior: ClassProbs, name: str) -> list[str]:
+    if prior.metadata.get("out_of_fold") is True:
+        return []
+    return [
+        f"Beware: {name} does not say that its probabilities are out of fold. Those of rows that the classifier was "
+        "trained on are too good, and the table would trust it too much."
+    ]
 
 
 def _join(prior: ClassProbs, votes: Votes, names: Sequence[str]) -> Rows:

@@ -64,7 +64,8 @@ def votes_of(predictions: Predictions, classes: Sequence[str], names: Sequence[s
     candidates, probs = (np.take_along_axis(part, order, 1) for part in (candidates, probs))
     if empty := [predictions.ids[row] for row in np.flatnonzero((candidates == NO_CLASS).all(axis=1))]:
         raise InputError(f"{names[0]}: there are no candidates in {name_rows(empty, len(have_it))}.")
-    labels = np.array([UNKNOWN_LABEL if label is None else places[label] for label in predictions.labels])
+    known = predictions.labels or [None] * len(predictions.ids)
+    labels = np.array([UNKNOWN_LABEL if label is None else places[label] for label in known])
     return Votes(predictions.ids, predictions.digest_of, candidates, probs, none if have_it.all() else None, labels)
 
 
