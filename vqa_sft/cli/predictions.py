@@ -1,5 +1,6 @@
 """Commands on prediction files."""
 
+from functools import partial
 from typing import Annotated, Literal
 
 from typer import Argument, Option
@@ -199,29 +200,12 @@ def submit(
     from vqa_sft.predictions.class_tables import are_class_tables
     from vqa_sft.predictions.submission import submit as write_submission
 
-    if are_class_tables([predictions], "submit"):
-        submission = submit_classes(
-            predictions,
-            output,
-            template=template,
-            answer_format=answer_format,
-            classes=classes,
-            overwrite=overwrite,
-        )
-        print(submission)
-        return
-    if classes is not None:
-        raise InputError("--classes is for class probabilities, which vqa-sft fuse writes.")
-    submission = write_submission(
-        predictions,
-        output,
-        template=template,
-        answer_format=answer_format,
-        data=data,
-        overwrite=overwrite,
-        **options.read(),
-    )
-    print(submission)
+    are_classes = are_class_tables([predictions], "submit")
+    if (data if are_classes else classes) is not None:
+        raise InputError("--classes is for class probabilities, --data for predictions of choices.")
+    own = partial(write_submission, data=data, **options.read())
+    write = partial(submit_classes, classes=classes) if are_classes else own
+    print(write(predictions, output, template=template, answer_format=answer_format, overwrite=overwrite))
 
 
 @with_options(AnswerOptions)
