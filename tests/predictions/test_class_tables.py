@@ -163,6 +163,10 @@ def test_diff_names_the_classes_that_changed(files, run):
     a, b = (read_class_probs(files / f"{name}.parquet").indices[:, 0] for name in "ab")
     assert code == 0 and f"{(a != b).sum()} of 300 rows" in printed and "McNemar" in printed
     assert "difference" in printed and any(name in printed for name in NAMES)
+    changed = [f"r{row}" for row in np.flatnonzero(a != b)]
+    assert f"Changed: {', '.join(changed[:20])} ... and {len(changed) - 20} more: --all" in printed
+    assert f"Changed: {', '.join(changed)}" in run("diff", files / "a.parquet", files / "b.parquet", "--all")[1]
+    assert run("diff", files / "a.parquet", files / "b.parquet", "--data", "x.csv")[0] == 2
 
 
 def test_uncertainty_writes_a_line_for_every_row(files, run):

@@ -12,6 +12,12 @@ File = Annotated[str, Argument(metavar="FILE", help="prediction file")]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace a file with other columns")]
 
 
+def no_data(data: str | None) -> None:
+    """Raises InputError for --data with class probabilities."""
+    if data is not None:
+        raise InputError("--data is for predictions of choices: of class probabilities, no questions are shown.")
+
+
 @with_options(AnswerOptions)
 def score(
     predictions: Annotated[list[str], Argument(metavar="FILE", help="FILE.parquet or NAME=FILE.parquet")],
@@ -40,6 +46,7 @@ def score(
     from vqa_sft.predictions.score import score_table, split_name
 
     if are_class_tables([split_name(item)[1] for item in predictions]):
+        no_data(data)
         print(score_classes(predictions, answers, **options.read()))
         return
     print(score_table(predictions, answers, data, **options.read()))
@@ -75,8 +82,7 @@ def report(
     if are_class_tables([split_name(item)[1] for item in inputs], "report"):
         from vqa_sft.report.report_classes import write_class_report
 
-        if data is not None:
-            raise InputError("--data: a page about class probabilities shows no rows. Leave it out.")
+        no_data(data)
         print(write_class_report(inputs, answers, output=output, **options.read()))
         return
     print(write_report(inputs, answers, data, output=output, max_rows=rows, **options.read()))
@@ -201,8 +207,10 @@ def submit(
     from vqa_sft.predictions.submission import submit as write_submission
 
     are_classes = are_class_tables([predictions], "submit")
-    if (data if are_classes else classes) is not None:
-        raise InputError("--classes is for class probabilities, --data for predictions of choices.")
+    if are_classes:
+        no_data(data)
+    elif classes is not None:
+        raise InputError("--classes is for class probabilities, which vqa-sft fuse writes.")
     own = partial(write_submission, data=data, **options.read())
     write = partial(submit_classes, classes=classes) if are_classes else own
     print(write(predictions, output, template=template, answer_format=answer_format, overwrite=overwrite))
@@ -229,7 +237,8 @@ def diff(
     from vqa_sft.predictions.compare import describe
 
     if are_class_tables([before, after], "diff"):
-        print(diff_classes(before, after))
+        no_data(data)
+        print(diff_classes(before, after, show_all=all_rows))
         return
     print(describe(before, after, data=data, show_all=all_rows, **options.read()))
 

@@ -12,7 +12,7 @@ from vqa_sft.data.class_probs import UNKNOWN_LABEL, ClassProbs
 from vqa_sft.errors import InputError, printable
 from vqa_sft.predictions.class_metrics import METRICS, differences, with_intervals
 from vqa_sft.predictions.class_tables import labelled, read_aligned, read_table, with_labels
-from vqa_sft.predictions.compare import say_changes
+from vqa_sft.predictions.compare import name_changed, say_changes
 from vqa_sft.predictions.metrics import describe
 from vqa_sft.predictions.score import split_name
 from vqa_sft.predictions.submission import check_table, write_table
@@ -37,7 +37,7 @@ def score_classes(items: Sequence[str], answers: str | None = None, **options: A
     return "\n".join([*notes, table(lines)])
 
 
-def diff_classes(one: str, other: str) -> str:
+def diff_classes(one: str, other: str, *, show_all: bool = False) -> str:
     """How many rows have another class first, from what to what; where labels are known, how log loss and accuracy
     differ, with the intervals of paired resamples, and McNemar's test."""
     before, after = read_aligned([one, other])
@@ -57,6 +57,7 @@ def diff_classes(one: str, other: str) -> str:
         lines = [[*(printable(before.names[place], 40) for place in pair), f"{count:,}"] for pair, count in pairs]
         more = f"\n... and {len(lines) - SHOWN:,} other changes" if len(lines) > SHOWN else ""
         parts.append(table([["from", "to", "rows"], *lines[:SHOWN]], left=2) + more)
+        parts.append(name_changed({before.ids[row]: ("", "") for row in changed}, None, show_all))
     return "\n\n".join(parts)
 
 

@@ -156,7 +156,11 @@ def describe_selection(found: Selection) -> str:
     for way, one in found.tables.items():
         lines.append([way, f"{len(one):,}", *describe(values[way], METRICS)])
     used = found.fusion
-    said = ", ".join(f"{name} {value:.3g}" for name, value in used.parameters.items())
+    counts = {PRIOR: ("exponent", "smoothing"), MODEL: ("model", "sure", "shift", "none", "smoothing")}
+    shown = counts.get(used.way, tuple(used.parameters))
+    said = ", ".join(
+        f"{name} {value:.3g}" for name, value in used.parameters.items() if name in shown and (value or name != "none")
+    )
     parts = [
         table(lines),
         "Cross-fitted: each row by parameters from the other four folds of five.",
