@@ -376,9 +376,14 @@ def no_candidates(folder, given):
     write_predictions(folder / "test.parquet", replace(predictions_of(given["test"][1]), candidates=[], labels=[]))
 
 
+def class_probabilities(folder, given):
+    write_class_probs(folder / "test.parquet", given["test"][0])
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (class_probabilities, "test.parquet holds class probabilities. Give predictions of candidates"),
         (other_rows, "same ids and other questions, choices or images"),
         (other_classes, "lacks 'class 11'; .* lacks 'van'"),
         (missing_rows, r"test_prior.parquet lacks rows r1_50, .*\(10 of 60\)"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from vqa_sft.console import table
-from vqa_sft.data.class_probs import UNKNOWN_LABEL, ClassProbs, write_class_probs
+from vqa_sft.data.class_probs import UNKNOWN_LABEL, ClassProbs, is_class_probs, write_class_probs
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import check_output
 from vqa_sft.predictions.calibration import views_key
@@ -43,7 +43,7 @@ def fuse_files(files: Sequence[str], *, prior: str, fit: Sequence[str], fit_prio
     check_output(output, suffix=".parquet", reads=reads, is_ours=is_made_by("fuse"), kind="table of vqa-sft fuse")
     own = read_table(prior)
     of_fit = with_classes(read_table(fit_prior), own.names, [fit_prior, prior])
-    test, held_out = ([read_predictions(name) for name in names] for names in (files, fit))
+    test, held_out = ([_read_candidates(name) for name in names] for names in (files, fit))
     notes = _notes(test, held_out, [*files, *fit]) + _note_prior(of_fit, fit_prior)
     votes = average_votes(
         [votes_of(one, own.names, [name, prior]) for one, name in zip(test, files, strict=True)], files
@@ -73,6 +73,15 @@ def fuse_files(files: Sequence[str], *, prior: str, fit: Sequence[str], fit_prio
     }
     write_class_probs(output, fused)
     return "\n".join([*notes, describe_selection(found), f"Wrote {len(fused):,} rows to {output}."])
+
+
+def _read_candidates(name: str) -> Predictions:
+    if is_class_probs(name):
+        raise InputError(
+            f"{name} holds class probabilities. Give predictions of candidates, as recipes/predict.py writes them with "
+            "--candidates; class probabilities are for --prior and --fit-prior."
+        )
+    return read_predictions(name)
 
 
 def _notes(test: Sequence[Predictions], held_out: Sequence[Predictions], names: Sequence[str]) -> list[str]:
