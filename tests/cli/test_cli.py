@@ -300,7 +300,7 @@ def test_options_are_spelt_with_hyphens_or_underscores_and_take_several_values()
 def test_the_help_and_every_command_of_it_import_no_package_that_they_do_not_need(run):
     code, out, _ = run("--help")
     commands = [line.split()[0] for line in out.partition("Commands:\n")[2].splitlines()]
-    assert code == 0 and len(commands) == 19 and {"train", "uncertainty", "memory"} <= {*commands}
+    assert code == 0 and len(commands) == 20 and {"train", "uncertainty", "memory"} <= {*commands}
     check = "import sys; from vqa_sft.cli.main import main\ntry: main()\nexcept SystemExit: pass\n"
     check += "sys.exit(str([m for m in sys.modules if m.split('.')[0] in ('torch', 'numpy', 'datasets', 'rich')]))"
     for command in ("score", "check"):
@@ -324,6 +324,7 @@ def test_the_help_and_every_command_of_it_import_no_package_that_they_do_not_nee
         "label-errors",
         "blind",
         "candidates",
+        "fuse",
     ],
 )
 def test_help_says_what_a_command_does_with_an_example(command, run):

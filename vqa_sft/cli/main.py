@@ -49,7 +49,7 @@ def one_value_each(tokens: Sequence[str], names: Collection[str], several: Colle
 
 
 def build_app() -> typer.Typer:
-    from vqa_sft.cli import candidates, data, predictions, runs
+    from vqa_sft.cli import candidates, classes, data, predictions, runs
     from vqa_sft.cli.options import SOURCE_EPILOG
 
     app = typer.Typer(
@@ -66,6 +66,7 @@ def build_app() -> typer.Typer:
     add(app, [runs.memory, runs.blind], fields)
     add(app, [predictions.score, predictions.report, predictions.calibrate, predictions.ensemble])
     add(app, [predictions.submit, predictions.diff, predictions.uncertainty, predictions.label_errors])
+    add(app, [classes.fuse])
     add(app, [runs.soup, runs.export, runs.push])
     add(app, [runs.try_run], name="try")
 

@@ -1,13 +1,21 @@
 """Commands on prediction files."""
 
+from functools import partial
 from typing import Annotated, Literal
 
 from typer import Argument, Option
 
 from vqa_sft.cli.options import AnswerOptions, DataOptions, with_options
+from vqa_sft.errors import InputError
 
 File = Annotated[str, Argument(metavar="FILE", help="prediction file")]
 Overwrite = Annotated[bool, Option("--overwrite", help="replace a file with other columns")]
+
+
+def no_data(data: str | None) -> None:
+    """Raises InputError for --data with class probabilities."""
+    if data is not None:
+        raise InputError("--data is for predictions of choices: of class probabilities, no questions are shown.")
 
 
 @with_options(AnswerOptions)
@@ -33,8 +41,14 @@ def score(
 
     Example: vqa-sft score runs/a/validation.parquet mine=runs/b/validation.parquet
     """
-    from vqa_sft.predictions.score import score_table
+    from vqa_sft.predictions.class_scores import score_classes
+    from vqa_sft.predictions.class_tables import are_class_tables
+    from vqa_sft.predictions.score import score_table, split_name
 
+    if are_class_tables([split_name(item)[1] for item in predictions]):
+        no_data(data)
+        print(score_classes(predictions, answers, **options.read()))
+        return
     print(score_table(predictions, answers, data, **options.read()))
 
 
@@ -61,8 +75,16 @@ def report(
 
     Example: vqa-sft report before=runs/old after=runs/mine --output report.html
     """
+    from vqa_sft.predictions.class_tables import are_class_tables
+    from vqa_sft.predictions.score import split_name
     from vqa_sft.report.report_page import write_report
 
+    if are_class_tables([split_name(item)[1] for item in inputs], "report"):
+        from vqa_sft.report.report_classes import write_class_report
+
+        no_data(data)
+        print(write_class_report(inputs, answers, output=output, **options.read()))
+        return
     print(write_report(inputs, answers, data, output=output, max_rows=rows, **options.read()))
 
 
@@ -76,17 +98,28 @@ def calibrate(
             "validation.parquet",
         ),
     ] = None,
+    output: Annotated[
+        str | None, Option(metavar="OUT", help="where RUN is a file of class probabilities: the file to write")
+    ] = None,
 ) -> None:
     """Fit a run's temperature on rows that it was not trained on.
 
     A bias of the letters is fitted too where it lowers the NLL of other rows, and of images at several scales the
     weight of each. All of it is written to calibration.json in RUN; later predictions with the same orders and scales
-    use it. Prints NLL, Brier score and ECE before and after.
+    use it. Prints NLL, Brier score and ECE before and after. Of class probabilities, which vqa-sft fuse writes, the
+    temperature of --predictions goes to --output.
 
     Example: vqa-sft calibrate runs/mine
     """
     from vqa_sft.predictions.calibration import calibrate_run
+    from vqa_sft.predictions.class_ensemble import calibrate_classes
+    from vqa_sft.predictions.class_tables import are_class_tables
 
+    if are_class_tables([run_folder]):
+        print(calibrate_classes(run_folder, predictions, output))
+        return
+    if output is not None:
+        raise InputError("--output is for class probabilities; the calibration of a run is written into its folder.")
     print(calibrate_run(run_folder, predictions))
 
 
@@ -121,9 +154,12 @@ def ensemble(
     Example: vqa-sft ensemble a/test.parquet b/test.parquet --output both.parquet --weights learned --learn-on
     a/out_of_fold.parquet b/out_of_fold.parquet
     """
+    from vqa_sft.predictions.class_ensemble import ensemble_classes
+    from vqa_sft.predictions.class_tables import are_class_tables
     from vqa_sft.predictions.ensemble import write_ensemble
 
-    ensemble = write_ensemble(
+    write = ensemble_classes if are_class_tables([*predictions, *(learn_on or [])], "ensemble") else write_ensemble
+    ensemble = write(
         predictions, output, average=average, weights=weights, learn_on=learn_on or [], save_weights=save_weights
     )
     print(ensemble)
@@ -139,7 +175,7 @@ def submit(
         Option(
             metavar="CSV",
             help="sample submission: a column with the ids of FILE, and one for the answer or one for the probability "
-            "of each choice",
+            "of each choice, or class",
         ),
     ] = None,
     answer_format: Annotated[
@@ -153,26 +189,31 @@ def submit(
             help="the data that were predicted, for answers and columns that are texts of choices",
         ),
     ] = None,
+    classes: Annotated[
+        str | None,
+        Option(metavar="FILE", help="of class probabilities: the list of classes, where a template uses other names"),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a submission from a prediction file.
 
-    It has id and answer letter, or columns, rows and format of a template.
+    It has id and answer letter, or columns, rows and format of a template. Of class probabilities, it has one column a
+    class, matched by name, or the name of the most likely class.
 
     Example: vqa-sft submit both.parquet --output submission.csv --template sample_submission.csv
     """
+    from vqa_sft.predictions.class_submission import submit_classes
+    from vqa_sft.predictions.class_tables import are_class_tables
     from vqa_sft.predictions.submission import submit as write_submission
 
-    submission = write_submission(
-        predictions,
-        output,
-        template=template,
-        answer_format=answer_format,
-        data=data,
-        overwrite=overwrite,
-        **options.read(),
-    )
-    print(submission)
+    are_classes = are_class_tables([predictions], "submit")
+    if are_classes:
+        no_data(data)
+    elif classes is not None:
+        raise InputError("--classes is for class probabilities, which vqa-sft fuse writes.")
+    own = partial(write_submission, data=data, **options.read())
+    write = partial(submit_classes, classes=classes) if are_classes else own
+    print(write(predictions, output, template=template, answer_format=answer_format, overwrite=overwrite))
 
 
 @with_options(AnswerOptions)
@@ -191,8 +232,14 @@ def diff(
 
     Example: vqa-sft diff old.csv new.csv --data test.csv
     """
+    from vqa_sft.predictions.class_scores import diff_classes
+    from vqa_sft.predictions.class_tables import are_class_tables
     from vqa_sft.predictions.compare import describe
 
+    if are_class_tables([before, after], "diff"):
+        no_data(data)
+        print(diff_classes(before, after, show_all=all_rows))
+        return
     print(describe(before, after, data=data, show_all=all_rows, **options.read()))
 
 
@@ -239,6 +286,12 @@ def uncertainty(
     Example: vqa-sft uncertainty test.parquet --coverage 0.9 --calibrate-on runs/mine/validation.parquet --output
     uncertainty.csv
     """
+    from vqa_sft.predictions.class_scores import describe_uncertainty
+    from vqa_sft.predictions.class_tables import are_class_tables
     from vqa_sft.predictions.uncertainty import describe
 
+    if are_class_tables([predictions], "uncertainty"):
+        with_sets = coverage is not None or calibrate_on is not None
+        print(describe_uncertainty(predictions, with_sets=with_sets, output=output, overwrite=overwrite))
+        return
     print(describe(predictions, coverage=coverage, calibrate_on=calibrate_on, output=output, overwrite=overwrite))

@@ -17,7 +17,7 @@ from vqa_sft.data.split import ROWS
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.files import write_whole
 from vqa_sft.predictions.check_file import check_calibration
-from vqa_sft.predictions.file import Predictions, is_fold, read_predictions, shared_rows
+from vqa_sft.predictions.file import Predictions, is_fold, read_predictions, shared_rows, take
 from vqa_sft.predictions.fit_calibration import (
     MIN_ROWS,
     Calibration,
@@ -129,6 +129,9 @@ def calibrate_run(folder: str | Path, file: str | Path | None = None, *, at_the_
     _check_folder(folder)
     file = default_file(folder) if file is None else Path(file)
     predictions = read_predictions(file)
+    if predictions.candidates:  # where the label is none of them, no choice was right
+        answered = [row for row, answer in enumerate(predictions.answers) if answer is not None]
+        predictions = take(predictions, answered)
     _check_rows(folder, file, predictions)
     entries, key = _read_entries(folder), views_key(predictions.metadata)
     answers = [answer for answer in predictions.answers if answer is not None]

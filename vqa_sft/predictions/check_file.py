@@ -9,6 +9,7 @@ import numpy as np
 
 from vqa_sft.batch.control import KINDS
 from vqa_sft.data.answers import FORMATS
+from vqa_sft.data.class_probs import NONE_OF_THESE
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.questions.letters import LETTERS
 
@@ -24,6 +25,7 @@ def check_content(path: str | Path, predictions: "Predictions") -> None:
         fault := _fault_of_rows(predictions)
         or _fault_of_metadata(predictions.metadata)
         or _fault_of_scales(predictions)
+        or _fault_of_candidates(predictions)
     ):
         raise InputError(f"{path} is damaged: {fault}.")
     scales, calibration = predictions.metadata.get("scales") or [], predictions.metadata.get(CALIBRATION)
@@ -74,6 +76,25 @@ def _fault_of_scales(predictions: "Predictions") -> str:
     pairs = zip(predictions.choice_logits, predictions.scale_logits, strict=True)
     are_like = all(_are_like(of_scales, num_scales, len(logits)) for logits, of_scales in pairs)
     return "" if are_like and num_scales > 1 else f"scale_logits are not those of {num_scales} scales"
+
+
+def _fault_of_candidates(predictions: "Predictions") -> str:
+    if not (rows := predictions.candidates):
+        return ""
+    names = predictions.metadata.get("classes")
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return "`classes` in its metadata are no names, which candidates stand for"
+    labels = predictions.labels or [None] * len(rows)
+    known = zip(predictions.ids, rows, predictions.choice_logits, labels, predictions.answers, strict=True)
+    bad = [
+        row_id
+        for row_id, row, logits, label, answer in known
+        if row is None or None in row or len({*row}) < len(row) or len(row) != len(logits)
+        or not all(NONE_OF_THESE <= place < len(names) for place in row)
+        or not (label is None or 0 <= label < len(names))
+        or not (None in (answer, label) or row[answer] in (label, NONE_OF_THESE))
+    ]  # fmt: skip
+    return f"candidates or labels of {name_rows(bad, len(rows))} are none of its classes" if bad else ""
 
 
 def _says_how_to_write(known: Any) -> bool:

@@ -140,7 +140,7 @@ def describe(
     if before.predictions and after.predictions:
         parts.append(_compare(before.predictions, after.predictions, (before.name, after.name)))
     if changed:
-        parts += [_transitions(list(changed.values())), _name_changed(changed, rows, show_all)]
+        parts += [_transitions(list(changed.values())), name_changed(changed, rows, show_all)]
     return "\n\n".join(parts)
 
 
@@ -186,7 +186,7 @@ def _transitions(pairs: Sequence[tuple[str, str]]) -> str:
     return table([["from", "to", "rows"], *lines]) + more
 
 
-def _name_changed(changed: dict[str, tuple[str, str]], rows: Rows | None, show_all: bool) -> str:
+def name_changed(changed: dict[str, tuple[str, str]], rows: Rows | None, show_all: bool) -> str:
     ids = [*changed][: None if show_all else SHOWN]
     more = f"... and {len(changed) - len(ids):,} more: --all" if len(ids) < len(changed) else ""
     if rows is None:

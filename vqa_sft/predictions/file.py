@@ -15,6 +15,9 @@ A prediction file is Parquet, in the row order of the data:
                    in the metadata, its own log-probabilities. `choice_logits` weight the scales equally
     changed        only where images were blank, swapped or blurred (batch/control.py): whether those of this row were;
                    it may have none
+    candidates     only of a classification: the class of each choice, as an index of `classes` in the metadata;
+                   class_probs.NONE_OF_THESE for that choice. `answer` is the place of the label among them
+    label          only of a classification: the class of the row; null where unknown
 
 Its metadata say what made it; "images", which of these it was. "answers" says how the data of the run write their
 answers (`answers_as`), for the submission. "calibration" holds the run's temperature for these views, and perhaps a
@@ -52,6 +55,7 @@ SCHEMA = pa.schema(
 LATER = ("agreement", "digest")  # columns that files of earlier versions lack
 SCALE_LOGITS = pa.field("scale_logits", pa.list_(pa.list_(pa.float32())))
 CHANGED = pa.field("changed", pa.bool_())
+CANDIDATES, LABEL = pa.field("candidates", pa.list_(pa.int32())), pa.field("label", pa.int32())
 METADATA_KEY = b"vqa_sft"
 
 
@@ -68,6 +72,8 @@ class Predictions:
     scale_logits: list[list[list[float]]] = field(default_factory=list)  # of S scales; empty: one scale, or unknown
     digests: list[str | None] = field(default_factory=list)  # empty: unknown
     changed: list[bool] = field(default_factory=list)  # empty: no row was shown other images
+    candidates: list[list[int]] = field(default_factory=list)  # empty: no classification
+    labels: list[int | None] = field(default_factory=list)  # empty: no classification
 
     @property
     def images(self) -> str:
@@ -206,6 +212,9 @@ def write_predictions(path: str | Path, predictions: Predictions) -> None:
         table = table.append_column(SCALE_LOGITS, pa.array(predictions.scale_logits, SCALE_LOGITS.type))
     if predictions.changed:
         table = table.append_column(CHANGED, pa.array(predictions.changed, CHANGED.type))
+    if predictions.candidates:
+        table = table.append_column(CANDIDATES, pa.array(predictions.candidates, CANDIDATES.type))
+        table = table.append_column(LABEL, pa.array(predictions.labels or [None] * num_rows, LABEL.type))
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(predictions.metadata, ensure_ascii=False)})
     with whole(path) as unfinished:
         pq.write_table(table, unfinished)
@@ -224,13 +233,17 @@ def read_predictions(path: str | Path) -> Predictions:
         has_scales = SCALE_LOGITS.name in table.schema.names
         scale_logits = table[SCALE_LOGITS.name].cast(SCALE_LOGITS.type).to_pylist() if has_scales else []
         changed = table[CHANGED.name].cast(CHANGED.type).to_pylist() if CHANGED.name in table.schema.names else []
+        candidates, labels = (
+            table[own.name].cast(own.type).to_pylist() if own.name in table.schema.names else []
+            for own in (CANDIDATES, LABEL)
+        )
         metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
     # OSError: pages that are damaged; RecursionError: lists in lists without an end
     except (pa.ArrowException, KeyError, ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).") from error
     ids, choice_logits, answers, blanked, *later = columns
     agreement, digests = ([] if all(value is None for value in column) else column for column in later)
-    rest = (metadata, blanked, agreement, scale_logits, digests, changed)
+    rest = (metadata, blanked, agreement, scale_logits, digests, changed, candidates, labels)
     predictions = Predictions(ids, choice_logits, answers, *rest)
     check_content(path, predictions)
     return predictions
@@ -244,3 +257,11 @@ def with_answers(predictions: Predictions, answers: dict[str, int]) -> Predictio
     if beyond := [row_id for row_id, logits in pairs if answers[row_id] >= len(logits)]:
         raise InputError(f"the answer is none of the row's choices in {name_rows(beyond, len(predictions.ids))}.")
     return replace(predictions, answers=[answers[row_id] for row_id in predictions.ids])
+
+
+def take(file: Predictions, rows: Sequence[int]) -> Predictions:
+    """Some of the rows, in this order."""
+    names = ("ids", "choice_logits", "answers", "blanked", "agreement", "scale_logits", "digests", "changed")
+    names += ("candidates", "labels")
+    taken: dict[str, Any] = {name: [column[i] for i in rows] for name in names if (column := getattr(file, name))}
+    return replace(file, **taken)

@@ -34,6 +34,11 @@ def score_table(files: Sequence[str], answers_file: str | None = None, data: str
         name, predictions = read_named(item)
         if answers_file is not None:
             predictions = with_answers(predictions, read_answers(answers_file, predictions, name, data, **options))
+        if None in predictions.answers and predictions.candidates:
+            raise InputError(
+                f"{name} holds rows whose label is unknown, or none of their candidates. vqa-sft fuse makes "
+                "probabilities of all classes, which can be scored."
+            )
         if None in predictions.answers:
             raise InputError(f"{name} holds rows without an answer. Give --answers FILE.csv.")
         lines += score_lines(name + predictions.shown, predictions)

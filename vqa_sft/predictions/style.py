@@ -69,7 +69,7 @@ class Style:
         Raises InputError where the template does not fit the rows, or can be read in two ways.
         """
         columns, rows = read_table(path)
-        id_name = _find_id_column(path, columns, rows, ids)
+        id_name = find_id_column(path, columns, rows, ids)
         answers = tuple(name for name in columns if name != id_name)
         how: dict[str, Any] = {"header": tuple(columns), "ids": tuple(row[id_name] for row in rows)}
         most = max(num_choices)
@@ -117,7 +117,7 @@ def _find_probabilities(
     ordered = order_columns(path, names, choices, most)
     if ordered is None and len(names) != most:
         raise _wrong_number(path, names, most, id_name)
-    _check_numbers(path, names, rows)
+    check_numbers(path, names, rows)
     if ordered is None:
         raise _unnamed(path, names, choices)
     return ordered
@@ -153,7 +153,7 @@ def _is_letter(cell: str) -> bool:
     return read_answer(cell, LETTERS, "letter") is not None
 
 
-def _check_numbers(path: str | Path, names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
+def check_numbers(path: str | Path, names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> None:
     """Raises InputError where a column that would get probabilities holds something else."""
     for name in names:
         if texts := [row[name] for row in rows if row[name].casefold() not in UNKNOWN and not _is_number(row[name])]:
@@ -170,7 +170,7 @@ def _is_number(cell: str) -> bool:
         return False
 
 
-def _find_id_column(
+def find_id_column(
     path: str | Path, columns: Sequence[str], rows: Sequence[Mapping[str, str]], ids: Sequence[str]
 ) -> str:
     """The column that holds exactly the ids; else an InputError that says what the nearest lacks."""

@@ -117,9 +117,13 @@ def write_table(path: str | Path, header: Sequence[str], rows: Iterable[Sequence
     """Write a CSV, whole or not at all, that every reader cuts into these rows: a cell is quoted if it holds anything
     that some reader drops or takes for the end of a line. Python's csv leaves a lone carriage return unquoted, which is
     a new row for pandas."""
+    write_lines(path, (",".join(map(quoted, row)) for row in itertools.chain([header], rows)))
+
+
+def write_lines(path: str | Path, lines: Iterable[str]) -> None:
     with whole(path) as unfinished, unfinished.open("w", newline="", encoding="utf-8") as file:
-        for row in itertools.chain([header], rows):
-            file.write(",".join(map(_quoted, row)) + "\n")
+        for line in lines:
+            file.write(line + "\n")
 
 
 def check_table(
@@ -134,10 +138,10 @@ def check_table(
     if found != list(header):
         raise InputError(
             f"{path} exists and has other columns ({printable(', '.join(found))}) than what would be written "
-            f"({', '.join(header)}). Name another --output, or give --overwrite."
+            f"({printable(', '.join(header), 200)}). Name another --output, or give --overwrite."
         )
 
 
-def _quoted(cell: str) -> str:
+def quoted(cell: str) -> str:
     is_plain = len(cell.splitlines()) == 1 and cell == cell.strip() and not set(cell) & set(',"\r\n\0\ufeff')
     return cell if is_plain or cell == "" else '"' + cell.replace('"', '""') + '"'

@@ -20,6 +20,7 @@ from vqa_sft.errors import InputError, name_rows
 from vqa_sft.predictions.blind import BLIND
 from vqa_sft.predictions.calibration import OUT_OF_FOLD, RUN, VALIDATION, default_file
 from vqa_sft.predictions.check_file import ANSWERS
+from vqa_sft.predictions.class_tables import not_of_all_classes
 from vqa_sft.predictions.ensemble import align
 from vqa_sft.predictions.file import Predictions, read_predictions, with_answers
 from vqa_sft.predictions.matched import read_answers, read_rows_of, without_columns
@@ -146,6 +147,8 @@ def _read_input(item: str) -> Input:
     name, path = split_name(item)
     file = default_file(Path(path), "Name a prediction file.") if Path(path).is_dir() else Path(path)
     predictions = read_predictions(file)
+    if predictions.candidates:
+        raise not_of_all_classes(file, "report")
     is_own = file.name in (VALIDATION, OUT_OF_FOLD) and file.parent.is_dir()
     return Input(name, predictions, file.parent if is_own and runs_in(file.parent) else None)
 

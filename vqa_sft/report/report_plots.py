@@ -31,13 +31,13 @@ def make_plots(inputs: Inputs) -> Iterator[tuple[str, Markup]]:
         if len(rows):
             confidence, right = one.confidence[rows], one.best[rows] == answers[rows]
             said = f"accuracy {right.mean():.3f}, mean confidence {confidence.mean():.3f}"
-            yield f"{start}Reliability: {said}", _reliability(confidence, right)
+            yield f"{start}Reliability: {said}", reliability(confidence, right)
             wrong = confidence[~right]
             sure = f"{int((wrong > 0.9).sum()):,} of {len(wrong):,} errors are more than 90% sure"
             sure = sure if len(wrong) else "no errors"
-            yield f"{start}Confidence: {sure}", _confidences(confidence, right)
+            yield f"{start}Confidence: {sure}", confidences(confidence, right)
         else:
-            yield f"{start}Confidence: mean {one.confidence.mean():.3f}", _confidences(one.confidence, None)
+            yield f"{start}Confidence: mean {one.confidence.mean():.3f}", confidences(one.confidence, None)
     for one in inputs.inputs:
         if one.folder is not None:
             yield from _curves(f"{one.name}: " if len(inputs.inputs) > 1 else "Training: ", one.folder)
@@ -48,7 +48,7 @@ def bins_of(confidence: np.ndarray) -> np.ndarray:
     return np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
 
 
-def _reliability(confidence: np.ndarray, right: np.ndarray) -> Markup:
+def reliability(confidence: np.ndarray, right: np.ndarray) -> Markup:
     """Accuracy by confidence, with the 95% interval of each bin that has rows."""
     bins = bins_of(confidence)
     known = [number for number in range(NUM_BINS) if (bins == number).any()]
@@ -67,7 +67,7 @@ def _reliability(confidence: np.ndarray, right: np.ndarray) -> Markup:
     return draw(paint, *SIZE)
 
 
-def _confidences(confidence: np.ndarray, right: np.ndarray | None) -> Markup:
+def confidences(confidence: np.ndarray, right: np.ndarray | None) -> Markup:
     """How many rows have which confidence; of those with answers, the wrong ones too."""
     edges = np.linspace(0, 1, NUM_BINS + 1)
 
