@@ -12,6 +12,7 @@ import numpy as np
 
 from vqa_sft.console import table
 from vqa_sft.data.class_probs import UNKNOWN_LABEL, ClassProbs, is_class_probs, write_class_probs
+from vqa_sft.data.read_class_probs_table import read_any_class_probs
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import check_output
 from vqa_sft.predictions.calibration import views_key
@@ -22,7 +23,6 @@ from vqa_sft.predictions.class_tables import (
     digest_of,
     is_made_by,
     merge_labels,
-    read_table,
     rows_of,
     with_classes,
 )
@@ -41,8 +41,8 @@ def fuse_files(files: Sequence[str], *, prior: str, fit: Sequence[str], fit_prio
     are averaged. Raises InputError before anything is written."""
     reads = [*files, prior, *fit, fit_prior]
     check_output(output, suffix=".parquet", reads=reads, is_ours=is_made_by("fuse"), kind="table of vqa-sft fuse")
-    own = read_table(prior)
-    of_fit = with_classes(read_table(fit_prior), own.names, [fit_prior, prior])
+    own = read_any_class_probs(prior, None)
+    of_fit = with_classes(read_any_class_probs(fit_prior, None), own.names, [fit_prior, prior])
     test, held_out = ([_read_candidates(name) for name in names] for names in (files, fit))
     notes = _notes(test, held_out, [*files, *fit]) + _note_prior(of_fit, fit_prior)
     votes = average_votes(
