@@ -15,8 +15,12 @@ A prediction file is Parquet, in the row order of the data:
                    in the metadata, its own log-probabilities. `choice_logits` weight the scales equally
     changed        only where images were blank, swapped or blurred (batch/control.py): whether those of this row were;
                    it may have none
+    candidates     only of a classification: the class of each choice, -1 for the one that says none of these
+    label          only of a classification: the class of the row; null where unknown. The answer is its place among
+                   the candidates, or that of -1 where it is not among them; null where it has none
 
-Its metadata say what made it; "images", which of these it was. "answers" says how the data of the run write their
+Its metadata say what made it; "classes" are the names of all classes, which the two columns number, and "candidates"
+says where these are from. "images", which of these it was. "answers" says how the data of the run write their
 answers (`answers_as`), for the submission. "calibration" holds the run's temperature for these views, and perhaps a
 bias and weights of the scales: `Predictions.probs` applies them.
 """
@@ -25,7 +29,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,9 +39,12 @@ from vqa_sft.batch.control import ORIGINAL
 from vqa_sft.data.columns import Columns
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import whole
-from vqa_sft.predictions.check_file import CALIBRATION, IMAGES, check_content, scale_names
+from vqa_sft.predictions.check_file import CALIBRATION, CLASSES, IMAGES, check_content, scale_names
 from vqa_sft.predictions.metrics import softmax
 from vqa_sft.predictions.pooling import experts_of_scales, log_rows, pool
+
+if TYPE_CHECKING:  # it loads datasets
+    from vqa_sft.data.examples import Loaded
 
 SCHEMA = pa.schema(
     [
@@ -52,6 +59,8 @@ SCHEMA = pa.schema(
 LATER = ("agreement", "digest")  # columns that files of earlier versions lack
 SCALE_LOGITS = pa.field("scale_logits", pa.list_(pa.list_(pa.float32())))
 CHANGED = pa.field("changed", pa.bool_())
+CANDIDATES = pa.field("candidates", pa.list_(pa.int32()))
+LABEL = pa.field("label", pa.int32())
 METADATA_KEY = b"vqa_sft"
 
 
@@ -68,6 +77,8 @@ class Predictions:
     scale_logits: list[list[list[float]]] = field(default_factory=list)  # of S scales; empty: one scale, or unknown
     digests: list[str | None] = field(default_factory=list)  # empty: unknown
     changed: list[bool] = field(default_factory=list)  # empty: no row was shown other images
+    candidates: list[list[int]] = field(default_factory=list)  # of a classification: the class of each choice
+    labels: list[int | None] = field(default_factory=list)  # the class of each row; empty as well for other tasks
 
     @property
     def images(self) -> str:
@@ -170,6 +181,11 @@ def answers_as(columns: Columns) -> dict[str, Any]:
     }
 
 
+def classes_as(loaded: "Loaded") -> dict[str, Any]:
+    """What the metadata say of a classification: all classes, and what its candidates were made by."""
+    return {CLASSES: [*loaded.classes.names], "candidates": loaded.candidates} if loaded.classes else {}
+
+
 def may_be_of_one_run(one: Predictions, other: Predictions) -> bool:
     """False where the metadata differ in prompts, base model or run. A fold and the folder of all folds are one run; a
     folder that was moved is known by its name."""
@@ -206,6 +222,9 @@ def write_predictions(path: str | Path, predictions: Predictions) -> None:
         table = table.append_column(SCALE_LOGITS, pa.array(predictions.scale_logits, SCALE_LOGITS.type))
     if predictions.changed:
         table = table.append_column(CHANGED, pa.array(predictions.changed, CHANGED.type))
+    if predictions.candidates:
+        table = table.append_column(CANDIDATES, pa.array(predictions.candidates, CANDIDATES.type))
+        table = table.append_column(LABEL, pa.array(predictions.labels or [None] * num_rows, LABEL.type))
     table = table.replace_schema_metadata({METADATA_KEY: json.dumps(predictions.metadata, ensure_ascii=False)})
     with whole(path) as unfinished:
         pq.write_table(table, unfinished)
@@ -221,16 +240,17 @@ def read_predictions(path: str | Path) -> Predictions:
             if name not in table.schema.names:
                 table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
         columns = [table.select(SCHEMA.names).cast(SCHEMA)[name].to_pylist() for name in SCHEMA.names]
-        has_scales = SCALE_LOGITS.name in table.schema.names
-        scale_logits = table[SCALE_LOGITS.name].cast(SCALE_LOGITS.type).to_pylist() if has_scales else []
-        changed = table[CHANGED.name].cast(CHANGED.type).to_pylist() if CHANGED.name in table.schema.names else []
+        scale_logits, changed, candidates, labels = (
+            table[kind.name].cast(kind.type).to_pylist() if kind.name in table.schema.names else []
+            for kind in (SCALE_LOGITS, CHANGED, CANDIDATES, LABEL)
+        )
         metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
     # OSError: pages that are damaged; RecursionError: lists in lists without an end
     except (pa.ArrowException, KeyError, ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).") from error
     ids, choice_logits, answers, blanked, *later = columns
     agreement, digests = ([] if all(value is None for value in column) else column for column in later)
-    rest = (metadata, blanked, agreement, scale_logits, digests, changed)
+    rest = (metadata, blanked, agreement, scale_logits, digests, changed, candidates, labels)
     predictions = Predictions(ids, choice_logits, answers, *rest)
     check_content(path, predictions)
     return predictions
