@@ -241,7 +241,7 @@ def read_run(folder: str | Path) -> Run:
         of_training = {"columns": columns, "precision": content.get("precision"), "content": content}
         if known := content.get("classes"):  # runs of earlier versions have none
             others = tuple(tuple(of_class) for of_class in known["other_names"])
-            of_training["classes"] = Classes(tuple(known["names"]), str(path), other_names=others)
+            of_training["classes"] = Classes(tuple(known["names"]), "the run", other_names=others)
         return Run(str(folder), content["recipe"], prompts, content["num_letters"], **of_training)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Train the run again.") from error
