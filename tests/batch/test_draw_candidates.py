@@ -1,11 +1,16 @@
 """Candidates that are drawn anew in every epoch."""
 
+import re
 from collections import Counter
 
 import pytest
+from torch.utils.data import DataLoader
 
-from vqa_sft.batch.collator import free_choices
+from vqa_sft.batch.collator import Augmentation, TrainCollator, free_choices
 from vqa_sft.batch.draw_candidates import draw_candidates, show_longest
+from vqa_sft.batch.prompts import Prompts
+from vqa_sft.models.load import load_processor
+from vqa_sft.tiny import TINY_PATH
 
 NAMES = [f"class {number}" for number in range(20)]
 
@@ -76,3 +81,40 @@ def test_the_longest_row_has_the_longest_names_of_the_pool():
     names = ["x" * (number % 7) for number in range(20)]
     row = row_of(0, none=True)
     assert show_longest(row, names)["choices"] == ["x" * 6, "x" * 5, "x" * 4, "x" * 3, "None of these"]
+
+
+WORDS = [*"abcdefghijklmnopqrst"]
+
+
+def shown(processor, batch):
+    """(name under the right letter, names under all letters) of every row of a batch, as the prompts say."""
+    for ids, answer, count in zip(batch["input_ids"], batch["answers"].tolist(), batch["num_choices"], strict=True):
+        lines = re.findall(r"^([A-Z])\. (.+)$", processor.tokenizer.decode(ids, skip_special_tokens=True), flags=re.M)
+        assert [letter for letter, _ in lines] == [*"ABCDE"[: int(count)]]
+        names = [name for _, name in lines]
+        yield names[answer], names
+
+
+@pytest.mark.parametrize("none", [False, True])
+def test_a_batch_shows_the_drawn_candidates_in_a_drawn_order_with_the_right_letter(none):
+    processor, rows = load_processor(str(TINY_PATH)), []
+    for number in range(12):
+        row = row_of(number % 7, none=none, row_id=f"r{number}") | {"images": [], "context": ""}
+        rows.append(row | {"choices": [WORDS[of] if of >= 0 else "None of these" for of in row["candidates"]]})
+    collate = TrainCollator(processor, Prompts(), 4 + none, seed=5, classes=WORDS)
+    seen = []
+    for epoch in range(3):
+        collate.epoch.fill_(epoch)
+        seen.append([*shown(processor, collate(rows))])
+        for row, (right, names) in zip(rows, seen[-1], strict=True):
+            drawn = draw_candidates(row, WORDS, 5, epoch)
+            assert right == drawn["choices"][drawn["answer"]] and sorted(names) == sorted(drawn["choices"])
+            assert not none or names[-1] == "None of these"
+        loaders = [DataLoader(rows, 4, num_workers=workers, collate_fn=collate) for workers in (0, 2)]
+        for loader in loaders:  # whichever worker it is that draws, in whatever batch
+            assert [one for batch in loader for one in shown(processor, batch)] == seen[-1]
+    assert seen[0] != seen[1] != seen[2]
+    ordered = TrainCollator(processor, Prompts(), 4 + none, seed=5, classes=WORDS, augmentation=Augmentation(False))
+    for _, names in shown(processor, ordered(rows)):
+        names = names[:-1] if none else names
+        assert names == sorted(names)  # the most likely first

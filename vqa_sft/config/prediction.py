@@ -53,8 +53,8 @@ class PredictionArguments:
         default=None,
     )
     num_candidates: int | None = option("As in a recipe; default: as in training.", default=None, bounds=(2, 26))
-    absent: Literal["none_of_these"] | None = option(
-        "Give every row one more choice, None of these; default: as in training.", default=None
+    absent: Literal["insert", "drop", "none_of_these"] | None = option(
+        "none_of_these gives every row one more choice; the others do not. Default: as in training.", default=None
     )
     fixed_question: str | None = option("The question of every row; default: as in training.", default=None)
     fixed_choices: list[str] | None = option("The choices of every row; default: as in training.", default=None)
