@@ -16,6 +16,7 @@ from scripts import run_script, train
 from vqa_sft.data.class_probs import read_class_probs
 from vqa_sft.data.folds import write_folds
 from vqa_sft.errors import InputError
+from vqa_sft.models import scoring
 from vqa_sft.predictions.ensemble import align, write_ensemble
 from vqa_sft.predictions.file import read_predictions
 from vqa_sft.runs import folder as run_folder
@@ -154,6 +155,53 @@ def test_folds_end_with_one_file_of_all_rows_out_of_fold(data, tmp_path):
     run_script("predict", "--run", tmp_path / "run", "--part", "validation", "--output", tmp_path / "o.csv", *PREDICTED)
     assert read_predictions(tmp_path / "o.parquet").ids == ids
     check_classes(read_predictions(tmp_path / "o.parquet"), data, "train")
+
+
+def test_a_prediction_that_was_broken_off_resumes_with_the_same_candidates(data, predicted, monkeypatch, capsys):
+    whole, batches = scoring.score_batches, []
+
+    def some(*args, **kwargs):
+        for scored in whole(*args, **kwargs):
+            if len(batches) == 3:
+                raise KeyboardInterrupt
+            batches.append(scored)
+            yield scored
+
+    given = ("--data", data / "test.csv", "--candidates", data / "test.parquet", "--orders", "rotations")
+    given = ("--run", predicted / "run", *given, "--output", predicted / "again.csv", *PREDICTED)
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "score_batches", some)
+        with pytest.raises(SystemExit):
+            run_script("predict", *given)
+    run_script("predict", *given)
+    assert "Resuming with what" in capsys.readouterr().out
+    for suffix in (".csv", ".parquet"):
+        assert (predicted / f"again{suffix}").read_bytes() == (predicted / f"four{suffix}").read_bytes()
+
+
+def test_validation_rows_of_a_file_of_their_own_have_candidates_of_their_own(data, tmp_path):
+    values = recipe_of(data, output_dir=tmp_path / "run", validation_data=data / "test.csv", max_steps=2)
+    with pytest.raises(SystemExit):  # whose candidates are those of other rows
+        train(**values)
+    train(**values, validation_candidates=data / "test.parquet", class_balance="sample")
+    check_classes(read_predictions(tmp_path / "run" / run_folder.VALIDATION), data, "test")
+    given = ("--run", tmp_path / "run", "--part", "validation", "--output", tmp_path / "v.csv")
+    run_script("predict", *given, *PREDICTED)
+    check_classes(read_predictions(tmp_path / "v.parquet"), data, "test")
+
+
+def test_a_run_is_not_resumed_or_looked_at_with_other_candidates(data, run, tmp_path, capsys):
+    labels = [CLASSES.index(label) for label in labels_of(data / "train.csv").values()]
+    other = tmp_path / "other.parquet"
+    write_candidates(other, [*labels_of(data / "train.csv")], CLASSES, labels, num_candidates=4, seed=1)
+    given = ("--run", run, "--part", "validation", "--output", tmp_path / "v.csv", *PREDICTED)
+    with pytest.raises(SystemExit):
+        run_script("predict", *given, "--candidates", other)
+    assert "the data have changed since the run" in capsys.readouterr().err
+    moved = tmp_path / "moved.parquet"
+    moved.write_bytes((data / "train.parquet").read_bytes())
+    run_script("predict", *given, "--candidates", moved)
+    check_classes(read_predictions(tmp_path / "v.parquet"), data, "train")
 
 
 def test_none_of_these_is_the_last_choice_and_never_the_name_in_the_submission(data, tmp_path):
