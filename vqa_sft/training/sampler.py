@@ -44,6 +44,23 @@ class LengthSampler(Sampler[int]):
         return iter([row for batch in [*(batches[i] for i in order), *last] for row in batch])
 
 
+class BalancedSampler(Sampler[int]):
+    """Rows in the order of `draw_balanced`, by the seed and the epoch alone."""
+
+    def __init__(self, classes: Sequence[int], seed: int) -> None:
+        self.classes, self.seed, self.epoch = classes, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """accelerate calls it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(draw_balanced(self.classes, torch.Generator().manual_seed(self.seed + self.epoch)))
+
+
 def draw_balanced(classes: Sequence[int], generator: torch.Generator) -> list[int]:
     """As many rows as there are, in a random order, those of each class equally often, give or take one: of a rare
     class each row several times, of a frequent one some of them."""

@@ -29,7 +29,7 @@ from vqa_sft.training.averaging import AdapterAverage, trained
 from vqa_sft.training.callbacks import EpochForCollator, Speed, now_s
 from vqa_sft.training.loss import LossSettings, answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
 from vqa_sft.training.metrics import letter_metrics
-from vqa_sft.training.sampler import LengthSampler
+from vqa_sft.training.sampler import BalancedSampler, LengthSampler
 from vqa_sft.training.saving import MarkWholeCheckpoints, SaveAndStop, keep_worker
 
 
@@ -98,8 +98,11 @@ class AnswerTrainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        lengths = self.lengths or [0] * len(self.balanced or ())  # packed rows may have any length
-        return LengthSampler(lengths, args.train_batch_size * args.gradient_accumulation_steps, seed, self.balanced)
+        if self.lengths is None:
+            return BalancedSampler(self.balanced, seed)
+        return LengthSampler(
+            self.lengths, args.train_batch_size * args.gradient_accumulation_steps, seed, self.balanced
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
