@@ -36,7 +36,8 @@ from vqa_sft.batch.draw_candidates import draw_candidates
 from vqa_sft.batch.image_size import process_images
 from vqa_sft.batch.prompts import Prompts, has_control_token, render_prompt
 from vqa_sft.batch.template import answer_prefix
-from vqa_sft.data.options import CANDIDATES, NONE_OF_THESE
+from vqa_sft.data.class_probs import NONE_OF_THESE
+from vqa_sft.data.options import CANDIDATES
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.images import MAX_ASPECT, digest_of, open_image
 from vqa_sft.questions.letters import LETTERS, choice_to_letter, draw_order, identity_order, view_orders

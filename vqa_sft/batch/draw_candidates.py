@@ -4,7 +4,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from vqa_sft.data.options import CANDIDATES, CLASS, NONE_OF_THESE, POOL
+from vqa_sft.data.class_probs import NONE_OF_THESE
+from vqa_sft.data.options import CANDIDATES, CLASS, POOL
 
 
 def draw_candidates(row: dict[str, Any], names: Sequence[str], seed: int, epoch: int) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from typing import Any
 import datasets
 import numpy as np
 
-from vqa_sft.data.class_probs import UNKNOWN_LABEL, ClassProbs, read_class_probs
+from vqa_sft.data.class_probs import NONE_OF_THESE, UNKNOWN_LABEL, ClassProbs, read_class_probs
 from vqa_sft.data.classes import Classes
 from vqa_sft.data.digests import digests_of
 from vqa_sft.data.find_files import quote
-from vqa_sft.data.options import CANDIDATES, CLASS, NONE_OF_THESE, POOL, ReadOptions
+from vqa_sft.data.options import CANDIDATES, CLASS, POOL, ReadOptions
 from vqa_sft.data.problems import Problems
 from vqa_sft.errors import InputError, name_rows, printable, safe
 from vqa_sft.questions.letters import LETTERS

@@ -28,6 +28,7 @@ from vqa_sft.files import whole
 
 NUM_KEPT = 50  # classes of a row that are kept one by one
 UNKNOWN_LABEL = -1
+NONE_OF_THESE = -1  # in place of a class: the candidate that says that the label is none of the others
 SMALLEST = 1e-9  # a class that a classifier gives 0 may be right all the same
 METADATA_KEY = b"vqa_sft_classes"
 _SUM_TOLERANCE = 1e-2  # sums of rounded probabilities

@@ -13,7 +13,6 @@ CLASSIFICATION = "classification"  # the task whose rows have a class in place o
 # Columns more of a classification: the row's class in `Loaded.classes`, None for none; the class of each choice; those
 # that training draws from (candidates.py).
 CLASS, CANDIDATES, POOL = "class_index", "candidates", "pool"
-NONE_OF_THESE = -1  # among the candidates, in place of a class
 
 NO_CANDIDATES = (
     "task: classification needs candidates, the file with the likely classes of each row that `vqa-sft candidates` "

@@ -9,7 +9,7 @@ import numpy as np
 
 from vqa_sft.batch.control import KINDS
 from vqa_sft.data.answers import FORMATS
-from vqa_sft.data.options import NONE_OF_THESE
+from vqa_sft.data.class_probs import NONE_OF_THESE
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.questions.letters import LETTERS
 
@@ -26,7 +26,7 @@ def check_content(path: str | Path, predictions: "Predictions") -> None:
         fault := _fault_of_rows(predictions)
         or _fault_of_metadata(predictions.metadata)
         or _fault_of_scales(predictions)
-        or _fault_of_classes(predictions)
+        or _fault_of_candidates(predictions)
     ):
         raise InputError(f"{path} is damaged: {fault}.")
     scales, calibration = predictions.metadata.get("scales") or [], predictions.metadata.get(CALIBRATION)
@@ -79,38 +79,23 @@ def _fault_of_scales(predictions: "Predictions") -> str:
     return "" if are_like and num_scales > 1 else f"scale_logits are not those of {num_scales} scales"
 
 
-def _fault_of_classes(predictions: "Predictions") -> str:
-    """Of a classification: what its candidates and labels cannot be."""
-    if not (predictions.candidates or predictions.labels):
+def _fault_of_candidates(predictions: "Predictions") -> str:
+    if not (rows := predictions.candidates):
         return ""
-    names = predictions.metadata.get(CLASSES)
-    if not isinstance(names, list) or len({str(name) for name in names}) < len(names) or len(names) < 2:
-        return "`classes` in its metadata are no list of names"
-    rows = zip(
-        predictions.ids,
-        predictions.choice_logits,
-        predictions.answers,
-        predictions.candidates or [None] * len(predictions.ids),
-        predictions.labels or [None] * len(predictions.ids),
-        strict=True,
-    )
-    bad = [row_id for row_id, *row in rows if not _fits_classes(len(names), *row)]  # type: ignore[arg-type]
-    return f"candidates or labels that are none of its classes in {name_rows(bad, len(predictions.ids))}" if bad else ""
-
-
-def _fits_classes(
-    num_classes: int, logits: list, answer: int | None, candidates: list[int | None] | None, label: int | None
-) -> bool:
-    """Whether candidates, one a choice, and label are classes, and the answer is the label or NONE_OF_THESE for it."""
-    if candidates is None or len(candidates) != len(logits) or len({*candidates}) < len(candidates):
-        return False
-    are_classes = all(number is not None and NONE_OF_THESE <= number < num_classes for number in candidates)
-    if not are_classes or not (label is None or 0 <= label < num_classes):
-        return False
-    if label is None:
-        return True
-    place = label if label in candidates else NONE_OF_THESE
-    return answer == (candidates.index(place) if place in candidates else None)
+    names = predictions.metadata.get("classes")
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        return "`classes` in its metadata are no names, which candidates stand for"
+    labels = predictions.labels or [None] * len(rows)
+    known = zip(predictions.ids, rows, predictions.choice_logits, labels, predictions.answers, strict=True)
+    bad = [
+        row_id
+        for row_id, row, logits, label, answer in known
+        if row is None or None in row or len({*row}) < len(row) or len(row) != len(logits)
+        or not all(NONE_OF_THESE <= place < len(names) for place in row)
+        or not (label is None or 0 <= label < len(names))
+        or not (None in (answer, label) or row[answer] in (label, NONE_OF_THESE))
+    ]  # fmt: skip
+    return f"candidates or labels of {name_rows(bad, len(rows))} are none of its classes" if bad else ""
 
 
 def _says_how_to_write(known: Any) -> bool:

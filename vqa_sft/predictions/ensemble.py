@@ -8,7 +8,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from vqa_sft.predictions.file import (
     may_be_of_one_run,
     read_predictions,
     shared_rows,
+    take,
     write_predictions,
 )
 from vqa_sft.predictions.fit_calibration import MIN_ROWS, NUM_FOLDS, deal_rows, is_lower
@@ -91,14 +92,6 @@ def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Prediction
     for file in aligned:
         file.answers = list(known_answers)
     return aligned
-
-
-def take(file: Predictions, rows: Sequence[int]) -> Predictions:
-    """Some of the rows, in this order."""
-    names = ("ids", "choice_logits", "answers", "blanked", "agreement", "scale_logits", "digests", "changed")
-    names += ("candidates", "labels")
-    taken: dict[str, Any] = {name: [column[i] for i in rows] for name in names if (column := getattr(file, name))}
-    return replace(file, **taken)
 
 
 def experts_of(files: Sequence[Predictions], average: str) -> np.ndarray:
@@ -202,7 +195,7 @@ def write_ensemble(
     if weights == "learned":
         found, notes = _learned_weights(files, learn_on, average, names)
     else:
-        found, notes = _given_weights(weights, names, average), []
+        found, notes = given_weights(weights, names, average), []
     ensemble = combine(files, names, found, average)
     ways = [file.metadata[ANSWERS] for file in files if file.metadata.get(ANSWERS)]
     if any(way != ways[0] for way in ways):
@@ -273,7 +266,7 @@ def _views(predictions: Predictions) -> str:
     return views + predictions.shown
 
 
-def _given_weights(text: str, names: Sequence[str], average: str) -> list[float]:
+def given_weights(text: str, names: Sequence[str], average: str) -> list[float]:
     if text == "mean":
         return [1 / len(names)] * len(names)
     of = average

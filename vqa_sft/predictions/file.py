@@ -15,12 +15,12 @@ A prediction file is Parquet, in the row order of the data:
                    in the metadata, its own log-probabilities. `choice_logits` weight the scales equally
     changed        only where images were blank, swapped or blurred (batch/control.py): whether those of this row were;
                    it may have none
-    candidates     only of a classification: the class of each choice, -1 for the one that says none of these
-    label          only of a classification: the class of the row; null where unknown. The answer is its place among
-                   the candidates, or that of -1 where it is not among them; null where it has none
+    candidates     only of a classification: the class of each choice, as an index of `classes` in the metadata;
+                   class_probs.NONE_OF_THESE for that choice. `answer` is the place of the label among them
+    label          only of a classification: the class of the row; null where unknown
 
-Its metadata say what made it; "classes" are the names of all classes, which the two columns number, and "candidates"
-says where these are from. "images", which of these it was. "answers" says how the data of the run write their
+Its metadata say what made it; of a classification "classes" are the names of all classes, and "candidates" says what
+those of the rows were made by. "images", which of these it was. "answers" says how the data of the run write their
 answers (`answers_as`), for the submission. "calibration" holds the run's temperature for these views, and perhaps a
 bias and weights of the scales: `Predictions.probs` applies them.
 """
@@ -59,8 +59,7 @@ SCHEMA = pa.schema(
 LATER = ("agreement", "digest")  # columns that files of earlier versions lack
 SCALE_LOGITS = pa.field("scale_logits", pa.list_(pa.list_(pa.float32())))
 CHANGED = pa.field("changed", pa.bool_())
-CANDIDATES = pa.field("candidates", pa.list_(pa.int32()))
-LABEL = pa.field("label", pa.int32())
+CANDIDATES, LABEL = pa.field("candidates", pa.list_(pa.int32())), pa.field("label", pa.int32())
 METADATA_KEY = b"vqa_sft"
 
 
@@ -77,8 +76,8 @@ class Predictions:
     scale_logits: list[list[list[float]]] = field(default_factory=list)  # of S scales; empty: one scale, or unknown
     digests: list[str | None] = field(default_factory=list)  # empty: unknown
     changed: list[bool] = field(default_factory=list)  # empty: no row was shown other images
-    candidates: list[list[int]] = field(default_factory=list)  # of a classification: the class of each choice
-    labels: list[int | None] = field(default_factory=list)  # the class of each row; empty as well for other tasks
+    candidates: list[list[int]] = field(default_factory=list)  # empty: no classification
+    labels: list[int | None] = field(default_factory=list)  # empty: no classification
 
     @property
     def images(self) -> str:
@@ -240,9 +239,12 @@ def read_predictions(path: str | Path) -> Predictions:
             if name not in table.schema.names:
                 table = table.append_column(name, pa.nulls(len(table), SCHEMA.field(name).type))
         columns = [table.select(SCHEMA.names).cast(SCHEMA)[name].to_pylist() for name in SCHEMA.names]
-        scale_logits, changed, candidates, labels = (
-            table[kind.name].cast(kind.type).to_pylist() if kind.name in table.schema.names else []
-            for kind in (SCALE_LOGITS, CHANGED, CANDIDATES, LABEL)
+        has_scales = SCALE_LOGITS.name in table.schema.names
+        scale_logits = table[SCALE_LOGITS.name].cast(SCALE_LOGITS.type).to_pylist() if has_scales else []
+        changed = table[CHANGED.name].cast(CHANGED.type).to_pylist() if CHANGED.name in table.schema.names else []
+        candidates, labels = (
+            table[own.name].cast(own.type).to_pylist() if own.name in table.schema.names else []
+            for own in (CANDIDATES, LABEL)
         )
         metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
     # OSError: pages that are damaged; RecursionError: lists in lists without an end
@@ -264,3 +266,11 @@ def with_answers(predictions: Predictions, answers: dict[str, int]) -> Predictio
     if beyond := [row_id for row_id, logits in pairs if answers[row_id] >= len(logits)]:
         raise InputError(f"the answer is none of the row's choices in {name_rows(beyond, len(predictions.ids))}.")
     return replace(predictions, answers=[answers[row_id] for row_id in predictions.ids])
+
+
+def take(file: Predictions, rows: Sequence[int]) -> Predictions:
+    """Some of the rows, in this order."""
+    names = ("ids", "choice_logits", "answers", "blanked", "agreement", "scale_logits", "digests", "changed")
+    names += ("candidates", "labels")
+    taken: dict[str, Any] = {name: [column[i] for i in rows] for name in names if (column := getattr(file, name))}
+    return replace(file, **taken)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vqa_sft.data.cells import write_answer
-from vqa_sft.data.options import NONE_OF_THESE
+from vqa_sft.data.class_probs import NONE_OF_THESE
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.files import check_output, whole
 from vqa_sft.predictions.check_file import ANSWERS
