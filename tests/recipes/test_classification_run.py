@@ -179,10 +179,16 @@ def test_a_prediction_that_was_broken_off_resumes_with_the_same_candidates(data,
         assert (predicted / f"again{suffix}").read_bytes() == (predicted / f"four{suffix}").read_bytes()
 
 
-def test_validation_rows_of_a_file_of_their_own_have_candidates_of_their_own(data, tmp_path):
+def test_validation_rows_of_a_file_of_their_own_have_candidates_of_their_own(data, tmp_path, capsys):
     values = recipe_of(data, output_dir=tmp_path / "run", validation_data=data / "test.csv", max_steps=2)
     with pytest.raises(SystemExit):  # whose candidates are those of other rows
         train(**values)
+    capsys.readouterr()
+    labels = [CLASSES.index(label) for label in labels_of(data / "test.csv").values()]
+    write_candidates(tmp_path / "c.parquet", [*labels_of(data / "test.csv")], CLASSES, labels, num_candidates=5)
+    with pytest.raises(SystemExit):
+        train(**values, validation_candidates=tmp_path / "c.parquet")
+    assert "training and validation rows would have 4 and 5 choices: set num_candidates" in capsys.readouterr().err
     train(**values, validation_candidates=data / "test.parquet", class_balance="sample")
     check_classes(read_predictions(tmp_path / "run" / run_folder.VALIDATION), data, "test")
     given = ("--run", tmp_path / "run", "--part", "validation", "--output", tmp_path / "v.csv")
