@@ -8,9 +8,11 @@ from candidates import candidates_of, write_candidates
 from contest import noise, write_csv
 
 from vqa_sft.data.candidates import settle_absent
+from vqa_sft.data.classes import Classes
 from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.options import ReadOptions
+from vqa_sft.data.split import choose_parts, read_parts, write_parts
 from vqa_sft.errors import InputError
 
 NAMES = ("Audi", "BMW", "Fiat", "Kia", "Opel", "Seat", "쏘나타")
@@ -172,6 +174,23 @@ def test_a_class_that_is_no_candidate_is_put_in_the_last_place_of_training_rows_
 def test_a_rows_digest_is_that_of_its_question_and_images_whatever_its_candidates(rows, path):
     plain = digests_of(read_examples(str(rows), OPTIONS).examples)
     assert digests_of(joined(rows, path, num_candidates=3).examples) == plain and len({*plain}) == 14
+
+
+def test_a_run_notices_another_class_though_neither_is_a_candidate(rows, path, tmp_path):
+    loaded = joined(rows, path, num_candidates=2, classes=Classes(NAMES, "a list"))
+    parts = choose_parts([loaded])
+    write_parts(tmp_path, [loaded], parts)
+    assert read_parts(tmp_path, [loaded]) == parts
+    row = loaded.examples["answer"][:].index(None)
+    table = rows.read_text().splitlines()
+    shown = loaded.examples[row]["candidates"]
+    other = next(name for place, name in enumerate(NAMES) if place not in (*shown, row % 7))
+    table[row + 1] = f"r{row},img/{row}.png,{other}"
+    rows.write_text("\n".join(table) + "\n", encoding="utf-8")
+    changed = joined(rows, path, num_candidates=2, classes=Classes(NAMES, "a list"))
+    changed.image_digests = loaded.image_digests
+    with pytest.raises(InputError, match=f"labels of row r{row} "):
+        read_parts(tmp_path, [changed])
 
 
 def test_candidates_of_training_rows_that_do_not_say_that_they_are_out_of_fold_are_noted(rows, path, tmp_path):

@@ -78,7 +78,7 @@ def _card_text(folder: Path, run: Run, metrics: dict[str, float], is_adapter: bo
     options = f"\nOptions of the chat template: `{prompts.template_options}`.\n" if prompts.template_options else ""
     decision = _describe_decision(folder, run, is_adapter)
     candidates = " --candidates test.parquet" if recipe.get("candidates") else ""
-    rows = [f"| {key} | {metrics[key]:.4f} |" for key in ("accuracy", "nll", "ece") if key in metrics]
+    rows = [f"| {key} | {metrics[key]:.4f} |" for key in ("accuracy", "nll", "ece", "answerable") if key in metrics]
     validation = "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "None was asked for."
     return f"""# {name}
 
