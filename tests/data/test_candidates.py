@@ -197,4 +197,7 @@ def test_candidates_of_training_rows_that_do_not_say_that_they_are_out_of_fold_a
     candidates_of(tmp_path / "in.parquet", read_examples(str(rows), OPTIONS), out_of_fold=False)
     assert any("does not say that it is out of fold" in note for note in joined(rows, tmp_path / "in.parquet").notes)
     assert not any("out of fold" in note for note in joined(rows, path).notes)
+    # Those of validation rows are by a classifier of the training rows.
+    columns = read_examples(str(rows), OPTIONS).columns
+    assert not any("out of fold" in note for note in joined(rows, tmp_path / "in.parquet", trained=columns).notes)
     assert not any("out of fold" in note for note in joined(rows, tmp_path / "in.parquet", answers="optional").notes)

@@ -184,7 +184,7 @@ def _describe(
         said += f"; the class of {share:.2%} of {len(known):,} rows is among them"
         if differ := sum(found.labels[row] not in (UNKNOWN_LABEL, label) for label, row in known):
             notes.append(f"{found.path}: {differ:,} of {len(known):,} rows had another class when it was made")
-    if options.answers == "required" and not found.is_out_of_fold:
+    if options.answers == "required" and options.trained is None and not found.is_out_of_fold:
         notes.append(
             f"Beware: {found.path} does not say that it is out of fold. Candidates of training rows must come from a "
             "classifier that has not seen them, as those of `vqa-sft candidates` do: else it looks better than it is."
