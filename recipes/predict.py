@@ -34,6 +34,7 @@ from vqa_sft.inference.results import check_outputs, describe_answers, describe_
 from vqa_sft.inference.rows import find_blank, read_rows
 from vqa_sft.predictions.calibration import worth_of_scales
 from vqa_sft.predictions.check_file import ANSWERS
+from vqa_sft.predictions.file import classes_as
 from vqa_sft.runs.folder import Run
 
 
@@ -100,6 +101,7 @@ def predict(args: PredictionArguments, runs: list[Run]) -> None:
                 metadata = [
                     of_runs[run.folder]
                     | {"prompts_digest": run.prompts.digest, "precision": group.precision, ANSWERS: written_as}
+                    | classes_as(rows.sources[0])
                     for group in groups
                     for run in group.runs
                 ]

@@ -227,3 +227,33 @@ def test_options_of_the_chat_template_are_a_mapping_of_any_values(tmp_path):
 def test_help_shows_every_field_of_ours():
     text = describe_fields(RecipeArguments)
     assert "--train_data" in text and "--max_pixels" in text and "(required)" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("candidates: c.parquet\nnum_candidates: 5\n", "candidates, num_candidates: of a classification"),
+        ("absent: drop\n", "absent: of a classification"),
+        ("class_balance: weight\n", "class_balance: of a classification"),
+        ("task: classification\nnum_candidates: 27\n", "num_candidates must be between 2 and 26"),
+        ("task: classification\nnum_candidates: 6\ncandidate_pool: 5\n", "candidate_pool 5 is smaller"),
+        ("task: classification\nvalidation_candidates: v.parquet\n", "validation_data, which is not set"),
+        ("task: classification\nabsent: ignore\n", "`absent` must be"),
+    ],
+)
+def test_fields_of_a_classification_are_checked(tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, text)
+
+
+def test_rows_are_read_with_the_candidates_of_the_recipe_where_it_is_a_classification(tmp_path):
+    text = (
+        "task: classification\ncandidates: c.parquet\nnum_candidates: 5\nabsent: none_of_these\nprompt_language: ko\n"
+    )
+    own = read(tmp_path, text).arguments
+    assert own.data_options.candidates is None  # as `vqa-sft check` and `vqa-sft candidates` read them
+    options = own.with_candidates(own.data_options)
+    assert (options.candidates, options.num_candidates) == ("c.parquet", 5)
+    assert options.none_of_these == "해당하는 것 없음"
+    usual = read(tmp_path, "").arguments
+    assert usual.with_candidates(usual.data_options) == usual.data_options

@@ -18,6 +18,7 @@ from vqa_sft.errors import InputError
 
 # Only a stream has these, or a test set, or a classification (test_classes.py).
 ELSEWHERE = {"more_choices", "in_training", "near_training"}
+ELSEWHERE |= {"no_candidates"}  # test_candidates.py
 ELSEWHERE |= {"unknown_class", "classes_differ", "near_classes_differ", "only_of_class", "class_not_trained"}
 
 

@@ -387,16 +387,16 @@ def test_what_does_not_go_with_a_classification_is_refused(run, tmp_path, given,
     assert code == 2 and message in said and "Traceback" not in said
 
 
-def test_training_and_prediction_are_refused_in_one_line(tmp_path):
+def test_prediction_without_candidates_is_refused_in_one_line(tmp_path):
     from vqa_sft.config.prediction import read_prediction
 
     argv = ["--run", "none", "--model", "m", "--data", "x.csv", "--output", "out.csv", "--task", "classification"]
-    with pytest.raises(InputError, match="candidates are not built yet"):
-        read_prediction(argv)
+    with pytest.raises(InputError, match="needs candidates, .*`vqa-sft candidates`"):
+        read_prediction(argv).data_options({}, None)
 
 
 @pytest.mark.medium
-def test_training_is_refused_before_anything_is_loaded(tmp_path):
+def test_training_without_candidates_is_refused_before_anything_is_loaded(tmp_path, capsys):
     from scripts import run_script
 
     folder = write_folder(tmp_path / "cars", {"Audi": 1, "Kia": 1})
@@ -404,3 +404,4 @@ def test_training_is_refused_before_anything_is_loaded(tmp_path):
     with pytest.raises(SystemExit) as end:
         run_script("sft", *(word for name, value in values.items() for word in (f"--{name}", value)))
     assert end.value.code == 2 and not (tmp_path / "run").exists()
+    assert "needs candidates" in capsys.readouterr().err

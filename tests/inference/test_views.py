@@ -62,6 +62,11 @@ def road(request, families, contest):
 class Rows(list):
     """What plan_batches and score_batches take of a dataset."""
 
+    column_names = ("id", "question", "choices", "images", "answer")
+
+    def select_columns(self, names):
+        return Rows({name: row[name] for name in names} for row in self)
+
     def __getitem__(self, key):
         return [row[key] for row in self] if isinstance(key, str) else super().__getitem__(key)
 

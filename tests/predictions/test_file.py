@@ -163,6 +163,41 @@ def test_damaged_files_are_errors(tmp_path, change, part):
         read_predictions(tmp_path / "p.parquet")
 
 
+CARS = {
+    "metadata": {"classes": ["Audi", "BMW", "Kia"], "candidates": "a classifier"},
+    "candidates": [[2, 0], [1, 2, 0], [1, -1]],
+    "labels": [0, None, 2],
+    "answers": [1, 2, 1],
+}
+
+
+def test_candidates_and_labels_are_kept(tmp_path):
+    known = Predictions(["x", "y", "z"], [[-0.5, -1.0], [-1.5, -0.5, -1.0], [-0.25, -2.5]], **CARS)
+    write_predictions(tmp_path / "p.parquet", known)
+    assert read_predictions(tmp_path / "p.parquet") == replace(known, blanked=[False] * 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"metadata": {}}, "`classes` in its metadata are no names"),
+        ({"candidates": [[2, 0], [1, 2, 3], [1, -1]]}, "candidates or labels of row y"),
+        ({"candidates": [[2, 0], [1, 2], [1, -1]]}, "candidates or labels of row y"),
+        ({"candidates": [[2, 0], [1, 2, 2], [1, -1]]}, "candidates or labels of row y"),
+        ({"candidates": [[2, 0], [1, 2, -2], [1, -1]]}, "candidates or labels of row y"),
+        ({"labels": [3, None, 2]}, "candidates or labels of row x"),
+        ({"labels": [2, None, 2]}, "candidates or labels of row x"),
+        ({"answers": [1, None, 0]}, "candidates or labels of row z"),
+    ],
+)
+def test_candidates_that_do_not_fit_their_classes_or_labels_are_damage(tmp_path, change, part):
+    logits = [[-0.5, -1.0], [-1.5, -0.5, -1.0], [-0.25, -2.5]]
+    damaged = Predictions(["x", "y", "z"], logits, **(CARS | change))
+    write_predictions(tmp_path / "p.parquet", damaged)
+    with pytest.raises(InputError, match=part):
+        read_predictions(tmp_path / "p.parquet")
+
+
 def test_damaged_pages_are_an_error(tmp_path):
     write_predictions(tmp_path / "p.parquet", THREE)
     content = bytearray((tmp_path / "p.parquet").read_bytes())

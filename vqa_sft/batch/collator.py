@@ -12,6 +12,7 @@ What a batch of two rows holds (T tokens of the longest prompt, L letters of the
                                 images included; itself where there is none
     orders             (B, L)   orders[b, i] = choice under letter i; beyond num_choices the identity
     targets            (B, L)   what each letter should have; in training, where the data have such a column
+    weights            (B,)     how much the row counts in the loss; in training, where it is weighted by its class
     end_positions      (B,)     index of the letter itself, where training rows carry it: the logits there belong to the
                                 token that ends the turn
 
@@ -31,9 +32,12 @@ from transformers import ProcessorMixin
 
 from vqa_sft.batch.augment import augment
 from vqa_sft.batch.control import BLANK, BLURRED, Control, blur
+from vqa_sft.batch.draw_candidates import draw_candidates
 from vqa_sft.batch.image_size import process_images
 from vqa_sft.batch.prompts import Prompts, has_control_token, render_prompt
 from vqa_sft.batch.template import answer_prefix
+from vqa_sft.data.class_probs import NONE_OF_THESE
+from vqa_sft.data.options import CANDIDATES
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.images import MAX_ASPECT, digest_of, open_image
 from vqa_sft.questions.letters import LETTERS, choice_to_letter, draw_order, identity_order, view_orders
@@ -44,6 +48,8 @@ BLANK_DIGEST = hashlib.sha256(f"blank {BLANK_SIZE}".encode()).hexdigest()
 HALF = (torch.bfloat16, torch.float16)
 # Keys of a batch that are ours and not the model's.
 TARGET_KEYS = ("answer_positions", "answers", "ids", "num_choices", "orders", "targets", "end_positions", "groups")
+TARGET_KEYS += ("weights",)
+WEIGHT = "weight"  # a column of training rows
 
 
 class Packer(Protocol):
@@ -61,6 +67,14 @@ class Features(Protocol):
 
     def find(self, digests: Sequence[str | None]) -> dict[str, torch.Tensor] | None:
         """`image_features` and `image_grid_thw` of all these images; None where one is not stored."""
+
+
+def free_choices(row: Mapping[str, Any]) -> int:
+    """How many of the row's choices, from the first one on, may be permuted. Names of classes stand for themselves,
+    whatever they look like."""
+    if CANDIDATES in row:
+        return sum(number != NONE_OF_THESE for number in row[CANDIDATES])
+    return count_free(row["question"], row["choices"])
 
 
 def supervised_positions(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -96,7 +110,7 @@ class AnswerCollator:
     def orders(self, row: dict) -> list[tuple[int, ...]]:
         if self.views == "identity":
             return [identity_order(len(row["choices"]))]
-        return view_orders(len(row["choices"]), self.views, row["id"], count_free(row["question"], row["choices"]))
+        return view_orders(len(row["choices"]), self.views, row["id"], free_choices(row))
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         self.check(rows)
@@ -122,6 +136,8 @@ class AnswerCollator:
         }
         if self.shows_targets and "targets" in rows[0]:
             batch["targets"] = torch.stack([self.targets(row, order) for row, order in views])
+        if self.shows_targets and WEIGHT in rows[0]:
+            batch["weights"] = torch.tensor([row[WEIGHT] for row, _ in views])
         if self.supervises_end:
             batch["end_positions"] = last
         if len(groups) > len(rows):
@@ -271,26 +287,29 @@ class Augmentation:
 @dataclass(eq=False, repr=False)
 class TrainCollator(AnswerCollator):
     """For training. Choices that refer to others keep their places (questions/references.py); the letter of a row
-    without an answer is that of its largest target."""
+    without an answer is that of its largest target. With the names of all `classes`, the candidates of every row are
+    drawn anew in every epoch (draw_candidates.py)."""
 
     shows_targets = True
     shares_images = False  # rows that share more than their first words have no gradients
 
     seed: int = field(kw_only=True)
     augmentation: Augmentation = Augmentation()
+    classes: Sequence[str] | None = None
     # Shared memory, because workers that are already running must see the new epoch.
     epoch: torch.Tensor = field(init=False, default_factory=lambda: torch.zeros(1, dtype=torch.int64).share_memory_())
     num_batches: int = field(init=False, default=0)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         self.num_batches += 1
+        if self.classes is not None:
+            rows = [draw_candidates(row, self.classes, self.seed, self._round()) for row in rows]
         return super().__call__(rows)
 
     def orders(self, row: dict) -> list[tuple[int, ...]]:
         if not self.augmentation.shuffle_choices:
             return super().orders(row)
-        num_free = count_free(row["question"], row["choices"])
-        return [draw_order(len(row["choices"]), self.seed, self._round(), row["id"], num_free)]
+        return [draw_order(len(row["choices"]), self.seed, self._round(), row["id"], free_choices(row))]
 
     def _round(self) -> int:
         return self.num_batches if self.augmentation.counts_batches else int(self.epoch)

@@ -101,6 +101,8 @@ def _texts(*languages: int) -> dict[str, str]:
 
 
 LANGUAGES = {"en": _texts(0), "ko": _texts(1), "both": _texts(0, 1)}
+# The choice of a classification that none of the candidates is right.
+NONE_OF_THESE = {"en": "None of these", "ko": "해당하는 것 없음", "both": "None of these (해당하는 것 없음)"}
 
 
 def builtin_prompts(language: str = "en", by_type: bool = False) -> Prompts:
@@ -213,6 +215,12 @@ def check_prompts(processor: "ProcessorMixin", prompts: Prompts) -> None:
     own = control_tokens(processor).search(prompts.all_texts)
     if own:
         raise InputError(f"the prompt holds {own.group()!r}, a control token of this model. Take it out.")
+
+
+def check_names(processor: "ProcessorMixin", names: Sequence[str]) -> None:
+    """Raises InputError for classes whose names hold a control token of this model."""
+    if found := [name for name in names if control_tokens(processor).search(name)]:
+        raise InputError(f"a control token of this model is in the name of the class {found[0]!r}. Take it out.")
 
 
 def check_texts(processor: "ProcessorMixin", examples: "datasets.Dataset", prompts: Prompts) -> None:

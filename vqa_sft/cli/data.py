@@ -209,7 +209,7 @@ def token_checks(arguments: "RecipeArguments", values: dict[str, Any]) -> tuple[
     if not values:
         return {"tokens_note": "a data file names no model; check a recipe."}, ""
     if arguments.data_options.is_classification:
-        return {"tokens_note": "the prompts of a classification hold candidates, which are not built yet."}, ""
+        return {"tokens_note": "the prompts of a classification hold candidates, and rows are checked without."}, ""
     from vqa_sft.batch.count_tokens import prompt_checks
     from vqa_sft.batch.image_size import describe_images
     from vqa_sft.batch.prompts import settle_prompts

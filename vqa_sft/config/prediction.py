@@ -2,15 +2,19 @@
 
 import os
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vqa_sft.batch.control import KINDS, ORIGINAL, SWAPPED
+from vqa_sft.batch.prompts import NONE_OF_THESE
 from vqa_sft.config.fields import bounds_of, build, check_bounds, check_required, option, read_values
 from vqa_sft.config.packaged import find_base
 from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
 from vqa_sft.data.options import CLASSIFICATION, NO_CANDIDATES, ReadOptions
 from vqa_sft.errors import InputError, printable
 from vqa_sft.questions.letters import MOST_ORDERS, Views
+
+if TYPE_CHECKING:  # it opens sources
+    from vqa_sft.data.classes import Classes
 
 BASE = "none"  # in place of a run: the base model as it is
 
@@ -40,8 +44,17 @@ class PredictionArguments:
     columns: dict | None = option(
         "Columns that are not found by their names, as in a recipe: {id: key, image: photo}.", default=None
     )
-    task: Literal["multiple_choice", "classification"] = option(
-        "As in a recipe; rows of a classification are not predicted yet.", default="multiple_choice"
+    task: Literal["multiple_choice", "classification"] | None = option(
+        "As in a recipe; default: as in training.", default=None
+    )
+    candidates: str | None = option(
+        "Candidates of the rows of a classification, as `vqa-sft candidates` writes them; with --part validation where "
+        "those of the recipe are now.",
+        default=None,
+    )
+    num_candidates: int | None = option("As in a recipe; default: as in training.", default=None, bounds=(2, 26))
+    absent: Literal["insert", "drop", "none_of_these"] | None = option(
+        "none_of_these gives every row one more choice; the others do not. Default: as in training.", default=None
     )
     fixed_question: str | None = option("The question of every row; default: as in training.", default=None)
     fixed_choices: list[str] | None = option("The choices of every row; default: as in training.", default=None)
@@ -97,8 +110,6 @@ class PredictionArguments:
     use_cpu: bool = option("Do not use the GPU.", default=False)
 
     def __post_init__(self) -> None:
-        if self.task == CLASSIFICATION:
-            raise InputError(NO_CANDIDATES)
         self.run = self.run if isinstance(self.run, list) else [self.run]
         self.scales = _as_numbers(self.scales)
         self.images = self.images.split(",") if isinstance(self.images, str) else self.images
@@ -111,6 +122,8 @@ class PredictionArguments:
             raise InputError("--part validation scores the run's own rows: no --streaming, --limit or --template.")
         if validates and self.on_bad_row != "error":
             raise InputError("--part validation: bad rows were found in training. Leave --on_bad_row out.")
+        if validates and (self.task or self.num_candidates or self.absent):
+            raise InputError("--part validation: task, num_candidates and absent are those of the run. Leave them out.")
         self._check_images()
         if self.template and self.streaming:
             raise InputError("--template needs rows that are known. Leave it out; vqa-sft submit takes it later.")
@@ -155,8 +168,15 @@ class PredictionArguments:
     def views(self) -> Views:
         return Views(self.orders, self.scales, self.average)  # type: ignore[arg-type]  # numbers, by __post_init__
 
-    def data_options(self, recipe: dict[str, Any], trained: Columns | None) -> ReadOptions:
-        """How to read the data: as given here, else as the recipe of the run says where that fits, else found again."""
+    def data_options(
+        self,
+        recipe: dict[str, Any],
+        trained: Columns | None,
+        classes: "Classes | None" = None,
+        num_letters: int | None = None,
+    ) -> ReadOptions:
+        """How to read the data: as given here, else as the recipe of the run says where that fits, else found again. Of
+        a classification with the `classes` of the run, and as many candidates as its `num_letters` hold."""
         names = ("keep_rows", "encoding", "fixed_question", "fixed_choices")
         options = {name: getattr(self, name) or recipe.get(name) for name in names}
         given, named = self.columns or {}, recipe.get("columns")
@@ -179,7 +199,35 @@ class PredictionArguments:
             limit=self.limit,
             answers="optional",
             on_bad_row=self.on_bad_row,
+            **self._options_of_classification(recipe, classes, num_letters),
         )
+
+    def _options_of_classification(
+        self, recipe: dict[str, Any], classes: "Classes | None", num_letters: int | None
+    ) -> dict[str, Any]:
+        """Raises InputError for candidates of another task, and for a classification without."""
+        if (self.task or recipe.get("task")) != CLASSIFICATION:
+            if given := [
+                name for name in ("candidates", "num_candidates", "absent") if getattr(self, name) is not None
+            ]:
+                raise InputError(
+                    f"--{', --'.join(given)}: of a classification, and the run is none. Leave it out, or give --task "
+                    "classification."
+                )
+            return {}
+        if self.candidates is None:
+            raise InputError(NO_CANDIDATES)
+        if self.streaming or self.template or self.answer_format not in (None, "text"):
+            raise InputError(
+                "a classification needs rows that are known, and its submission names the likeliest candidate: leave "
+                "out --streaming, --template and --answer_format. `vqa-sft fuse` gives probabilities of all classes."
+            )
+        has_none = (self.absent or recipe.get("absent")) == "none_of_these"
+        of_run = num_letters - (recipe.get("absent") == "none_of_these") if num_letters and classes else None
+        text = NONE_OF_THESE[recipe.get("prompt_language") or "en"] if has_none else None
+        num = self.num_candidates or of_run
+        how = {"candidates": self.candidates, "num_candidates": num, "none_of_these": text}
+        return {"task": CLASSIFICATION, "classes": classes} | how
 
 
 def _as_numbers(scales: float | str | list[float]) -> Any:

@@ -63,6 +63,8 @@ class Recipe:
             own.folds_file,
             own.init_adapter,
             own.classes,
+            own.candidates,
+            own.validation_candidates,
             self.values["model_name_or_path"],
             ".",
         ]

@@ -1,14 +1,17 @@
 """Our own fields of a training recipe, beside those of TRL."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from vqa_sft.batch.prompts import Prompts, builtin_prompts
+from vqa_sft.batch.prompts import NONE_OF_THESE, Prompts, builtin_prompts
 from vqa_sft.config.fields import bounds_of, build, check_bounds, option
 from vqa_sft.data.columns import Columns, check_columns, check_fixed, known_columns
 from vqa_sft.data.duplicates import DISTANCE, MAX_DISTANCE
-from vqa_sft.data.options import CLASSIFICATION, ReadOptions
+from vqa_sft.data.options import CLASSIFICATION, NO_CANDIDATES, ReadOptions
 from vqa_sft.errors import InputError
+
+if TYPE_CHECKING:  # it opens sources
+    from vqa_sft.data.classes import Classes
 
 
 @dataclass
@@ -48,13 +51,37 @@ class RecipeArguments:
         default=None,
     )
     task: Literal["multiple_choice", "classification"] = option(
-        "What a row is: a question with choices, or with the name of a class (vqa-sft check alone, for now).",
+        "What a row is: a question with choices, or with the name of a class, which then needs candidates.",
         default="multiple_choice",
     )
     classes: str | None = option(
         "List of the classes of a classification: .txt, .csv with name, description, other_names, or a sample "
-        "submission; default: those of the rows.",
+        "submission; default: those of the candidates, else of the rows.",
         default=None,
+    )
+    candidates: str | None = option(
+        "File with the likely classes of each row of a classification, its choices, as `vqa-sft candidates` writes it.",
+        default=None,
+    )
+    validation_candidates: str | None = option("The same for validation_data; default: candidates.", default=None)
+    num_candidates: int | None = option(
+        "Candidates of a row, the most likely ones; default: as many as their file says, else 10.",
+        default=None,
+        bounds=(2, 26),
+    )
+    candidate_pool: int | None = option(
+        "So many most likely ones from which training draws those of each epoch; default: 2 x num_candidates.",
+        default=None,
+        bounds=(2, None),
+    )
+    absent: Literal["insert", "drop", "none_of_these"] = option(
+        "Training rows whose class is no candidate: put it in the last one's place, leave them out, or answer with one "
+        "more choice, None of these, which all rows then have.",
+        default="insert",
+    )
+    class_balance: Literal["none", "sample", "weight"] = option(
+        "Rare classes of a classification: as they are, shown as often as others, or with weights in the loss.",
+        default="none",
     )
     fixed_question: str | None = option("The question of every row, where no column holds it.", default=None)
     fixed_choices: list[str] | None = option("The choices of every row: [yes, no].", default=None)
@@ -177,12 +204,19 @@ class RecipeArguments:
         if self.task != CLASSIFICATION:
             if self.classes is not None:
                 raise InputError("classes is the list of a classification. Set task: classification, or remove it.")
+            own = ("candidates", "validation_candidates", "num_candidates", "candidate_pool", "absent", "class_balance")
+            if given := [name for name in own if getattr(self, name) not in (None, "insert", "none")]:
+                raise InputError(f"{', '.join(given)}: of a classification. Set task: classification, or remove it.")
             return
         given = [name for name in ("fixed_choices", "answer_format", "max_choices") if getattr(self, name) is not None]
         given += [f"columns: {{{key}: ...}}" for key in ("choices", "targets") if (self.columns or {}).get(key)]
         given += ["streaming"] if self.streaming else []
         if given:
             raise InputError(f"{', '.join(given)} cannot be set beside task: classification. Remove one of the two.")
+        if self.candidate_pool and self.num_candidates and self.candidate_pool < self.num_candidates:
+            raise InputError(f"candidate_pool {self.candidate_pool} is smaller than num_candidates. Raise it.")
+        if self.validation_candidates is not None and self.validation_data is None:
+            raise InputError("validation_candidates are those of validation_data, which is not set. Remove it.")
 
     @classmethod
     def of_run(cls, values: dict[str, Any]) -> "RecipeArguments":
@@ -207,6 +241,22 @@ class RecipeArguments:
         values: dict[str, Any] = {"known_columns": known_columns(trained, self.columns), "trained": trained}
         values |= {"columns": None, "answer_format": None, "max_choices": None}
         return replace(self.data_options, split=self.validation_split, **values)
+
+    def with_candidates(self, options: ReadOptions, path: str | None = None) -> ReadOptions:
+        """How the same rows are read with their candidates: of the recipe, or where they are now. Raises InputError for
+        a classification without."""
+        if self.task != CLASSIFICATION:
+            return options
+        if (path or self.candidates) is None:
+            raise InputError(NO_CANDIDATES)
+        how: dict[str, Any] = {"num_candidates": self.num_candidates, "candidate_pool": self.candidate_pool}
+        text = NONE_OF_THESE[self.prompt_language] if self.absent == "none_of_these" else None
+        return replace(options, candidates=path or self.candidates, none_of_these=text, **how)
+
+    def validation_options(self, trained: Columns, classes: "Classes | None") -> ReadOptions:
+        """How the rows of validation_data are read, with candidates of the classes that the training rows have."""
+        options = replace(self.options_for_other_data(trained), classes=classes)
+        return self.with_candidates(options, self.validation_candidates)
 
     @property
     def adapted_vision(self) -> dict[str, bool]:

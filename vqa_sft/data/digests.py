@@ -9,10 +9,13 @@ from typing import Any
 
 import datasets
 
+from vqa_sft.data.options import CLASS
+
 
 def digests_of(examples: datasets.Dataset) -> list[str]:
     """The digest of each row."""
-    return [row_digest(row) for row in examples.select_columns(["question", "choices", "images"])]
+    names = ["question", "choices", "images", *([CLASS] if CLASS in examples.column_names else [])]
+    return [row_digest(row) for row in examples.select_columns(names)]
 
 
 def row_digest(example: Mapping[str, Any]) -> str:
@@ -20,7 +23,8 @@ def row_digest(example: Mapping[str, Any]) -> str:
 
     An image counts by its content where the row holds it, else by the name of its file without suffix and case, so that
     a folder may move and a name be spelled as another disk has it. The answer does not count: a test set may come with
-    answers and without; nor does the context: of two runs, one may have been trained without it.
+    answers and without; nor does the context: of two runs, one may have been trained without it. Of a classification
+    the choices do not: other candidates make no other row.
     """
     images = [
         unicodedata.normalize("NFC", Path(image["path"]).stem).casefold()
@@ -28,7 +32,7 @@ def row_digest(example: Mapping[str, Any]) -> str:
         else hashlib.sha256(image["bytes"]).hexdigest()
         for image in example["images"]
     ]
-    texts = [example["question"], example["choices"], images]
+    texts = [example["question"], [] if CLASS in example else example["choices"], images]
     return digest(texts)
 
 

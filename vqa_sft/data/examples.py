@@ -8,7 +8,7 @@
 
 `images` holds what `datasets.Image(decode=False)` holds, so that nothing is decoded before a worker needs it; it is
 empty for a row without an image. `context` is "" where there is none; `question_type` is found by rules. Rows of a
-classification have no choices and no answer, but a `class_index`.
+classification have a `class_index`, and choices and an answer only by their candidates (candidates.py).
 """
 
 import itertools
@@ -20,12 +20,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vqa_sft.data.candidates import classes_in, join_candidates, read_probs
 from vqa_sft.data.classes import Classes
 from vqa_sft.data.columns import Columns, are_here
 from vqa_sft.data.find_columns import find_columns
 from vqa_sft.data.image_folder import find_image_folder, open_image_folder
 from vqa_sft.data.images_in_tables import IMAGES, add_images
-from vqa_sft.data.options import ReadOptions
+from vqa_sft.data.options import CLASS, ReadOptions
 from vqa_sft.data.problems import Problems
 from vqa_sft.data.read_row import NUMBER, RowReader, columns_with_images
 from vqa_sft.data.settle_answers import settle_answers
@@ -45,7 +46,6 @@ FEATURES = datasets.Features(
         "question_type": datasets.Value("string"),
     }
 )
-CLASS = "class_index"  # a column more of a classification: the row's class in `Loaded.classes`, None for none
 TARGETS = datasets.List(datasets.Value("float32"))  # a column more, where there are any
 _READ_SCHEMA = FEATURES.arrow_schema.remove(4).append(pa.field("cell", pa.string()))  # before answers are understood
 _BATCH = 1_000  # rows turned into Arrow at a time
@@ -70,6 +70,7 @@ class Loaded:
     notes: list[str]
     num_choices: int
     classes: Classes | None = None  # of a classification
+    candidates: str = ""  # what the candidates of a classification were made by
     image_digests: list[str] | None = None  # of every row, by content; None where nobody looked at the images
 
 
@@ -97,6 +98,9 @@ def read_examples(source: str | Sequence[str], options: ReadOptions = ReadOption
     reader.problems.total = len(numbers)
     features, classes = _features(reader.columns), None
     if options.is_classification:
+        probs = read_probs(options.candidates) if options.candidates else None
+        if probs is not None and options.classes is None:
+            reader.options = replace(reader.options, classes=classes_in(probs, str(options.candidates)))
         classes = settle_classes(reader, texts["cell"])
         answers = read_labels(reader, classes, texts["cell"].to_pylist(), texts["id"].to_pylist(), numbers)
         texts = texts.append_column(CLASS, pa.array(answers, pa.int64())).append_column("answer", pa.nulls(len(texts)))
@@ -121,8 +125,13 @@ def read_examples(source: str | Sequence[str], options: ReadOptions = ReadOption
     has_one_answer = len({*answers}) == 1 and answers[0] is not None
     if has_one_answer and limit is not None and len(numbers) == limit >= _MANY:
         notes.append(f"{name}: the first {limit:,} rows have one answer. A sorted file? Then shuffle its rows.")
-    num_choices = pc.max(pc.list_value_length(texts["choices"])).as_py()
-    return Loaded(name, examples, reader.columns, reader.problems, numbers, notes, num_choices, classes)
+    loaded = Loaded(name, examples, reader.columns, reader.problems, numbers, notes, 0, classes)
+    if classes is not None and probs is not None:
+        joined = join_candidates(examples, numbers, reader.problems, classes, options, probs)
+        loaded.examples, loaded.candidates, said = joined
+        loaded.notes += said
+    loaded.num_choices = pc.max(pc.list_value_length(loaded.examples.with_format("arrow")["choices"][:])).as_py()
+    return loaded
 
 
 def _open(source: str | Sequence[str], options: ReadOptions, streaming: bool) -> tuple[RowReader, dict]:

@@ -10,10 +10,13 @@ if TYPE_CHECKING:  # it opens sources, and options alone open none
     from vqa_sft.data.classes import Classes
 
 CLASSIFICATION = "classification"  # the task whose rows have a class in place of choices
+# Columns more of a classification: the row's class in `Loaded.classes`, None for none; the class of each choice; those
+# that training draws from (candidates.py).
+CLASS, CANDIDATES, POOL = "class_index", "candidates", "pool"
 
 NO_CANDIDATES = (
-    "task: classification: candidates are not built yet, so such rows are neither trained on nor predicted. Check them "
-    "with `vqa-sft check`."
+    "task: classification needs candidates, the file with the likely classes of each row that `vqa-sft candidates` "
+    "writes."
 )
 
 
@@ -28,7 +31,9 @@ class ReadOptions:
     `fixed_choices` are those of every row. `max_choices` is for streams, whose rows are not all known.
 
     With the `task` CLASSIFICATION rows have no choices, and the answer is the name of a class: of `classes`, a list or
-    the file that holds it, by default of those that the rows name.
+    the file that holds it, by default of those that the rows name. With `candidates`, a file of class probabilities,
+    whose classes are then the default, the `num_candidates` most likely classes of a row are its choices, and
+    `none_of_these` is the text of one more; `candidate_pool` are kept to be drawn from (candidates.py).
 
     Rows that go with others, as validation and test rows do with those of training, may be written in another way:
     `trained` are the columns of those, whose answer format counts where it fits, and `known_columns` what their recipe
@@ -53,6 +58,10 @@ class ReadOptions:
     on_bad_row: str = "error"
     task: str = "multiple_choice"
     classes: "str | Classes | None" = None
+    candidates: str | None = None
+    num_candidates: int | None = None
+    candidate_pool: int | None = None
+    none_of_these: str | None = None
 
     @property
     def is_classification(self) -> bool:

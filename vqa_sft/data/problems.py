@@ -37,6 +37,7 @@ KINDS = {
     "same_choices": _error("all choices are equal", "Nothing can be learned from such a row; remove it."),
     "no_answer": _error("the answer is empty", "Give the answer or remove the row."),
     "bad_answer": _error("the answer is none of the choices", "Correct it, or set answer_format."),
+    "no_candidates": _error("no candidates are known of the row", "`vqa-sft candidates` makes them for all rows."),
     "unknown_class": _error("the label is no class of the list", "Correct it, or add it to the list."),
     "bad_targets": _error(
         "the targets are not a number for each choice", "Give votes or probabilities, 0 or more, in a list."

@@ -182,7 +182,8 @@ def _texts(row: Mapping[str, Any]) -> str:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    return digest([row["answer"], row.get("targets")])
+    # Of a classification the class: it may not be among the candidates, and the answer tells nothing then.
+    return digest([row[CLASS]] if CLASS in row else [row["answer"], row.get("targets")])
 
 
 def _first_rows(data: Loaded) -> dict[str, str]:

@@ -29,6 +29,7 @@ from datasets import Dataset
 from vqa_sft.batch.control import SWAPPED, Control, control_of, donors_of
 from vqa_sft.config.prediction import PredictionArguments
 from vqa_sft.data.digests import digests_of
+from vqa_sft.data.options import CANDIDATES, CLASS
 from vqa_sft.errors import InputError, explains
 from vqa_sft.files import whole, write_whole
 from vqa_sft.inference import scorer as scorers
@@ -133,6 +134,9 @@ def _describe_rows(examples: Dataset, guessed: set[str], control: Control | None
     columns = {"id": ids, "answer": examples["answer"][:], "blanked": [row_id in guessed for row_id in ids]}
     columns |= {"digest": digests_of(examples), "choices": [texts or [""] for texts in examples["choices"]]}
     columns["changed"] = control.changed(examples) if control else [False] * len(ids)
+    own = {CANDIDATES: pa.list_(pa.int32()), CLASS: pa.int32()}  # null where there are no classes
+    has_classes = CANDIDATES in examples.column_names
+    columns |= {name: pa.array(examples[name][:] if has_classes else [None] * len(ids), own[name]) for name in own}
     return pa.table(columns)
 
 

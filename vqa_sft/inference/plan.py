@@ -14,6 +14,7 @@ from vqa_sft.batch.control import ORIGINAL
 from vqa_sft.config.prediction import BASE, PredictionArguments
 from vqa_sft.config.training import RecipeArguments
 from vqa_sft.data.find_files import find_files
+from vqa_sft.data.options import CANDIDATES, CLASS
 from vqa_sft.inference.results import BLOCK_COLUMNS
 from vqa_sft.inference.rows import Rows
 from vqa_sft.runs.folder import Run, read_runs, runs_in
@@ -26,6 +27,7 @@ MODEL_FILES = ("*.safetensors", "run.json", "*config.json", "chat_template*", "t
 # The same of a prediction.
 _FIELDS = ("model", "part", "data", "orders", "scales", "average", "batch_size", "on_bad_row", "streaming")
 _FIELDS += ("min_pixels", "max_pixels", "limit", "use_cpu", "columns", "keep_rows", "image_root", "split")
+_FIELDS += ("task", "candidates", "num_candidates", "absent")
 _FIELDS += ("images", "data_config", "encoding", "answer_format", "fixed_question", "fixed_choices")
 
 
@@ -87,7 +89,9 @@ def describe_plan(args: PredictionArguments, groups: Sequence["Group"], rows: Ro
 def digest_rows(examples: Dataset) -> str:
     """What tells rows from others: their texts and answers, and what `_describe_image` says."""
     digest = hashlib.sha256()
-    for row in examples.select_columns(["id", "question", "context", "choices", "answer", "images"]):
+    names = ["id", "question", "context", "choices", "answer", "images"]
+    names += [name for name in (CLASS, CANDIDATES) if name in examples.column_names]
+    for row in examples.select_columns(names):
         images = [_describe_image(image) for image in row.pop("images")]
         digest.update(json.dumps([row, images]).encode())
     return digest.hexdigest()

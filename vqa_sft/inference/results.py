@@ -20,11 +20,12 @@ import pyarrow.parquet as pq
 from vqa_sft.batch.control import ORIGINAL
 from vqa_sft.config.prediction import PredictionArguments
 from vqa_sft.data.answers import FORMATS
+from vqa_sft.data.options import CANDIDATES, CLASS
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import check_output, whole
 from vqa_sft.inference.rows import Rows
 from vqa_sft.predictions.calibration import OUT_OF_FOLD, RUN, VALIDATION, read_calibration, views_key
-from vqa_sft.predictions.check_file import IMAGES
+from vqa_sft.predictions.check_file import CLASSES, IMAGES
 from vqa_sft.predictions.ensemble import combine
 from vqa_sft.predictions.file import Predictions, answers_as, read_predictions, write_predictions
 from vqa_sft.predictions.style import Style
@@ -33,7 +34,8 @@ from vqa_sft.predictions.submission import write
 if TYPE_CHECKING:  # it loads torch
     from vqa_sft.runs.folder import Run
 
-BLOCK_COLUMNS = ("id", "answer", "choices", "blanked", "digest", "changed")  # of its file, beside the scores
+# Of a block's file, beside the scores.
+BLOCK_COLUMNS = ("id", "answer", "choices", "blanked", "digest", "changed", CANDIDATES, CLASS)
 # What a run folder holds of its own, and what is there where it does.
 OWN_FILES = {VALIDATION: RUN, OUT_OF_FOLD: "out_of_fold.json"}
 
@@ -69,6 +71,8 @@ def describe_answers(args: PredictionArguments, rows: Rows) -> dict[str, Any]:
     how["answer"] = columns.answer or (trained and trained.answer) or "answer"
     if columns.answer_format is None and trained is not None:  # no row has an answer
         how |= {"answer_format": trained.answer_format, "answers_are_upper": trained.answers_are_upper}
+    if rows.sources[0].classes is not None:
+        how["answer_format"] = "text"  # the name of a class
     if args.answer_format in FORMATS:
         how["answer_format"] = args.answer_format
     return answers_as(replace(columns, **how))
@@ -131,6 +135,8 @@ def _files_of(
             [*filter(None, scales)],
             block.digests,
             block.changed if metadata.get(IMAGES) else [],
+            block.candidates if CLASSES in metadata else [],
+            block.labels if CLASSES in metadata else [],
         )
         for (logits, agreement, scales), metadata in zip(block.of_runs, about, strict=False)
     ]
@@ -158,6 +164,8 @@ class Block:
     blanked: list[bool]
     digests: list[str]
     changed: list[bool]
+    candidates: list[list[int] | None]
+    labels: list[int | None]
     of_runs: list[tuple[Any, Any, Any]]
 
 
@@ -177,8 +185,8 @@ def _block_of_parts(parts: Path, passes: Sequence[int], ids: Sequence[str]) -> I
 
 
 def _block(table: pa.Table, of_runs: list[tuple[Any, Any, Any]]) -> Block:
-    ids, answers, choices, blanked, digests, changed = (table[name].to_pylist() for name in BLOCK_COLUMNS)
-    return Block(ids, answers, choices, blanked, digests, changed, of_runs)
+    columns: dict[str, Any] = {name: table[name].to_pylist() for name in BLOCK_COLUMNS}
+    return Block(*columns.values(), of_runs)  # type: ignore[call-arg]
 
 
 def _of_runs(table: pa.Table) -> list[tuple[Any, Any, Any]]:

@@ -52,7 +52,8 @@ def read_rows(args: PredictionArguments, runs: list["Run"]) -> Rows:
     """The rows that each run scores. Raises InputError."""
     if args.part == VALIDATION:
         return _read_validation(args, runs)
-    options = args.data_options(runs[0].recipe, runs[0].columns)
+    _check_classes(runs)
+    options = args.data_options(runs[0].recipe, runs[0].columns, runs[0].classes, runs[0].num_letters)
     num_letters = min((run.num_letters for run in runs if run.num_letters), default=None)
     if args.streaming:
         loaded = stream_examples(args.data, replace(options, max_choices=num_letters))
@@ -65,6 +66,19 @@ def read_rows(args: PredictionArguments, runs: list["Run"]) -> Rows:
             )
             loaded.notes.append(f"{beyond}; letters after {LETTERS[num_letters - 1]} are as the base knows them")
     return Rows([loaded], [loaded.examples] * len(runs), runs[0].columns)
+
+
+def _check_classes(runs: list["Run"]) -> None:
+    """Raises InputError for runs of which some are of a classification, and not all of the same one."""
+    ways = []
+    for run in runs:
+        shown = run.num_letters, run.recipe.get("absent") == "none_of_these"
+        ways.append((run.classes.names, *shown) if run.classes else None)
+        if ways[-1] != ways[0]:
+            raise InputError(
+                f"{run.folder} and {runs[0].folder} were trained on other classes, or choose among another number of "
+                "candidates. Score one at a time."
+            )
 
 
 def _read_validation(args: PredictionArguments, runs: list["Run"]) -> Rows:
@@ -102,9 +116,11 @@ def sources_of(
     image_root = (args and args.image_root) or own.image_root
     named = []
     if not own.streaming:  # a stream is trained on as a whole
-        named.append(((args and args.data) or own.train_data, replace(own.data_options, image_root=image_root)))
+        options = own.with_candidates(own.data_options, args.candidates if args else None)
+        options = replace(options, image_root=image_root, classes=run.classes or options.classes)
+        named.append(((args and args.data) or own.train_data, options))
     if own.validation_data is not None:
-        options = own.options_for_other_data(run.columns)
+        options = own.validation_options(run.columns, run.classes)
         named.append((own.validation_data, replace(options, image_root=image_root)))
     return named
 

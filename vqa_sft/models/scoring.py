@@ -12,17 +12,17 @@ from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 
-from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, supervised_positions
+from vqa_sft.batch.collator import TARGET_KEYS, AnswerCollator, free_choices, supervised_positions
 from vqa_sft.batch.count_tokens import relative_lengths
 from vqa_sft.batch.prompts import Prompts, control_tokens, render_prompt
 from vqa_sft.batch.template import answer_prefix, answer_suffix
 from vqa_sft.console import progress
+from vqa_sft.data.options import CANDIDATES
 from vqa_sft.errors import InputError, explains
 from vqa_sft.models.adapters import Adapters
 from vqa_sft.models.fast.vision import encoder_outputs, run_tower, vision_inputs
 from vqa_sft.models.load import DTYPES
 from vqa_sft.questions.letters import LETTERS, view_orders
-from vqa_sft.questions.references import count_free
 
 # A row whose image is shown as a white square.
 _SAMPLE: dict[str, Any] = {"id": "sample", "question": "?", "context": "", "choices": ["x", "y"], "answer": None}
@@ -201,8 +201,8 @@ def _most_views(examples: datasets.Dataset, views: str | int) -> int:
     """In how many orders a row is scored, at most."""
     if views == "identity":
         return 1
-    rows = zip(examples["question"], examples["choices"], strict=True)
-    kinds = {(len(choices), count_free(question, choices)) for question, choices in rows}
+    names = ["question", "choices", *([CANDIDATES] if CANDIDATES in examples.column_names else [])]
+    kinds = {(len(row["choices"]), free_choices(row)) for row in examples.select_columns(names)}
     counts = [len(view_orders(num_choices, views, num_free=num_free)) for num_choices, num_free in kinds]
     return max(counts, default=1)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vqa_sft.predictions.file import Predictions
 
 CALIBRATION, ANSWERS, IMAGES = "calibration", "answers", "images"  # in the metadata
+CLASSES = "classes"  # there too, of a classification
 
 
 def check_content(path: str | Path, predictions: "Predictions") -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import begins_with, check_output, write_whole
 from vqa_sft.predictions.calibration import views_key
-from vqa_sft.predictions.check_file import ANSWERS, CALIBRATION, IMAGES
+from vqa_sft.predictions.check_file import ANSWERS, CALIBRATION, CLASSES, IMAGES
 from vqa_sft.predictions.file import (
     Predictions,
     check_same_rows,
@@ -74,6 +74,11 @@ def align(files: Sequence[Predictions], names: Sequence[str]) -> list[Prediction
             raise InputError(
                 f"{name} and {names[0]} have other numbers of choices in {name_rows(other_length, len(rows))}. Give "
                 "predictions for the same data."
+            )
+        if aligned[-1].candidates != first.candidates or file.metadata.get(CLASSES) != first.metadata.get(CLASSES):
+            raise InputError(
+                f"{name} and {names[0]} chose among other candidates, so a place is not the same class in both. Give "
+                "predictions with the same candidates; `vqa-sft fuse` makes a table of all classes of each."
             )
     known_answers: list[int | None] = [None] * len(first.ids)
     for file, name in zip(aligned, names, strict=True):
@@ -135,11 +140,21 @@ def combine(files: Sequence[Predictions], names: Sequence[str], weights: Sequenc
     written_as = next((file.metadata[ANSWERS] for file in files if file.metadata.get(ANSWERS)), None)
     metadata |= {ANSWERS: written_as} if written_as else {}
     metadata |= {IMAGES: first.images} if first.shown else {}
+    metadata |= {name: first.metadata[name] for name in (CLASSES, "candidates") if name in first.metadata}
     digests = next((file.digests for file in files if file.digests), [])
     blanked = [any(row) for row in zip(*(file.blanked or [False] * len(first.ids) for file in files), strict=True)]
     agreement = np.minimum(agree, 1).tolist()
     return Predictions(
-        first.ids, logits, first.answers, metadata, blanked, agreement, digests=digests, changed=first.changed
+        first.ids,
+        logits,
+        first.answers,
+        metadata,
+        blanked,
+        agreement,
+        digests=digests,
+        changed=first.changed,
+        candidates=first.candidates,
+        labels=first.labels,
     )
 
 

@@ -19,7 +19,8 @@ A prediction file is Parquet, in the row order of the data:
                    class_probs.NONE_OF_THESE for that choice. `answer` is the place of the label among them
     label          only of a classification: the class of the row; null where unknown
 
-Its metadata say what made it; "images", which of these it was. "answers" says how the data of the run write their
+Its metadata say what made it; of a classification "classes" are the names of all classes, and "candidates" says what
+those of the rows were made by. "images", which of these it was. "answers" says how the data of the run write their
 answers (`answers_as`), for the submission. "calibration" holds the run's temperature for these views, and perhaps a
 bias and weights of the scales: `Predictions.probs` applies them.
 """
@@ -28,7 +29,7 @@ import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -38,9 +39,12 @@ from vqa_sft.batch.control import ORIGINAL
 from vqa_sft.data.columns import Columns
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import whole
-from vqa_sft.predictions.check_file import CALIBRATION, IMAGES, check_content, scale_names
+from vqa_sft.predictions.check_file import CALIBRATION, CLASSES, IMAGES, check_content, scale_names
 from vqa_sft.predictions.metrics import softmax
 from vqa_sft.predictions.pooling import experts_of_scales, log_rows, pool
+
+if TYPE_CHECKING:  # it loads datasets
+    from vqa_sft.data.examples import Loaded
 
 SCHEMA = pa.schema(
     [
@@ -174,6 +178,11 @@ def answers_as(columns: Columns) -> dict[str, Any]:
         "fixed_question": columns.fixed_question,
         "fixed_choices": columns.fixed_choices,
     }
+
+
+def classes_as(loaded: "Loaded") -> dict[str, Any]:
+    """What the metadata say of a classification: all classes, and what its candidates were made by."""
+    return {CLASSES: [*loaded.classes.names], "candidates": loaded.candidates} if loaded.classes else {}
 
 
 def may_be_of_one_run(one: Predictions, other: Predictions) -> bool:

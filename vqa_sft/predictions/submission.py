@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vqa_sft.data.cells import write_answer
+from vqa_sft.data.class_probs import NONE_OF_THESE
 from vqa_sft.errors import InputError, name_rows, printable
 from vqa_sft.files import check_output, whole
 from vqa_sft.predictions.check_file import ANSWERS
@@ -45,7 +46,10 @@ def render(
     rows = []
     for row_id in ids:
         row = row_of[row_id]
-        cells = _cells(all_probs[row], style, None if choices is None else choices[row])
+        probs = all_probs[row]
+        if predictions.candidates:  # the name of a class is asked for
+            probs = np.where(np.array(predictions.candidates[row]) == NONE_OF_THESE, -1, probs)
+        cells = _cells(probs, style, None if choices is None else choices[row])
         rows.append({style.id: row_id} | dict(zip(style.answers, cells, strict=True)))
     return rows
 

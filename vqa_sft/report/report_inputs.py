@@ -204,9 +204,12 @@ def read_sources(folder: Path) -> list[Loaded]:
     Raises InputError where they are not here."""
     run = read_run(runs_in(folder)[0])
     recipe = RecipeArguments.of_run(run.recipe)
-    named = [] if recipe.streaming else [(recipe.train_data, recipe.data_options)]
+    named = []
+    if not recipe.streaming:
+        options = recipe.with_candidates(recipe.data_options)
+        named.append((recipe.train_data, replace(options, classes=run.classes or options.classes)))
     if recipe.validation_data is not None:
-        named.append((recipe.validation_data, recipe.options_for_other_data(run.columns)))
+        named.append((recipe.validation_data, recipe.validation_options(run.columns, run.classes)))
     if not named:
         raise InputError(f"{folder} was trained on a stream.")
     for source, _ in named:

@@ -28,6 +28,7 @@ from typing import Any
 import yaml
 
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.data.classes import Classes
 from vqa_sft.data.columns import Columns
 from vqa_sft.errors import InputError
 from vqa_sft.files import lying_in, remove_unfinished, write_whole
@@ -70,6 +71,7 @@ class Run:
     num_letters: int | None = None
     columns: Columns | None = None  # of the training data
     precision: str | None = None
+    classes: Classes | None = None  # of a classification
     content: dict[str, Any] = field(default_factory=dict, repr=False)  # all of run.json
 
     @property
@@ -200,6 +202,7 @@ def describe(
         "prompts": vars(run.prompts),
         "prompts_digest": run.prompts.digest,
         "columns": vars(run.columns),
+        "classes": run.classes and {"names": run.classes.names, "other_names": run.classes.other_names},
         "num_rows": num_rows,
         "num_processes": num_processes,
         "micro_batch": micro_batch,
@@ -236,6 +239,9 @@ def read_run(folder: str | Path) -> Run:
         prompts, columns = Prompts(**content["prompts"]), Columns(**content["columns"])
         _check_types(content["recipe"], columns, content["num_letters"])
         of_training = {"columns": columns, "precision": content.get("precision"), "content": content}
+        if known := content.get("classes"):  # runs of earlier versions have none
+            others = tuple(tuple(of_class) for of_class in known["other_names"])
+            of_training["classes"] = Classes(tuple(known["names"]), "the run", other_names=others)
         return Run(str(folder), content["recipe"], prompts, content["num_letters"], **of_training)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Train the run again.") from error

@@ -77,7 +77,8 @@ def _card_text(folder: Path, run: Run, metrics: dict[str, float], is_adapter: bo
     of_types = "".join(f"\nFor {kind} questions: `{text!r}`.\n" for kind, text in prompts.types.items())
     options = f"\nOptions of the chat template: `{prompts.template_options}`.\n" if prompts.template_options else ""
     decision = _describe_decision(folder, run, is_adapter)
-    rows = [f"| {key} | {metrics[key]:.4f} |" for key in ("accuracy", "nll", "ece") if key in metrics]
+    candidates = " --candidates test.parquet" if recipe.get("candidates") else ""
+    rows = [f"| {key} | {metrics[key]:.4f} |" for key in ("accuracy", "nll", "ece", "answerable") if key in metrics]
     validation = "\n".join(["| metric | value |", "|---|---|", *rows]) if rows else "None was asked for."
     return f"""# {name}
 
@@ -90,7 +91,7 @@ by the letter of the right choice. Trained on {trained_on}.
 
 ## Use
 
-    python recipes/predict.py --run {recipe["output_dir"]} --data test.csv --output submission.csv
+    python recipes/predict.py --run {recipe["output_dir"]} --data test.csv{candidates} --output submission.csv
 
 or load it in plain transformers; the answer is the letter with the largest logit at the last position of the prompt:
 

@@ -4,6 +4,8 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from vqa_sft.console import table
 from vqa_sft.data.split import ROWS
 from vqa_sft.errors import InputError, name_rows
@@ -22,37 +24,54 @@ def _ids_of(run: str | Path) -> list[str]:
 
 
 def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
-    """Write both files into `folder`, rows in the order of the data; a table of metrics, by fold and of all rows."""
+    """Write both files into `folder`, rows in the order of the data; a table of metrics, by fold and of all rows.
+
+    The metrics are of the rows with an answer: the class of others is not among their candidates.
+    """
     parts = {Path(run).name: read_predictions(Path(run) / run_folder.VALIDATION) for run in runs}
-    row_of: dict[str, tuple[list[float], int | None]] = {}
-    digest_of: dict[str, str] = {}
+    place_of: dict[str, tuple[Predictions, int]] = {}
     for part in parts.values():
-        if twice := [row_id for row_id in part.ids if row_id in row_of]:
+        if twice := [row_id for row_id in part.ids if row_id in place_of]:
             raise InputError(f"two folds validate on {name_rows(twice, len(part.ids))}. Train the folds again.")
-        digest_of |= part.digest_of
-        row_of |= zip(part.ids, zip(part.choice_logits, part.answers, strict=True), strict=True)
+        place_of |= {row_id: (part, place) for place, row_id in enumerate(part.ids)}
     data = {str(run): _ids_of(run) for run in runs}
     for run, found in data.items():
         if found != data[str(runs[0])]:
             raise InputError(f"{run} and {runs[0]} were trained on other rows. Train all folds again: --overwrite.")
-    ids = [row_id for row_id in data[str(runs[0])] if row_id in row_of]
-    logits, answers = zip(*(row_of[row_id] for row_id in ids), strict=True)
+    ids = [row_id for row_id in data[str(runs[0])] if row_id in place_of]
+    places = [place_of[row_id] for row_id in ids]
+    names = ("choice_logits", "answers", "digests", "candidates", "labels")
+    columns: dict[str, list] = {
+        name: [getattr(part, name)[place] for part, place in places]
+        for name in names
+        if all(getattr(part, name) for part in parts.values())
+    }
     metadata = next(iter(parts.values())).metadata | {"run": str(folder), "split": "out-of-fold", "folds": [*parts]}
     file = Path(folder) / OUT_OF_FOLD
     before = file.read_bytes() if file.is_file() else None
-    digests = [digest_of.get(row_id) for row_id in ids]
-    write_predictions(file, Predictions(ids, [*logits], [*answers], metadata, digests=digests))
+    together = Predictions(ids, metadata=metadata, **columns)
+    write_predictions(file, together)
     if file.read_bytes() != before:  # its temperatures are of other weights
         (Path(folder) / CALIBRATION).unlink(missing_ok=True)
 
-    probs = softmax(logits)
-    values, with_95 = all_metrics(probs, answers), with_intervals(probs, answers)
-    folds = {name: all_metrics(softmax(part.choice_logits), part.answers) for name, part in parts.items()}
-    run_folder.write_json(Path(folder) / METRICS, {"rows": len(ids)} | with_95 | {"folds": folds})
+    known = {name: _answered(part) for name, part in (parts | {"out of fold": together}).items()}
+    metrics = {name: all_metrics(*of_part) for name, of_part in known.items()}
+    with_95, values = with_intervals(*known["out of fold"]), metrics["out of fold"]
+    num_rows = len(known["out of fold"][1])
+    without = {"unanswered": len(ids) - num_rows} if num_rows < len(ids) else {}
+    folds = {name: metrics[name] for name in parts}
+    run_folder.write_json(Path(folder) / METRICS, {"rows": num_rows} | without | with_95 | {"folds": folds})
     lines = [["", "rows", *values]]
-    for name, of_fold in folds.items():
-        lines.append([name, f"{len(parts[name].ids):,}", *(f"{value:.4f}" for value in of_fold.values())])
-    lines.append(["out of fold", f"{len(ids):,}", *(f"{value:.4f}" for value in values.values())])
+    for name, of_part in metrics.items():
+        lines.append([name, f"{len(known[name][1]):,}", *(f"{value:.4f}" for value in of_part.values())])
     intervals = [with_95[f"{name}_95"] for name in values]
     lines.append(["95% of resamples", "", *(f"{low:.4f}-{high:.4f}" for low, high in intervals)])
-    return table(lines)
+    said = f"\n{len(ids) - num_rows:,} of {len(ids):,} rows are not in it: their class is no candidate."
+    return table(lines) + (said if without else "")
+
+
+def _answered(predictions: Predictions) -> tuple[list[np.ndarray], list[int]]:
+    """Probabilities as scored, and answers, of the rows with an answer."""
+    pairs = zip(predictions.choice_logits, predictions.answers, strict=True)
+    known = [(logits, answer) for logits, answer in pairs if answer is not None]
+    return softmax([logits for logits, _ in known]), [answer for _, answer in known]

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
 from transformers import EarlyStoppingCallback, ProcessorMixin
@@ -11,17 +12,19 @@ from trl import SFTConfig
 
 from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
 from vqa_sft.batch.count_tokens import relative_lengths
+from vqa_sft.batch.draw_candidates import show_longest
 from vqa_sft.batch.image_size import describe_images
-from vqa_sft.batch.prompts import Prompts, check_texts, settle_prompts
+from vqa_sft.batch.prompts import Prompts, check_names, check_texts, settle_prompts
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.console import note
+from vqa_sft.data.options import CLASS
 from vqa_sft.errors import explains
 from vqa_sft.models import processes
 from vqa_sft.models.fast import speedups
 from vqa_sft.models.fast.feature_store import fill_store, open_store
 from vqa_sft.models.load import build_skeleton, follow_processor, load_processor
 from vqa_sft.models.lora import describe_experts, lora_config
-from vqa_sft.models.memory.needs import Plan, Shape, read_needs
+from vqa_sft.models.memory.needs import NUM_MEASURED, Plan, Shape, read_needs
 from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
 from vqa_sft.training.averaging import AdapterAverage
@@ -76,13 +79,18 @@ def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precisio
     )
     for part in rows.counted:
         check_texts(processor, part, prompts)
+    shown = None if args.streaming else rows.train
+    if rows.class_names is not None:  # of which other ones are drawn in every epoch
+        check_names(processor, rows.class_names)
+        longest = [show_longest(row, rows.class_names) for row in rows.train.take(NUM_MEASURED)]
+        shown = Dataset.from_list(longest, features=rows.train.features)
     needs = functools.partial(
         read_needs,
         training_args,
         model_args,
         args,
         processor,
-        None if args.streaming else rows.train,
+        shown,
         prompts,
         precision=precision,
         compiles=speedups.pays_compilation(skeleton.config, rows.num_seen(training_args), args.compile_layers),
@@ -109,6 +117,7 @@ def build_trainer(
         supervises_end=args.supervise_end_of_turn,
         packer=packer,
         features=features,
+        classes=rows.class_names,
     )
     pads = args.fast and not args.streaming and not (packer and packer.packs_rows)
     average, callbacks = None, [WriteCurves()]
@@ -131,6 +140,7 @@ def build_trainer(
             average=average,
             stop=stop,
             lengths=relative_lengths(rows.train) if pads else None,
+            balanced=rows.train[CLASS][:] if args.class_balance == "sample" else None,
             callbacks=callbacks,
         )
     vision = vision_parameters(speedups.base_of(trainer.model))

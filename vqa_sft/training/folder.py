@@ -12,7 +12,7 @@ from vqa_sft.config.recipe import Recipe
 from vqa_sft.data.split import write_parts
 from vqa_sft.errors import InputError, explains
 from vqa_sft.predictions.check_file import ANSWERS
-from vqa_sft.predictions.file import Predictions, answers_as, write_predictions
+from vqa_sft.predictions.file import Predictions, answers_as, classes_as, write_predictions
 from vqa_sft.runs import folder as run_folder, hub
 from vqa_sft.runs.checkpoints import last_whole_checkpoint
 from vqa_sft.training.rows import Rows
@@ -61,11 +61,12 @@ def write_results(
     metrics = {name: round(value, 6) if isinstance(value, float) else value for name, value in metrics.items()}
     if predictions is not None:
         predictions.metadata |= {"run": output_dir, "prompts_digest": prompts.digest, "split": "validation"}
-        predictions.metadata |= {ANSWERS: answers_as(columns)}
+        predictions.metadata |= {ANSWERS: answers_as(columns)} | classes_as(rows.loaded[0])
         write_predictions(f"{output_dir}/{run_folder.VALIDATION}", predictions)
     run_folder.write_metrics(output_dir, metrics)
+    known = rows.num_letters, columns, str(metrics["precision"])
     run_folder.describe(
-        run_folder.Run(output_dir, recipe.values, prompts, rows.num_letters, columns, str(metrics["precision"])),
+        run_folder.Run(output_dir, recipe.values, prompts, *known, classes=rows.loaded[0].classes),
         num_rows={"train": rows.num_train, "validation": len(rows.validation or [])},
         num_processes=training_args.world_size,
         micro_batch=training_args.per_device_train_batch_size,

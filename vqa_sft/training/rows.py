@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import datasets
 from trl import SFTConfig
 
+from vqa_sft.batch.collator import WEIGHT
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.console import note
+from vqa_sft.data.candidates import settle_absent
 from vqa_sft.data.examples import Loaded, note_kept_orders, read_examples, stream_examples
-from vqa_sft.data.options import CLASSIFICATION, NO_CANDIDATES
+from vqa_sft.data.options import CLASS
 from vqa_sft.data.split import TRAIN, VALIDATION, choose_parts, most_choices, read_parts, select
 from vqa_sft.errors import InputError
 from vqa_sft.models import processes
@@ -36,6 +38,12 @@ class Rows:
         return [part for part in (self.train, self.validation) if isinstance(part, datasets.Dataset)]
 
     @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Of a classification."""
+        classes = self.loaded[0].classes
+        return None if classes is None else classes.names
+
+    @property
     def num_train(self) -> int | None:
         return len(self.train) if isinstance(self.train, datasets.Dataset) else None
 
@@ -49,13 +57,15 @@ class Rows:
 def load_data(recipe: Recipe) -> list[Loaded]:
     """The training rows and, where the recipe names data for it, the validation rows; texts only."""
     args = recipe.arguments
-    if args.task == CLASSIFICATION:
-        raise InputError(NO_CANDIDATES)
     read = stream_examples if args.streaming else read_examples
-    loaded = [read(args.train_data, args.data_options)]
+    loaded = [read(args.train_data, args.with_candidates(args.data_options))]
     if args.validation_data is not None:
         # Few rows may not tell how their answers are written; the training rows have told.
-        loaded.append(read_examples(args.validation_data, args.options_for_other_data(loaded[0].columns)))
+        options = args.validation_options(loaded[0].columns, loaded[0].classes)
+        loaded.append(read_examples(args.validation_data, options))
+        if args.candidates and loaded[1].num_choices != loaded[0].num_choices:
+            shown = f"{loaded[0].num_choices} and {loaded[1].num_choices} choices"
+            raise InputError(f"training and validation rows would have {shown}: set num_candidates.")
     for data in loaded:
         needless = [] if args.shuffle_choices else note_kept_orders(data.name, data.problems)
         for line in data.notes:
@@ -90,6 +100,8 @@ def select_rows(recipe: Recipe, loaded: list[Loaded], parts: Parts, training_arg
     if args.streaming:
         # Without an end, so that no process runs out of rows before the others; max_steps ends the training.
         train = train.shuffle(seed=training_args.seed).repeat(None)
+    if loaded[0].classes is not None:
+        train = _select_classified(recipe, loaded[0], parts[0] or [], validation)
     most = most_choices(loaded, parts)
     if most > (args.max_choices or most):
         raise InputError(f"max_choices is {args.max_choices}, and the data have rows of {most} choices. Raise it.")
@@ -103,3 +115,24 @@ def select_rows(recipe: Recipe, loaded: list[Loaded], parts: Parts, training_arg
     if training_args.dataloader_drop_last and not args.streaming and len(train) < rows_a_step:
         raise InputError(f"dataloader_drop_last drops all {len(train)} rows: a step takes {rows_a_step}. Remove it.")
     return rows
+
+
+def _select_classified(
+    recipe: Recipe, loaded: Loaded, parts: list[str], validation: datasets.Dataset | None
+) -> datasets.Dataset:
+    """The training rows of a classification, each with its class among its choices, and weights where the recipe wants
+    them. Raises InputError where no row can be trained or validated on."""
+    assert loaded.classes is not None
+    rows = [row for row, part in enumerate(parts) if part == TRAIN]
+    examples, rows, lines = settle_absent(loaded.examples, rows, recipe.arguments.absent, loaded.classes)
+    for line in lines:
+        note(line)
+    if validation is not None and all(answer is None for answer in validation["answer"]):
+        raise InputError("no validation row has its class among its candidates. Raise num_candidates.")
+    if recipe.arguments.class_balance == "weight":
+        labels = examples[CLASS][:]
+        counts = Counter(labels[row] for row in rows)
+        # The mean of those that are trained on is 1; there are no others.
+        weights = [len(rows) / (len(counts) * max(1, counts[label])) for label in labels]
+        examples = examples.add_column(WEIGHT, weights, feature=datasets.Value("float32"))
+    return examples.select(rows)

@@ -29,14 +29,15 @@ from vqa_sft.training.averaging import AdapterAverage, trained
 from vqa_sft.training.callbacks import EpochForCollator, Speed, now_s
 from vqa_sft.training.loss import LossSettings, answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
 from vqa_sft.training.metrics import letter_metrics
-from vqa_sft.training.sampler import LengthSampler
+from vqa_sft.training.sampler import BalancedSampler, LengthSampler
 from vqa_sft.training.saving import MarkWholeCheckpoints, SaveAndStop, keep_worker
 
 
 class AnswerTrainer(SFTTrainer):
     """`vision_learning_rate` is that of all trained weights outside the language model. Every evaluation scores the
     `average` too. `stop` keeps the loaders' workers from a SIGTERM while it listens. Both are callbacks. With `lengths`
-    of the training rows, those of like length are in one batch."""
+    of the training rows, those of like length are in one batch; with their classes `balanced`, these are drawn equally
+    often."""
 
     # `compute_loss` divides by the rows of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -52,9 +53,10 @@ class AnswerTrainer(SFTTrainer):
         average: AdapterAverage | None = None,
         stop: SaveAndStop | None = None,
         lengths: Sequence[int] | None = None,
+        balanced: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        self.lengths = lengths
+        self.lengths, self.balanced = lengths, balanced
         kwargs.setdefault("compute_metrics", letter_metrics)
         super().__init__(*args, data_collator=data_collator, **kwargs)
         self.eval_collator = eval_collator
@@ -92,11 +94,15 @@ class AnswerTrainer(SFTTrainer):
         return optimizer
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler | None:
-        if self.lengths is None:
+        if self.lengths is None and self.balanced is None:
             return super()._get_train_sampler(train_dataset)
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        return LengthSampler(self.lengths, args.train_batch_size * args.gradient_accumulation_steps, seed)
+        if self.lengths is None:
+            return BalancedSampler(self.balanced, seed)
+        return LengthSampler(
+            self.lengths, args.train_batch_size * args.gradient_accumulation_steps, seed, self.balanced
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -126,10 +132,13 @@ class AnswerTrainer(SFTTrainer):
         if "targets" in inputs:
             targets = smooth(inputs["targets"], num_choices, smoothing)
         else:
-            targets = letter_targets(answers, num_choices, letter_logits.shape[1], smoothing)
+            # Rows of an evaluation may have no answer (-1): `letter_metrics` leaves their losses out.
+            targets = letter_targets(answers.clamp(min=0), num_choices, letter_logits.shape[1], smoothing)
         losses = answer_loss(logits, letter_logits, targets, num_choices, self.loss.vocabulary_weight)
         if at_letter:
             losses = losses + end_of_turn_loss(at_letter[0], self.loss.end_of_turn)
+        if "weights" in inputs:
+            losses = losses * inputs["weights"]
         step = self.state.global_step + self.model.training
         what = f"The loss of step {step}" if self.model.training else f"The loss in the evaluation after step {step}"
         self.losses.append((step, what, inputs["ids"], losses.detach()))

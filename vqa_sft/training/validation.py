@@ -5,6 +5,7 @@ import torch
 
 from vqa_sft.console import note
 from vqa_sft.data.digests import digests_of
+from vqa_sft.data.options import CANDIDATES, CLASS
 from vqa_sft.models.scoring import to_choice_logits
 from vqa_sft.predictions.file import Predictions
 from vqa_sft.training.averaging import put, swapped
@@ -21,7 +22,10 @@ def predict_examples(trainer: AnswerTrainer, examples: datasets.Dataset) -> tupl
     identity = torch.arange(letter_logits.shape[1]).expand_as(letter_logits)
     choice_logits = to_choice_logits(letter_logits, identity, num_choices)
     predictions = Predictions(examples["id"][:], choice_logits, examples["answer"][:], digests=digests_of(examples))
-    return predictions, {name: output.metrics[f"validation_{name}"] for name in METRICS}
+    if CANDIDATES in examples.column_names:
+        predictions.candidates, predictions.labels = examples[CANDIDATES][:], examples[CLASS][:]
+    given = {name.removeprefix("validation_"): value for name, value in output.metrics.items()}
+    return predictions, {name: given[name] for name in (*METRICS, "answerable") if name in given}
 
 
 def choose_weights(

@@ -27,6 +27,7 @@ from vqa_sft.models.parts import decoder_layers, vision_layers, vision_parameter
 from vqa_sft.models.shapes import SHAPES, shape_config
 
 TEXT_TOKENS = 160  # of a row, template included
+NUM_MEASURED = 200  # rows whose texts are counted
 # Bytes of the optimiser per trained fp32 value: AdamW keeps two fp32 values; what is not named here, as AdamW.
 OPTIMIZER_BYTES = {"8bit": 2, "lion": 4, "adafactor": 0, "sgd": 0}
 
@@ -258,7 +259,7 @@ def attention_of(device: torch.device, precision: str, fast: bool) -> Literal["g
 
 
 def measure_rows(
-    processor: ProcessorMixin, examples: datasets.Dataset, prompts: Prompts, most: int = 200
+    processor: ProcessorMixin, examples: datasets.Dataset, prompts: Prompts, most: int = NUM_MEASURED
 ) -> dict[str, int]:
     """The most text tokens and images among the first rows, and how many tokens they share, as fields of a Plan."""
     rows = list(examples.select(range(min(most, len(examples)))))
