@@ -19,12 +19,12 @@ from typing import Any
 import datasets
 import numpy as np
 
-from vqa_sft.data.class_probs import NONE_OF_THESE, UNKNOWN_LABEL, ClassProbs, read_class_probs
+from vqa_sft.data.class_probs import NONE_OF_THESE, UNKNOWN_LABEL, ClassProbs
 from vqa_sft.data.classes import Classes
 from vqa_sft.data.digests import digests_of
-from vqa_sft.data.find_files import quote
 from vqa_sft.data.options import CANDIDATES, CLASS, POOL, ReadOptions
 from vqa_sft.data.problems import Problems
+from vqa_sft.data.read_class_probs_table import reorder
 from vqa_sft.errors import InputError, name_rows, printable, safe
 from vqa_sft.questions.letters import LETTERS
 
@@ -48,11 +48,6 @@ class Candidates:
     is_out_of_fold: bool
 
 
-def read_probs(path: str) -> ClassProbs:
-    """The class probabilities in a file, of `vqa-sft candidates` or of another classifier."""
-    return read_class_probs(path)
-
-
 def classes_in(probs: ClassProbs, path: str) -> Classes:
     """The classes of a file of candidates, for rows that name no list of their own."""
     return Classes(probs.names, f"{path} (its classes)")
@@ -62,7 +57,7 @@ def settle_candidates(probs: ClassProbs, classes: Classes, options: ReadOptions)
     """The file that `options` name, in the classes of the rows. Raises InputError where it has other classes, or fewer
     for each row than are wanted."""
     path, metadata = str(options.candidates), probs.metadata
-    places = _match_classes(path, probs.names, classes)
+    probs = reorder(path, probs, classes)
     wanted = options.num_candidates or metadata.get("num_candidates") or NUM_CANDIDATES
     if type(wanted) is not int or wanted < 2:
         raise InputError(f"{path} is damaged: num_candidates in its metadata is {printable(repr(wanted))}.")
@@ -80,34 +75,10 @@ def settle_candidates(probs: ClassProbs, classes: Classes, options: ReadOptions)
             f"candidate_pool {pool}: a row shows {num} of them, and {path} has {kept} classes of each. Set it to a "
             f"number from {num} to {kept}."
         )
-    labels = np.where(probs.labels == UNKNOWN_LABEL, UNKNOWN_LABEL, places[probs.labels])
     said = str(metadata.get("source") or Path(path).name)
     of = {row_id: place for place, row_id in enumerate(probs.ids)}
-    known = labels, places[probs.indices[:, :pool]]
-    return Candidates(path, of, probs.digests, *known, num, said, metadata.get("out_of_fold") is True)
-
-
-def _match_classes(path: str, names: Sequence[str], classes: Classes) -> np.ndarray:
-    """The class of the rows that each class of the file is, by name (C,)."""
-    found = [classes.find(name) for name in names]
-    unknown = [name for name, place in zip(names, found, strict=True) if place is None]
-    if unknown:
-        raise InputError(
-            safe(
-                f"{path} has classes ({len(unknown):,}) that are not in the list of {classes.source}: "
-                f"{quote(unknown)}. Give the list of both in `classes`, or make the candidates again."
-            )
-        )
-    if lacking := [name for place, name in enumerate(classes.names) if place not in {*found}]:
-        raise InputError(
-            safe(
-                f"{path} lacks classes ({len(lacking):,}) of {classes.source}: {quote(lacking)}. They could never be "
-                "chosen: make the candidates again with this list."
-            )
-        )
-    if len({*found}) < len(found):
-        raise InputError(f"{path} has two classes that are one in {classes.source}. Make the candidates again.")
-    return np.array(found, dtype=np.int32)
+    shown = probs.indices[:, :pool]
+    return Candidates(path, of, probs.digests, probs.labels, shown, num, said, metadata.get("out_of_fold") is True)
 
 
 def join_candidates(

@@ -20,7 +20,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vqa_sft.data.candidates import classes_in, join_candidates, read_probs
+from vqa_sft.data.candidates import classes_in, join_candidates
 from vqa_sft.data.classes import Classes
 from vqa_sft.data.columns import Columns, are_here
 from vqa_sft.data.find_columns import find_columns
@@ -28,6 +28,7 @@ from vqa_sft.data.image_folder import find_image_folder, open_image_folder
 from vqa_sft.data.images_in_tables import IMAGES, add_images
 from vqa_sft.data.options import CLASS, ReadOptions
 from vqa_sft.data.problems import Problems
+from vqa_sft.data.read_class_probs_table import read_any_class_probs
 from vqa_sft.data.read_row import NUMBER, RowReader, columns_with_images
 from vqa_sft.data.settle_answers import settle_answers
 from vqa_sft.data.settle_classes import count_rows, describe_classes, read_labels, settle_classes
@@ -98,7 +99,7 @@ def read_examples(source: str | Sequence[str], options: ReadOptions = ReadOption
     reader.problems.total = len(numbers)
     features, classes = _features(reader.columns), None
     if options.is_classification:
-        probs = read_probs(options.candidates) if options.candidates else None
+        probs = read_any_class_probs(options.candidates, None) if options.candidates else None
         if probs is not None and options.classes is None:
             reader.options = replace(reader.options, classes=classes_in(probs, str(options.candidates)))
         classes = settle_classes(reader, texts["cell"])

@@ -33,9 +33,9 @@ from vqa_sft.data.class_probs import (
 from vqa_sft.data.classes import Classes, class_name
 from vqa_sft.data.columns import USUAL_NAMES, find_usual
 from vqa_sft.data.digests import digests_of
-from vqa_sft.data.examples import CLASS
 from vqa_sft.data.find_encoding import find_encoding
 from vqa_sft.data.find_files import quote
+from vqa_sft.data.options import CLASS
 from vqa_sft.data.read_text import find_separator, read_header
 from vqa_sft.errors import InputError, name_rows, printable
 
@@ -56,7 +56,7 @@ def read_any_class_probs(path: str | Path, classes: Classes | None) -> ClassProb
         raise InputError(f"no such file of probabilities: {path}.")
     if is_class_probs(path):
         probs = read_class_probs(path)
-        return probs if classes is None else _reorder(path, probs, classes)
+        return probs if classes is None else reorder(path, probs, classes)
     readers = {".parquet": _open_parquet, ".csv": _open_text, ".tsv": _open_text, ".npz": _open_arrays}
     suffix = Path(path).suffix.lower()
     if suffix not in readers:
@@ -128,7 +128,8 @@ def _match(path: str | Path, names: Sequence[str], classes: Classes) -> list[int
     return [place_of[place] for place in range(len(classes))]
 
 
-def _reorder(path: str | Path, probs: ClassProbs, classes: Classes) -> ClassProbs:
+def reorder(path: str | Path, probs: ClassProbs, classes: Classes) -> ClassProbs:
+    """The same with the classes in the order of `classes`. Raises InputError where one side lacks some."""
     place_of = _match(path, probs.names, classes)
     new = np.empty(len(classes) + 1, np.int32)
     new[place_of] = np.arange(len(classes))

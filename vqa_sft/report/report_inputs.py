@@ -129,6 +129,9 @@ def read_inputs(
     found = [_read_input(item) for item in items]
     names = [one.name for one in found]
     files = [one.predictions for one in found]
+    for name, file in zip(names, files, strict=True):
+        if file.candidates and len(files) > 1:
+            raise not_of_all_classes(name, "a report of several files")
     if answers is not None:
         known = read_answers(answers, files[0], names[0], data, **options)
         files = [replace(file, answers=[None] * len(file.ids)) for file in files]
@@ -136,7 +139,7 @@ def read_inputs(
         options = without_columns(options)  # which are those of the answers
     for one, file in zip(found, align(files, names), strict=True):
         one.predictions = file
-    inputs = Inputs(found, notes=[note for one in found if (note := _blind_note(one))])
+    inputs = Inputs(found, notes=[note for one in found if (note := _blind_note(one) or _candidates_note(one))])
     _find_data(inputs, data, own, options)
     if inputs.data is not None and answers is None:
         _add_answers(inputs, inputs.data)
@@ -147,10 +150,20 @@ def _read_input(item: str) -> Input:
     name, path = split_name(item)
     file = default_file(Path(path), "Name a prediction file.") if Path(path).is_dir() else Path(path)
     predictions = read_predictions(file)
-    if predictions.candidates:
-        raise not_of_all_classes(file, "report")
     is_own = file.name in (VALIDATION, OUT_OF_FOLD) and file.parent.is_dir()
     return Input(name, predictions, file.parent if is_own and runs_in(file.parent) else None)
+
+
+def _candidates_note(one: Input) -> str:
+    """What the choices of a classification are."""
+    labels, answers = one.predictions.labels, one.predictions.answers
+    if not one.predictions.candidates:
+        return ""
+    absent = sum(label is not None and answer is None for label, answer in zip(labels, answers, strict=True))
+    return (
+        f"The choices of a row are its candidates. The class of {absent:,} of {len(labels):,} rows is not among them: "
+        "they do not count here."
+    )
 
 
 def _blind_note(one: Input) -> str:
