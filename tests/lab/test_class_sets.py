@@ -77,7 +77,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_seed_others(tmp_path):
 def test_the_drawn_classes_are_400_names_of_words_that_the_tiny_base_knows(tmp_path):
     class_sets.write_drawn(tmp_path, num_train=3, num_test=3)
     names, train, test = class_sets.read_rows(tmp_path)
-    assert len(names) == len(set(names)) == 400 and "star with 3 moons" in names
+    assert len(names) == len(set(names)) == 400 and "star and three moons" in names
     assert Image.open(train[0].path).size == (84, 84) and {row.fold for row in test} == {-1}
 
 

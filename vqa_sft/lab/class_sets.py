@@ -12,7 +12,7 @@
 A number is two of scikit-learn's 1,797 handwritten digits, moved, scaled, faded and in noise. No digit is in images of
 both parts, or in images of two folds: a classifier that is fitted without a fold has seen none of its digits.
 
-A drawn class is a large shape and two to five small ones: "star with 3 moons". Colours, places, sizes and angles say
+A drawn class is a large shape and two to five small ones: "star and three moons". Colours, places, sizes and angles say
 nothing. Every class has as many images as every other, give or take one, and the same seed writes the same bytes.
 """
 
@@ -27,7 +27,7 @@ from PIL import Image
 
 from vqa_sft.data.folds import read_folds, write_folds
 from vqa_sft.tiny.draw import PICTURE_PX, Scene, Sketch, add_noise
-from vqa_sft.tiny.words import COLOURS, SHAPES
+from vqa_sft.tiny.words import COLOURS, NUMBER_WORDS, SHAPES
 
 NUM_FOLDS = 5
 NUM_TEST_DIGITS = 597  # of the 1,797
@@ -61,7 +61,7 @@ def write_numbers(folder: Path, seed: int = 0, num_train: int = NUM_TRAIN["numbe
 def write_drawn(folder: Path, seed: int = 0, num_train: int = NUM_TRAIN["drawn"], num_test: int = NUM_TEST) -> None:
     """Write the set of drawn classes: 10 large shapes, 10 small ones, 2 to 5 of these."""
     kinds = [(large, small, count) for large in SHAPES for small in SHAPES for count in COUNTS]
-    names = [f"{large} with {count} {SHAPES[small][0]}" for large, small, count in kinds]
+    names = [f"{large} and {NUMBER_WORDS['en'][count]} {SHAPES[small][0]}" for large, small, count in kinds]
     _write_set(folder, names, lambda rng, label, _: _draw_shapes(rng, *kinds[label]), seed, num_train, num_test)
 
 
