@@ -21,6 +21,7 @@ compares the log loss of the same rows to that of the prior at its temperature.
 """
 
 import argparse
+import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -179,12 +180,10 @@ def predict_and_fuse(args: argparse.Namespace, prior: str) -> None:
 
 def run_command(command: str, options: dict[str, Any], arguments: Sequence[Any] = ()) -> None:
     """`vqa-sft COMMAND ARGUMENTS --OPTION VALUE ...` in this process."""
-    from vqa_sft.cli.main import main as run
-
     named = [str(token) for name, value in options.items() for token in (f"--{name}", value)]
     sys.argv = ["vqa-sft", command, *map(str, arguments), *named]
     try:
-        run()
+        runpy.run_module("vqa_sft.cli", run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise
