@@ -157,22 +157,22 @@ def _draw_number(rng: np.random.Generator, pools: Sequence[np.ndarray]) -> Image
     """One of each pool of digits, side by side on paper."""
     page = np.zeros((PICTURE_PX, PICTURE_PX))
     half = PICTURE_PX // 2
-    height = int(rng.integers(22, 39))
-    top = rng.integers(0, PICTURE_PX - height - 6)
+    height = int(rng.integers(32, 42))
+    top = rng.integers(10, PICTURE_PX - height - 10)
     for place, pool in enumerate(pools):
-        size = (int(height * rng.uniform(0.75, 1.05)), height + int(rng.integers(-3, 4)))
+        size = (int(height * rng.uniform(0.8, 1.0)), height + int(rng.integers(-2, 3)))
         small = Image.fromarray((255 * pool[rng.integers(len(pool))]).astype(np.uint8))
         small = small.resize(size, Image.Resampling.BICUBIC)
-        small = small.rotate(rng.normal(0, 12), Image.Resampling.BILINEAR)
+        small = small.rotate(rng.normal(0, 10), Image.Resampling.BILINEAR)
         ink = np.asarray(small) / 255
         left = place * half + rng.integers(0, max(half - size[0], 0) + 1)
         y = int(np.clip(top + rng.integers(-4, 5), 0, PICTURE_PX - size[1]))
         left = min(left, PICTURE_PX - size[0])
         spot = page[y : y + size[1], left : left + size[0]]
         np.maximum(spot, ink, out=spot)
-    paper, contrast = rng.uniform(150, 255), rng.uniform(0.2, 0.9)
+    paper, contrast = rng.uniform(150, 255), rng.uniform(0.25, 1.0)
     picture = paper * (1 - contrast * page)
-    picture = picture + rng.normal(0, rng.uniform(5, 40), picture.shape)
+    picture = picture + rng.normal(0, rng.uniform(3, 30), picture.shape)
     return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
 
 

@@ -56,7 +56,7 @@ class Setting:
     learning_rate: float
 
 
-SETTINGS = {"numbers": Setting(6, 6, 2e-3), "drawn": Setting(6, 8, 2e-3)}
+SETTINGS = {"numbers": Setting(6, 4, 2e-3), "drawn": Setting(6, 8, 2e-3)}
 QUICK = {"num_train": 400, "num_test": 100}
 
 
