@@ -199,7 +199,7 @@ def test_several_devices_share_the_batches(rows, encoder):
 
 def test_workers_read_images_as_this_process_does(rows, encoder):
     tables, batches = [rows[0]], [[("first", (0, 0, 0))], [("second", (0, 3, 0)), ("third", (0, 4, 0))]]
-    alone, shared = ([*image_features._compute(encoder, tables, batches, CPU, num)] for num in (0, 2))
+    alone, shared = ([*image_features.compute_features(encoder, tables, batches, CPU, num)] for num in (0, 2))
     for (digests, features), (others, same) in zip(alone, shared, strict=True):
         assert digests == others and np.array_equal(features, same)
 

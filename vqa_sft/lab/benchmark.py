@@ -58,6 +58,8 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # A word is one token of the random models.
 FIXED = {"num_words": (95, 95), "side_px": (448, 448)}
 MIXED = {"num_words": (5, 235), "side_px": (160, 1280)}
+# Ten names of one to six words, and a short question that is the same for all rows of a classification.
+CANDIDATES = {"num_words": (6, 6), "side_px": (448, 448), "num_choices": 10}
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def standard_cases() -> list[Case]:
             turned = score | {"how": {"orders": "rotations"}, "num_views": 4, "batch_size": 64}
             turned |= {"baseline": f"{size} score"}
             cases.append(Case(f"{size} score, rotations", **turned))
+            cases.append(Case(f"{size} score, ten candidates", **score | {"data": CANDIDATES}))
             cases.append(Case(f"{size} score, rotations, five runs", **turned | {"num_runs": 5}))
             cases.append(Case(f"{size} one row at a time", **score | {"kind": "latency", "batch_size": 1}))
     for label, shape, recipe in FAMILIES:
@@ -216,7 +219,8 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     work = args.work
     model = save_random_model(case.shape, work / "model")
     rows = max(case.batch_size // case.num_views, 16) * (WARM_UP + args.steps + PROFILED)
-    data = work / "_".join(["data", *(str(number) for limits in case.data.values() for number in limits), str(rows)])
+    sizes = [number for limits in case.data.values() for number in ([limits] if isinstance(limits, int) else limits)]
+    data = work / "_".join(["data", *map(str, sizes), str(rows)])
     if not (data / "test.csv").is_file():
         write_data(data, rows, **case.data)
     run, result = work / case.name, work / "result.json"
@@ -333,7 +337,7 @@ def mean_tflop(model: Path, data: Path, max_pixels: int | None, case: Case) -> f
     examples, _ = load_examples(str(data / "train.csv"))
     cached = bool(case.options.get("cache_image_features"))
     # What all begin with is needed once a step, not once a row.
-    prompts_of = [render_prompt(processor, row, identity_order(4), prompts) for row in examples]
+    prompts_of = [render_prompt(processor, row, identity_order(len(row["choices"])), prompts) for row in examples]
     start = os.path.commonprefix(prompts_of).partition(processor.image_token)[0]
     num_spared = len(processor.tokenizer(start)["input_ids"]) * (1 - 1 / case.batch_size)
     sizes = []

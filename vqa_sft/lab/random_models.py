@@ -10,6 +10,7 @@ CPU, and take seconds.
 import csv
 import random
 import shutil
+import string
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -218,13 +219,14 @@ def write_data(
     *,
     num_words: tuple[int, int] = (10, 60),
     side_px: tuple[int, int] = (320, 1280),
+    num_choices: int = 4,
     seed: int = 0,
 ) -> Path:
     """Noise images with sides and questions with numbers of words drawn from the two ranges; train.csv and test.csv.
 
     A word is one token of the random models.
     """
-    rng = random.Random(seed)
+    rng, letters = random.Random(seed), string.ascii_lowercase[:num_choices]
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
     for i in range(num_rows):
@@ -233,10 +235,10 @@ def write_data(
         Image.effect_noise((width, height), 80).convert("RGB").save(folder / path, quality=90)
         question = " ".join(rng.choices(WORDS, k=rng.randint(*num_words))) + "?"
         row = {"id": f"row_{i:05d}", "path": path, "question": question}
-        rows.append(row | {letter: " ".join(rng.choices(WORDS, k=rng.randint(1, 6))) for letter in "abcd"})
+        rows.append(row | {letter: " ".join(rng.choices(WORDS, k=rng.randint(1, 6))) for letter in letters})
     for name, extra in (("train.csv", True), ("test.csv", False)):
         with (folder / name).open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=[*rows[0], "answer"] if extra else [*rows[0]])
             writer.writeheader()
-            writer.writerows(row | ({"answer": rng.choice("abcd")} if extra else {}) for row in rows)
+            writer.writerows(row | ({"answer": rng.choice(letters)} if extra else {}) for row in rows)
     return folder

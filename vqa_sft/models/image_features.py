@@ -60,7 +60,9 @@ def row_features(
     found: dict[str, np.ndarray] = {}
     # On a CPU the encoder has all cores.
     num_workers = 0 if devices[0].type == "cpu" else min(count_cores(), 8 * len(devices))
-    for digests, features in _compute(encoder, [examples for examples, _ in sources], named, devices, num_workers):
+    for digests, features in compute_features(
+        encoder, [examples for examples, _ in sources], named, devices, num_workers
+    ):
         found |= zip(digests, features, strict=True)
         if len(found) >= FILE_IMAGES:
             _write(folder, found)
@@ -85,7 +87,7 @@ def _check_images(examples: datasets.Dataset, scan: Scan) -> None:
         )
 
 
-def _compute(
+def compute_features(
     encoder: Encoder,
     tables: Sequence[datasets.Dataset],
     batches: list[list[tuple[str, Place]]],
