@@ -134,10 +134,7 @@ class AnswerCollator:
             "num_choices": torch.tensor([len(order) for order in orders]),
             "orders": torch.tensor([order + identity_order(self.num_letters)[len(order) :] for order in orders]),
         }
-        if self.shows_targets and "targets" in rows[0]:
-            batch["targets"] = torch.stack([self.targets(row, order) for row, order in views])
-        if self.shows_targets and WEIGHT in rows[0]:
-            batch["weights"] = torch.tensor([row[WEIGHT] for row, _ in views])
+        batch |= self.supervision(views)
         if self.supervises_end:
             batch["end_positions"] = last
         if len(groups) > len(rows):
@@ -146,6 +143,15 @@ class AnswerCollator:
             leads = [first[roots[n] if place == first[n] else n] for place, n in enumerate(groups)]
             batch["leaders"] = torch.tensor(leads)
         return self.packer(batch) if self.packer else batch
+
+    def supervision(self, views: list[tuple[dict, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
+        """The columns of training rows, where the data have them: `targets` and `weights`."""
+        found = {}
+        if self.shows_targets and "targets" in views[0][0]:
+            found["targets"] = torch.stack([self.targets(row, order) for row, order in views])
+        if self.shows_targets and WEIGHT in views[0][0]:
+            found["weights"] = torch.tensor([row[WEIGHT] for row, _ in views])
+        return found
 
     def check(self, rows: list[dict]) -> None:
         """Raises InputError for a control token in a text: rows of a stream were not checked before."""

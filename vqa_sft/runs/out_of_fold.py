@@ -29,35 +29,16 @@ def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
     The metrics are of the rows with an answer: the class of others is not among their candidates.
     """
     parts = {Path(run).name: read_predictions(Path(run) / run_folder.VALIDATION) for run in runs}
-    place_of: dict[str, tuple[Predictions, int]] = {}
-    for part in parts.values():
-        if twice := [row_id for row_id in part.ids if row_id in place_of]:
-            raise InputError(f"two folds validate on {name_rows(twice, len(part.ids))}. Train the folds again.")
-        place_of |= {row_id: (part, place) for place, row_id in enumerate(part.ids)}
-    data = {str(run): _ids_of(run) for run in runs}
-    for run, found in data.items():
-        if found != data[str(runs[0])]:
-            raise InputError(f"{run} and {runs[0]} were trained on other rows. Train all folds again: --overwrite.")
-    ids = [row_id for row_id in data[str(runs[0])] if row_id in place_of]
-    places = [place_of[row_id] for row_id in ids]
-    names = ("choice_logits", "answers", "digests", "candidates", "labels")
-    columns: dict[str, list] = {
-        name: [getattr(part, name)[place] for part, place in places]
-        for name in names
-        if all(getattr(part, name) for part in parts.values())
-    }
-    metadata = next(iter(parts.values())).metadata | {"run": str(folder), "split": "out-of-fold", "folds": [*parts]}
+    together = _put_together(parts, _ids_of_all(runs), Path(folder))
     file = Path(folder) / OUT_OF_FOLD
     before = file.read_bytes() if file.is_file() else None
-    together = Predictions(ids, metadata=metadata, **columns)
     write_predictions(file, together)
     if file.read_bytes() != before:  # its temperatures are of other weights
         (Path(folder) / CALIBRATION).unlink(missing_ok=True)
-
     known = {name: _answered(part) for name, part in (parts | {"out of fold": together}).items()}
     metrics = {name: all_metrics(*of_part) for name, of_part in known.items()}
     with_95, values = with_intervals(*known["out of fold"]), metrics["out of fold"]
-    num_rows = len(known["out of fold"][1])
+    ids, num_rows = together.ids, len(known["out of fold"][1])
     without = {"unanswered": len(ids) - num_rows} if num_rows < len(ids) else {}
     folds = {name: metrics[name] for name in parts}
     run_folder.write_json(Path(folder) / METRICS, {"rows": num_rows} | without | with_95 | {"folds": folds})
@@ -68,6 +49,33 @@ def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:
     lines.append(["95% of resamples", "", *(f"{low:.4f}-{high:.4f}" for low, high in intervals)])
     said = f"\n{len(ids) - num_rows:,} of {len(ids):,} rows are not in it: their class is no candidate."
     return table(lines) + (said if without else "")
+
+
+def _ids_of_all(runs: Sequence[str | Path]) -> list[str]:
+    """All rows of the runs' data. Raises InputError where one was trained on other rows."""
+    first = _ids_of(runs[0])
+    for run in runs[1:]:
+        if _ids_of(run) != first:
+            raise InputError(f"{run} and {runs[0]} were trained on other rows. Train all folds again: --overwrite.")
+    return first
+
+
+def _put_together(parts: dict[str, Predictions], ids: Sequence[str], folder: Path) -> Predictions:
+    """The rows that the folds validate on, in the order of `ids`. Raises InputError where two have the same."""
+    place_of: dict[str, tuple[Predictions, int]] = {}
+    for part in parts.values():
+        if twice := [row_id for row_id in part.ids if row_id in place_of]:
+            raise InputError(f"two folds validate on {name_rows(twice, len(part.ids))}. Train the folds again.")
+        place_of |= {row_id: (part, place) for place, row_id in enumerate(part.ids)}
+    kept = [row_id for row_id in ids if row_id in place_of]
+    names = ("choice_logits", "answers", "digests", "candidates", "labels")
+    columns: dict[str, list] = {
+        name: [getattr(part, name)[place] for part, place in map(place_of.__getitem__, kept)]
+        for name in names
+        if all(getattr(part, name) for part in parts.values())
+    }
+    metadata = next(iter(parts.values())).metadata | {"run": str(folder), "split": "out-of-fold", "folds": [*parts]}
+    return Predictions(kept, metadata=metadata, **columns)
 
 
 def _answered(predictions: Predictions) -> tuple[list[np.ndarray], list[int]]:
