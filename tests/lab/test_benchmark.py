@@ -15,7 +15,8 @@ def test_the_table_has_a_line_for_every_case_failed_or_not():
     ]
 
 
-KINDS = ["TRL", "train", "cached features", "score", "rotations", "five runs", "one row at a time"]
+KINDS = ["TRL", "train", "cached features", "FP8 base", "score", "score, FP8 base", "rotations", "five runs"]
+KINDS.append("one row at a time")
 OF_FAMILIES = [case.name for row in benchmark.FAMILIES for case in benchmark.family_cases(*row)]
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from families import TINY
 from old_layouts import RENAMED, save_layouts
+from peft import get_peft_model
 from quantised import NOT_IN_FP8, save_fp8
 from reference import LEARNING_RATE, TOLERANCE, Reference, quick_or_slow, write_adapter, write_rows
 from safetensors.torch import load_file
@@ -20,8 +21,9 @@ from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQu
 from trl import ModelConfig
 
 from vqa_sft.inference.predictor import Predictor
-from vqa_sft.models import fp8, quantized
+from vqa_sft.models import fp8, fp8_base, quantized
 from vqa_sft.models.load import load_model
+from vqa_sft.models.lora import lora_config
 from vqa_sft.runs.export import export_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,6 +106,27 @@ def test_in_half_precision_weights_that_are_kept_or_unpacked_have_the_numbers_of
     assert {name: weight.dtype for name, weight in of_whole.items()} == {n: w.dtype for n, w in of_unpacked.items()}
     with torch.no_grad():
         assert torch.equal(kept(input_ids=ids).logits, expected(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("per_layer", [True, False], ids=["a scale a layer", "blocks"])
+def test_base_precision_takes_scales_that_fit_and_rounds_blocks_again(gpu, rounded, monkeypatch, capsys, per_layer):
+    monkeypatch.setattr(fp8_base, "why_not", lambda device: None)
+    folder, whole = rounded("mistral3", per_layer=per_layer)
+    args = ModelConfig(model_name_or_path=folder, dtype=None, use_peft=True, lora_dropout=0.0)
+    base, weights = ours(folder), load_file(f"{whole}/model.safetensors")
+    assert base.is_quantized and quantized.quantization_of(base.config)
+    fp8_base.check(folder, base.config)
+    model = get_peft_model(base, lora_config(args, base))
+    assert fp8_base.round_base(base) == sum(name.endswith("proj.base_layer") for name, _ in model.named_modules())
+    assert not base.is_quantized and num_fp8(base) == 0
+    assert ("of them were rounded a second time" in capsys.readouterr().out) != per_layer
+    errors = []
+    for name, layer in base.get_decoder().named_modules():
+        if isinstance(layer, fp8_base.FP8Linear):
+            expected = weights[f"language_model.model.{name.removesuffix('.base_layer')}.weight"].float()
+            found = layer.weight.view(torch.float8_e4m3fn).float() * layer.scale
+            errors.append(((found - expected).norm() / expected.norm()).item())
+    assert max(errors) < 1e-6 if per_layer else 1e-3 < min(errors) < max(errors) < 0.04
 
 
 @KEPT

@@ -184,6 +184,13 @@ def test_an_adapter_of_a_4_bit_base_is_merged_into_the_unquantised_one_with_a_no
     assert len(predict(tmp_path / "out", train.contest, tmp_path / "out.csv")) == 12
 
 
+def test_an_adapter_of_an_fp8_base_is_merged_into_the_whole_one_with_a_note(train, tmp_path, capsys):
+    run = train("tiny fp8", base_precision="fp8")
+    export_run(str(run), str(tmp_path / "out"), dtype="fp32")
+    assert "in FP8 and goes with its unquantised weights now: probabilities may differ" in capsys.readouterr().out
+    assert "base_precision" not in run_folder.read_run(tmp_path / "out").recipe
+
+
 def test_whole_weights_are_exported_as_they_are(train, tmp_path):
     export_run(str(train("tiny")), str(tmp_path / "out"), dtype="fp32")
     export_run(str(tmp_path / "out"), str(tmp_path / "again"))

@@ -96,6 +96,8 @@ def _of_weights(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
         yield "fp16 needs a GPU; remove it or use_cpu."
     if quantised and is_full:
         yield "a 4- or 8-bit base can only be trained through an adapter; set use_peft: true."
+    if own.base_precision:
+        yield from _of_base_precision(is_full, quantised, values)
     if adapts and is_full:
         yield f"{' and '.join(adapts)}: full fine-tuning trains all weights; remove that, or use_peft: false."
     if adapts and values.get("lora_target_modules"):
@@ -110,6 +112,17 @@ def _of_weights(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
         yield "averaging is of adapters; remove use_peft: false."
     if own.init_adapter:
         yield from _of_init_adapter(own.init_adapter, is_full, values, adapts)
+
+
+def _of_base_precision(is_full: bool, quantised: bool, values: dict[str, Any]) -> Iterator[str]:
+    if is_full:
+        yield "base_precision: fp8 is of a base that is frozen; remove it, or use_peft: false."
+    if quantised:
+        yield "base_precision: fp8 and a 4- or 8-bit base round the same weights. Keep one of the two."
+    if values.get("use_dora"):
+        yield "base_precision: fp8: use_dora needs the base's whole weights. Remove one of the two."
+    if values.get("fp16") or values.get("bf16") is False:
+        yield "base_precision: fp8 computes all else in bf16; remove fp16 and bf16: false."
 
 
 def _of_experts(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:

@@ -143,6 +143,10 @@ class RecipeArguments:
     init_adapter: str | None = option(
         "Folder of an adapter, of an earlier run perhaps, to start from; its rank and layers are kept.", default=None
     )
+    base_precision: Literal["fp8"] | None = option(
+        "fp8: the frozen language model in FP8, from compute capability 8.9 on; default: in the precision of the run.",
+        default=None,
+    )
     adapt_tower: bool = option("Adapt the linear layers of the vision tower's blocks too.", default=False)
     adapt_merger: bool = option(
         "Adapt the linear layers of the merger or projector too, from the tower to the language model.", default=False

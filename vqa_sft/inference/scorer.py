@@ -21,7 +21,7 @@ from vqa_sft.batch.prompts import Prompts, check_texts, settle_prompts
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.console import note
 from vqa_sft.errors import InputError
-from vqa_sft.models import load as models, processes, scoring
+from vqa_sft.models import fp8_base, load as models, processes, scoring
 from vqa_sft.models.adapters import Adapters, kind_of
 from vqa_sft.models.fast import speedups
 from vqa_sft.models.fast.feature_store import FeatureStore, fill_store, open_store
@@ -32,6 +32,7 @@ from vqa_sft.runs.folder import Run
 # What of a recipe makes the base another one.
 _OF_BASE = ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "load_in_4bit", "load_in_8bit")
 _OF_BASE += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "trust_remote_code", "fast", "cache_image_features")
+_OF_BASE += ("base_precision",)
 _OF_IMAGES = ("*processor*.json", "chat_template*")
 
 
@@ -131,6 +132,8 @@ def load(
     model = models.load_trained(run.folder or "none", model_args, precision, device_map=processes.device_map(), **trust)
     models.follow_processor(model, processor)
     model.to(PartialState().device).eval().requires_grad_(False)
+    if run.recipe.get("base_precision") == "fp8":
+        fp8_base.round_base(speedups.base_of(model))
     packer = store = None
     adapters = Adapters(model, [other.folder for other in runs]) if len(runs) > 1 else None
     if run.recipe.get("fast", True):

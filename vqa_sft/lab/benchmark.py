@@ -98,11 +98,16 @@ def standard_cases() -> list[Case]:
             cases.append(Case(f"{size} train, mixed sizes", "train", **ours | {"data": MIXED}))
             cached: dict[str, Any] = {"options": {"cache_image_features": True}, "batch_size": 32}
             cases.append(Case(f"{size} train, cached features", "train", **ours | cached))
+            rounded = cached | {"options": cached["options"] | {"base_precision": "fp8"}}
+            cases.append(Case(f"{size} train, FP8 base", "train", **ours | rounded))
             # Four rows fit without recomputing more, but leave a GPU of this kind waiting for Python.
             small: dict[str, Any] = {"options": {"activation_memory_budget": 0.2}, "batch_size": 12, "cap_gib": 24}
             cases.append(Case(f"{size} train, within 24 GiB", "train", **ours | small))
             score: dict[str, Any] = {"kind": "score", "shape": shape, "batch_size": 32, "scores": f"{size} train"}
             cases.append(Case(f"{size} score", **score))
+            for trained in ("cached features", "FP8 base"):
+                of_run = {"scores": f"{size} train, {trained}"}
+                cases.append(Case(f"{size} score, {trained}", **score | of_run))
             turned = score | {"how": {"orders": "rotations"}, "num_views": 4, "batch_size": 64}
             turned |= {"baseline": f"{size} score"}
             cases.append(Case(f"{size} score, rotations", **turned))
@@ -148,7 +153,9 @@ def tiny_cases() -> list[Case]:
         Case("TRL", "trl", "tiny", data=data, batch_size=4),
         Case("train", "train", **ours),
         Case("cached features", "train", **ours | {"options": {"cache_image_features": True}}),
+        Case("FP8 base", "train", **ours | {"options": {"base_precision": "fp8"}}),  # whole, which is said
         Case("score", "score", "tiny", data=data, batch_size=4, scores="train"),
+        Case("score, FP8 base", "score", "tiny", data=data, batch_size=4, scores="FP8 base"),
         Case(
             "rotations",
             "score",

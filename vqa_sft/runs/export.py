@@ -45,7 +45,7 @@ KEPT = (run_folder.RECIPE, run_folder.METRICS, run_folder.VALIDATION, ROWS)
 ADAPTER = "adapter"  # the folder of the adapter, beside whole weights
 MERGED_FROM = "merged_from"  # the key of run.json by which an earlier export is known
 # Keys of the recipe that are not true of full weights in a folder of their own.
-DROPPED = ("load_in_4bit", "load_in_8bit", "push_to_hub", "hub_model_id")
+DROPPED = ("load_in_4bit", "load_in_8bit", "base_precision", "push_to_hub", "hub_model_id")
 SHARD = "5GB"  # largest file of weights
 
 
@@ -122,9 +122,9 @@ def _decide(run: run_folder.Run, processor: ProcessorMixin, adapter: str | None)
 
 def _tell_quantised(run: run_folder.Run, config: PreTrainedConfig) -> None:
     name, recipe = run.base_model, run.recipe
-    if recipe.get("load_in_4bit") or recipe.get("load_in_8bit"):
-        bits = 4 if recipe.get("load_in_4bit") else 8
-        line = f"The adapter was trained on {name} in {bits} bit and goes with its unquantised weights now: "
+    bits = "4 bit" if recipe.get("load_in_4bit") else "8 bit" if recipe.get("load_in_8bit") else None
+    if trained_in := bits or ("FP8" if recipe.get("base_precision") == "fp8" else None):
+        line = f"The adapter was trained on {name} in {trained_in} and goes with its unquantised weights now: "
         print(line + "probabilities may differ slightly from those of the run.")
     if own := quantized.quantization_of(config):
         print(f"{name} is quantised itself ({quantized.describe(own)}): its weights are unpacked, and written whole.")

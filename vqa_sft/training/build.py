@@ -19,7 +19,7 @@ from vqa_sft.config.recipe import Recipe
 from vqa_sft.console import note
 from vqa_sft.data.options import CLASS
 from vqa_sft.errors import explains
-from vqa_sft.models import processes
+from vqa_sft.models import fp8_base, processes
 from vqa_sft.models.fast import speedups
 from vqa_sft.models.fast.feature_store import fill_store, open_store
 from vqa_sft.models.load import build_skeleton, follow_processor, load_processor
@@ -67,6 +67,8 @@ def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precisio
         for line in lines:
             note(line)
     skeleton, adapter = build_skeleton(model_args, device_map=processes.device_map(), **trust), None
+    if args.base_precision == "fp8":
+        fp8_base.check(model_args.model_name_or_path, skeleton.config)
     if args.init_adapter is None:
         adapter = lora_config(model_args, skeleton, **args.adapted_parts)
         if line := describe_experts(skeleton, adapter, checkpoints=training_args.gradient_checkpointing):
@@ -143,6 +145,8 @@ def build_trainer(
             balanced=rows.train[CLASS][:] if args.class_balance == "sample" else None,
             callbacks=callbacks,
         )
+    if args.base_precision == "fp8":
+        fp8_base.round_base(speedups.base_of(trainer.model))
     vision = vision_parameters(speedups.base_of(trainer.model))
     processes.check_images(rows.counted, trains_vision=any(weight.requires_grad for weight in vision))
     if args.fast:

@@ -298,6 +298,38 @@ def test_the_weights_of_a_quantised_base_are_counted_as_they_are_stored(run, tmp
     assert code == 2 and "is quantised itself" in err and "Remove load_in_4bit" in err
 
 
+@pytest.mark.parametrize("own", [None, FP8])
+def test_an_fp8_base_takes_a_byte_a_weight_and_a_scale_a_row(run, tmp_path, own):
+    base = published(tmp_path / "base", B7, own) if own else B7
+    recipe = (RECIPES / "qwen7b.yaml", "--model_name_or_path", base, "--base_precision", "fp8")
+    code, out, err = run("memory", *recipe, "--gpu-gib", 16)
+    shape = shape_of(B7)
+    expected = (shape.decoder_linear + 4 * shape.decoder_rows + shape.decoder_other * 2) / 2**30
+    counted = re.search(r"language model +([\d.]+)(?: +([\d.]+))?", out)
+    assert float(counted[1]) == pytest.approx(expected, abs=0.01), out + err
+    assert "its language model in FP8, from compute capability 8.9 on" in out and "load_in_4bit" not in out
+    assert ("is quantised itself (fp8), and base_precision lets it multiply so" in out) == bool(own)
+    loaded = float(re.search(r"before it is rounded +([\d.]+)", out)[1])
+    assert loaded < 10 if own else loaded > 15
+    assert " compiled" in out  # which a base of a quantised checkpoint is not
+    code, _, err = run("memory", RECIPES / "qwen7b.yaml", "--base_precision", "fp8", "--load_in_4bit", "true")
+    assert code == 2 and "round the same weights" in err
+    base = published(tmp_path / "awq", B7, OTHERS["awq"])
+    code, _, err = run("memory", *recipe[:2], base, *recipe[3:])
+    assert code == 2 and "cannot be rounded again. Remove base_precision" in err
+
+
+@pytest.mark.parametrize("how", [{}, {"compiled": True}, {"checkpointing": True}])
+def test_an_fp8_base_needs_less_by_about_its_weights(how):
+    shape, plan = shape_of(B7), Plan(8, max_pixels=448 * 448, memory_budget=0.7, **how)
+    of_whole, of_fp8 = (replace(plan, **one) for one in ({"fused": False}, {"fp8_base": True}))
+    less = sum(estimate(shape, of_whole).values()) - sum(estimate(shape, of_fp8).values())
+    assert shape.decoder_linear / 2**30 - 2 < less < shape.decoder_linear / 2**30
+    one = replace(plan, fp8_base=True, micro_batch=1, checkpointing=True)
+    whole = (shape.decoder_linear + shape.decoder_other + shape.tower) * 2 / 2**30
+    assert sum(estimate(shape, one).values()) < need_gib(shape, one) == pytest.approx(whole)  # while it is loaded
+
+
 # --- auto_batch -------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.console import table
 from vqa_sft.models import processes
-from vqa_sft.models.memory.estimate import estimate, image_tokens, need_gib, num_tokens, scoring_gib
+from vqa_sft.models.memory.estimate import estimate, image_tokens, loading_gib, need_gib, num_tokens, scoring_gib
 from vqa_sft.models.memory.fit import MARGIN, as_options, largest_max_pixels, largest_micro_batch, remedies
 from vqa_sft.models.memory.images import read_images
 from vqa_sft.models.memory.needs import Plan, Shape, read_config, read_plan, read_shape, read_stored, with_images
@@ -13,6 +13,7 @@ from vqa_sft.models.memory.needs import Plan, Shape, read_config, read_plan, rea
 SHARED_TOKENS = 20  # Qwen's template with our own prompt in English: 22
 # The CUDA context lies outside of what torch counts: 14.56 GiB of a T4 leave 13.8.
 CONTEXT_GIB = 0.76
+IN_FP8 = "its language model in FP8, from compute capability 8.9 on (16 bit before)"
 
 
 def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: float | None) -> tuple[str, bool]:
@@ -37,6 +38,7 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
         text_tokens=text_tokens,
         shared_tokens=min(SHARED_TOKENS, text_tokens),
         images=images,
+        fp8_base=arguments.base_precision == "fp8",
     )
     plan, stored = read_stored(name, config, plan)
     shape, plan = with_images(shape, plan, seen)
@@ -52,9 +54,9 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
         lines.append("The recipe says use_cpu; this is what it would need on a GPU.")
     if processes.is_sharded():
         lines.append("This is what one GPU would need; what FSDP and DeepSpeed save is not known.")
-    bits = "as it is stored" if stored else f"{plan.bits} bit"
+    bits = IN_FP8 if plan.fp8_base else "as it is stored" if stored else f"{plan.bits} bit"
     lines.append(f"{name}, {bits}, computing in {precision}.")
-    if precision == "bf16":
+    if precision == "bf16" and not plan.fp8_base:
         lines[-1] += " For GPUs before Ampere: --fp16 true."
     lines += [*_describe_linear(shape, plan), images_line, describe(shape, plans)]
     fits = True
@@ -86,6 +88,9 @@ def describe(shape: Shape, plans: dict[str, Plan]) -> str:
     if plan.eval_batch:
         scoring = (f"{scoring_gib(shape, plan):.2f}" for plan in plans.values())
         lines.append((f"in evaluations, {plan.eval_batch} rows at a time", *scoring))
+    if plan.fp8_base:
+        loading = (f"{loading_gib(shape, plan):.2f}" for plan in plans.values())
+        lines.append(("while the base is loaded, before it is rounded", *loading))
     images = f"{plan.images} image{'s' if plan.images > 1 else ''} of {plan.max_pixels:,} px"
     compiled = f", compiled, activation_memory_budget {plan.memory_budget:g}" if plan.compiled else ""
     rows = [

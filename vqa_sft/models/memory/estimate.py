@@ -54,7 +54,8 @@ def num_patches(shape: Shape, plan: Plan) -> float:
 
 def is_fused(shape: Shape, plan: Plan) -> bool:
     """Whether MLPs have their adapters inside the products of their base (fast/fused_lora.py), where they can."""
-    return plan.fused and plan.fast and plan.bits == 16 and not plan.lora_dropout and not shape.trains_base
+    can = plan.bits == 16 and not plan.fp8_base and not plan.lora_dropout and not shape.trains_base
+    return plan.fused and plan.fast and can
 
 
 def counted(shape: Shape, plan: Plan) -> Counted:
@@ -79,12 +80,12 @@ def weight_bytes(shape: Shape, plan: Plan) -> tuple[float, float]:
     """Bytes of the language model and of the vision tower; only linear layers of the former are quantised.
 
     4 bit: half a byte and a constant for every 64 weights: 4 bytes, or with nested quantisation 1 byte and 4 for every
-    256 of them (Dettmers et al. 2023, QLoRA, section 3). 8 bit: a byte and an fp32 scale a row.
+    256 of them (Dettmers et al. 2023, QLoRA, section 3). 8 bit and an FP8 base: a byte and an fp32 scale a row.
     """
     linear = shape.decoder_linear * plan.weight_bytes
     if plan.bits == 4:
         linear = shape.decoder_linear * (0.5 + (1 / 64 + 4 / (64 * 256) if plan.nested else 4 / 64))
-    elif plan.bits == 8:
+    elif plan.bits == 8 or plan.fp8_base:
         linear = shape.decoder_linear + 4 * shape.decoder_rows
     if plan.stored_bytes is not None:
         linear = shape.decoder_linear * plan.stored_bytes
@@ -222,7 +223,13 @@ def _temporaries(shape: Shape, plan: Plan) -> float:
     """Bytes that come and go in one decoder layer."""
     tokens, length = num_tokens(shape, plan), row_tokens(shape, plan)
     most = max(kind.temporaries.of(tokens, length) for kind in counted(shape, plan).kinds)
-    return LAYER * most + (plan.value_bytes * shape.largest_linear if plan.bits < 16 else 0)  # in half precision
+    if plan.bits < 16:
+        return LAYER * most + plan.value_bytes * shape.largest_linear  # in half precision
+    if not plan.fp8_base:
+        return LAYER * most
+    # A transposed copy of a weight; where layers are not compiled, what is rounded in fp32, three times, and in FP8.
+    rounded = 0 if plan.compiled else 13 * tokens * shape.largest_linear / shape.text.hidden_size
+    return LAYER * most + shape.largest_linear + rounded
 
 
 def scoring_gib(shape: Shape, plan: Plan) -> float:
@@ -257,7 +264,14 @@ def _parts(shape: Shape, plan: Plan, *, kept: float, kept_tower: float, temporar
     return {name: value / GIB for name, value in parts.items()}
 
 
+def loading_gib(shape: Shape, plan: Plan) -> float:
+    """GiB of a base that is rounded once it is loaded."""
+    return sum(weight_bytes(shape, replace(plan, fp8_base=False))) / GIB
+
+
 def need_gib(shape: Shape, plan: Plan) -> float:
-    """What torch reserves at the peak of training and of the evaluations between, in GiB."""
-    training = sum(estimate(shape, plan).values())
-    return max(training, scoring_gib(shape, plan)) if plan.eval_batch else training
+    """What torch reserves at the peak of training, of the evaluations between and of loading, in GiB."""
+    needs = [sum(estimate(shape, plan).values())]
+    needs += [scoring_gib(shape, plan)] if plan.eval_batch else []
+    needs += [loading_gib(shape, plan)] if plan.fp8_base else []
+    return max(needs)

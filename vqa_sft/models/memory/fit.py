@@ -46,7 +46,7 @@ def remedies(shape: Shape, plan: Plan, gib: float, rows: int) -> list[dict[str, 
     """Settings with which `plan`, which needs more, needs at most `gib`: each of them is enough. Empty: none is known.
     Micro-batches are divisors of `rows`, the rows of one process and optimiser step."""
     recompute, quantise = {"gradient_checkpointing": True}, {"load_in_4bit": True}
-    can_recompute, can_quantise = not plan.checkpointing, plan.bits == 16 and not shape.trains_base
+    can_recompute, can_quantise = not plan.checkpointing, plan.bits == 16 and not (shape.trains_base or plan.fp8_base)
     # Compiled layers that are computed again may keep more than others (estimate.kept_by_fused_layers).
     recomputed = replace(plan, checkpointing=True, compiled=plan.compiled or plan.may_compile)
     variants = [({}, plan)]

@@ -16,7 +16,7 @@ from trl import ModelConfig, SFTConfig
 from vqa_sft.batch.prompts import Prompts, render_prompt
 from vqa_sft.config.training import RecipeArguments
 from vqa_sft.errors import explains
-from vqa_sft.models import quantized
+from vqa_sft.models import fp8_base, quantized
 from vqa_sft.models.families import PACKED
 from vqa_sft.models.fast import attention, fused_lora, packing, speedups
 from vqa_sft.models.load import DTYPES, LOADING_ERRORS
@@ -86,6 +86,7 @@ class Plan:
     value_bytes: int = 2  # of an activation
     weight_bytes: int = 2  # of a weight that is not quantised
     bits: int = 16
+    fp8_base: bool = False  # models/fp8_base.py
     nested: bool = False  # quantisation constants are quantised as well
     stored_bytes: float | None = None  # of a linear layer's weight, in a checkpoint that is quantised itself
     optimizer_bytes: int = 8
@@ -201,6 +202,10 @@ def read_stored(name: str, config: PreTrainedConfig, plan: Plan) -> tuple[Plan, 
     own = quantized.quantization_of(config)
     if own is None:
         return plan, ""
+    if plan.fp8_base:
+        fp8_base.check(name, config)
+        said = f"{name} is quantised itself ({quantized.describe(own)}), and base_precision lets it multiply so."
+        return replace(plan, stored_bytes=quantized.bytes_a_weight(own)), said
     quantized.check_asked(name, own, is_asked=plan.bits < 16)
     note = f"{name} is quantised itself ({quantized.describe(own)})"
     stored = quantized.bytes_a_weight(own)
@@ -241,6 +246,7 @@ def read_needs(
         memory_budget=arguments.activation_memory_budget,
         attention=attention_of(training_args.device, precision, arguments.fast),
         kernels=is_flash_linear_attention_available(),
+        fp8_base=arguments.base_precision == "fp8" and fp8_base.why_not(training_args.device) is None,
     )
     shape, plan = with_images(shape, plan, see_images(processor))
     plan, _ = read_stored(model_args.model_name_or_path, config, plan)
