@@ -345,3 +345,20 @@ def test_checkpoints_that_are_rounded_in_another_way_are_refused(families, tmp_p
     with pytest.raises(SystemExit) as stop:
         sft(folder, tmp_path / "run", base_precision="fp8")
     assert stop.value.code == 2 and "cannot be rounded again. Remove base_precision" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 7, 6448])
+@pytest.mark.parametrize(("inputs", "outputs"), [(3584, 512), (3584, 18944), (18944, 3584)])
+def test_a_gpu_multiplies_what_is_emulated(inputs, outputs, num_tokens):
+    how = {"device": "cuda", "dtype": torch.bfloat16}
+    layer = fp8_base.FP8Linear.of(nn.Linear(inputs, outputs, bias=False, **how).requires_grad_(False))
+    x, grad = torch.randn(num_tokens, inputs, **how).requires_grad_(), torch.randn(num_tokens, outputs, **how) * 1e-4
+    y = layer(x)
+    (of_x,) = torch.autograd.grad(y, x, grad)
+    numbers = layer.weight.view(fp8_base.FP8)
+    folded = fp8_base.quantise(grad * layer.scale.T)
+    expected = fp8_base.emulate(*fp8_base.quantise(x.detach()), numbers, layer.scale.T)
+    turned = layer.weight.T.contiguous().view(fp8_base.FP8)
+    of_expected = fp8_base.emulate(*folded, turned, torch.ones(1, inputs, device="cuda"))
+    assert relative(y.float(), expected) < 5e-3 and relative(of_x.float(), of_expected) < 5e-3  # bf16: about 2e-3
