@@ -109,6 +109,9 @@ def write_results(
         lines[0] += f", with images {args.images[0]}: not to be submitted"
     if blanked:
         lines.append(f"Guessed, because something of them could not be used: {name_rows(blanked, num_rows)}")
+    if CLASSES in about[0] and args.part == "all":
+        file = Path(args.output).with_suffix(".parquet")
+        lines.append(f"Probabilities of all classes: vqa-sft fuse {file} --output fused.parquet")
     bare = [metadata for metadata in about if "calibration" not in metadata and metadata["run"] is not None]
     if bare and args.part == "all":
         lines.append(
