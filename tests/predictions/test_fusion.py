@@ -339,6 +339,8 @@ def test_noise_falls_back_to_the_prior_with_a_line(files):
 def test_what_may_not_stand_for_the_test_rows_is_said(files):
     folder, given = files
     assert "Beware" not in run_fuse(folder)
+    change_prior(folder, "fit_prior.parquet", metadata={"out_of_fold": False})  # of rows beside the training rows
+    assert "Beware" not in run_fuse(folder)
     change_prior(folder, "fit_prior.parquet", metadata={})
     other = {"run": "runs/other", "orders": "rotations"}
     write_predictions(folder / "fit.parquet", predictions_of(given["fit"][1], **other))

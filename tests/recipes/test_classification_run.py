@@ -183,7 +183,7 @@ def test_validation_rows_of_a_file_of_their_own_have_candidates_of_their_own(dat
     values = recipe_of(data, output_dir=tmp_path / "run", validation_data=data / "test.csv", max_steps=2)
     with pytest.raises(SystemExit):  # whose candidates are those of other rows
         train(**values)
-    capsys.readouterr()
+    assert "no candidates are known of the row" in capsys.readouterr().err
     labels = [CLASSES.index(label) for label in labels_of(data / "test.csv").values()]
     write_candidates(tmp_path / "c.parquet", [*labels_of(data / "test.csv")], CLASSES, labels, num_candidates=5)
     with pytest.raises(SystemExit):
@@ -194,6 +194,8 @@ def test_validation_rows_of_a_file_of_their_own_have_candidates_of_their_own(dat
     given = ("--run", tmp_path / "run", "--part", "validation", "--output", tmp_path / "v.csv")
     run_script("predict", *given, *PREDICTED)
     check_classes(read_predictions(tmp_path / "v.parquet"), data, "test")
+    for file in (tmp_path / "run" / run_folder.VALIDATION, tmp_path / "v.parquet"):
+        assert read_predictions(file).metadata["candidates_file"] == str(data / "test.parquet")
 
 
 def test_a_run_is_not_resumed_or_looked_at_with_other_candidates(data, run, tmp_path, capsys):

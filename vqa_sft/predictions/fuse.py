@@ -143,7 +143,7 @@ def _notes(test: Sequence[Predictions], held_out: Sequence[Predictions], names: 
 
 
 def _note_prior(prior: ClassProbs, name: str) -> list[str]:
-    if prior.metadata.get("out_of_fold") is True:
+    if "out_of_fold" in prior.metadata:  # False: of rows beside those that `candidates` trained on
         return []
     return [
         f"Beware: {name} does not say that its probabilities are out of fold. Those of rows that the classifier was "
