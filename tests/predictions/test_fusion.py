@@ -264,7 +264,7 @@ def test_what_is_not_named_is_what_the_predictions_and_their_run_know(files, run
 
 def test_what_nothing_knows_must_be_named(files):
     folder, given = files
-    with pytest.raises(InputError, match="name no run .* Give --fit FILE"):
+    with pytest.raises(InputError, match="--fit is missing, and no run made .*test.parquet"):
         run_fuse(folder, fit=[])
     with pytest.raises(InputError, match="--fit-prior is missing, and .*fit.parquet does not say"):
         fuse_files([str(folder / "test.parquet")], fit=[str(folder / "fit.parquet")], prior="p", output="o.parquet")
