@@ -95,8 +95,8 @@ def _runs_of(test: Sequence[Predictions], files: Sequence[str]) -> list[str]:
     runs = dict.fromkeys(one.metadata.get("run") for one in test)
     if None in runs:
         raise InputError(
-            f"--fit is missing, and no run made {', '.join(files)} whose held-out rows could be taken. Give predictions "
-            "of rows with labels."
+            f"--fit is missing, and no run made {', '.join(files)} whose held-out rows could be taken. Give "
+            "predictions of rows with labels."
         )
     return [str(run) for run in runs]
 
