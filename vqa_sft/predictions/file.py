@@ -265,7 +265,9 @@ def read_predictions(path: str | Path) -> Predictions:
                 f"{path} holds class probabilities. Give predictions of candidates, as recipes/predict.py writes them "
                 "with --candidates."
             ) from error
-        raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).") from error
+        beside = Path(path).with_suffix(".parquet")
+        hint = f" That of a submission is beside it: {beside}." if beside != Path(path) and beside.is_file() else ""
+        raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).{hint}") from error
     ids, choice_logits, answers, blanked, *later = columns
     agreement, digests = ([] if all(value is None for value in column) else column for column in later)
     rest = (metadata, blanked, agreement, scale_logits, digests, changed, candidates, labels)

@@ -48,7 +48,8 @@ def fuse_files(
     are averaged. `fit` are files or run folders, by default those of the runs; the priors are by default the candidates
     that the rows were predicted with. Raises InputError before anything is written."""
     test = [read_predictions(name) for name in files]
-    fit = [_held_out_of(name) for name in fit or _runs_of(test, files)]
+    fit = [_held_out_of(name) if Path(name).is_dir() else name for name in fit]
+    fit = fit or [_held_out_of(run) for run in _runs_of(test, files)]
     held_out = [read_predictions(name) for name in fit]
     prior = prior or _candidates_of(test[0], files[0], "--prior")
     fit_prior = fit_prior or _candidates_of(held_out[0], fit[0], "--fit-prior")
@@ -101,11 +102,9 @@ def _runs_of(test: Sequence[Predictions], files: Sequence[str]) -> list[str]:
     return [str(run) for run in runs]
 
 
-def _held_out_of(name: str) -> str:
-    """A file, or that of a run folder's held-out rows."""
-    if Path(name).suffix == ".parquet":
-        return name
-    return str(default_file(Path(name), "Give --fit FILE, predictions of rows that it was not trained on."))
+def _held_out_of(run: str) -> str:
+    """The file of a run folder's held-out rows."""
+    return str(default_file(Path(run), "Give --fit FILE, predictions of rows that it was not trained on."))
 
 
 def _candidates_of(predictions: Predictions, name: str, option: str) -> str:
