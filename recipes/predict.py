@@ -101,7 +101,7 @@ def predict(args: PredictionArguments, runs: list[Run]) -> None:
                 metadata = [
                     of_runs[run.folder]
                     | {"prompts_digest": run.prompts.digest, "precision": group.precision, ANSWERS: written_as}
-                    | classes_as(rows.sources[0])
+                    | classes_as(rows.sources[-1])
                     for group in groups
                     for run in group.runs
                 ]

@@ -91,5 +91,5 @@ def test_a_row_passes_eleven_files_from_the_source_to_the_submission(contest, tm
     found = of_every_row(calls)
     assert all(calls[name] for name in BY_COLUMN) and found >= {*LOOKS}
     fast = {name for name in found if name.startswith("models/fast/")} | {"models/families.py"}
-    files = documented("Prediction, from a CSV", "## How to add")
+    files = documented("Prediction, from a CSV", "Every package may use")
     assert {*files} == found - fast - {*LOOKS} | {*BY_COLUMN} and len(files) == 11

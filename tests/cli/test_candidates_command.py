@@ -92,6 +92,7 @@ def test_a_recipes_validation_rows_and_unlabelled_test_sets_get_files_of_their_o
     assert files == ["test.parquet", "test_2.parquet", "train.parquet", "validation.parquet"]
     flat, labelled = (read_class_probs(tmp_path / "out" / name) for name in ("test.parquet", "test_2.parquet"))
     assert flat.labels.tolist() == [-1] * 5 and "no known classes" in out
+    assert f"  validation_candidates: {tmp_path}/out/validation.parquet" in out
     assert flat.names == labelled.names and "recall" not in flat.metadata
     place = [path.relative_to(digits / "test").as_posix() for path in sorted(digits.glob("test/*/*.png"))[:5]]
     same = labelled.take([labelled.ids.index(name) for name in place])
@@ -137,6 +138,29 @@ def test_near_duplicates_are_in_one_fold_and_classes_of_one_fold_are_named(tmp_p
     assert (
         "classes whose rows are all in one fold (1): 'c'" in err and "class folders without images (1): 'empty'" in err
     )
+
+
+def test_a_class_with_one_image_and_an_empty_folder_stay_classes(digits, recipe, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(LinearProbe, "settings", (1.0,))
+    for path in [*digits.glob("train/*/*.png")]:
+        if path.parent.name != "digit 9" or path == min(digits.glob("train/digit 9/*.png")):
+            (tmp_path / "data" / path.parent.name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "data" / path.parent.name / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "data/empty").mkdir()
+    given = ["--config", recipe(train_data=tmp_path / "data", num_candidates=7), "--output", tmp_path / "out"]
+    code, out, err = run("candidates", *given)
+    assert code == 0 and "classes without rows (1): 'empty'" in err and "the only row of its class" in err, err
+    assert "classes whose rows are all in one fold (1): 'digit 9'" in err
+    assert "num_candidates: 7, as the recipe says now, counts" in out
+    assert read_class_probs(tmp_path / "out/train.parquet").names == (*(f"digit {i}" for i in range(10)), "empty")
+
+
+def test_rows_that_cannot_be_used_are_named_before_an_encoder_is_loaded(digits, recipe, tmp_path, run, monkeypatch):
+    monkeypatch.setattr("vqa_sft.cli.candidates.open_encoder", lambda *given: pytest.fail("an encoder was loaded"))
+    (tmp_path / "names.txt").write_text("\n".join(f"digit {i}" for i in range(9)))
+    given = ["--config", recipe(classes=tmp_path / "names.txt"), "--use_cpu", "true", "--output", tmp_path / "out"]
+    code, _, err = run("candidates", *given)
+    assert code == 2 and "the label is no class of the list: rows digit 9/" in err
 
 
 def test_rows_that_a_recipe_skips_have_no_candidates(digits, recipe, tmp_path, run, monkeypatch):

@@ -284,7 +284,7 @@ def test_train_and_predict_are_the_scripts_of_recipes(name, run):
 
 
 def test_options_are_spelt_with_hyphens_or_underscores_and_take_several_values():
-    names, several = {"--learn-on", "--output", "--json", "--max-length"}, {"--learn-on"}
+    names, several = {"--learn-on", "--output", "--json", "--max-length", "--use-cpu"}, {"--learn-on"}
     for given, plain in (
         ("--learn_on a b --output c", "--learn-on=a --learn-on=b --output c"),
         ("x --learn-on=a b", "x --learn-on=a b"),
@@ -293,8 +293,11 @@ def test_options_are_spelt_with_hyphens_or_underscores_and_take_several_values()
         ("--json - --json a_b.json", "--json - --json a_b.json"),
         ("--max_pixels 3 --keep_rows={a_b: --c_d}", "--max_pixels 3 --keep_rows={a_b: --c_d}"),
         ("--learn-on --output", "--learn-on --output"),
+        ("--use-cpu data --use_cpu", "--use-cpu data --use-cpu"),
+        ("a --use_cpu true b --use_cpu=true", "a --use-cpu b --use-cpu"),
+        ("a --use_cpu false --use-cpu=false", "a"),
     ):
-        assert one_value_each(given.split(" "), names, several) == plain.split(" ")
+        assert one_value_each(given.split(" "), names, several, {"--use-cpu"}) == plain.split(" ")
 
 
 def test_the_help_and_every_command_of_it_import_no_package_that_they_do_not_need(run):

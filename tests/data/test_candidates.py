@@ -95,6 +95,17 @@ def test_a_file_without_digests_is_joined_by_id_alone(rows, tmp_path):
     assert len(joined(rows, tmp_path / "c.parquet").examples) == 14
 
 
+def test_another_classifiers_numbers_must_be_probabilities(rows, tmp_path):
+    for first, said in (
+        ("0.7", "do not sum to 1 in row r0 .*: they sum to 1.6"),
+        ("nan", "NaN or infinite.* in row r0"),
+    ):
+        lines = [f"r{i},{first if i == 0 else 0.1},{','.join(['0.15'] * 6)}" for i in range(14)]
+        (tmp_path / "theirs.csv").write_text("\n".join([f"id,{','.join(NAMES)}", *lines]), encoding="utf-8")
+        with pytest.raises(InputError, match=said):
+            joined(rows, tmp_path / "theirs.csv")
+
+
 def test_classes_are_matched_by_name_and_others_are_refused(rows, tmp_path):
     """The file has the classes of the rows in another order, one by another name."""
     (tmp_path / "classes.csv").write_text(

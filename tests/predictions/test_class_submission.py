@@ -92,6 +92,27 @@ def test_other_columns_are_told_apart(folder, columns, said):
     assert not (folder / "s.csv").exists()
 
 
+def test_a_template_of_396_classes_in_another_order_permutes_the_numbers_and_other_names_are_told(folder):
+    names = [f"차종 {number:03} (2015~2020)" for number in range(396)]
+    probs = np.random.default_rng(0).dirichlet(np.full(396, 0.1), 3)
+    write_class_probs(folder / "p.parquet", keep_likely(IDS, names, probs, num_kept=396))
+    sample(folder, ["id", *names])
+    plain = written(folder)
+    np.testing.assert_allclose([[float(row[name]) for name in names] for row in plain], probs, atol=1e-6)
+    shuffled = np.random.default_rng(1).permutation(names).tolist()
+    sample(folder, ["id", *shuffled])
+    moved = written(folder)
+    assert [*moved[0]] == ["id", *shuffled] and moved == plain
+    for changed, said in (
+        ([*shuffled[:-1], "버스"], f"no class: '버스'; classes without a column: '{shuffled[-1]}'"),
+        (shuffled[:-1], f"395 columns .* 396 classes: classes without a column: '{shuffled[-1]}'"),
+        ([*shuffled, shuffled[7]], f"more than one column '{shuffled[7]}'"),
+    ):
+        sample(folder, ["id", *changed])
+        with pytest.raises(InputError, match=said.replace("(", r"\(").replace(")", r"\)")):
+            written(folder)
+
+
 @pytest.mark.parametrize(
     ("ids", "said"),
     [

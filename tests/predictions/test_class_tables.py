@@ -210,6 +210,7 @@ def test_calibrate_writes_a_copy_at_the_temperature_of_other_rows(files, run):
         ["ensemble", "letters", "letters", "--output", "o.parquet"],
         ["uncertainty", "letters"],
         ["diff", "letters", "letters"],
+        ["score", "letters", "--answers", "answers.csv"],
     ],
 )
 def test_predictions_of_candidates_are_no_answers_yet(files, run, arguments):

@@ -5,7 +5,6 @@ import pyarrow.parquet as pq
 import pytest
 from prediction_rows import THREE
 
-from vqa_sft.data.class_probs import NONE_OF_THESE
 from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.options import ReadOptions
@@ -25,33 +24,6 @@ def test_a_prediction_file_gives_back_what_was_written(tmp_path):
 def test_rows_that_were_answered_without_their_image_are_marked(tmp_path):
     write_predictions(tmp_path / "p.parquet", replace(THREE, blanked=[False, True, False]))
     assert read_predictions(tmp_path / "p.parquet").blanked == [False, True, False]
-
-
-CLASSIFIED = replace(
-    THREE, candidates=[[4, 0], [2, 3, NONE_OF_THESE], [1, 0]], labels=[4, None, 0], metadata={"classes": [*"abcde"]}
-)
-
-
-def test_a_classification_keeps_its_candidates_and_labels(tmp_path):
-    write_predictions(tmp_path / "p.parquet", CLASSIFIED)
-    assert read_predictions(tmp_path / "p.parquet") == CLASSIFIED
-    assert take(CLASSIFIED, [2]).candidates == [[1, 0]] and take(CLASSIFIED, [2]).labels == [0]
-
-
-@pytest.mark.parametrize(
-    ("changed", "said"),
-    [
-        ({"candidates": [[4, 0], [2, 3, 5], [1, 0]]}, "row y"),
-        ({"candidates": [[4, 4], [2, 3, 1], [1, 0]]}, "row x"),
-        ({"candidates": [[4, 0], [2, 3, 1], [1]]}, "row z"),
-        ({"labels": [0, None, 7]}, "rows x, z"),
-        ({"metadata": {}}, "`classes`"),
-    ],
-)
-def test_candidates_that_are_no_classes_are_damage(tmp_path, changed, said):
-    write_predictions(tmp_path / "p.parquet", replace(CLASSIFIED, **changed))
-    with pytest.raises(InputError, match=f"is damaged: .*{said}"):
-        read_predictions(tmp_path / "p.parquet")
 
 
 def test_answers_are_matched_by_id_and_not_by_position(tmp_path):
@@ -81,6 +53,9 @@ def test_a_file_that_is_no_prediction_file_is_an_error(tmp_path):
     for name, part in (("none.parquet", "no such prediction file"), ("p.parquet", "not a prediction file")):
         with pytest.raises(InputError, match=part):
             read_predictions(tmp_path / name)
+    (tmp_path / "p.csv").write_text("id,answer")
+    with pytest.raises(InputError, match="p.csv is not .* That of a submission is beside it: .*p.parquet"):
+        read_predictions(tmp_path / "p.csv")
 
 
 def test_the_score_table_holds_the_metrics_of_every_file(tmp_path):
@@ -175,6 +150,7 @@ def test_candidates_and_labels_are_kept(tmp_path):
     known = Predictions(["x", "y", "z"], [[-0.5, -1.0], [-1.5, -0.5, -1.0], [-0.25, -2.5]], **CARS)
     write_predictions(tmp_path / "p.parquet", known)
     assert read_predictions(tmp_path / "p.parquet") == replace(known, blanked=[False] * 3)
+    assert take(known, [2]).candidates == [[1, -1]] and take(known, [2]).labels == [2]
 
 
 @pytest.mark.parametrize(

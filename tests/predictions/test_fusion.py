@@ -240,6 +240,40 @@ def test_fuse_writes_the_table_of_the_parameters_that_it_found(files):
         assert part in said
 
 
+def test_what_is_not_named_is_what_the_predictions_and_their_run_know(files, run):
+    folder, given = files
+    run_fuse(folder)
+    named = read_class_probs(folder / "fused.parquet")
+    of_run = folder / "run"
+    of_run.mkdir()
+    priors = {name: str(folder / f"{name}_prior.parquet") for name in ("test", "fit")}
+    test = predictions_of(given["test"][1], run=str(of_run), candidates_file=priors["test"])
+    write_predictions(of_run / "test.parquet", test)
+    command = ["fuse", of_run / "test.parquet", "--output", folder / "found.parquet"]
+    code, _, error = run(*command)
+    assert code == 2 and "run holds no out_of_fold.parquet and no validation.parquet. Give --fit FILE" in error
+    held_out = predictions_of(given["fit"][1], run=str(of_run), candidates_file=priors["fit"])
+    write_predictions(of_run / "validation.parquet", held_out)
+    for fit in ([], ["--fit", of_run]):
+        code, printed, error = run(*command, *fit)
+        assert code == 0, error
+        assert f"by {of_run / 'validation.parquet'} and {priors['fit']}" in printed
+        assert f"vqa-sft submit {folder / 'found.parquet'} --template" in printed
+        np.testing.assert_allclose(read_class_probs(folder / "found.parquet").log_probs, named.log_probs)
+
+
+def test_what_nothing_knows_must_be_named(files):
+    folder, given = files
+    with pytest.raises(InputError, match="--fit is missing, and no run made .*test.parquet"):
+        run_fuse(folder, fit=[])
+    with pytest.raises(InputError, match="--fit-prior is missing, and .*fit.parquet does not say"):
+        fuse_files([str(folder / "test.parquet")], fit=[str(folder / "fit.parquet")], prior="p", output="o.parquet")
+    gone = predictions_of(given["test"][1], run="runs/mine", candidates_file="gone.parquet")
+    write_predictions(folder / "test.parquet", gone)
+    with pytest.raises(InputError, match="--prior is missing, and .*test.parquet names gone.parquet, which is gone"):
+        fuse_files([str(folder / "test.parquet")], fit=[str(folder / "fit.parquet")], output="o.parquet")
+
+
 def test_classes_in_another_order_give_the_same_table(files):
     folder, given = files
     run_fuse(folder)
@@ -304,6 +338,8 @@ def test_noise_falls_back_to_the_prior_with_a_line(files):
 
 def test_what_may_not_stand_for_the_test_rows_is_said(files):
     folder, given = files
+    assert "Beware" not in run_fuse(folder)
+    change_prior(folder, "fit_prior.parquet", metadata={"out_of_fold": False})  # of rows beside the training rows
     assert "Beware" not in run_fuse(folder)
     change_prior(folder, "fit_prior.parquet", metadata={})
     other = {"run": "runs/other", "orders": "rotations"}

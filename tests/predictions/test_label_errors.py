@@ -3,6 +3,7 @@ import csv
 import numpy as np
 import pytest
 
+from vqa_sft.data.class_probs import NONE_OF_THESE, keep_likely, write_class_probs
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.file import Predictions, write_predictions
 from vqa_sft.predictions.label_errors import suspect, write_label_errors
@@ -53,3 +54,20 @@ def test_the_table_and_the_csv_hold_the_ranked_rows(tmp_path):
     write_predictions(file, scored([None] * 5))
     with pytest.raises(InputError, match="holds no answers"):
         write_label_errors(file, output)
+
+
+def test_candidates_are_named_by_their_classes(tmp_path):
+    candidates = [[2, 1], [1, 2, NONE_OF_THESE], [0, 1], [0, 2], [1, 0]]
+    own = scored([0, 2, 0, 1, None])
+    own.candidates, own.labels, own.metadata = candidates, [2, 0, 0, 2, None], {"classes": ["cat", "dog", "쥐"]}
+    write_predictions(tmp_path / "p.parquet", own)
+    write_label_errors(tmp_path / "p.parquet", tmp_path / "suspects.csv")
+    with (tmp_path / "suspects.csv").open(newline="", encoding="utf-8") as lines:
+        rows = [(row["id"], row["answer"], row["best"]) for row in csv.DictReader(lines)]
+    assert rows == [("r1", "none of these", "쥐"), ("r2", "cat", "dog"), ("r3", "쥐", "cat"), ("r0", "쥐", "쥐")]
+
+
+def test_class_probabilities_are_named_for_what_they_are(tmp_path):
+    write_class_probs(tmp_path / "c.parquet", keep_likely(["a"], ["cat", "dog"], np.array([[0.5, 0.5]])))
+    with pytest.raises(InputError, match="c.parquet holds class probabilities. Give predictions of candidates"):
+        write_label_errors(tmp_path / "c.parquet")

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from vqa_sft.errors import InputError
 from vqa_sft.models import scoring
 from vqa_sft.predictions.ensemble import align, write_ensemble
 from vqa_sft.predictions.file import read_predictions
+from vqa_sft.predictions.fuse import fuse_files
 from vqa_sft.runs import folder as run_folder
 from vqa_sft.runs.out_of_fold import METRICS, OUT_OF_FOLD
 from vqa_sft.tiny import TINY_PATH
@@ -152,6 +154,9 @@ def test_folds_end_with_one_file_of_all_rows_out_of_fold(data, tmp_path):
     run_script("predict", "--run", tmp_path / "run", *given, *PREDICTED)
     for name in ("both", "both.fold0", "both.fold1"):
         check_classes(read_predictions(tmp_path / f"{name}.parquet"), data, "test")
+    fuse_files([str(tmp_path / "both.parquet")], output=tmp_path / "fused.parquet")
+    fitted = f"{tmp_path}/run/{OUT_OF_FOLD} and {data}/train.parquet"
+    assert fitted in read_class_probs(tmp_path / "fused.parquet").metadata["source"]
     run_script("predict", "--run", tmp_path / "run", "--part", "validation", "--output", tmp_path / "o.csv", *PREDICTED)
     assert read_predictions(tmp_path / "o.parquet").ids == ids
     check_classes(read_predictions(tmp_path / "o.parquet"), data, "train")
@@ -183,7 +188,7 @@ def test_validation_rows_of_a_file_of_their_own_have_candidates_of_their_own(dat
     values = recipe_of(data, output_dir=tmp_path / "run", validation_data=data / "test.csv", max_steps=2)
     with pytest.raises(SystemExit):  # whose candidates are those of other rows
         train(**values)
-    capsys.readouterr()
+    assert "no candidates are known of the row" in capsys.readouterr().err
     labels = [CLASSES.index(label) for label in labels_of(data / "test.csv").values()]
     write_candidates(tmp_path / "c.parquet", [*labels_of(data / "test.csv")], CLASSES, labels, num_candidates=5)
     with pytest.raises(SystemExit):
@@ -194,6 +199,8 @@ def test_validation_rows_of_a_file_of_their_own_have_candidates_of_their_own(dat
     given = ("--run", tmp_path / "run", "--part", "validation", "--output", tmp_path / "v.csv")
     run_script("predict", *given, *PREDICTED)
     check_classes(read_predictions(tmp_path / "v.parquet"), data, "test")
+    for file in (tmp_path / "run" / run_folder.VALIDATION, tmp_path / "v.parquet"):
+        assert read_predictions(file).metadata["candidates_file"] == str(data / "test.parquet")
 
 
 def test_a_run_is_not_resumed_or_looked_at_with_other_candidates(data, run, tmp_path, capsys):
@@ -208,6 +215,17 @@ def test_a_run_is_not_resumed_or_looked_at_with_other_candidates(data, run, tmp_
     moved.write_bytes((data / "train.parquet").read_bytes())
     run_script("predict", *given, "--candidates", moved)
     check_classes(read_predictions(tmp_path / "v.parquet"), data, "train")
+
+
+def test_the_command_that_a_prediction_of_two_runs_ends_with_fuses_both(data, run, tmp_path, capsys):
+    for name in "ab":
+        shutil.copytree(run, tmp_path / name)
+    given = ("--data", data / "test.csv", "--candidates", data / "test.parquet", "--output", tmp_path / "out.csv")
+    run_script("predict", "--run", tmp_path / "a", tmp_path / "b", *given, *PREDICTED)
+    files = re.search(r"vqa-sft fuse (.*) --output fused.parquet", capsys.readouterr().out)[1].split()
+    assert files == [f"{tmp_path}/out.a.parquet", f"{tmp_path}/out.b.parquet"]
+    fuse_files(files, output=tmp_path / "fused.parquet")
+    assert len(read_class_probs(tmp_path / "fused.parquet")) == 60
 
 
 def test_none_of_these_is_the_last_choice_and_never_the_name_in_the_submission(data, tmp_path):

@@ -75,13 +75,15 @@ def candidates(
         use_cpu = use_cpu or bool(values.get("use_cpu"))
         how = How(encoder, classifier, folds, seed, model, max_pixels, batch_size, use_cpu)
         paths = check_paths(output, part_names(arguments, tests), files)
-        encoded = None if files else open_encoder(how, arguments, values)
+        if not files:
+            how.check_model(values)
         rows = read_rows(arguments, tests, test_image_root)
-        if encoded is None:
+        if files:
             found = read_files(files, rows, out_of_fold)
         else:
-            found = classify_rows(how, encoded, rows, arguments.duplicate_distance)
-    finish(found, paths)
+            encoder = open_encoder(how, arguments, values)
+            found = classify_rows(how, encoder, rows, arguments.duplicate_distance)
+    finish(found, paths, arguments.num_candidates)
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,13 @@ class How:
             )
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must be between 0 and {2**32 - 1}; got {self.seed}.")
+
+    def check_model(self, values: dict[str, Any]) -> None:
+        """Raises InputError where the encoder is that of a model, and neither an option nor the recipe names one."""
+        if self.encoder == "own" and not (self.model or values.get("model_name_or_path")):
+            raise InputError(
+                "--encoder own is the vision tower of a recipe's model. Give --config, --model NAME or another encoder."
+            )
 
 
 def read_arguments(
@@ -212,20 +221,15 @@ def open_encoder(how: How, arguments: "RecipeArguments", values: dict[str, Any])
     from vqa_sft.models.load import choose_precision
 
     precision, device = choose_precision({"use_cpu": how.use_cpu}), choose_devices(how.use_cpu)[0]
-    base = how.model or values.get("model_name_or_path")
     if how.encoder != "own":
         encoder = load_encoder(how.encoder, precision, device)
-    elif base is None:
-        raise InputError(
-            "--encoder own is the vision tower of a recipe's model. Give --config, --model NAME or another encoder."
-        )
     else:
         options: dict[str, Any] = {"min_pixels": arguments.min_pixels}
         options["max_pixels"] = how.max_pixels or arguments.max_pixels
         if how.model is None:  # the recipe's
             options["revision"] = values.get("model_revision", "main")
             options["trust_remote_code"] = values.get("trust_remote_code", False)
-        encoder = load_encoder(find_base(base), precision, device, **options)
+        encoder = load_encoder(find_base(how.model or values["model_name_or_path"]), precision, device, **options)
     check_classifier(how.classifier, encoder)
     return encoder
 
@@ -269,8 +273,8 @@ def read_files(files: Sequence[str], rows: "Sequence[tuple[Loaded, Scan]]", out_
     return Classified(found, {"source": ", ".join(Path(path).name for path in files)})
 
 
-def finish(found: "Classified", paths: Sequence[Path]) -> None:
-    """Print recall and K, and write the files."""
+def finish(found: "Classified", paths: Sequence[Path], given: int | None) -> None:
+    """Print recall and K, and write the files. `given` is the K of the recipe, which counts."""
     from vqa_sft.data.class_probs import write_class_probs
     from vqa_sft.predictions import recall as recalls
 
@@ -290,3 +294,7 @@ def finish(found: "Classified", paths: Sequence[Path]) -> None:
         f"\nnum_candidates: {chosen} ({recalls.RULE}). A model that chooses among {chosen} is right in at most "
         f"{best:.1%} of the rows.\nWrote {', '.join(map(str, paths))}. In the recipe:\n  candidates: {paths[0]}"
     )
+    if "validation" in names:
+        print(f"  validation_candidates: {paths[1]}")
+    if given not in (None, chosen):
+        print(f"  num_candidates: {given}, as the recipe says now, counts; without the line it is {chosen}.")

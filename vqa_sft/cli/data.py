@@ -80,6 +80,9 @@ def check(
     if json_file not in (None, "-"):
         write_whole(json_file, text + "\n")
     print(text if json_file == "-" else describe(reports))
+    has_candidates = arguments.candidates is not None and Path(arguments.candidates).is_file()
+    if data[0][1].classes is not None and not has_candidates and json_file != "-":
+        print("Next: vqa-sft candidates, which finds the likely classes of each row for a model to choose among.")
     if images:
         print(images, file=sys.stderr if json_file == "-" else sys.stdout)
     if html:

@@ -19,7 +19,8 @@ class Command(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         names = {name for param in self.params for name in param.opts}
         several = {name for param in self.params if getattr(param, "multiple", False) for name in param.opts}
-        return super().parse_args(ctx, one_value_each(args, names, several))
+        flags = {name for param in self.params if getattr(param, "is_flag", False) for name in param.opts}
+        return super().parse_args(ctx, one_value_each(args, names, several, flags))
 
     def invoke(self, ctx: Any) -> Any:
         from vqa_sft.environment import set_library_defaults
@@ -28,9 +29,12 @@ class Command(TyperCommand):
         return exits_with_message(super().invoke)(ctx)
 
 
-def one_value_each(tokens: Sequence[str], names: Collection[str], several: Collection[str]) -> list[str]:
+def one_value_each(
+    tokens: Sequence[str], names: Collection[str], several: Collection[str], flags: Collection[str] = ()
+) -> list[str]:
     """The tokens as typer reads them: `--a_b` is `--a-b`, `--weights 1 2` is `--weights 1 --weights 2` for the options
-    that take `several` values, and `--json` alone is `--json -`. Options that are not in `names` are left alone."""
+    that take `several` values, `--json` alone is `--json -`, and `--use_cpu true`, as a recipe has it, is the flag
+    `--use-cpu`. Options that are not in `names` are left alone."""
     left, plain = deque(tokens), []
     while left:
         token = left.popleft()
@@ -38,6 +42,9 @@ def one_value_each(tokens: Sequence[str], names: Collection[str], several: Colle
         dashed = name.replace("_", "-")
         if not token.startswith("--") or dashed not in names:
             plain.append(token)
+            continue
+        if dashed in flags and (value if equals else left and left[0]) in ("true", "false"):
+            plain += [dashed] if (value if equals else left.popleft()) == "true" else []
             continue
         values = [value] if equals else []
         while dashed in several and not equals and left and not left[0].startswith("--"):

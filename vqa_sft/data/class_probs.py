@@ -88,6 +88,11 @@ class ClassProbs:
         )
         return probs / probs.sum(axis=1, keepdims=True)
 
+    def in_classes(self, names: Sequence[str], places: Sequence[int] | np.ndarray) -> "ClassProbs":
+        """The same in another order of the classes: class i is `places[i]` of `names`."""
+        new = np.append(places, UNKNOWN_LABEL).astype(np.int32)  # the last, which UNKNOWN_LABEL takes
+        return replace(self, names=tuple(names), indices=new[self.indices], labels=new[self.labels])
+
     def take(self, rows: Sequence[int] | np.ndarray) -> "ClassProbs":
         """Some of the rows."""
         rows = np.asarray(rows, dtype=np.int64)

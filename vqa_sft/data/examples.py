@@ -72,6 +72,7 @@ class Loaded:
     num_choices: int
     classes: Classes | None = None  # of a classification
     candidates: str = ""  # what the candidates of a classification were made by
+    candidates_file: str | None = None
     image_digests: list[str] | None = None  # of every row, by content; None where nobody looked at the images
 
 
@@ -130,6 +131,7 @@ def read_examples(source: str | Sequence[str], options: ReadOptions = ReadOption
     if classes is not None and probs is not None:
         joined = join_candidates(examples, numbers, reader.problems, classes, options, probs)
         loaded.examples, loaded.candidates, said = joined
+        loaded.candidates_file = options.candidates
         loaded.notes += said
     loaded.num_choices = pc.max(pc.list_value_length(loaded.examples.with_format("arrow")["choices"][:])).as_py()
     return loaded

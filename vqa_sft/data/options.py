@@ -16,7 +16,7 @@ CLASS, CANDIDATES, POOL = "class_index", "candidates", "pool"
 
 NO_CANDIDATES = (
     "task: classification needs candidates, the file with the likely classes of each row that `vqa-sft candidates` "
-    "writes."
+    "writes. Give --candidates FILE, or a line of the yaml."
 )
 
 

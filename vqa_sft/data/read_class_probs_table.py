@@ -130,11 +130,7 @@ def _match(path: str | Path, names: Sequence[str], classes: Classes) -> list[int
 
 def reorder(path: str | Path, probs: ClassProbs, classes: Classes) -> ClassProbs:
     """The same with the classes in the order of `classes`. Raises InputError where one side lacks some."""
-    place_of = _match(path, probs.names, classes)
-    new = np.empty(len(classes) + 1, np.int32)
-    new[place_of] = np.arange(len(classes))
-    new[-1] = UNKNOWN_LABEL  # is -1, the last
-    return replace(probs, names=classes.names, indices=new[probs.indices], labels=new[probs.labels])
+    return probs.in_classes(classes.names, np.argsort(_match(path, probs.names, classes)))
 
 
 def _join(path: str | Path, parts: Sequence[ClassProbs]) -> ClassProbs:

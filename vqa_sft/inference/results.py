@@ -109,6 +109,9 @@ def write_results(
         lines[0] += f", with images {args.images[0]}: not to be submitted"
     if blanked:
         lines.append(f"Guessed, because something of them could not be used: {name_rows(blanked, num_rows)}")
+    if CLASSES in about[0] and args.part == "all":
+        files = _files_to_fuse(Path(args.output), [metadata["run"] for metadata in about])
+        lines.append(f"Probabilities of all classes: vqa-sft fuse {' '.join(map(str, files))} --output fused.parquet")
     bare = [metadata for metadata in about if "calibration" not in metadata and metadata["run"] is not None]
     if bare and args.part == "all":
         lines.append(
@@ -142,7 +145,7 @@ def _files_of(
     ]
     mean = alone[0]
     if len(about) > 1:
-        together["run"] = os.path.commonpath(list(map(os.path.abspath, folders)))
+        together["run"] = _folder_of(folders)
         together.pop("calibration", None)  # each run has its own, and all together none
     if len(alone) > 1:
         mean = combine(alone, folders, [1 / len(folders)] * len(folders), average_runs)
@@ -151,6 +154,18 @@ def _files_of(
     mean = replace(mean, metadata=mean.metadata | together)
     yield output.with_suffix(".parquet"), partial(write_predictions, predictions=mean)
     yield output, partial(write, predictions=mean, style=style, choices=block.choices)
+
+
+def _folder_of(folders: Sequence[str]) -> str:
+    """The folder that holds several runs."""
+    return os.path.commonpath(list(map(os.path.abspath, folders)))
+
+
+def _files_to_fuse(output: Path, folders: Sequence[str]) -> list[Path]:
+    """The prediction file of all runs where their held-out rows are in one file too; else that of each."""
+    if len(folders) == 1 or (Path(_folder_of(folders)) / OUT_OF_FOLD).is_file():
+        return [output.with_suffix(".parquet")]
+    return [path_of_run(output, folder, folders) for folder in folders]
 
 
 @dataclass

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 CALIBRATION, ANSWERS, IMAGES = "calibration", "answers", "images"  # in the metadata
 CLASSES = "classes"  # there too, of a classification
+CANDIDATES_FILE = "candidates_file"  # there too: where the candidates were
 
 
 def check_content(path: str | Path, predictions: "Predictions") -> None:

@@ -93,9 +93,7 @@ def match_classes(theirs: Sequence[str], ours: Sequence[str], names: Sequence[st
 
 def with_classes(table: ClassProbs, classes: Sequence[str], names: Sequence[str | Path]) -> ClassProbs:
     """The same table with the classes in this order."""
-    places = match_classes(table.names, classes, names)
-    labels = np.where(table.labels == UNKNOWN_LABEL, UNKNOWN_LABEL, places[table.labels])
-    return replace(table, names=tuple(classes), indices=places[table.indices], labels=labels.astype(np.int32))
+    return table.in_classes(classes, match_classes(table.names, classes, names))
 
 
 def digest_of(table: ClassProbs) -> dict[str, str]:

@@ -17,7 +17,7 @@ import numpy as np
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import begins_with, check_output, write_whole
 from vqa_sft.predictions.calibration import views_key
-from vqa_sft.predictions.check_file import ANSWERS, CALIBRATION, CLASSES, IMAGES
+from vqa_sft.predictions.check_file import ANSWERS, CALIBRATION, CANDIDATES_FILE, CLASSES, IMAGES
 from vqa_sft.predictions.file import (
     Predictions,
     check_same_rows,
@@ -140,7 +140,8 @@ def combine(files: Sequence[Predictions], names: Sequence[str], weights: Sequenc
     written_as = next((file.metadata[ANSWERS] for file in files if file.metadata.get(ANSWERS)), None)
     metadata |= {ANSWERS: written_as} if written_as else {}
     metadata |= {IMAGES: first.images} if first.shown else {}
-    metadata |= {name: first.metadata[name] for name in (CLASSES, "candidates") if name in first.metadata}
+    shared = (CLASSES, "candidates", CANDIDATES_FILE)
+    metadata |= {name: first.metadata[name] for name in shared if name in first.metadata}
     digests = next((file.digests for file in files if file.digests), [])
     blanked = [any(row) for row in zip(*(file.blanked or [False] * len(first.ids) for file in files), strict=True)]
     agreement = np.minimum(agree, 1).tolist()

@@ -19,10 +19,10 @@ A prediction file is Parquet, in the row order of the data:
                    class_probs.NONE_OF_THESE for that choice. `answer` is the place of the label among them
     label          only of a classification: the class of the row; null where unknown
 
-Its metadata say what made it; of a classification "classes" are the names of all classes, and "candidates" says what
-those of the rows were made by. "images", which of these it was. "answers" says how the data of the run write their
-answers (`answers_as`), for the submission. "calibration" holds the run's temperature for these views, and perhaps a
-bias and weights of the scales: `Predictions.probs` applies them.
+Its metadata say what made it; of a classification "classes" are the names of all classes, "candidates" says what those
+of the rows were made by, and "candidates_file" where they were. "images", which of these it was. "answers" says how the
+data of the run write their answers (`answers_as`), for the submission. "calibration" holds the run's temperature for
+these views, and perhaps a bias and weights of the scales: `Predictions.probs` applies them.
 """
 
 import json
@@ -36,10 +36,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vqa_sft.batch.control import ORIGINAL
+from vqa_sft.data.class_probs import is_class_probs
 from vqa_sft.data.columns import Columns
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import whole
-from vqa_sft.predictions.check_file import CALIBRATION, CLASSES, IMAGES, check_content, scale_names
+from vqa_sft.predictions.check_file import (
+    CALIBRATION,
+    CANDIDATES_FILE,
+    CLASSES,
+    IMAGES,
+    check_content,
+    scale_names,
+)
 from vqa_sft.predictions.metrics import softmax
 from vqa_sft.predictions.pooling import experts_of_scales, log_rows, pool
 
@@ -181,8 +189,11 @@ def answers_as(columns: Columns) -> dict[str, Any]:
 
 
 def classes_as(loaded: "Loaded") -> dict[str, Any]:
-    """What the metadata say of a classification: all classes, and what its candidates were made by."""
-    return {CLASSES: [*loaded.classes.names], "candidates": loaded.candidates} if loaded.classes else {}
+    """What the metadata say of a classification: all classes, the file of its candidates and what that was made by."""
+    if loaded.classes is None:
+        return {}
+    of_file = {"candidates": loaded.candidates, CANDIDATES_FILE: loaded.candidates_file}
+    return {CLASSES: [*loaded.classes.names]} | of_file
 
 
 def may_be_of_one_run(one: Predictions, other: Predictions) -> bool:
@@ -249,7 +260,14 @@ def read_predictions(path: str | Path) -> Predictions:
         metadata = json.loads((table.schema.metadata or {}).get(METADATA_KEY, b"{}"))
     # OSError: pages that are damaged; RecursionError: lists in lists without an end
     except (pa.ArrowException, KeyError, ValueError, OSError, RecursionError) as error:
-        raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).") from error
+        if is_class_probs(path):
+            raise InputError(
+                f"{path} holds class probabilities. Give predictions of candidates, as recipes/predict.py writes them "
+                "with --candidates."
+            ) from error
+        beside = Path(path).with_suffix(".parquet")
+        hint = f" That of a submission is beside it: {beside}." if beside != Path(path) and beside.is_file() else ""
+        raise InputError(f"{path} is not a prediction file of vqa-sft ({type(error).__name__}).{hint}") from error
     ids, choice_logits, answers, blanked, *later = columns
     agreement, digests = ([] if all(value is None for value in column) else column for column in later)
     rest = (metadata, blanked, agreement, scale_logits, digests, changed, candidates, labels)

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from vqa_sft.console import table
-from vqa_sft.data.class_probs import UNKNOWN_LABEL, ClassProbs, is_class_probs, write_class_probs
+from vqa_sft.data.class_probs import UNKNOWN_LABEL, ClassProbs, write_class_probs
 from vqa_sft.data.read_class_probs_table import read_any_class_probs
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import check_output
-from vqa_sft.predictions.calibration import views_key
-from vqa_sft.predictions.check_file import CALIBRATION
+from vqa_sft.predictions.calibration import default_file, views_key
+from vqa_sft.predictions.check_file import CALIBRATION, CANDIDATES_FILE
 from vqa_sft.predictions.class_metrics import with_intervals
 from vqa_sft.predictions.class_tables import (
     MADE_BY,
@@ -36,14 +36,27 @@ from vqa_sft.predictions.votes import NO_CLASS, Votes, average_votes, join_votes
 METRICS = ("nll", "accuracy", "top_5")
 
 
-def fuse_files(files: Sequence[str], *, prior: str, fit: Sequence[str], fit_prior: str, output: str | Path) -> str:
+def fuse_files(
+    files: Sequence[str],
+    *,
+    prior: str | None = None,
+    fit: Sequence[str] = (),
+    fit_prior: str | None = None,
+    output: str | Path,
+) -> str:
     """Write the fused table of `files`; the cross-fitted metrics of each way and the parameters, as text. Several files
-    are averaged. Raises InputError before anything is written."""
+    are averaged. `fit` are files or run folders, by default those of the runs; the priors are by default the candidates
+    that the rows were predicted with. Raises InputError before anything is written."""
+    test = [read_predictions(name) for name in files]
+    fit = [_held_out_of(name) if Path(name).is_dir() else name for name in fit]
+    fit = fit or [_held_out_of(run) for run in _runs_of(test, files)]
+    held_out = [read_predictions(name) for name in fit]
+    prior = prior or _candidates_of(test[0], files[0], "--prior")
+    fit_prior = fit_prior or _candidates_of(held_out[0], fit[0], "--fit-prior")
     reads = [*files, prior, *fit, fit_prior]
     check_output(output, suffix=".parquet", reads=reads, is_ours=is_made_by("fuse"), kind="table of vqa-sft fuse")
     own = read_any_class_probs(prior, None)
     of_fit = with_classes(read_any_class_probs(fit_prior, None), own.names, [fit_prior, prior])
-    test, held_out = ([_read_candidates(name) for name in names] for names in (files, fit))
     notes = _notes(test, held_out, [*files, *fit]) + _note_prior(of_fit, fit_prior)
     votes = average_votes(
         [votes_of(one, own.names, [name, prior]) for one, name in zip(test, files, strict=True)], files
@@ -66,22 +79,41 @@ def fuse_files(files: Sequence[str], *, prior: str, fit: Sequence[str], fit_prio
     notes += _check_candidates(of_fit, replace(fit_votes, labels=joined.labels), fit)
     found = select(fit_rows)
     fused = replace(fuse(rows, found.fusion), digests=[votes.digest_of.get(row_id) for row_id in votes.ids])
+    made_of = f"{', '.join(files)} and {prior}, by {', '.join(fit)} and {fit_prior}"
     fused.metadata = {
-        "source": f"vqa-sft fuse: {', '.join(files)} and {prior}, by {', '.join(fit)} and {fit_prior}",
+        "source": f"vqa-sft fuse: {made_of}",
         MADE_BY: "fuse",
         "fusion": {"way": found.fusion.way} | found.fusion.parameters,
     }
     write_class_probs(output, fused)
-    return "\n".join([*notes, describe_selection(found), f"Wrote {len(fused):,} rows to {output}."])
+    wrote = f"Wrote {len(fused):,} rows to {output}, from {made_of}."
+    to_submit = f"  vqa-sft submit {output} --template sample_submission.csv --output submission.csv"
+    return "\n".join([*notes, describe_selection(found), wrote, "To submit them:", to_submit])
 
 
-def _read_candidates(name: str) -> Predictions:
-    if is_class_probs(name):
+def _runs_of(test: Sequence[Predictions], files: Sequence[str]) -> list[str]:
+    """The folders of the runs that scored the test rows."""
+    runs = dict.fromkeys(one.metadata.get("run") for one in test)
+    if None in runs:
         raise InputError(
-            f"{name} holds class probabilities. Give predictions of candidates, as recipes/predict.py writes them with "
-            "--candidates; class probabilities are for --prior and --fit-prior."
+            f"--fit is missing, and no run made {', '.join(files)} whose held-out rows could be taken. Give "
+            "predictions of rows with labels."
         )
-    return read_predictions(name)
+    return [str(run) for run in runs]
+
+
+def _held_out_of(run: str) -> str:
+    """The file of a run folder's held-out rows."""
+    return str(default_file(Path(run), "Give --fit FILE, predictions of rows that it was not trained on."))
+
+
+def _candidates_of(predictions: Predictions, name: str, option: str) -> str:
+    """The file of the candidates that rows were predicted with, where it is still there."""
+    path = predictions.metadata.get(CANDIDATES_FILE)
+    if path is None or not Path(path).is_file():
+        what = "does not say with which candidates it was predicted" if path is None else f"names {path}, which is gone"
+        raise InputError(f"{option} is missing, and {name} {what}. Give their class probabilities.")
+    return path
 
 
 def _notes(test: Sequence[Predictions], held_out: Sequence[Predictions], names: Sequence[str]) -> list[str]:
@@ -93,7 +125,10 @@ def _notes(test: Sequence[Predictions], held_out: Sequence[Predictions], names: 
     ways = [{views_key(one.metadata) + one.shown for one in files} for files in (held_out, test)]
     if ways[0] != ways[1]:
         said = [" and ".join(sorted(way)) for way in ways]
-        notes.append(f"Beware: the rows to fit on were scored with {said[0]}, the test rows with {said[1]}.")
+        notes.append(
+            f"Beware: the rows to fit on were scored with {said[0]}, the test rows with {said[1]}. predict.py --part "
+            "validation scores the former as the latter; give its file to --fit."
+        )
     sizes = [{max(map(len, one.candidates)) for one in files if one.candidates} for files in (held_out, test)]
     if sizes[0] != sizes[1]:
         said = [", ".join(map(str, sorted(size))) for size in sizes]
@@ -107,7 +142,7 @@ def _notes(test: Sequence[Predictions], held_out: Sequence[Predictions], names: 
 
 
 def _note_prior(prior: ClassProbs, name: str) -> list[str]:
-    if prior.metadata.get("out_of_fold") is True:
+    if "out_of_fold" in prior.metadata:  # False: of rows beside those that `candidates` trained on
         return []
     return [
         f"Beware: {name} does not say that its probabilities are out of fold. Those of rows that the classifier was "

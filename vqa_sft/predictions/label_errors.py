@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from vqa_sft.console import table
+from vqa_sft.data.class_probs import NONE_OF_THESE
 from vqa_sft.errors import InputError, printable
 from vqa_sft.predictions.calibration import default_file
+from vqa_sft.predictions.check_file import CLASSES
 from vqa_sft.predictions.file import Predictions, read_predictions
 from vqa_sft.predictions.submission import check_table, write_table
 from vqa_sft.questions.letters import LETTERS
@@ -62,7 +64,7 @@ def write_label_errors(item: str | Path, output: str | Path | None = None, *, ov
     parts = [
         f"{num_likely:,} of {len(rows):,} answers are likely errors ({num_likely / len(rows):.1%}), if the model was "
         "not trained on these rows and is mostly right.",
-        table([HEADER, *([printable(row[0]), *row[1:]] for row in rows[:SHOWN])]),
+        table([HEADER, *([printable(cell) for cell in row] for row in rows[:SHOWN])]),
     ]
     if output is not None:
         write_table(output, HEADER, rows)
@@ -72,5 +74,13 @@ def write_label_errors(item: str | Path, output: str | Path | None = None, *, ov
 
 def _cells(predictions: Predictions, found: Suspicion, row: int) -> list[str]:
     given, best = f"{found.probability[row]:.4f}", f"{found.best_probability[row]:.4f}"
-    letters = LETTERS[predictions.answers[row] or 0], LETTERS[found.best[row]]
-    return [predictions.ids[row], letters[0], given, letters[1], best, "yes" if found.is_likely[row] else "no"]
+    answer, likely = (_name(predictions, row, choice) for choice in (predictions.answers[row] or 0, found.best[row]))
+    return [predictions.ids[row], answer, given, likely, best, "yes" if found.is_likely[row] else "no"]
+
+
+def _name(predictions: Predictions, row: int, choice: int) -> str:
+    """The letter of a choice, or the class of a candidate."""
+    if not predictions.candidates:
+        return LETTERS[choice]
+    place = predictions.candidates[row][choice]
+    return "none of these" if place == NONE_OF_THESE else predictions.metadata[CLASSES][place]

@@ -7,6 +7,7 @@ from typing import Any
 from vqa_sft.console import table
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.check_file import CALIBRATION
+from vqa_sft.predictions.class_tables import not_of_all_classes
 from vqa_sft.predictions.file import Predictions, read_predictions, with_answers
 from vqa_sft.predictions.matched import read_answers
 from vqa_sft.predictions.metrics import describe, softmax, with_intervals
@@ -33,6 +34,8 @@ def score_table(files: Sequence[str], answers_file: str | None = None, data: str
     for item in files:
         name, predictions = read_named(item)
         if answers_file is not None:
+            if predictions.candidates:
+                raise not_of_all_classes(name, "score --answers")
             predictions = with_answers(predictions, read_answers(answers_file, predictions, name, data, **options))
         if None in predictions.answers and predictions.candidates:
             raise InputError(

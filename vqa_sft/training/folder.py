@@ -61,7 +61,8 @@ def write_results(
     metrics = {name: round(value, 6) if isinstance(value, float) else value for name, value in metrics.items()}
     if predictions is not None:
         predictions.metadata |= {"run": output_dir, "prompts_digest": prompts.digest, "split": "validation"}
-        predictions.metadata |= {ANSWERS: answers_as(columns)} | classes_as(rows.loaded[0])
+        of_validation = rows.loaded[-1]  # validation_data, where there are such
+        predictions.metadata |= {ANSWERS: answers_as(columns)} | classes_as(of_validation)
         write_predictions(f"{output_dir}/{run_folder.VALIDATION}", predictions)
     run_folder.write_metrics(output_dir, metrics)
     known = rows.num_letters, columns, str(metrics["precision"])

@@ -63,7 +63,7 @@ def load_data(recipe: Recipe) -> list[Loaded]:
         # Few rows may not tell how their answers are written; the training rows have told.
         options = args.validation_options(loaded[0].columns, loaded[0].classes)
         loaded.append(read_examples(args.validation_data, options))
-        if args.candidates and loaded[1].num_choices != loaded[0].num_choices:
+        if args.candidates and loaded[1].num_choices not in (0, loaded[0].num_choices):  # 0: none has candidates
             shown = f"{loaded[0].num_choices} and {loaded[1].num_choices} choices"
             raise InputError(f"training and validation rows would have {shown}: set num_candidates.")
     for data in loaded:
