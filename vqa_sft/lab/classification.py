@@ -16,8 +16,8 @@ rows, whose labels only the table reads:
     fused                              the same predictions by `vqa-sft fuse`, fitted on that fold's held-out rows
     fused, folds and permutations      all folds, each candidate once under each letter; fitted on all rows, out of fold
 
-What is done is kept in --work. Brackets hold the middle 95% of 1,000 resamples of the test rows; the last column
-compares the log loss of the same rows to that of the prior at its temperature.
+What is done is kept in --work. Brackets hold the middle 95% of 1,000 resamples of the test rows; the last columns
+compare the log loss of the same rows to that of the prior at its temperature, and to that of the model alone.
 """
 
 import argparse
@@ -199,7 +199,7 @@ def describe_set(args: argparse.Namespace) -> str:
     """Both tables: of the ways, and of the priors' recall."""
     names, train, test = read_rows(args.work / "data")
     of_train, of_test = ({row.row_id: row.label for row in rows} for rows in (train, test))
-    lines = [["", *METRICS.values(), "log loss - prior"]]
+    lines = [["", *METRICS.values(), "log loss - prior", "log loss - model"]]
     recalls = [["recall@K of", *map(str, RANKS)]]
     for prior in args.priors:
         folder, said = args.work / prior, PRIORS[prior]
@@ -207,16 +207,20 @@ def describe_set(args: argparse.Namespace) -> str:
         tempered = temper(with_labels(read_class_probs(folder / "train.parquet"), names, of_train), own)
         predictions = [read_predictions(folder / f"one_{part}.parquet") for part in ("held_out", "test")]
         tables = {"prior alone": own, "prior alone, at its temperature": tempered}
-        tables["model alone, its candidates"] = with_labels(model_alone(*predictions), names, of_test)
+        tables["model alone, its candidates"] = model = with_labels(model_alone(*predictions), names, of_test)
         for way, file in (("fused", "one"), ("fused, folds and permutations", "all")):
             tables[way] = with_labels(read_class_probs(folder / f"{file}_fused.parquet"), names, of_test)
         recalls.append([said, *recall_of(own)])
         for way, table in tables.items():
             cells = describe(with_intervals(table), [*METRICS])
-            difference = "" if table is tempered else describe(differences(tempered, table), ["nll"], "+")[0]
-            lines.append([f"{said}: {way}", *cells, difference])
+            lines.append([f"{said}: {way}", *cells, *(difference_to(voice, table) for voice in (tempered, model))])
     size = f"{args.set}: {len(names)} classes, {len(train):,} training rows, {len(test):,} test rows"
     return "\n\n".join([size, markdown(lines), markdown(recalls)])
+
+
+def difference_to(before: ClassProbs, after: ClassProbs) -> str:
+    """The log loss of the second table minus that of the first, with its interval; nothing for the table itself."""
+    return "" if before is after else describe(differences(before, after), ["nll"], "+")[0]
 
 
 def with_labels(table: ClassProbs, names: Sequence[str], labels: dict[str, int]) -> ClassProbs:
