@@ -96,6 +96,11 @@ def test_the_tables_say_what_the_files_of_a_run_hold(tmp_path):
     ]  # fmt: skip
     assert said["small CNN: prior alone"][0].startswith("0.6931")
     assert said["small CNN: fused"][0].startswith("0.2231") and said["small CNN: fused"][1].startswith("1.0000")
+    empty = {way[len("small CNN: ") :]: [place for place in (3, 4) if not said[way][place].strip(" |")] for way in said}
+    assert {way: places for way, places in empty.items() if places} == {
+        "prior alone, at its temperature": [3],  # the log loss of a voice is not compared to itself
+        "model alone, its candidates": [4],
+    }
     assert lines[-1].startswith("| small CNN | 1.000")
 
 

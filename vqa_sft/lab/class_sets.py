@@ -1,16 +1,16 @@
 """Two classifications with known answers: two-digit numbers (100 classes) and drawn shapes (400 classes).
 
-    data/numbers100/train/47/00012.png ...   an image folder, 84 x 84 px
-    data/numbers100/train.csv                id (47/00012.png), path, label               3,000 rows
+    data/numbers100/train/47/00012.png ...   an image folder, 96 x 96 px
+    data/numbers100/train.csv                id (47/00012.png), path, label               1,500 rows
     data/numbers100/folds.csv                id, fold
     data/numbers100/test/TEST_00000.png ...
-    data/numbers100/test.csv                 ID, img_path                                 3,000 rows
+    data/numbers100/test.csv                 ID, img_path                                 1,500 rows
     data/numbers100/test_labels.csv          ID, label: not for the model to see
     data/numbers100/classes.csv              name
     data/numbers100/sample_submission.csv    ID and one column a class
 
-A number is two of scikit-learn's 1,797 handwritten digits, moved, scaled, faded and in noise. No digit is in images of
-both parts, or in images of two folds: a classifier that is fitted without a fold has seen none of its digits.
+A number is two of scikit-learn's 1,797 handwritten digits side by side, as in the demo. No digit is in images of both
+parts, or in images of two folds: a classifier that is fitted without a fold has seen none of its digits.
 
 A drawn class is a large shape and two to five small ones: "star and three moons". Colours, places, sizes and angles say
 nothing. Every class has as many images as every other, give or take one, and the same seed writes the same bytes.
@@ -27,13 +27,14 @@ from PIL import Image
 
 from vqa_sft.data.folds import read_folds, write_folds
 from vqa_sft.tiny.draw import PICTURE_PX, Scene, Sketch, add_noise
+from vqa_sft.tiny.numbers import QUESTION, number_picture
 from vqa_sft.tiny.words import COLOURS, NUMBER_WORDS, SHAPES
 
 NUM_FOLDS = 5
 NUM_TEST_DIGITS = 597  # of the 1,797
 COUNTS = (2, 3, 4, 5)  # of the small shapes
-NUM_TRAIN, NUM_TEST = {"numbers": 3000, "drawn": 3200}, 3000
-QUESTIONS = {"numbers": "Which number is written here?", "drawn": "What is drawn here?"}
+NUM_TRAIN, NUM_TEST = {"numbers": 1500, "drawn": 3200}, 1500
+QUESTIONS = {"numbers": QUESTION, "drawn": "What is drawn here?"}
 Draw = Callable[[np.random.Generator, int, int], Image.Image]  # class, fold -> image
 
 
@@ -53,7 +54,7 @@ def write_numbers(folder: Path, seed: int = 0, num_train: int = NUM_TRAIN["numbe
 
     def draw(rng: np.random.Generator, label: int, fold: int) -> Image.Image:
         by_digit = test if fold < 0 else train[fold]
-        return _draw_number(rng, [by_digit[digit] for digit in divmod(label, 10)])
+        return number_picture([rng.choice(by_digit[digit]) for digit in divmod(label, 10)])
 
     _write_set(folder, [f"{number:02d}" for number in range(100)], draw, seed, num_train, num_test)
 
@@ -140,40 +141,16 @@ def _write_csv(path: Path, rows: Sequence[dict]) -> None:
 
 
 def _split_digits(seed: int) -> tuple[list[list[np.ndarray]], list[np.ndarray]]:
-    """Handwritten digits: train[fold][digit] and test[digit] are ink of 0 to 1, (images, 8, 8)."""
+    """Handwritten digits: train[fold][digit] and test[digit] are (images, 8, 8)."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     indices = np.arange(len(digits.target))
     train, test = train_test_split(indices, test_size=NUM_TEST_DIGITS, stratify=digits.target, random_state=seed)
-    ink = digits.images / 16
     of_digit = [train[digits.target[train] == digit] for digit in range(10)]
-    folds = [[ink[found[fold::NUM_FOLDS]] for found in of_digit] for fold in range(NUM_FOLDS)]
-    return folds, [ink[test[digits.target[test] == digit]] for digit in range(10)]
-
-
-def _draw_number(rng: np.random.Generator, pools: Sequence[np.ndarray]) -> Image.Image:
-    """One of each pool of digits, side by side on paper."""
-    page = np.zeros((PICTURE_PX, PICTURE_PX))
-    half = PICTURE_PX // 2
-    height = int(rng.integers(32, 42))
-    top = rng.integers(10, PICTURE_PX - height - 10)
-    for place, pool in enumerate(pools):
-        size = (int(height * rng.uniform(0.8, 1.0)), height + int(rng.integers(-2, 3)))
-        small = Image.fromarray((255 * pool[rng.integers(len(pool))]).astype(np.uint8))
-        small = small.resize(size, Image.Resampling.BICUBIC)
-        small = small.rotate(rng.normal(0, 10), Image.Resampling.BILINEAR)
-        ink = np.asarray(small) / 255
-        left = place * half + rng.integers(0, max(half - size[0], 0) + 1)
-        y = int(np.clip(top + rng.integers(-4, 5), 0, PICTURE_PX - size[1]))
-        left = min(left, PICTURE_PX - size[0])
-        spot = page[y : y + size[1], left : left + size[0]]
-        np.maximum(spot, ink, out=spot)
-    paper, contrast = rng.uniform(150, 255), rng.uniform(0.25, 1.0)
-    picture = paper * (1 - contrast * page)
-    picture = picture + rng.normal(0, rng.uniform(3, 30), picture.shape)
-    return Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    folds = [[digits.images[found[fold::NUM_FOLDS]] for found in of_digit] for fold in range(NUM_FOLDS)]
+    return folds, [digits.images[test[digits.target[test] == digit]] for digit in range(10)]
 
 
 def _draw_shapes(rng: np.random.Generator, large: str, small: str, count: int) -> Image.Image:

@@ -27,21 +27,24 @@ from vqa_sft.lab.class_sets import ClassRow, read_rows
 
 INPUT_PX = 56
 NUM_EPOCHS, BATCH, LEARNING_RATE = 30, 32, 5e-3
-WIDTHS = (16, 32, 64, 128)
+WIDTH = 16  # channels of the first block; each of the next three has twice as many
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a set that class_sets.py wrote")
     parser.add_argument("--epochs", type=int, default=NUM_EPOCHS)
+    parser.add_argument("--width", type=int, default=WIDTH, help="channels of the first of four blocks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--use_cpu", action="store_true", help="do not use the GPU")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
-    print(json.dumps(classify(args.folder, args.folder / "cnn", args.epochs, args.seed, device), indent=1))
+    print(json.dumps(classify(args.folder, args.folder / "cnn", args.epochs, args.seed, device, args.width), indent=1))
 
 
-def classify(folder: Path, output: Path, num_epochs: int = NUM_EPOCHS, seed: int = 0, device: str = "cpu") -> dict:
+def classify(
+    folder: Path, output: Path, num_epochs: int = NUM_EPOCHS, seed: int = 0, device: str = "cpu", width: int = WIDTH
+) -> dict:
     """Write probabilities of training rows, out of fold, and of test rows. Returns accuracy, NLL and recall of both."""
     started_s = time.monotonic()
     names, train, test = read_rows(folder)
@@ -49,9 +52,9 @@ def classify(folder: Path, output: Path, num_epochs: int = NUM_EPOCHS, seed: int
     probs = np.zeros((len(train), len(names)), np.float32)
     for fold in np.unique(folds):
         kept = folds != fold
-        net = fit(images[kept], labels[kept], len(names), num_epochs, seed, device)
+        net = fit(images[kept], labels[kept], len(names), num_epochs, seed, device, width)
         probs[~kept] = predict(net, images[~kept], device)
-    net = fit(images, labels, len(names), num_epochs, seed, device)
+    net = fit(images, labels, len(names), num_epochs, seed, device, width)
     of_test = predict(net, read_images(test), device)
     output.mkdir(parents=True, exist_ok=True)
     write_probs(output / "train", [row.row_id for row in train], names, probs)
@@ -70,14 +73,15 @@ def read_images(rows: Sequence[ClassRow]) -> torch.Tensor:
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
-def make_net(num_classes: int) -> nn.Module:
+def make_net(num_classes: int, first_width: int = WIDTH) -> nn.Module:
     """Four blocks that halve the sides; the mean and the maximum over places; a linear layer."""
-    layers: list[nn.Module] = [nn.Conv2d(3, WIDTHS[0], 5, stride=2, padding=2, bias=False)]
-    layers += [nn.BatchNorm2d(WIDTHS[0]), nn.ReLU()]
-    for channels, width in itertools.pairwise(WIDTHS):
+    widths = [first_width << block for block in range(4)]
+    layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 5, stride=2, padding=2, bias=False)]
+    layers += [nn.BatchNorm2d(widths[0]), nn.ReLU()]
+    for channels, width in itertools.pairwise(widths):
         layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.MaxPool2d(2)]
         layers += [nn.BatchNorm2d(width), nn.ReLU()]
-    net = nn.Sequential(*layers, MeanAndMax(), nn.Dropout(0.2), nn.Linear(2 * WIDTHS[-1], num_classes))
+    net = nn.Sequential(*layers, MeanAndMax(), nn.Dropout(0.2), nn.Linear(2 * widths[-1], num_classes))
     return net.to(memory_format=torch.channels_last)  # nearly twice as fast on a CPU
 
 
@@ -91,11 +95,17 @@ class MeanAndMax(nn.Module):
 
 
 def fit(
-    images: torch.Tensor, labels: np.ndarray, num_classes: int, num_epochs: int, seed: int, device: str
+    images: torch.Tensor,
+    labels: np.ndarray,
+    num_classes: int,
+    num_epochs: int,
+    seed: int,
+    device: str,
+    width: int = WIDTH,
 ) -> nn.Module:
     """A network fitted with AdamW and one cycle of the learning rate."""
     torch.manual_seed(seed)
-    net = make_net(num_classes).to(device)
+    net = make_net(num_classes, width).to(device)
     images, targets = images.to(device), torch.from_numpy(labels).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
     steps = -(-len(images) // BATCH)

@@ -12,6 +12,7 @@ A set for comparisons has in test.csv the answers too, and every row four times,
 """
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,7 @@ def _number_row(row_id: str, indices: np.ndarray, digits: Any, rng: random.Rando
     pair = [int(rng.choice(indices)) for _ in range(2)]
     first, second = (int(digits.target[index]) for index in pair)
     path = f"images/{row_id}.png"
-    _number_picture([digits.images[index] for index in pair]).save(output / path)
+    number_picture([digits.images[index] for index in pair]).save(output / path)
     right, swapped = f"{first}{second}", f"{second}{first}"
     near = [f"{first}{(second + step) % 10}" for step in range(1, 10)]
     near += [f"{(first + step) % 10}{second}" for step in range(1, 10)]
@@ -114,8 +115,8 @@ def _number_row(row_id: str, indices: np.ndarray, digits: Any, rng: random.Rando
     return row | dict(zip(LETTERS, wrong, strict=True)) | {"answer": LETTERS[answer]}
 
 
-def _number_picture(pair: list[np.ndarray]) -> Image.Image:
-    """Both digits side by side in the middle of a square page."""
+def number_picture(pair: Sequence[np.ndarray]) -> Image.Image:
+    """Both digits, (8, 8) each, side by side in the middle of a square page."""
     side_px = PICTURE_PX // 2
     page = Image.new("L", (PICTURE_PX, PICTURE_PX), 255)
     for place, pixels in enumerate(pair):
