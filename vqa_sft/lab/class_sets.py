@@ -1,10 +1,10 @@
 """Two classifications with known answers: two-digit numbers (100 classes) and drawn shapes (400 classes).
 
     data/numbers100/train/47/00012.png ...   an image folder, 96 x 96 px
-    data/numbers100/train.csv                id (47/00012.png), path, label               1,500 rows
+    data/numbers100/train.csv                id (47/00012.png), path, label               3,000 rows
     data/numbers100/folds.csv                id, fold
     data/numbers100/test/TEST_00000.png ...
-    data/numbers100/test.csv                 ID, img_path                                 1,500 rows
+    data/numbers100/test.csv                 ID, img_path                                 3,000 rows
     data/numbers100/test_labels.csv          ID, label: not for the model to see
     data/numbers100/classes.csv              name
     data/numbers100/sample_submission.csv    ID and one column a class
@@ -33,7 +33,7 @@ from vqa_sft.tiny.words import COLOURS, NUMBER_WORDS, SHAPES
 NUM_FOLDS = 5
 NUM_TEST_DIGITS = 597  # of the 1,797
 COUNTS = (2, 3, 4, 5)  # of the small shapes
-NUM_TRAIN, NUM_TEST = {"numbers": 1500, "drawn": 3200}, 1500
+NUM_TRAIN, NUM_TEST = {"numbers": 3000, "drawn": 3200}, 3000
 QUESTIONS = {"numbers": QUESTION, "drawn": "What is drawn here?"}
 Draw = Callable[[np.random.Generator, int, int], Image.Image]  # class, fold -> image
 
