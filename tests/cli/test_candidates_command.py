@@ -109,13 +109,15 @@ def test_any_encoder_serves_and_the_names_of_classes_where_it_reads_text(digits,
 
 
 def test_the_same_command_gives_the_same_file_and_another_seed_other_folds(digits, tmp_path, run, monkeypatch):
-    dealt = []
+    dealt, files = [], []
     monkeypatch.setattr(LinearProbe, "settings", (1.0,))
     classify = models.classify
     monkeypatch.setattr(models, "classify", lambda *given: dealt.append(given[4]) or classify(*given))
     for seed in (1, 1, 2):
         given = [digits / "train", *WORDS, "--model", TINY_PATH, "--seed", seed, "--output", tmp_path / f"{seed}"]
         assert run("candidates", *given)[0] == 0
+        files.append((tmp_path / f"{seed}/train.parquet").read_bytes())  # the second by features that were kept
+    assert files[0] == files[1] != files[2]
     assert dealt[0] == dealt[1] != dealt[2] and {*dealt[0]} == {0, 1, 2, 3, 4}
 
 
