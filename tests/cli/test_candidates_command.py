@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -229,12 +230,15 @@ def test_probabilities_of_other_rows_are_refused(digits, external, recipe, tmp_p
     for change, said in (
         (lambda probs: probs.take(range(100)), "lacks rows"),
         (lambda probs: setattr(probs, "labels", (probs.labels + 1) % 10), "of other data: another class in rows"),
+        (lambda probs: setattr(probs, "digests", [None, *probs.digests[:0:-1]]), "of other data: another question"),
         (lambda probs: probs.digests.reverse(), "of other data: another question or images in rows"),
     ):
         changed = ours.take(range(len(ours)))
         write_class_probs(other, change(changed) or changed)
         code, _, err = run(*given, other)
         assert code == 2 and said in err, err
+    write_class_probs(other, replace(ours, digests=[None, *ours.digests[1:]]))
+    assert run(*given, other)[0] == 0  # unknown is not another
     code, _, err = run(*given, path, "--test", digits / "test")
     assert code == 2 and "--probs takes one file for each of train, test, in this order; got 1" in err
 
