@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -109,13 +110,15 @@ def test_any_encoder_serves_and_the_names_of_classes_where_it_reads_text(digits,
 
 
 def test_the_same_command_gives_the_same_file_and_another_seed_other_folds(digits, tmp_path, run, monkeypatch):
-    dealt = []
+    dealt, files = [], []
     monkeypatch.setattr(LinearProbe, "settings", (1.0,))
     classify = models.classify
     monkeypatch.setattr(models, "classify", lambda *given: dealt.append(given[4]) or classify(*given))
     for seed in (1, 1, 2):
         given = [digits / "train", *WORDS, "--model", TINY_PATH, "--seed", seed, "--output", tmp_path / f"{seed}"]
         assert run("candidates", *given)[0] == 0
+        files.append((tmp_path / f"{seed}/train.parquet").read_bytes())  # the second by features that were kept
+    assert files[0] == files[1] != files[2]
     assert dealt[0] == dealt[1] != dealt[2] and {*dealt[0]} == {0, 1, 2, 3, 4}
 
 
@@ -227,12 +230,15 @@ def test_probabilities_of_other_rows_are_refused(digits, external, recipe, tmp_p
     for change, said in (
         (lambda probs: probs.take(range(100)), "lacks rows"),
         (lambda probs: setattr(probs, "labels", (probs.labels + 1) % 10), "of other data: another class in rows"),
+        (lambda probs: setattr(probs, "digests", [None, *probs.digests[:0:-1]]), "of other data: another question"),
         (lambda probs: probs.digests.reverse(), "of other data: another question or images in rows"),
     ):
         changed = ours.take(range(len(ours)))
         write_class_probs(other, change(changed) or changed)
         code, _, err = run(*given, other)
         assert code == 2 and said in err, err
+    write_class_probs(other, replace(ours, digests=[None, *ours.digests[1:]]))
+    assert run(*given, other)[0] == 0  # unknown is not another
     code, _, err = run(*given, path, "--test", digits / "test")
     assert code == 2 and "--probs takes one file for each of train, test, in this order; got 1" in err
 

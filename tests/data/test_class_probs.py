@@ -1,5 +1,7 @@
 """Files of class probabilities: the most likely classes one by one, the others together."""
 
+from dataclasses import replace
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -56,6 +58,23 @@ def test_rows_taken_keep_what_belongs_to_them():
 def test_numbers_that_are_no_probabilities_are_refused_with_their_rows(row, said):
     with pytest.raises(InputError, match=said):
         check_probs(["r1", "r2"], np.array([[0.2, 0.3, 0.5], row]), "p.npz")
+
+
+def test_digests_that_are_known_are_kept_where_others_are_not(tmp_path):
+    kept = keep_likely(["r1", "r2"], NAMES, PROBS)
+    for digests in ([None, "two"], ["one", "two"]):
+        write_class_probs(tmp_path / "p.parquet", replace(kept, digests=digests))
+        assert read_class_probs(tmp_path / "p.parquet").digests == digests
+    write_class_probs(tmp_path / "p.parquet", kept)
+    assert read_class_probs(tmp_path / "p.parquet").digests == []
+
+
+@pytest.mark.parametrize("label", [-2, 5])
+def test_labels_beyond_the_list_are_refused(label, tmp_path):
+    kept = keep_likely(["r1", "r2"], NAMES, PROBS)
+    write_class_probs(tmp_path / "p.parquet", replace(kept, labels=np.array([0, label], np.int32)))
+    with pytest.raises(InputError, match="labels beyond its list"):
+        read_class_probs(tmp_path / "p.parquet")
 
 
 def test_other_files_are_refused_in_one_line(tmp_path):

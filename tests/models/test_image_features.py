@@ -106,8 +106,6 @@ def test_texts_are_those_of_plain_transformers_and_of_length_1(tmp_path):
         alone = [model.get_text_features(**tokenizer(text, return_tensors="pt")).pooler_output[0] for text in texts]
     found = load_encoder(str(folder), "fp32").encode_texts(texts)
     torch.testing.assert_close(found, torch.stack([one / one.norm() for one in alone]), atol=1e-5, rtol=1e-4)
-    with pytest.raises(InputError, match="reads no text. Take an encoder of both"):
-        load_encoder(str(save_encoder("Dinov2", tmp_path / "dino")), "fp32").encode_texts(texts)
 
 
 # --- Each image once --------------------------------------------------------------------------------------------------
@@ -152,7 +150,7 @@ def test_each_image_is_seen_once_by_the_digest_of_its_file_and_never_again(rows,
     encoder.seen = 0
     again = row_features(encoder, [rows, rows], CPU)
     assert encoder.seen == 0 and np.array_equal(again[0], again[1])
-    np.testing.assert_allclose(again[0], features, atol=2e-3)
+    assert np.array_equal(again[0], features)  # rounded before they are kept, not only on disk
 
 
 def test_an_interrupted_computation_continues_and_damaged_files_are_computed_again(rows, encoder, store, monkeypatch):

@@ -350,6 +350,15 @@ def test_what_may_not_stand_for_the_test_rows_is_said(files):
         assert part in said
 
 
+@pytest.mark.parametrize("name", ["test", "fit"])
+def test_a_prior_that_would_give_other_candidates_is_said(files, name):
+    folder, given = files
+    assert "likeliest classes" not in run_fuse(folder)
+    prior = given[name][0]
+    change_prior(folder, f"{name}_prior.parquet", indices=np.roll(prior.indices, 1, axis=1))  # made again, say
+    assert f"In 100.0% of the rows of {folder}/{name}.parquet the candidates are not" in run_fuse(folder)
+
+
 def test_none_of_these_must_be_a_choice_of_all_rows_and_files(files):
     folder, given = files
     write_predictions(folder / "test.parquet", predictions_of(given["test"][1], none=True))

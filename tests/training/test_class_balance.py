@@ -81,6 +81,15 @@ def test_rows_without_an_answer_count_in_nothing_but_the_share_of_the_others():
     assert found == known and found["accuracy"] == 0.5
 
 
+def test_training_takes_no_row_without_an_answer(contest, tmp_path):
+    trainer, examples, _ = build_trainer(TINY_PATH, contest, tmp_path / "run", 6)
+    batch = trainer.data_collator(list(examples))
+    batch["answers"][2] = -1
+    trainer.model.train()
+    with pytest.raises(RuntimeError, match="Class values must be non-negative"):
+        trainer.compute_loss(trainer.model, batch)
+
+
 def test_an_evaluation_takes_rows_without_an_answer(contest, tmp_path):
     trainer, examples, _ = build_trainer(TINY_PATH, contest, tmp_path / "run", 8, per_device_eval_batch_size=4)
     known = trainer.evaluate(examples.select(range(6)))

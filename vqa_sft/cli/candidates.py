@@ -20,10 +20,65 @@ if TYPE_CHECKING:
     from vqa_sft.models.encoders import Encoder
 
 
-@with_options(SourceOptions)
+@dataclass
+class Options(SourceOptions):
+    """Which rows are classified, and by what. Raises InputError for numbers out of bounds."""
+
+    test: Annotated[list[str] | None, Option(metavar="DATA...", help="rows to predict, as one or several sets")] = None
+    test_image_root: Annotated[
+        str | None, Option(metavar="FOLDER", help="folder of their images; default: that of the file")
+    ] = None
+    encoder: Annotated[
+        str, Option(metavar="NAME", help="own: the vision tower of the recipe's model; else a vision model of the Hub")
+    ] = "own"
+    classifier: Annotated[
+        Literal["linear", "knn", "zero_shot"], Option(help="on its features; zero_shot: by the names of the classes")
+    ] = "linear"
+    probs: Annotated[
+        list[str] | None,
+        Option(metavar="FILE...", help="another classifier's probabilities: of training, then of each --test"),
+    ] = None
+    out_of_fold: Annotated[
+        bool, Option("--out-of-fold", help="--probs of training rows are by models that had not seen them")
+    ] = False
+    folds: Annotated[int, Option(metavar="N", help="of the training rows")] = 5
+    seed: Annotated[int | None, Option(help="of the folds; default: the recipe's, else 42")] = None
+    model: Annotated[str | None, Option(help="the vision-language model of --encoder own; default: the recipe's")] = (
+        None
+    )
+    max_pixels: Annotated[
+        int | None, Option(metavar="N", help="largest width x height for its tower; default: the recipe's")
+    ] = None
+    batch_size: Annotated[int, Option(metavar="N", help="images at a time, on each GPU")] = 32
+    use_cpu: Annotated[bool, Option("--use-cpu", help="do not use the GPU")] = False
+
+    def __post_init__(self) -> None:
+        check_positive(batch_size=self.batch_size, max_pixels=self.max_pixels)
+        if not 3 <= self.folds <= 100:
+            raise InputError(
+                "--folds must be 3 to 100, for one is predicted, one chooses settings and the others train; got "
+                f"{self.folds}."
+            )
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be between 0 and {2**32 - 1}; got {self.seed}.")
+
+    def of_recipe(self, values: dict[str, Any]) -> "Options":
+        """With the recipe's seed where none is given, and its use_cpu."""
+        seed = self.seed if self.seed is not None else values.get("seed", 42)
+        return replace(self, seed=seed, use_cpu=self.use_cpu or bool(values.get("use_cpu")))
+
+    def check_model(self, values: dict[str, Any]) -> None:
+        """Raises InputError where the encoder is that of a model, and neither an option nor the recipe names one."""
+        if self.encoder == "own" and not (self.model or values.get("model_name_or_path")):
+            raise InputError(
+                "--encoder own is the vision tower of a recipe's model. Give --config, --model NAME or another encoder."
+            )
+
+
+@with_options(Options)
 def candidates(
     context: Context,
-    options: SourceOptions,
+    options: Options,
     output: Annotated[str, Option(metavar="FOLDER", help="for train.parquet and test.parquet")],
     data: Annotated[
         str | None, Argument(metavar="[DATA]", help="training rows as a file or an image folder, in place of --config")
@@ -31,33 +86,6 @@ def candidates(
     config: Annotated[
         str | None, Option(metavar="RECIPE", help="a recipe; its fields may follow as --key value")
     ] = None,
-    test: Annotated[list[str] | None, Option(metavar="DATA...", help="rows to predict, as one or several sets")] = None,
-    test_image_root: Annotated[
-        str | None, Option(metavar="FOLDER", help="folder of their images; default: that of the file")
-    ] = None,
-    encoder: Annotated[
-        str, Option(metavar="NAME", help="own: the vision tower of the recipe's model; else a vision model of the Hub")
-    ] = "own",
-    classifier: Annotated[
-        Literal["linear", "knn", "zero_shot"], Option(help="on its features; zero_shot: by the names of the classes")
-    ] = "linear",
-    probs: Annotated[
-        list[str] | None,
-        Option(metavar="FILE...", help="another classifier's probabilities: of training, then of each --test"),
-    ] = None,
-    out_of_fold: Annotated[
-        bool, Option("--out-of-fold", help="--probs of training rows are by models that had not seen them")
-    ] = False,
-    folds: Annotated[int, Option(metavar="N", help="of the training rows")] = 5,
-    seed: Annotated[int | None, Option(help="of the folds; default: the recipe's, else 42")] = None,
-    model: Annotated[str | None, Option(help="the vision-language model of --encoder own; default: the recipe's")] = (
-        None
-    ),
-    max_pixels: Annotated[
-        int | None, Option(metavar="N", help="largest width x height for its tower; default: the recipe's")
-    ] = None,
-    batch_size: Annotated[int, Option(metavar="N", help="images at a time, on each GPU")] = 32,
-    use_cpu: Annotated[bool, Option("--use-cpu", help="do not use the GPU")] = False,
 ) -> None:
     """Find each row's most likely classes, for a model to choose among.
 
@@ -67,53 +95,20 @@ def candidates(
 
     Example: vqa-sft candidates --config recipes/classification.yaml --test data/test --output candidates
     """
-    check_positive(batch_size=batch_size, max_pixels=max_pixels)
-    tests, files = test or [], probs or []
+    tests, files = options.test or [], options.probs or []
     with contextlib.redirect_stdout(sys.stderr):  # where libraries may print what they like
         arguments, values = read_arguments(options, data, config, context.args)
-        seed = seed if seed is not None else values.get("seed", 42)
-        use_cpu = use_cpu or bool(values.get("use_cpu"))
-        how = How(encoder, classifier, folds, seed, model, max_pixels, batch_size, use_cpu)
+        options = options.of_recipe(values)
         paths = check_paths(output, part_names(arguments, tests), files)
         if not files:
-            how.check_model(values)
-        rows = read_rows(arguments, tests, test_image_root)
+            options.check_model(values)
+        rows = read_rows(arguments, tests, options.test_image_root)
         if files:
-            found = read_files(files, rows, out_of_fold)
+            found = read_files(files, rows, options.out_of_fold)
         else:
-            encoder = open_encoder(how, arguments, values)
-            found = classify_rows(how, encoder, rows, arguments.duplicate_distance)
+            encoder = open_encoder(options, arguments, values)
+            found = classify_rows(options, encoder, rows, arguments.duplicate_distance)
     finish(found, paths, arguments.num_candidates)
-
-
-@dataclass(frozen=True)
-class How:
-    """The options of the encoder and the classifier. Raises InputError for numbers out of bounds."""
-
-    encoder: str
-    classifier: str
-    num_folds: int
-    seed: int
-    model: str | None
-    max_pixels: int | None
-    batch_size: int
-    use_cpu: bool
-
-    def __post_init__(self) -> None:
-        if not 3 <= self.num_folds <= 100:
-            raise InputError(
-                "--folds must be 3 to 100, for one is predicted, one chooses settings and the others train; got "
-                f"{self.num_folds}."
-            )
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must be between 0 and {2**32 - 1}; got {self.seed}.")
-
-    def check_model(self, values: dict[str, Any]) -> None:
-        """Raises InputError where the encoder is that of a model, and neither an option nor the recipe names one."""
-        if self.encoder == "own" and not (self.model or values.get("model_name_or_path")):
-            raise InputError(
-                "--encoder own is the vision tower of a recipe's model. Give --config, --model NAME or another encoder."
-            )
 
 
 def read_arguments(
@@ -212,7 +207,7 @@ def note_classes(loaded: "Loaded", scan: "Scan", training: "Loaded | None") -> N
             print(safe(f"{loaded.name}: {kind.what}: {name_rows(labels, len(loaded.examples))}"))
 
 
-def open_encoder(how: How, arguments: "RecipeArguments", values: dict[str, Any]) -> "Encoder":
+def open_encoder(options: Options, arguments: "RecipeArguments", values: dict[str, Any]) -> "Encoder":
     """Raises InputError where it cannot be had, or the classifier needs another."""
     from vqa_sft.config.packaged import find_base
     from vqa_sft.models.candidates import check_classifier
@@ -220,22 +215,22 @@ def open_encoder(how: How, arguments: "RecipeArguments", values: dict[str, Any])
     from vqa_sft.models.image_features import choose_devices
     from vqa_sft.models.load import choose_precision
 
-    precision, device = choose_precision({"use_cpu": how.use_cpu}), choose_devices(how.use_cpu)[0]
-    if how.encoder != "own":
-        encoder = load_encoder(how.encoder, precision, device)
+    precision, device = choose_precision({"use_cpu": options.use_cpu}), choose_devices(options.use_cpu)[0]
+    if options.encoder != "own":
+        encoder = load_encoder(options.encoder, precision, device)
     else:
-        options: dict[str, Any] = {"min_pixels": arguments.min_pixels}
-        options["max_pixels"] = how.max_pixels or arguments.max_pixels
-        if how.model is None:  # the recipe's
-            options["revision"] = values.get("model_revision", "main")
-            options["trust_remote_code"] = values.get("trust_remote_code", False)
-        encoder = load_encoder(find_base(how.model or values["model_name_or_path"]), precision, device, **options)
-    check_classifier(how.classifier, encoder)
+        how: dict[str, Any] = {"min_pixels": arguments.min_pixels}
+        how["max_pixels"] = options.max_pixels or arguments.max_pixels
+        if options.model is None:  # the recipe's
+            how["revision"] = values.get("model_revision", "main")
+            how["trust_remote_code"] = values.get("trust_remote_code", False)
+        encoder = load_encoder(find_base(options.model or values["model_name_or_path"]), precision, device, **how)
+    check_classifier(options.classifier, encoder)
     return encoder
 
 
 def classify_rows(
-    how: How, encoder: "Encoder", rows: "Sequence[tuple[Loaded, Scan]]", distance: int | None
+    options: Options, encoder: "Encoder", rows: "Sequence[tuple[Loaded, Scan]]", distance: int | None
 ) -> "Classified":
     """The classifier's probabilities of all rows. Folds are balanced by class, and rows with nearly the same image are
     in one."""
@@ -247,11 +242,11 @@ def classify_rows(
 
     parts = [(loaded.examples, scan) for loaded, scan in rows]
     (examples, scan), classes = parts[0], rows[0][0].classes
-    fold_of = make_folds(strata_of(examples), row_groups(scan, distance), how.num_folds, how.seed)
-    devices = choose_devices(how.use_cpu)
-    classifier = build_classifier(how.classifier, encoder, classes)
-    found = classify(parts, classes, encoder, classifier, fold_of, devices, how.batch_size)
-    found.metadata |= {"seed": how.seed, "encoder": how.encoder, "classifier": how.classifier}
+    fold_of = make_folds(strata_of(examples), row_groups(scan, distance), options.folds, options.seed)
+    devices = choose_devices(options.use_cpu)
+    classifier = build_classifier(options.classifier, encoder, classes)
+    found = classify(parts, classes, encoder, classifier, fold_of, devices, options.batch_size)
+    found.metadata |= {"seed": options.seed, "encoder": options.encoder, "classifier": options.classifier}
     return found
 
 

@@ -123,13 +123,14 @@ class SourceOptions:
         from vqa_sft.config.recipe import read_recipe
         from vqa_sft.config.training import RecipeArguments
 
-        given = {spec.name: [value] for spec in fields(self) if (value := getattr(self, spec.name)) is not None}
+        names = [spec.name for spec in fields(SourceOptions)]  # a command may have added its own
+        given = {name: [value] for name in names if (value := getattr(self, name)) is not None}
         if is_recipe(source):
             overrides = [f"--{name}={value}" for name, (value,) in given.items()]
             recipe = read_recipe(["--config", source, *overrides, *rest])
             return recipe.arguments, recipe.values
         given |= read_command_line(rest)
-        known = (*(spec.name for spec in fields(self)), *DATA_FIELDS)
+        known = (*names, *DATA_FIELDS)
         if unknown := [name for name in given if name not in known]:
             raise InputError(
                 f"--{printable(unknown[0])} is no option for a data file; only a recipe has more fields than "

@@ -96,8 +96,7 @@ def _of_weights(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
         yield "fp16 needs a GPU; remove it or use_cpu."
     if quantised and is_full:
         yield "a 4- or 8-bit base can only be trained through an adapter; set use_peft: true."
-    if own.base_precision:
-        yield from _of_base_precision(is_full, quantised, values)
+    yield from _of_base_precision(is_full, quantised, values, own)
     if adapts and is_full:
         yield f"{' and '.join(adapts)}: full fine-tuning trains all weights; remove that, or use_peft: false."
     if adapts and values.get("lora_target_modules"):
@@ -114,7 +113,9 @@ def _of_weights(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
         yield from _of_init_adapter(own.init_adapter, is_full, values, adapts)
 
 
-def _of_base_precision(is_full: bool, quantised: bool, values: dict[str, Any]) -> Iterator[str]:
+def _of_base_precision(is_full: bool, quantised: bool, values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
+    if own.base_precision is None:
+        return
     if is_full:
         yield "base_precision: fp8 is of a base that is frozen; remove it, or use_peft: false."
     if quantised:

@@ -185,7 +185,7 @@ def read_class_probs(path: str | Path) -> ClassProbs:
         tail = columns[5].to_numpy(zero_copy_only=False)
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path} is no file of class probabilities ({type(error).__name__}).") from error
-    is_known = all(digest is not None for digest in digests)
+    is_known = any(digest is not None for digest in digests)
     probs = ClassProbs(ids, names, indices, log_probs, tail, labels, digests if is_known else [], metadata)
     _check_content(path, probs)
     return probs
@@ -215,7 +215,7 @@ def _check_content(path: str | Path, probs: ClassProbs) -> None:
             probs.indices.size and not 0 <= in_order.min() <= in_order.max() < num_classes,
         ),
         ("a class twice in a row", bool((in_order[:, 1:] == in_order[:, :-1]).any())),
-        ("labels beyond its list", bool((probs.labels >= num_classes).any())),
+        ("labels beyond its list", bool(((probs.labels < UNKNOWN_LABEL) | (probs.labels >= num_classes)).any())),
         ("rows that do not sum to 1", not np.allclose(mass, 1, atol=_SUM_TOLERANCE)),
     ):
         if is_bad:

@@ -232,7 +232,7 @@ def with_labels(table: ClassProbs, names: Sequence[str], labels: dict[str, int])
     order = np.array([place[name] for name in table.names], np.int32)
     table = table.take([row_of[row_id] for row_id in labels])
     own = np.array([*labels.values()], np.int32)
-    return replace(table, names=tuple(names), indices=order[table.indices], labels=own)
+    return replace(table.in_classes(names, order), labels=own)
 
 
 def temper(fit: ClassProbs, table: ClassProbs) -> ClassProbs:

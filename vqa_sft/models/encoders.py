@@ -159,12 +159,7 @@ class NamedEncoder(Encoder):
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
-        """(texts, D) float32 of length 1, on the CPU. Raises InputError for an encoder without text."""
-        if not self.reads_text:
-            raise InputError(
-                f"zero_shot compares images with the names of classes, and {self.name} reads no text. Take an encoder "
-                "of both, such as SigLIP 2 or CLIP, or another classifier."
-            )
+        """(texts, D) float32 of length 1, on the CPU; of an encoder that reads text."""
         try:
             tokenizer = AutoTokenizer.from_pretrained(self.name)
         except LOADING_ERRORS as error:

@@ -30,6 +30,7 @@ from vqa_sft.images import open_image
 from vqa_sft.models.encoders import Encoder, Inputs, prepare
 
 FILE_IMAGES = 4096
+MOST = 6e4  # of a number in half precision
 Place = tuple[int, int, int]  # source, row, position in the row
 Rows = tuple[datasets.Dataset, Scan]
 
@@ -63,7 +64,7 @@ def row_features(
     for digests, features in compute_features(
         encoder, [examples for examples, _ in sources], named, devices, num_workers
     ):
-        found |= zip(digests, features, strict=True)
+        found |= zip(digests, map(_round, features), strict=True)
         if len(found) >= FILE_IMAGES:
             _write(folder, found)
             known |= found
@@ -157,10 +158,15 @@ def _read(folder: Path, wanted: Iterable[str]) -> dict[str, np.ndarray]:
     return known
 
 
+def _round(features: np.ndarray) -> np.ndarray:
+    """What half precision keeps of an image's features (D,), which is enough for a classifier, unless a number is too
+    large for it. Rounded before they are used, so that a second call, which finds them on disk, has the same ones."""
+    return features.astype(np.float16).astype(np.float32) if np.abs(features).max() < MOST else features
+
+
 def _write(folder: Path, found: dict[str, np.ndarray]) -> None:
     features = np.stack(list(found.values()))
-    # Half precision is enough for a classifier, unless a number is too large for it.
-    kept = features.astype(np.float16) if np.abs(features).max() < 6e4 else features
+    kept = features.astype(np.float16) if np.abs(features).max() < MOST else features
     try:
         with whole(folder / f"{uuid4().hex}.npz") as unfinished, unfinished.open("wb") as file:
             np.savez(file, digests=np.array(list(found)), features=kept)

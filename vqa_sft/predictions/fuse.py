@@ -77,6 +77,7 @@ def fuse_files(
     fit_rows, num_unknown = _labelled(joined, fit)
     notes += [f"{num_unknown:,} rows of {', '.join(fit)} have no label and do not count."] if num_unknown else []
     notes += _check_candidates(of_fit, replace(fit_votes, labels=joined.labels), fit)
+    notes += _check_candidates(own, replace(votes, labels=np.full(len(votes.ids), UNKNOWN_LABEL)), files)
     found = select(fit_rows)
     fused = replace(fuse(rows, found.fusion), digests=[votes.digest_of.get(row_id) for row_id in votes.ids])
     made_of = f"{', '.join(files)} and {prior}, by {', '.join(fit)} and {fit_prior}"
@@ -189,7 +190,9 @@ def _check_candidates(prior: ClassProbs, votes: Votes, names: Sequence[str]) -> 
             "are."
         )
     share = float(differ.mean())
-    return [f"In {share:.1%} of the rows the candidates are not the prior's likeliest classes."] if share else []
+    if not share:
+        return []
+    return [f"In {share:.1%} of the rows of {', '.join(names)} the candidates are not their prior's likeliest classes."]
 
 
 def describe_selection(found: Selection) -> str:

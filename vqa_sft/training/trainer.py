@@ -133,7 +133,8 @@ class AnswerTrainer(SFTTrainer):
             targets = smooth(inputs["targets"], num_choices, smoothing)
         else:
             # Rows of an evaluation may have no answer (-1): `letter_metrics` leaves their losses out.
-            targets = letter_targets(answers.clamp(min=0), num_choices, letter_logits.shape[1], smoothing)
+            known = answers if self.model.training else answers.clamp(min=0)
+            targets = letter_targets(known, num_choices, letter_logits.shape[1], smoothing)
         losses = answer_loss(logits, letter_logits, targets, num_choices, self.loss.vocabulary_weight)
         if at_letter:
             losses = losses + end_of_turn_loss(at_letter[0], self.loss.end_of_turn)

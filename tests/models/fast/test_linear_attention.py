@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import Qwen3_5TextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, torch_chunk_gated_delta_rule
 
@@ -29,17 +30,23 @@ def kernels(monkeypatch):
     def run_backward(context, grad):
         return ELSEWHERE.submit(lambda: torch.autograd.grad(context[1], context[0], grad)).result()
 
+    monkeypatch.setattr(linear_attention, "DTYPES", (torch.float32,))
     monkeypatch.setattr(linear_attention, "run_kernels", run)
     monkeypatch.setattr(linear_attention, "run_kernels_backward", run_backward)
 
 
-def test_a_layer_gives_the_outputs_and_gradients_of_the_library(kernels):
+@pytest.fixture
+def layer():
     torch.manual_seed(0)
     heads = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     widths = {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
     layer = Qwen3_5GatedDeltaNet(Qwen3_5TextConfig(hidden_size=64, **heads, **widths), 0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    return layer
+
+
+def test_a_layer_gives_the_outputs_and_gradients_of_the_library(kernels, layer):
     x, mask = torch.randn(3, 70, 64, requires_grad=True), torch.ones(3, 70)
     mask[1, 50:] = 0
 
@@ -57,6 +64,20 @@ def test_a_layer_gives_the_outputs_and_gradients_of_the_library(kernels):
     for module in (layer, torch.compile(layer, dynamic=True, backend="aot_eager", fullgraph=True)):
         for got, wanted in zip(run(module), expected, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_fp32_stays_with_the_library(layer, monkeypatch):
+    x = torch.randn(2, 10, 64)
+    expected = layer(x)
+    monkeypatch.setattr(linear_attention, "gated_delta_rule", None)  # nobody asks for it
+    layer.forward = types.MethodType(linear_attention._forward, layer)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_convolution_with_an_adapter_stays_with_the_library(layer):
+    adapted = get_peft_model(torch.nn.ModuleDict({"layer": layer}), LoraConfig(target_modules=["conv1d"], r=128))
+    assert "conv1d" in {name for name, _ in layer.named_children()}
+    assert not linear_attention._is_known(adapted.base_model.model["layer"])
 
 
 def test_a_convolution_by_shifted_products_is_the_convolution():

@@ -43,3 +43,15 @@ def test_many_tokens_or_no_mask_stay_with_sdpa(image_mask, monkeypatch):
     outputs_and_gradients(masked_attention.masked_attention, None)
     monkeypatch.setattr(masked_attention, "MAX_TOKENS", 8)
     outputs_and_gradients(masked_attention.masked_attention, image_mask)
+
+
+def test_a_mask_of_each_head_and_values_of_another_width_stay_with_sdpa(image_mask):
+    of_heads = image_mask.repeat(1, 6, 1, 1)
+    of_heads[:, 1, :, 0] &= torch.arange(9) == 0
+    expected = outputs_and_gradients(sdpa_attention_forward, of_heads)
+    for got, wanted in zip(outputs_and_gradients(masked_attention.masked_attention, of_heads), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    query, key, value = (torch.randn(2, heads, 9, width) for heads, width in ((6, 8), (2, 8), (2, 4)))
+    wanted, _ = sdpa_attention_forward(Module(), query, key, value, image_mask)
+    got, _ = masked_attention.masked_attention(Module(), query, key, value, image_mask)
+    torch.testing.assert_close(got, wanted)

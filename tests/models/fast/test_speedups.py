@@ -161,3 +161,17 @@ def test_everything_together_gives_the_logits_and_gradients_of_the_library(road)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     assert_same(gradients_of(model, batch, letter_ids), plain)
+
+
+def test_the_first_layers_input_has_gradients_in_training_alone():
+    class Decoder(torch.nn.Module):
+        def forward(self, inputs_embeds=None):
+            return inputs_embeds.requires_grad
+
+    decoder, trained = Decoder(), torch.ones(2, requires_grad=True)
+    decoder.register_forward_pre_hook(speedups._ask_for_gradients, with_kwargs=True)
+    assert decoder(inputs_embeds=torch.ones(2)) and decoder(inputs_embeds=trained * 2)
+    with torch.no_grad():
+        assert not decoder(inputs_embeds=torch.ones(2))
+    with torch.inference_mode():
+        assert not decoder(inputs_embeds=torch.ones(2))

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+DTYPES = (torch.bfloat16, torch.float16)  # of the kernels: fla's own function, passed by here, may refuse fp32
 PARTS = {"conv1d", "norm", "out_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"}
 
 
@@ -35,6 +36,7 @@ def _is_known(module: nn.Module) -> bool:
     return (
         {name for name, _ in module.named_children()} == PARTS
         and module.activation == "silu"
+        and type(module.conv1d) is nn.Conv1d  # no adapter, whose part of the convolution would be left out
         and module.conv1d.bias is None
         and module.conv1d.groups == module.conv1d.in_channels
     )
@@ -52,7 +54,10 @@ def _forward(
         return type(module).forward(module, hidden_states, cache_params, attention_mask, **kwargs)
     if attention_mask is not None:
         hidden_states = (hidden_states * attention_mask[:, :, None]).to(hidden_states.dtype)
-    mixed = convolve(module.in_proj_qkv(hidden_states), module.conv1d.weight[:, 0])
+    mixed = module.in_proj_qkv(hidden_states)
+    if mixed.dtype not in DTYPES:
+        return type(module).forward(module, hidden_states, attention_mask=attention_mask, **kwargs)
+    mixed = convolve(mixed, module.conv1d.weight[:, 0])
     query, key, value = mixed.split([module.key_dim, module.key_dim, module.value_dim], dim=-1)
     query, key = (x.unflatten(-1, (module.num_k_heads, module.head_k_dim)) for x in (query, key))
     value = value.unflatten(-1, (module.num_v_heads, module.head_v_dim))

@@ -35,7 +35,8 @@ def masked_attention(
     groups, others = heads // key.shape[1], key.shape[2]
     if query.dtype != value.dtype:  # under autocast the rotation of fp32 tables may leave fp32
         query, key = query.to(value.dtype), key.to(value.dtype)
-    if attention_mask is None or attention_mask.dtype != torch.bool or dropout or others > MAX_TOKENS:
+    is_known = attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
+    if not is_known or dropout or others > MAX_TOKENS or value.shape[-1] != width:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     # The heads that share a key are one product.
     rows = query.reshape(batch * key.shape[1], groups * length, width)
