@@ -244,6 +244,7 @@ def test_help_shows_every_field_of_ours():
         ("task: classification\nnum_candidates: 6\ncandidate_pool: 5\n", "candidate_pool 5 is smaller"),
         ("task: classification\nvalidation_candidates: v.parquet\n", "validation_data, which is not set"),
         ("task: classification\nabsent: ignore\n", "`absent` must be"),
+        ("task: classification\ncandidates: c.parquet\nshuffle_choices: false\n", "would learn that letter"),
     ],
 )
 def test_fields_of_a_classification_are_checked(tmp_path, text, message):

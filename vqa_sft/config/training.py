@@ -219,6 +219,11 @@ class RecipeArguments:
             raise InputError(f"{', '.join(given)} cannot be set beside task: classification. Remove one of the two.")
         if self.candidate_pool and self.num_candidates and self.candidate_pool < self.num_candidates:
             raise InputError(f"candidate_pool {self.candidate_pool} is smaller than num_candidates. Raise it.")
+        if self.candidates is not None and self.absent == "insert" and not self.shuffle_choices:
+            raise InputError(
+                "absent: insert puts the class under the last letter wherever it was no candidate, and with "
+                "shuffle_choices: false the model would learn that letter. Set shuffle_choices: true or absent: drop."
+            )
         if self.validation_candidates is not None and self.validation_data is None:
             raise InputError("validation_candidates are those of validation_data, which is not set. Remove it.")
 
