@@ -262,6 +262,18 @@ def test_what_is_not_named_is_what_the_predictions_and_their_run_know(files, run
         np.testing.assert_allclose(read_class_probs(folder / "found.parquet").log_probs, named.log_probs)
 
 
+def test_a_calibration_of_the_run_changes_nothing(files):
+    folder, given = files
+    run_fuse(folder)
+    plain = read_class_probs(folder / "fused.parquet")
+    for name in ("test", "fit"):
+        predictions = predictions_of(given[name][1])
+        predictions.metadata["calibration"] = {"temperature": 3.0, "views": "identity", "rows": 100}
+        write_predictions(folder / f"{name}.parquet", predictions)
+    run_fuse(folder)
+    np.testing.assert_array_equal(read_class_probs(folder / "fused.parquet").log_probs, plain.log_probs)
+
+
 def test_what_nothing_knows_must_be_named(files):
     folder, given = files
     with pytest.raises(InputError, match="--fit is missing, and no run made .*test.parquet"):

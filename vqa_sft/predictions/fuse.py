@@ -47,10 +47,10 @@ def fuse_files(
     """Write the fused table of `files`; the cross-fitted metrics of each way and the parameters, as text. Several files
     are averaged. `fit` are files or run folders, by default those of the runs; the priors are by default the candidates
     that the rows were predicted with. Raises InputError before anything is written."""
-    test = [read_predictions(name) for name in files]
+    test = [_as_scored(name) for name in files]
     fit = [_held_out_of(name) if Path(name).is_dir() else name for name in fit]
     fit = fit or [_held_out_of(run) for run in _runs_of(test, files)]
-    held_out = [read_predictions(name) for name in fit]
+    held_out = [_as_scored(name) for name in fit]
     prior = prior or _candidates_of(test[0], files[0], "--prior")
     fit_prior = fit_prior or _candidates_of(held_out[0], fit[0], "--fit-prior")
     reads = [*files, prior, *fit, fit_prior]
@@ -61,9 +61,8 @@ def fuse_files(
     votes = average_votes(
         [votes_of(one, own.names, [name, prior]) for one, name in zip(test, files, strict=True)], files
     )
-    of_test = [test[number] if len(fit) == len(files) else test[0] for number in range(len(fit))]
-    like = [one.calibrated_as(other) for one, other in zip(held_out, of_test, strict=True)]
-    fit_votes = join_votes([votes_of(one, own.names, [name, prior]) for one, name in zip(like, fit, strict=True)], fit)
+    fit_votes = [votes_of(one, own.names, [name, prior]) for one, name in zip(held_out, fit, strict=True)]
+    fit_votes = join_votes(fit_votes, fit)
     if shared := shared_rows(fit_votes.ids, {*votes.ids}, fit_votes.digest_of, votes.digest_of):
         raise InputError(
             f"{', '.join(fit)} and {', '.join(files)} share {name_rows(shared, len(fit_votes.ids))}. Parameters are "
@@ -90,6 +89,12 @@ def fuse_files(
     wrote = f"Wrote {len(fused):,} rows to {output}, from {made_of}."
     to_submit = f"  vqa-sft submit {output} --template sample_submission.csv --output submission.csv"
     return "\n".join([*notes, describe_selection(found), wrote, "To submit them:", to_submit])
+
+
+def _as_scored(name: str) -> Predictions:
+    """Without the run's calibration, which was fitted on the rows that parameters are fitted on here."""
+    predictions = read_predictions(name)
+    return replace(predictions, metadata={k: v for k, v in predictions.metadata.items() if k != CALIBRATION})
 
 
 def _runs_of(test: Sequence[Predictions], files: Sequence[str]) -> list[str]:
@@ -136,9 +141,6 @@ def _notes(test: Sequence[Predictions], held_out: Sequence[Predictions], names: 
         notes.append(f"Beware: the rows to fit on have up to {said[0]} choices, the test rows {said[1]}.")
     if shown := [f"{name} ({one.images})" for name, one in zip(names, [*test, *held_out], strict=True) if one.shown]:
         notes.append(f"Beware: not scored with the rows' own images: {', '.join(shown)}.")
-    calibrations = [one.metadata.get(CALIBRATION) for one in test]
-    if len(held_out) != len(test) and any(one != calibrations[0] for one in calibrations):
-        notes.append("Beware: the calibrations of the files differ; rows to fit on have that of the first.")
     return notes
 
 
