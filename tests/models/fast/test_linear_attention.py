@@ -1,7 +1,9 @@
 """Linear attention in one graph against the library's own, with the library's PyTorch in place of fla's kernels."""
 
+import sys
 import types
 from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -88,6 +90,11 @@ def test_a_convolution_by_shifted_products_is_the_convolution():
     torch.testing.assert_close(linear_attention.convolve(x, weight), torch.nn.functional.silu(slow))
 
 
-def test_without_flash_linear_attention_layers_stay_as_they_are(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "fla", None)
-    assert linear_attention.speed_up_linear_attention(torch.nn.Module()) == 0
+def test_layers_are_changed_only_where_flash_linear_attention_is(layer, monkeypatch):
+    decoder = SimpleNamespace(layers=[SimpleNamespace(linear_attn=layer), SimpleNamespace()])
+    monkeypatch.setitem(sys.modules, "fla", None)
+    assert linear_attention.speed_up_linear_attention(decoder) == 0 and "forward" not in vars(layer)
+    for name in ("fla", "fla.ops", "fla.ops.gated_delta_rule", "fla.ops.gated_delta_rule.chunk"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    assert linear_attention.speed_up_linear_attention(decoder) == 1
+    assert layer.forward.__func__ is linear_attention._forward

@@ -142,23 +142,13 @@ def _backward_of(
 
 
 @gated_delta_rule.register_fake
-def _(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor, beta: torch.Tensor
-) -> torch.Tensor:
-    return value.new_empty(value.shape)
+def _(*inputs: torch.Tensor) -> torch.Tensor:
+    return inputs[2].new_empty(inputs[2].shape)
 
 
 @_backward_of.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    decay: torch.Tensor,
-    beta: torch.Tensor,
-    grad: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    q, k, v, g, b = (x.new_empty(x.shape) for x in (query, key, value, decay, beta))
-    return q, k, v, g, b
+def _(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:5])
 
 
 def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
