@@ -132,8 +132,8 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
 
 
 def _ask_for_gradients(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """The first layer's input gets gradients as those of the others do: its graph is theirs, and compiled once. That is
-    a third of the compilation, for the work of a hundredth of a step."""
+    """The first layer's input gets gradients as those of the others do: its graph is theirs, and compiled once. A graph
+    of its own took 19 of 52 s of compilation for Qwen3-VL-8B; the price is one more gradient of its projections."""
     embeddings = kwargs.get("inputs_embeds")
     if embeddings is not None and torch.is_grad_enabled() and embeddings.is_leaf:
         embeddings.requires_grad_()
