@@ -54,6 +54,9 @@ def main() -> None:
     outputs = [args.output, *(each.output for each in args.apart)]
     with held(outputs if is_main_process() else [], "--output"):
         predict(args, runs)
+    from vqa_sft.models import processes
+
+    processes.leave()
 
 
 def predict(args: PredictionArguments, runs: list[Run]) -> None:
@@ -108,7 +111,6 @@ def predict(args: PredictionArguments, runs: list[Run]) -> None:
                 own = [number for number, of_pass in enumerate(passes) if [of_pass.images] == each.images]
                 print(write_results(each, rows, style, metadata, parts, own))
             shutil.rmtree(parts)
-    processes.leave()
 
 
 if __name__ == "__main__":

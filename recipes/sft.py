@@ -59,9 +59,8 @@ def main() -> None:
             if recipe.values.get("push_to_hub"):
                 for run in runs:
                     push(run)  # once more, with the temperature that the folds share
-        processes.leave()
-    if isinstance(ended, Interrupted) and ended.by_sigterm:
-        sys.exit(128 + signal.SIGTERM)  # as of a process that the signal ended
+    ended_by_sigterm = isinstance(ended, Interrupted) and ended.by_sigterm
+    processes.leave(128 + signal.SIGTERM if ended_by_sigterm else 0)  # as of a process that the signal ended
 
 
 def train(recipe: Recipe, stop: SaveAndStop) -> Finished | Interrupted | Retry:

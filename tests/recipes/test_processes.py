@@ -37,17 +37,27 @@ RECIPE |= {"adam_epsilon": 1e-3, "image_augmentation": 0.1}
 # Runs a script under `accelerate launch` and says how many processes really worked together. DeepSpeed's CPU backend
 # compiles an all-reduce of its own when it may; gloo's does as well and needs no compiler.
 COUNTED = """
-import os, runpy, sys
+import atexit, os, runpy, sys
 from accelerate import PartialState
 
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__ = {}
+
+@atexit.register
+def count():
+    if PartialState().is_main_process:
+        print("processes that worked together:", PartialState().num_processes)
+
+class TornDown:
+    def __del__(self, abort=os.abort):
+        abort()  # as a thread of gloo's does now and then, when Python tears down around it
+
+if os.environ["WORLD_SIZE"] != "1":
+    torn_down = TornDown()
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
-if PartialState().is_main_process:
-    print("processes that worked together:", PartialState().num_processes)
 """
 
 

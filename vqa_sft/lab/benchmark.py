@@ -466,9 +466,9 @@ def run_inside(argv: list[str]) -> None:
 
         leave = processes.leave
 
-        def finish_and_leave() -> None:
+        def finish_and_leave(exit_code: int = 0) -> None:
             watch.finish()
-            leave()
+            leave(exit_code)
 
         processes.leave = finish_and_leave
         sys.argv = [script, *arguments]
