@@ -9,12 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from captures import Capture
 from contest import write_csv
 from PIL import Image
 from scripts import run_script
 
 import vqa_sft
 from vqa_sft.errors import InputError
+from vqa_sft.models.fast import graphs, speedups
 from vqa_sft.predictions.file import read_predictions
 
 
@@ -42,6 +44,23 @@ def test_one_row_or_many_have_the_probabilities_of_the_recipe(three, tmp_path, h
     for found, row in zip(predict(images, questions, choices), expected, strict=True):
         np.testing.assert_allclose(found, row, atol=1e-5)
     np.testing.assert_allclose(predict(images[3], questions[3], choices[3]), expected[3], atol=1e-5)
+
+
+@pytest.mark.parametrize("orders", ["identity", "rotations"])
+def test_graphs_give_the_probabilities_of_the_forward_and_are_captured_beforehand(three, monkeypatch, orders):
+    contest, run = three
+    plain = vqa_sft.Predictor(run / "fold0", use_cpu=True, orders=orders)
+    capture = Capture()
+    monkeypatch.setattr(speedups, "use_graphs", lambda model: graphs.use_graphs(speedups.base_of(model), capture))
+    predict = vqa_sft.Predictor(run / "fold0", use_cpu=True, orders=orders)
+    images, questions, choices = asked(contest, rows_of(contest)[:4])
+    predict.warm_up(images[0], "?", choices[0], longer=64)
+    num_captured = capture.count
+    assert num_captured >= 2
+    for each in zip(images, questions, choices, strict=True):
+        np.testing.assert_allclose(predict(*each), plain(*each), atol=1e-5)
+    # Choices of other lengths make rows that share less.
+    assert capture.count - num_captured <= (0 if orders == "identity" else 2)
 
 
 def test_a_image_is_a_path_the_bytes_of_a_file_or_in_memory(three):

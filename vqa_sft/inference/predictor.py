@@ -23,6 +23,8 @@ from vqa_sft.images import source_of
 from vqa_sft.inference import scorer
 from vqa_sft.inference.request import read_request
 from vqa_sft.models import scoring
+from vqa_sft.models.fast import speedups
+from vqa_sft.models.fast.graphs import MULTIPLE
 from vqa_sft.predictions.calibration import Calibration, read_calibration
 from vqa_sft.predictions.ensemble import AVERAGES, combine
 from vqa_sft.predictions.file import Predictions
@@ -42,6 +44,9 @@ class Predictor:
     no run, and for runs that one model cannot score (other bases, prompts, image sizes, ranks).
 
     Any number of threads may call it: while one scores, another prepares, and the others wait.
+
+    On a GPU of compute capability 8.0 or newer, calls with few rows go by CUDA graphs, captured the second time that
+    an image size and a length of text come; `warm_up` does it beforehand. `compile_layers` is for many rows a call.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Predictor:
         self.has_context, self.has_images = described[0].has_context, described[0].has_images
         self.views.check(self.num_choices)
         self.scorer = scorer.load(groups[0], most_choices=self.num_choices, compile_layers=compile_layers)
+        self.has_graphs = not compile_layers and speedups.use_graphs(self.scorer.model)
         self.collators = self.scorer.collators(self.views)
         self.average_runs, self.batch_size = average_runs, batch_size
         # The tokenizer holds the padding of one call, and the model the adapter of one run.
@@ -113,6 +119,21 @@ class Predictor:
         rows = [self._row(number, *of_row) for number, of_row in together]
         size = max(1, self.batch_size // len(view_orders(self.num_choices, self.views.orders)))
         return [probs for start in range(0, len(rows), size) for probs in self._of_rows(rows[start : start + size])]
+
+    def warm_up(
+        self,
+        images: ImageInput | Sequence[ImageInput] | None,
+        question: str,
+        choices: Sequence[str],
+        *,
+        longer: int = 256,
+    ) -> None:
+        """Score a question like those to come until it is as fast as they will be: one with images of their sizes, and
+        a short text; graphs are captured for texts of up to `longer` tokens more."""
+        context = "" if self.has_context else None
+        for more in range(0, longer + 1 if self.has_graphs else 1, MULTIPLE):
+            for _ in range(3):
+                self(images, question + " a" * more, choices, context)
 
     def decide(self, request: Mapping[str, Any] | str) -> dict[str, dict[str, Any]]:
         """The answers to a request of transformers' pipeline("decision"), in its form:

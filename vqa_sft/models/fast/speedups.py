@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 from vqa_sft.console import note
 from vqa_sft.models import processes
 from vqa_sft.models.families import PACKED, head_dim, num_deepstack, tower_of
-from vqa_sft.models.fast import attention, fused_lora, linear_attention, packing, vision
+from vqa_sft.models.fast import attention, fused_lora, graphs, linear_attention, packing, vision
 from vqa_sft.models.fast.masked_attention import MASKED
 from vqa_sft.models.load import DTYPES
 
@@ -139,11 +139,20 @@ def _ask_for_gradients(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) ->
         embeddings.requires_grad_()
 
 
+def use_graphs(model: nn.Module) -> bool:
+    """Let few rows at a time go by CUDA graphs, where packed rows have a kernel; whether they do. For scoring alone."""
+    base = base_of(model)
+    return _has_kernel(base) and graphs.use_graphs(base, graphs.CudaCapture())
+
+
+def _has_kernel(base: nn.Module) -> bool:
+    return any(getattr(module, "use_varlen", False) for module in base.modules())
+
+
 def _can_be_compiled(base: PreTrainedModel) -> bool:
     # Packed rows one by one would be compiled again for every mixture of lengths.
     is_packed = base.get_decoder().config._attn_implementation == attention.DECODER
-    has_kernel = any(getattr(module, "use_varlen", False) for module in base.modules())
-    return attention.can_use_varlen(base.device, base.dtype) and (has_kernel or not is_packed)
+    return attention.can_use_varlen(base.device, base.dtype) and (_has_kernel(base) or not is_packed)
 
 
 def speed_up_training(

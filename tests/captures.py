@@ -1,0 +1,25 @@
+"""What stands for a CUDA graph where there is no GPU."""
+
+import torch
+
+from vqa_sft.models.fast import attention
+
+
+class Capture:
+    """Counts captures; a replay runs the call on its own memory and writes over the same outputs."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, run):
+        self.count += 1
+        outputs = run()
+
+        def replay():
+            attention._lengths.clear()  # a GPU's kernel reads them anew
+            for own, new in zip(outputs, run(), strict=True):
+                if isinstance(own, torch.Tensor):
+                    own.copy_(new)
+            return outputs
+
+        return replay

@@ -1,0 +1,173 @@
+"""CUDA graphs of what few rows go through: one replay in place of thousands of kernels that Python launches one by one.
+
+    use_graphs(base, CudaCapture())      for the vision tower and the decoder; for scoring, one call at a time
+
+One row of a 7B model keeps a GPU busy for 20 ms and Python for 100. A graph holds for inputs of certain shapes, and is
+captured when they come for the second time. Packed rows of the decoder are filled up to a multiple of 64 tokens by one
+row more, to which no other attends. Weights may be written to between calls (adapters.py does), but not replaced.
+
+Reference: docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import PreTrainedModel
+
+from vqa_sft.console import note
+from vqa_sft.models.families import PACKED, round_up, tower_of
+from vqa_sft.models.fast.attention import DECODER
+
+MULTIPLE = 64  # of tokens, to which packed rows are filled up
+MAX_GRAPHS = 64  # of one module; the one that was not used for longest goes first
+MAX_TOKENS = 2048  # more keep a GPU busy for longer than Python takes
+VALUES = torch.Tensor | bool | int | float | str | None
+
+Replay = Callable[[], list[Any]]  # runs it again, on the same memory
+Capture = Callable[[Callable[[], list[Any]]], Replay]
+
+
+class Graphed:
+    """`Graphed(forward, capture)` gives what `forward` gives, by a graph for each shape of its arguments. Calls with
+    gradients, or with arguments that are neither tensors nor plain values, go to `forward`."""
+
+    def __init__(self, forward: Callable[..., Any], capture: Capture) -> None:
+        self.forward, self.capture, self.is_able = forward, capture, True
+        self.graphs: OrderedDict[Hashable, Graph | None] = OrderedDict()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, structure = tree_flatten((args, kwargs))
+        if not self.is_able or torch.is_grad_enabled() or not all(isinstance(leaf, VALUES) for leaf in leaves):
+            return self.forward(*args, **kwargs)
+        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        key = (structure, autocast, *map(_shape, leaves))
+        if key not in self.graphs:
+            # Kernels are chosen and workspaces made by the first call, which a capture could not do.
+            self.graphs[key] = None
+            if len(self.graphs) > MAX_GRAPHS:
+                self.graphs.popitem(last=False)
+            return self.forward(*args, **kwargs)
+        self.graphs.move_to_end(key)
+        graph = self.graphs[key]
+        if graph is None:
+            try:
+                graph = self.graphs[key] = Graph(self.forward, leaves, structure, self.capture)
+            except RuntimeError as error:  # a GPU without room for it, a kernel that cannot be captured
+                self.is_able = False
+                self.graphs.clear()
+                note(f"Speed: no CUDA graphs: {(str(error).splitlines() or [type(error).__name__])[0]}.")
+                return self.forward(*args, **kwargs)
+        return graph(leaves)
+
+
+class Graph:
+    """A call of `forward` on memory of its own."""
+
+    def __init__(self, forward: Callable, leaves: list[Any], structure: Any, capture: Callable) -> None:
+        self.inputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(self.inputs, structure)
+
+        def run() -> list[Any]:
+            outputs, self.structure = tree_flatten(forward(*args, **kwargs))
+            return outputs
+
+        self.replay = capture(run)
+
+    def __call__(self, leaves: list[Any]) -> Any:
+        for own, given in zip(self.inputs, leaves, strict=True):
+            if isinstance(own, torch.Tensor):
+                own.copy_(given)
+        # All graphs share their memory: the next one writes over these outputs.
+        outputs = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in self.replay()]
+        return tree_unflatten(outputs, self.structure)
+
+
+def _shape(leaf: Any) -> Hashable:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    return type(leaf), leaf
+
+
+class CudaCapture:
+    """Captures a run as a CUDA graph; all share one pool of memory, for they never run at the same time."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], list[Any]]) -> Replay:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads prepare the next rows meanwhile. Weights that autocast has cast for the call around this one
+        # would be gone with it.
+        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        with (
+            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+            torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False),
+        ):
+            outputs = run()
+
+        def replay() -> list[Any]:
+            graph.replay()
+            return outputs
+
+        return replay
+
+
+def use_graphs(model: PreTrainedModel, capture: Capture) -> bool:
+    """Let the vision tower and the decoder of a model that scores packed rows go by graphs; whether they do."""
+    decoder = model.get_decoder()
+    if decoder.config._attn_implementation != DECODER:
+        return False
+    if hasattr(decoder, "_deepstack_process"):
+        decoder._deepstack_process = _add_deepstack
+    decoder.forward = partial(_forward_filled, decoder.forward, Graphed(decoder.forward, capture))
+    if model.config.model_type in PACKED:
+        tower = tower_of(model)
+        tower.forward = Graphed(tower.forward, capture)
+    return True
+
+
+def _forward_filled(forward: Callable, graphed: Graphed, *args: Any, **kwargs: Any) -> Any:
+    """A decoder's forward of packed rows, filled up."""
+    hidden_states, cu_seq_lens = kwargs.get("inputs_embeds"), kwargs.get("cu_seq_lens_q")
+    if args or hidden_states is None or cu_seq_lens is None or hidden_states.shape[1] > MAX_TOKENS:
+        return forward(*args, **kwargs)
+    outputs = graphed(**fill_up(kwargs))
+    if kwargs.get("keep_positions") is None:
+        outputs.last_hidden_state = outputs.last_hidden_state[:, : hidden_states.shape[1]]
+    return outputs
+
+
+def fill_up(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A decoder's arguments of packed rows (packing.py), with one row more: their number of tokens becomes the next
+    multiple of 64, that of B rows written out the next of 64 B, so that few graphs serve all lengths."""
+    cu_seq_lens, shared_prefix = kwargs["cu_seq_lens_q"], kwargs.get("shared_prefix")
+    num_tokens = kwargs["inputs_embeds"].shape[1]
+    num_written = num_tokens if shared_prefix is None else len(shared_prefix[0])
+    more = MULTIPLE - num_tokens % MULTIPLE
+    of_all = MULTIPLE * (len(cu_seq_lens) - 1)
+    more_written = more if shared_prefix is None else of_all - num_written % of_all
+    filled = {
+        "inputs_embeds": F.pad(kwargs["inputs_embeds"], (0, 0, 0, more)),
+        "position_ids": F.pad(kwargs["position_ids"], (0, more)),
+        "cu_seq_lens_q": F.pad(cu_seq_lens, (0, 1), value=num_written + more_written),
+        "max_length_q": max(kwargs["max_length_q"], round_up(of_all)),
+    }
+    if shared_prefix is not None:
+        places, own, copies = shared_prefix
+        places = F.pad(places, (0, more_written), value=num_tokens)
+        own = F.pad(own, (0, more), value=num_written)
+        filled["shared_prefix"] = places, own, copies[:0, :0]  # the copies are for gradients
+    if kwargs.get("visual_pos_masks") is not None:
+        filled["visual_pos_masks"] = F.pad(kwargs["visual_pos_masks"], (0, more))
+    return kwargs | filled
+
+
+def _add_deepstack(hidden_states: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """What Qwen3-VL's decoder does by indexing with a mask, for which Python would wait for the GPU."""
+    added = torch.zeros_like(hidden_states).masked_scatter(is_image[..., None], features.to(hidden_states.dtype))
+    return hidden_states + added
