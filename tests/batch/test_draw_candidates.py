@@ -114,6 +114,12 @@ def test_a_batch_shows_the_drawn_candidates_in_a_drawn_order_with_the_right_lett
         for loader in loaders:  # whichever worker it is that draws, in whatever batch
             assert [one for batch in loader for one in shown(processor, batch)] == seen[-1]
     assert seen[0] != seen[1] != seen[2]
+    again = [row | {"repetition": number} for number in (0, 1, 2) for row in rows]
+    collate.epoch.fill_(0)
+    repeated = [*shown(processor, collate(again))]
+    assert repeated[:12] == seen[0] and len({str(repeated[start : start + 12]) for start in (0, 12, 24)}) == 3
+    assert {tuple(sorted(names)) for _, names in repeated[::12]} != {tuple(sorted(repeated[0][1]))}
+    assert repeated[12:24] != seen[1] and repeated[24:] != seen[2]  # those of later epochs are others
     ordered = TrainCollator(processor, Prompts(), 4 + none, seed=5, classes=WORDS, augmentation=Augmentation(False))
     for _, names in shown(processor, ordered(rows)):
         names = names[:-1] if none else names

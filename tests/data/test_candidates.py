@@ -8,11 +8,12 @@ from candidates import candidates_of, write_candidates
 from contest import noise, write_csv
 
 from vqa_sft.data.candidates import settle_absent
+from vqa_sft.data.class_probs import read_class_probs, write_class_probs
 from vqa_sft.data.classes import Classes
 from vqa_sft.data.digests import digests_of
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.options import ReadOptions
-from vqa_sft.data.split import choose_parts, read_parts, write_parts
+from vqa_sft.data.split import TRAIN, VALIDATION, choose_parts, read_parts, write_parts
 from vqa_sft.errors import InputError
 
 NAMES = ("Audi", "BMW", "Fiat", "Kia", "Opel", "Seat", "쏘나타")
@@ -202,6 +203,21 @@ def test_a_run_notices_another_class_though_neither_is_a_candidate(rows, path, t
     changed.image_digests = loaded.image_digests
     with pytest.raises(InputError, match=f"labels of row r{row} "):
         read_parts(tmp_path, [changed])
+
+
+def test_a_run_notices_other_candidates_to_draw_from_under_the_same_name(rows, path, tmp_path):
+    loaded = joined(rows, path, num_candidates=2)
+    parts = choose_parts([loaded], validation_fraction=0.25)
+    write_parts(tmp_path, [loaded], parts)
+    probs = read_class_probs(path)
+    probs.indices = probs.indices[:, [0, 1, 2, 4, 3, 5, 6]]  # two are shown, of four
+    write_class_probs(path, probs)
+    changed = replace(joined(rows, path, num_candidates=2), image_digests=loaded.image_digests)
+    assert changed.examples["choices"][:] == loaded.examples["choices"][:]
+    first, num = f"r{parts[0].index(TRAIN)}", parts[0].count(TRAIN)
+    with pytest.raises(InputError, match=rf"began: candidates of rows {first}, .*\({num} of 14\)\."):
+        read_parts(tmp_path, [changed])
+    assert read_parts(tmp_path, [changed], part=VALIDATION) == parts  # which draw none
 
 
 def test_candidates_of_training_rows_that_do_not_say_that_they_are_out_of_fold_are_noted(rows, path, tmp_path):

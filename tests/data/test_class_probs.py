@@ -77,6 +77,18 @@ def test_labels_beyond_the_list_are_refused(label, tmp_path):
         read_class_probs(tmp_path / "p.parquet")
 
 
+def test_the_most_likely_class_stands_first_and_has_a_finite_number(tmp_path):
+    kept, path = keep_likely(["r1", "r2"], NAMES, PROBS, num_kept=3), tmp_path / "p.parquet"
+    infinite = np.where(np.array([[False], [True]]), -np.inf, kept.log_probs)
+    for changed, said in (
+        ({"log_probs": kept.log_probs[:, ::-1], "indices": kept.indices[:, ::-1]}, "is not the most likely one"),
+        ({"log_probs": infinite, "tail": np.array([kept.tail[0], 0])}, "log-probabilities that are not finite"),
+    ):
+        write_class_probs(path, replace(kept, **changed))
+        with pytest.raises(InputError, match=f"damaged: it has .*{said}"):
+            read_class_probs(path)
+
+
 def test_other_files_are_refused_in_one_line(tmp_path):
     kept = keep_likely(["r1", "r2"], NAMES, PROBS, num_kept=3)
     write_class_probs(tmp_path / "p.parquet", kept)

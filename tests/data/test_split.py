@@ -76,7 +76,7 @@ def test_a_run_keeps_its_rows_and_refuses_others(contest, tmp_path):
     assert parts == [[TRAIN] * 24, [VALIDATION] * 24]
     parts[0][7] = LEFT_OUT
     write_parts(tmp_path, loaded, parts)
-    assert (tmp_path / "rows.csv").read_text().splitlines()[0] == "part,id,texts,label,images,digest"
+    assert (tmp_path / "rows.csv").read_text().splitlines()[0] == "part,id,texts,label,images,pool,digest"
     assert (tmp_path / "rows.csv").read_text().splitlines()[1].startswith("train,row_000,")
     assert read_parts(tmp_path, loaded) == parts
     write_csv(contest / "train.csv", rows_of(contest)[1:])

@@ -34,16 +34,6 @@ def test_the_model_alone_has_its_temperature_and_the_share_of_candidates_that_ho
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
-def test_a_prior_that_is_too_sure_is_tempered_by_its_own_out_of_fold_rows():
-    rng = np.random.default_rng(1)
-    logits = rng.normal(0, 1, (3000, 5))
-    labels = np.array([rng.choice(5, p=softmax(row)) for row in logits], np.int32)
-    sure = keep_likely([str(i) for i in range(3000)], NAMES, np.array([softmax(4 * row) for row in logits]), num_kept=5)
-    sure.labels = labels
-    found = classification.temper(sure, sure.take([0, 1])).dense()
-    np.testing.assert_allclose(found, [softmax(row) for row in logits[:2]], atol=0.04)
-
-
 def test_a_table_gets_its_labels_by_id_and_its_classes_by_name():
     table = keep_likely(["y", "x"], ["b", "a"], np.array([[0.9, 0.1], [0.3, 0.7]]))
     found = classification.with_labels(table, ["a", "b"], {"x": 0, "y": 1})

@@ -1,5 +1,7 @@
 """What accuracy becomes without the images, and whether that is said."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -62,6 +64,16 @@ def test_rows_without_image_or_answer_are_counted_apart():
     assert "5 rows without an image are not in the table (accuracy 1.000)" in describe(found)
     with pytest.raises(InputError, match="no row has both an answer and an image"):
         compare({"original": rows(30), "blank": rows(30, "blank", False)}, {})
+
+
+def test_of_a_classification_the_baseline_is_the_classifiers_best_candidate_and_no_letter():
+    answers = [1] * 30 + [0] * 6 + [None] * 4
+    files = {"original": rows(30, answers=answers), "blank": rows(10, "blank", answers=answers)}
+    files = {kind: replace(file, candidates=[[7, 3]] * 40) for kind, file in files.items()}
+    found = compare(files, {})
+    assert found["baselines"] == {"always the first candidate": pytest.approx(6 / 36)}
+    said = describe(found)
+    assert "4 rows whose class is unknown or no candidate are left out." in said and "always B" not in said
 
 
 def test_the_interval_of_a_fall_is_that_of_resampled_pairs():

@@ -2,12 +2,13 @@
 
 import csv
 import unicodedata
+from dataclasses import replace
 from decimal import Decimal
 
 import numpy as np
 import pytest
 
-from vqa_sft.data.class_probs import keep_likely, write_class_probs
+from vqa_sft.data.class_probs import keep_likely, read_class_probs, write_class_probs
 from vqa_sft.errors import InputError
 from vqa_sft.predictions.class_submission import submit_classes
 
@@ -125,6 +126,14 @@ def test_a_template_of_396_classes_in_another_order_permutes_the_numbers_and_oth
 def test_other_ids_are_told_apart(folder, ids, said):
     sample(folder, ["id", *NAMES], ids)
     with pytest.raises(InputError, match=said):
+        written(folder)
+
+
+def test_ids_without_the_suffix_of_images_are_told(folder):
+    path = folder / "p.parquet"
+    write_class_probs(path, replace(read_class_probs(path), ids=[f"test/{row_id}.jpg" for row_id in IDS]))
+    sample(folder, ["id", *NAMES])
+    with pytest.raises(InputError, match="These are names of images without suffix: predict from a table of such ids"):
         written(folder)
 
 

@@ -314,6 +314,13 @@ def test_several_files_are_averaged_by_class_and_by_id(files):
     np.testing.assert_allclose(found.dense(), expected.dense(), rtol=1e-4)
 
 
+def test_a_file_is_not_averaged_with_itself(files):
+    folder, _ = files
+    for option, name in (("files", "test.parquet"), ("fit", "fit.parquet")):
+        with pytest.raises(InputError, match=f"a file is given twice: .*{name}"):
+            run_fuse(folder, **{option: [name, f"../{folder.name}/{name}"]})
+
+
 def test_folds_of_the_rows_to_fit_on_are_put_together(files):
     folder, given = files
     run_fuse(folder)

@@ -17,6 +17,7 @@ from scripts import run_script, train
 from vqa_sft.data.class_probs import read_class_probs
 from vqa_sft.data.folds import write_folds
 from vqa_sft.errors import InputError
+from vqa_sft.inference.predictor import Predictor
 from vqa_sft.models import scoring
 from vqa_sft.predictions.ensemble import align, write_ensemble
 from vqa_sft.predictions.file import read_predictions
@@ -117,6 +118,56 @@ def test_other_orders_name_the_same_classes_with_nearly_the_same_numbers(data, p
     assert (one.candidates, one.labels, one.answers) == (four.candidates, four.labels, four.answers)
     assert np.mean([a == b for a, b in zip(one.best, four.best, strict=True)]) > 0.9
     assert min(four.agreement) < 1 and one.choice_logits != four.choice_logits
+
+
+def asked_of(data):
+    """Images of the test rows, the question of each, and its four candidates."""
+    probs, names = (
+        read_class_probs(data / "test.parquet"),
+        [row_id.split("_")[1] for row_id in labels_of(data / "test.csv")],
+    )
+    choices = [[CLASSES[place] for place in row[:4]] for row in probs.indices]
+    return [data / f"img/{name}.png" for name in names], ["Which digit is written here?"] * len(names), choices
+
+
+@pytest.mark.parametrize(("name", "orders"), [("one", "identity"), ("four", "rotations")])
+def test_a_predictor_asked_for_a_rows_candidates_has_the_probabilities_of_the_recipe(data, predicted, name, orders):
+    predict, expected = (
+        Predictor(predicted / "run", use_cpu=True, orders=orders),
+        read_predictions(predicted / f"{name}.parquet"),
+    )
+    images, questions, choices = asked_of(data)
+    for found, row in zip(predict(images[:12], questions[:12], choices[:12]), expected.probs, strict=False):
+        np.testing.assert_allclose(found, row, atol=1e-5)
+    np.testing.assert_allclose(
+        predict(images[3], questions[3], [f" {text} " for text in choices[3]]), expected.probs[3], atol=1e-5
+    )
+    assert predict(images[0], questions[0], choices[0][:2]).shape == (2,)
+
+
+def test_a_predictor_takes_classes_of_the_run_and_nothing_else(data, predicted):
+    predict = Predictor(predicted / "run", use_cpu=True)
+    (image, *_), (question, *_), _ = asked_of(data)
+    wanted = "The choices of this run are 2 to 4 of its 10 classes, the most likely first"
+    for choices, message in (
+        (["one", "sevn"], rf"a choice of question 1 is no class of the run: 'sevn'; is 'seven' meant\? {wanted}"),
+        (["one", "two", "", ""], f"a choice of question 1 is no class of the run: ''. {wanted}"),
+        (["one", "one ", "two"], "question 1 has the class 'one' twice"),
+        (CLASSES[:5], f"question 1 has 5 classes. {wanted}"),
+        (["one"], f"question 1 has 1 classes. {wanted}"),
+    ):
+        with pytest.raises(InputError, match=message):
+            predict(image, question, choices)
+    with pytest.raises(InputError, match="a choice of question 1 is no class of the run: 'cat'"):
+        predict.decide(
+            {
+                "state": {"images": ["image-1"]},
+                "questions": {
+                    "animal": {"type": "choice", "instructions": question, "criteria": {"cat": None, "one": None}}
+                },
+                "assets": {"image-1": str(image)},
+            }
+        )
 
 
 def test_held_out_rows_are_in_the_run_folder_and_predicted_the_same_with_their_own_candidates(data, run):
@@ -238,6 +289,11 @@ def test_none_of_these_is_the_last_choice_and_never_the_name_in_the_submission(d
     found = read_predictions(tmp_path / "out.parquet")
     assert all(of_row[-1] == -1 and len(of_row) == 5 for of_row in found.candidates)
     assert {*labels_of(tmp_path / "out.csv").values()} <= {*CLASSES}
+    predict, (image, *_) = Predictor(tmp_path / "run", use_cpu=True, orders="rotations"), asked_of(data)[0]
+    question, choices = "Which digit is written here?", [CLASSES[place] for place in found.candidates[0][:-1]]
+    np.testing.assert_allclose(predict(image, question, [*choices, "None of these"]), found.probs[0], atol=1e-5)
+    with pytest.raises(InputError, match="trained with 'None of these' as the last choice, and question 1 has not"):
+        predict(image, question, choices)
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,14 @@ def test_the_command_makes_a_soup_and_refuses_what_cannot_be_one(runs, tmp_path,
     (other / run_folder.RUN).write_text(json.dumps(run))
     with pytest.raises(InputError, match=r"num_letters of .* is 5"):
         make_soup([runs / "a", other], tmp_path / "no")
+    for changed in ({"base_precision": "fp8"}, {"load_in_4bit": True}, {"model_revision": "v2"}):
+        of_a = json.loads((runs / "a" / run_folder.RUN).read_text())
+        of_a["recipe"] |= {"load_in_8bit": False} | changed  # False is as if it were not there
+        (other / run_folder.RUN).write_text(json.dumps(of_a))
+        with pytest.raises(
+            InputError, match=f"{[*changed][0]} of .*other is {[*changed.values()][0]!r}, and of .*None"
+        ):
+            make_soup([runs / "a", other], tmp_path / "no")
     for weights in ([1.0], [0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0]):
         with pytest.raises(InputError, match="weights"):
             make_soup([runs / "a", runs / "b"], tmp_path / "no", weights=weights)

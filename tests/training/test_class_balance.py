@@ -17,8 +17,11 @@ CLASSES = [0] * 80 + [1] * 15 + [2] * 5
 def test_every_class_is_drawn_equally_often_and_in_time_every_row_is():
     counted = Counter()
     for epoch in range(10):
-        drawn = draw_balanced(CLASSES, torch.Generator().manual_seed(epoch))
+        numbers = draw_balanced(CLASSES, torch.Generator().manual_seed(epoch))
+        drawn = [number % 100 for number in numbers]
         of_class = Counter(CLASSES[row] for row in drawn)
+        repetitions = {row: sorted(number // 100 for number in numbers if number % 100 == row) for row in drawn}
+        assert all(found == [*range(len(found))] for found in repetitions.values())
         assert len(drawn) == 100 and sorted(of_class.values()) == [33, 33, 34]
         times = Counter(row for row in drawn if CLASSES[row] == 2)
         assert max(times.values()) - min(times.values()) <= 1 and len(times) == 5
@@ -36,7 +39,7 @@ def test_balanced_rows_depend_on_seed_and_epoch_and_are_sorted_by_length_all_the
         sampler.set_epoch(epoch)
         orders.append([*sampler])
     assert orders[0] == orders[2] != orders[1]
-    batches = [[lengths[row] for row in orders[0][start : start + 5]] for start in range(0, 100, 5)]
+    batches = [[lengths[row % 100] for row in orders[0][start : start + 5]] for start in range(0, 100, 5)]
     assert all(batch == sorted(batch) for batch in batches)
 
 
@@ -50,6 +53,25 @@ def test_a_trainer_draws_balanced_classes_where_rows_are_packed(contest, tmp_pat
         epochs.append([ids.index(row_id) for batch in loader for row_id in batch["ids"]])
     assert epochs[0] != epochs[1]
     assert all(Counter(trainer.balanced[row] for row in epoch) == {0: 12, 1: 12} for epoch in epochs)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_each_repetition_of_a_row_in_an_epoch_has_a_permutation_of_its_own(contest, tmp_path, num_workers):
+    how = {"per_device_train_batch_size": 4, "dataloader_num_workers": num_workers}
+    trainer, _, _ = build_trainer(TINY_PATH, contest, tmp_path / "run", 24, **how)
+    trainer.balanced = [0] * 23 + [1]  # the last row, twelve times
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader = trainer.get_train_dataloader()
+        loader.set_epoch(epoch)
+        trainer.data_collator.epoch.fill_(epoch)
+        batches = [zip(batch["ids"], batch["orders"].tolist(), strict=True) for batch in loader]
+        shown = [(row_id, *order) for batch in batches for row_id, order in batch]
+        [(rare, num)] = Counter(row_id for row_id, *_ in shown).most_common(1)
+        orders = {tuple(order) for row_id, *order in shown if row_id == rare}
+        assert num == 12 and len(orders) > 5
+        epochs.append(shown)
+    assert epochs[0] == epochs[2] != epochs[1]
 
 
 def test_weights_count_in_the_loss_and_not_in_an_evaluation(contest, tmp_path):

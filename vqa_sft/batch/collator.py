@@ -50,6 +50,7 @@ HALF = (torch.bfloat16, torch.float16)
 TARGET_KEYS = ("answer_positions", "answers", "ids", "num_choices", "orders", "targets", "end_positions", "groups")
 TARGET_KEYS += ("weights",)
 WEIGHT = "weight"  # a column of training rows
+REPETITION = "repetition"  # how often the epoch has shown the training row before
 
 
 class Packer(Protocol):
@@ -294,7 +295,7 @@ class Augmentation:
 class TrainCollator(AnswerCollator):
     """For training. Choices that refer to others keep their places (questions/references.py); the letter of a row
     without an answer is that of its largest target. With the names of all `classes`, the candidates of every row are
-    drawn anew in every epoch (draw_candidates.py)."""
+    drawn anew in every epoch (draw_candidates.py). Each repetition of a row in an epoch has draws of its own."""
 
     shows_targets = True
     shares_images = False  # rows that share more than their first words have no gradients
@@ -309,21 +310,22 @@ class TrainCollator(AnswerCollator):
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         self.num_batches += 1
         if self.classes is not None:
-            rows = [draw_candidates(row, self.classes, self.seed, self._round()) for row in rows]
+            rows = [draw_candidates(row, self.classes, self.seed, self._round(row)) for row in rows]
         return super().__call__(rows)
 
     def orders(self, row: dict) -> list[tuple[int, ...]]:
         if not self.augmentation.shuffle_choices:
             return super().orders(row)
-        return [draw_order(len(row["choices"]), self.seed, self._round(), row["id"], free_choices(row))]
+        return [draw_order(len(row["choices"]), self.seed, self._round(row), row["id"], free_choices(row))]
 
-    def _round(self) -> int:
-        return self.num_batches if self.augmentation.counts_batches else int(self.epoch)
+    def _round(self, row: dict) -> str:
+        number = self.num_batches if self.augmentation.counts_batches else int(self.epoch)
+        return f"{number} again {row[REPETITION]}" if row.get(REPETITION) else str(number)
 
     def image(self, row: dict, position: int) -> Image.Image:
         image = super().image(row, position)
         # As draw_order: any worker, process or resumed run draws the same, one that an earlier version began too.
-        rng = random.Random(f"{self.seed}/{self._round()}/{row['id']}/picture {position}")
+        rng = random.Random(f"{self.seed}/{self._round(row)}/{row['id']}/picture {position}")
         if self.augmentation.image_augmentation:
             image = augment(image, self.augmentation.image_augmentation, rng)
         return ImageOps.mirror(image) if self.augmentation.flip_images and rng.random() < 0.5 else image

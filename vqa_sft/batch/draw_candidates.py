@@ -8,7 +8,7 @@ from vqa_sft.data.class_probs import NONE_OF_THESE
 from vqa_sft.data.options import CANDIDATES, CLASS, POOL
 
 
-def draw_candidates(row: dict[str, Any], names: Sequence[str], seed: int, epoch: int) -> dict[str, Any]:
+def draw_candidates(row: dict[str, Any], names: Sequence[str], seed: int, epoch: int | str) -> dict[str, Any]:
     """The training row with as many candidates as it has, drawn anew from its pool, the most likely first; each but the
     right class equally often. `names` are those of all classes.
 

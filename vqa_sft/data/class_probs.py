@@ -216,6 +216,11 @@ def _check_content(path: str | Path, probs: ClassProbs) -> None:
         ),
         ("a class twice in a row", bool((in_order[:, 1:] == in_order[:, :-1]).any())),
         ("labels beyond its list", bool(((probs.labels < UNKNOWN_LABEL) | (probs.labels >= num_classes)).any())),
+        ("log-probabilities that are not finite", not np.isfinite(probs.log_probs).all()),
+        (
+            "rows whose first class is not the most likely one",
+            bool((probs.log_probs[:, 1:] > probs.log_probs[:, :-1] + 1e-6).any()),
+        ),
         ("rows that do not sum to 1", not np.allclose(mass, 1, atol=_SUM_TOLERANCE)),
     ):
         if is_bad:

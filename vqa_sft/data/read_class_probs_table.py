@@ -234,6 +234,8 @@ def _parts(path: Path, batches: Iterator[pa.RecordBatch], row_id: int, columns: 
 
 
 def _open_arrays(path: Path, classes: Classes | None) -> tuple[list[str], Iterator[Part]]:
+    if not zipfile.is_zipfile(path):  # np.load would take it for something else
+        _cannot_read(path, zipfile.BadZipFile("it is no .npz archive"))
     try:
         with np.load(path, allow_pickle=False) as file:
             if missing := [name for name in _ARRAYS if name not in file]:

@@ -2,13 +2,14 @@
 
 No torch. One part a row, in the order of the data, and digests of what the row held:
 
-    part,id,texts,label,images,digest
-    train,t_1,6f1c...,9a04...,77e2...,3b5d...
+    part,id,texts,label,images,pool,digest
+    train,t_1,6f1c...,9a04...,77e2...,,3b5d...
     left_out,t_2,...      it could not be used, and the recipe said `on_bad_row: skip`
     validation,t_3,...
 
 `label` is of answer and targets, `images` of their content, wherever the files lie; empty with `check_images: false`.
-`digest` tells the row from others with its id, as in a prediction file.
+`pool` is of the classes that a training row of a classification draws its candidates from. `digest` tells the row from
+others with its id, as in a prediction file.
 Of a stream, whose rows nobody counts, one line tells its first rows: `stream,first 100 rows,...`.
 """
 
@@ -26,6 +27,7 @@ from vqa_sft.data.digests import digest, digests_of
 from vqa_sft.data.duplicates import row_groups
 from vqa_sft.data.examples import CLASS, Loaded
 from vqa_sft.data.folds import hold_out_rows, read_folds
+from vqa_sft.data.options import POOL
 from vqa_sft.data.scan import Scan, scan_images
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.files import whole
@@ -34,7 +36,7 @@ from vqa_sft.images import ImageFacts, digest_of
 TRAIN, VALIDATION, LEFT_OUT = "train", "validation", "left_out"
 STREAM = "stream"
 ROWS = "rows.csv"
-DIGESTS = ("texts", "label", "images")
+DIGESTS = {"texts": "texts", "label": "labels", "images": "images", "pool": "candidates"}  # column -> in words
 STREAM_ROWS = 100
 
 
@@ -166,6 +168,7 @@ def write_parts(folder: str | Path, loaded: Sequence[Loaded], parts: Sequence[li
                 writer.writerow((STREAM, *_first_rows(data).values(), ""))
                 continue
             for part, row, digest in zip(data_parts, _describe_rows(data), digests_of(data.examples), strict=True):
+                row["pool"] = row["pool"] if part == TRAIN else ""  # others draw nothing
                 writer.writerow((part, *row.values(), digest))
 
 
@@ -173,8 +176,10 @@ def _describe_rows(data: Loaded) -> Iterator[dict[str, str]]:
     """`id` and `DIGESTS` of every row."""
     columns = [name for name in data.examples.column_names if name != "images"]
     images = data.image_digests or itertools.repeat("")
+    names = data.classes.names if data.classes else ()
     for row, of_images in zip(data.examples.select_columns(columns), images, strict=False):
-        yield {"id": row["id"], "texts": _texts(row), "label": _label(row), "images": of_images}
+        described = {"id": row["id"], "texts": _texts(row), "label": _label(row), "images": of_images}
+        yield described | {"pool": digest([names[place] for place in row[POOL]]) if POOL in row else ""}
 
 
 def _texts(row: Mapping[str, Any]) -> str:
@@ -190,7 +195,8 @@ def _first_rows(data: Loaded) -> dict[str, str]:
     rows = list(itertools.islice(data.examples, STREAM_ROWS))
     texts, labels = ([read(row) for row in rows] for read in (_texts, _label))
     ids = [row["id"] for row in rows]
-    return {"id": f"first {len(rows)} rows", "texts": digest([ids, texts]), "label": digest(labels), "images": ""}
+    said = f"first {len(rows)} rows"
+    return {"id": said, "texts": digest([ids, texts]), "label": digest(labels), "images": "", "pool": ""}
 
 
 def read_parts(
@@ -211,7 +217,7 @@ def read_parts(
     is_stream = isinstance(loaded[0].examples, datasets.IterableDataset)
     if streamed and is_stream:
         first = _first_rows(loaded[0])
-        if any(streamed[0].get(name) != first[name] for name in ("id", *DIGESTS)):
+        if any(streamed[0].get(name, "") != first[name] for name in ("id", *DIGESTS)):
             raise InputError(
                 f"the {first['id']} of {loaded[0].name} have changed since the run in {folder} began. {hint}"
             )
@@ -261,7 +267,7 @@ def _read_images(images: Sequence[dict]) -> str:
 def _check_same(folder: str | Path, pairs: Sequence[tuple[Mapping[str, str], Mapping[str, str]]], hint: str) -> None:
     """Raises InputError where a row is not as the run's line says."""
     differ = []
-    for name, what in zip(DIGESTS, ("texts", "labels", "images"), strict=True):
+    for name, what in DIGESTS.items():
         known = [(line[name], row[name], row["id"]) for line, row in pairs if line.get(name) and row[name]]
         changed = [row_id for before, now, row_id in known if before != now]
         if changed:

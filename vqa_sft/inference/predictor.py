@@ -4,6 +4,9 @@ predict = vqa_sft.Predictor("runs/mine")
 predict("cat.jpg", "What is it?", ["a cat", "a dog"])                      ->  array([0.97, 0.03])
 predict([one, other], ["What?", "Which?"], [["a", "b"], ["x", "y", "z"]])  ->  a list of two arrays
 predict.decide({"state": ..., "questions": ..., "assets": ...})            ->  the answers of a decision model
+
+Of a run of a classification the choices are classes of the run, its candidates, in the order in which a classifier
+ranks them: training showed the validation rows so.
 """
 
 import hashlib
@@ -18,10 +21,15 @@ from accelerate import PartialState
 from PIL import Image
 
 from vqa_sft.batch.collator import AnswerCollator
-from vqa_sft.errors import InputError, explains
+from vqa_sft.batch.prompts import NONE_OF_THESE as NONE_TEXT
+from vqa_sft.data.class_probs import NONE_OF_THESE
+from vqa_sft.data.classes import class_name
+from vqa_sft.data.options import CANDIDATES
+from vqa_sft.errors import InputError, explains, printable
 from vqa_sft.images import source_of
 from vqa_sft.inference import scorer
 from vqa_sft.inference.request import read_request
+from vqa_sft.inference.rows import check_classes
 from vqa_sft.models import scoring
 from vqa_sft.models.fast import speedups
 from vqa_sft.models.fast.graphs import MULTIPLE
@@ -68,12 +76,16 @@ class Predictor:
             raise InputError(f"average_runs must be one of {', '.join(AVERAGES)}; got {describe_value(average_runs)}.")
         self.folders = runs_in([str(run) for run in runs])
         described = read_runs(self.folders, model and str(model))
+        check_classes(described)
         PartialState(cpu=use_cpu)
         groups = scorer.groups_of(described, use_cpu)
         if len(groups) != 1:
             raise InputError(f"one model cannot score {', '.join(self.folders) or 'no run'}. Give runs of one kind.")
         self.num_choices = described[0].num_letters
         self.has_context, self.has_images = described[0].has_context, described[0].has_images
+        self.classes, recipe = described[0].classes, described[0].recipe
+        has_none = self.classes is not None and recipe.get("absent") == "none_of_these"
+        self.none_of_these = NONE_TEXT[recipe.get("prompt_language") or "en"] if has_none else None
         self.views.check(self.num_choices)
         self.scorer = scorer.load(groups[0], most_choices=self.num_choices, compile_layers=compile_layers)
         self.has_graphs = not compile_layers and speedups.use_graphs(self.scorer.model)
@@ -96,7 +108,8 @@ class Predictor:
     ) -> np.ndarray | list[np.ndarray]:
         """Probabilities (C,) of the choices of one question about `images`: an image, several, or None. Of lists of
         questions, images of each, and choices of each, a list of them. An image is a path, the bytes of a file, or
-        a PIL image. Empty choices at the end are none, as in a table, and get 0."""
+        a PIL image. Empty choices at the end are none, as in a table, and get 0; of a classification all choices are
+        classes, but "none of these", which comes last where the run was trained with it."""
         if isinstance(question, str):
             return self._of_rows([self._row(0, images, question, choices, context)])[0]
         if context is None and hasattr(question, "__len__"):
@@ -157,14 +170,14 @@ class Predictor:
         texts: dict[str, Any] = {"question": _text(question, name)}
         if not texts["question"]:
             raise InputError(f"{name} is empty. Write it.")
-        texts["choices"] = self._choices(given, name)
+        texts |= {"choices": self._choices(given, name)} if self.classes is None else self._candidates(given, name)
         sources = _sources(images, name)
         if context is None and self.has_context:
             raise InputError(f"the run was trained with contexts, and {name} has none. Give context, '' for no text.")
         if context and not self.has_context:
             raise InputError(f"the run was trained without contexts, and {name} has one. Leave context out.")
         texts["context"] = _text(context or "", f"the context of {name}")
-        kind = find_type(texts["question"], texts["choices"])
+        kind = find_type(texts["question"], texts["choices"] if self.classes is None else [])
         # By which orders are drawn where only some are taken: that of the texts, wherever they are in a list.
         row_id = hashlib.sha256("\n".join([texts["question"], *texts["choices"]]).encode()).hexdigest()[:16]
         own = {"name": name, "num_given": len(given)}  # for us alone
@@ -184,6 +197,30 @@ class Predictor:
                 f"in training; got {len(choices)}."
             )
         return choices
+
+    def _candidates(self, given: list[Any], name: str) -> dict[str, list]:
+        """The names of the classes that were given, and which classes these are, as data/candidates.py has them."""
+        assert self.classes is not None
+        texts = [_text(choice, f"a choice of {name}", str | int | float | np.number) for choice in given]
+        last = [] if self.none_of_these is None else [self.none_of_these]
+        named = texts[: len(texts) - len(last)]
+        if texts[len(named) :] != last:
+            raise InputError(f"the run was trained with {last[0]!r} as the last choice, and {name} has not. Add it.")
+        num = min(self.num_choices - len(last), len(self.classes))
+        wanted = f"The choices of this run are 2 to {num} of its {len(self.classes):,} classes, the most likely first"
+        found = [place for text in named if (place := self.classes.find(text)) is not None]
+        if unknown := [text for text in named if self.classes.find(text) is None]:
+            likely = self.classes.likely(class_name(unknown[0])) if unknown[0] else None
+            meant = f"; is {printable(likely)!r} meant?" if likely else "."
+            said = printable(unknown[0], 60)
+            raise InputError(f"a choice of {name} is no class of the run: {said!r}{meant} {wanted}.")
+        if len({*found}) < len(found):
+            twice = next(self.classes.names[place] for place in found if found.count(place) > 1)
+            raise InputError(f"{name} has the class {printable(twice)!r} twice. Give it once.")
+        if not 2 <= len(found) <= num:
+            raise InputError(f"{name} has {len(found)} classes. {wanted}.")
+        names = [self.classes.names[place] for place in found]
+        return {"choices": names + last, CANDIDATES: found + [NONE_OF_THESE] * len(last)}
 
     @torch.no_grad()
     def _of_rows(self, rows: list[dict]) -> list[np.ndarray]:

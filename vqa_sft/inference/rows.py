@@ -52,7 +52,7 @@ def read_rows(args: PredictionArguments, runs: list["Run"]) -> Rows:
     """The rows that each run scores. Raises InputError."""
     if args.part == VALIDATION:
         return _read_validation(args, runs)
-    _check_classes(runs)
+    check_classes(runs)
     options = args.data_options(runs[0].recipe, runs[0].columns, runs[0].classes, runs[0].num_letters)
     num_letters = min((run.num_letters for run in runs if run.num_letters), default=None)
     if args.streaming:
@@ -68,7 +68,7 @@ def read_rows(args: PredictionArguments, runs: list["Run"]) -> Rows:
     return Rows([loaded], [loaded.examples] * len(runs), runs[0].columns)
 
 
-def _check_classes(runs: list["Run"]) -> None:
+def check_classes(runs: list["Run"]) -> None:
     """Raises InputError for runs of which some are of a classification, and not all of the same one."""
     ways = []
     for run in runs:

@@ -30,12 +30,13 @@ from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, logsumexp, softmax
+from scipy.special import log_softmax, softmax
 
 from vqa_sft.data.class_probs import ClassProbs, keep_likely, read_class_probs
 from vqa_sft.errors import InputError, exits_with_message
 from vqa_sft.lab.ablation import DIGITS, run_recipe
 from vqa_sft.lab.class_sets import NUM_FOLDS, QUESTIONS, WRITERS, read_rows
+from vqa_sft.predictions.class_ensemble import fit_temperature, tempered
 from vqa_sft.predictions.class_metrics import differences, with_intervals
 from vqa_sft.predictions.file import Predictions, read_predictions
 from vqa_sft.predictions.metrics import describe
@@ -204,16 +205,17 @@ def describe_set(args: argparse.Namespace) -> str:
     for prior in args.priors:
         folder, said = args.work / prior, PRIORS[prior]
         own = with_labels(read_class_probs(folder / "test.parquet"), names, of_test)
-        tempered = temper(with_labels(read_class_probs(folder / "train.parquet"), names, of_train), own)
+        fit = with_labels(read_class_probs(folder / "train.parquet"), names, of_train)
+        at_its_best = tempered(own, fit_temperature(fit))
         predictions = [read_predictions(folder / f"one_{part}.parquet") for part in ("held_out", "test")]
-        tables = {"prior alone": own, "prior alone, at its temperature": tempered}
+        tables = {"prior alone": own, "prior alone, at its temperature": at_its_best}
         tables["model alone, its candidates"] = model = with_labels(model_alone(*predictions), names, of_test)
         for way, file in (("fused", "one"), ("fused, folds and permutations", "all")):
             tables[way] = with_labels(read_class_probs(folder / f"{file}_fused.parquet"), names, of_test)
         recalls.append([said, *recall_of(own)])
         for way, table in tables.items():
             cells = describe(with_intervals(table), [*METRICS])
-            lines.append([f"{said}: {way}", *cells, *(difference_to(voice, table) for voice in (tempered, model))])
+            lines.append([f"{said}: {way}", *cells, *(difference_to(voice, table) for voice in (at_its_best, model))])
     size = f"{args.set}: {len(names)} classes, {len(train):,} training rows, {len(test):,} test rows"
     return "\n\n".join([size, markdown(lines), markdown(recalls)])
 
@@ -233,20 +235,6 @@ def with_labels(table: ClassProbs, names: Sequence[str], labels: dict[str, int])
     table = table.take([row_of[row_id] for row_id in labels])
     own = np.array([*labels.values()], np.int32)
     return replace(table.in_classes(names, order), labels=own)
-
-
-def temper(fit: ClassProbs, table: ClassProbs) -> ClassProbs:
-    """The table's probabilities to the power that gives `fit` the lowest NLL, normalised."""
-    logs = np.log(fit.dense())
-    own = np.arange(len(fit)), fit.labels
-
-    def loss(log_power: float) -> float:
-        scaled = logs * np.exp(log_power)
-        return float((logsumexp(scaled, axis=1) - scaled[own]).mean())
-
-    power = float(np.exp(minimize_scalar(loss, bounds=(-3, 3), method="bounded").x))
-    probs = softmax(np.log(table.dense()) * power, axis=1)
-    return replace(keep_likely(table.ids, table.names, probs), labels=table.labels)
 
 
 def model_alone(held_out: Predictions, test: Predictions) -> ClassProbs:

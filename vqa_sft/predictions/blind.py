@@ -9,6 +9,8 @@
                 "blank": {..., "fall": 0.76, "fall_95": [0.68, 0.83]}, ...},
      "baselines": {"always B": 0.28, ...}}
 
+Of a classification the choices of a row are its candidates, the classifier's best one first, and "always the first
+candidate" takes the place of a letter.
 `fall` is that of the accuracy, on the rows whose images were changed; its interval is of the same rows' differences.
 """
 
@@ -28,6 +30,7 @@ from vqa_sft.predictions.metrics import with_intervals
 from vqa_sft.questions.letters import LETTERS
 
 BLIND = "blind.json"  # in the run folder
+FIRST = "always the first candidate"
 NAMES = {ORIGINAL: "images as they are", BLANK: "blank", SWAPPED: "swapped", BLURRED: "blurred"}
 WITHOUT = {BLANK: "without it", SWAPPED: "with that of another row", BLURRED: "with it blurred"}
 
@@ -51,6 +54,8 @@ def compare(files: Mapping[str, Predictions], baselines: Mapping[str, Mapping[st
     answers = [original.answers[row] for row in rows]
     (most, count), *_ = Counter(answers).most_common(1)
     found = {f"always {LETTERS[most]}": count / len(rows)}
+    if original.candidates:  # most letters stand for no more than a rank of the classifier
+        found = {FIRST: answers.count(0) / len(rows)}
     for name, choice_of in baselines.items():
         known = [choice_of.get(original.ids[row]) == original.answers[row] for row in rows]
         found[name] = float(np.mean(known))
@@ -113,7 +118,8 @@ def describe(found: Mapping[str, Any]) -> str:
         of = found["rows_without_image"]["accuracy"]
         parts.append(f"{beside:,} rows without an image are not in the table (accuracy {of:.3f}).")
     if found["unanswered"]:
-        parts.append(f"{found['unanswered']:,} rows without an answer are left out.")
+        without = "whose class is unknown or no candidate" if FIRST in found["baselines"] else "without an answer"
+        parts.append(f"{found['unanswered']:,} rows {without} are left out.")
     return "\n".join([*parts, found["says"]])
 
 

@@ -47,10 +47,10 @@ def fuse_files(
     """Write the fused table of `files`; the cross-fitted metrics of each way and the parameters, as text. Several files
     are averaged. `fit` are files or run folders, by default those of the runs; the priors are by default the candidates
     that the rows were predicted with. Raises InputError before anything is written."""
-    test = [_as_scored(name) for name in files]
+    test = _as_scored(files)
     fit = [_held_out_of(name) if Path(name).is_dir() else name for name in fit]
     fit = fit or [_held_out_of(run) for run in _runs_of(test, files)]
-    held_out = [_as_scored(name) for name in fit]
+    held_out = _as_scored(fit)
     prior = prior or _candidates_of(test[0], files[0], "--prior")
     fit_prior = fit_prior or _candidates_of(held_out[0], fit[0], "--fit-prior")
     reads = [*files, prior, *fit, fit_prior]
@@ -91,10 +91,13 @@ def fuse_files(
     return "\n".join([*notes, describe_selection(found), wrote, "To submit them:", to_submit])
 
 
-def _as_scored(name: str) -> Predictions:
-    """Without the run's calibration, which was fitted on the rows that parameters are fitted on here."""
-    predictions = read_predictions(name)
-    return replace(predictions, metadata={k: v for k, v in predictions.metadata.items() if k != CALIBRATION})
+def _as_scored(names: Sequence[str]) -> list[Predictions]:
+    """Without the run's calibration, which was fitted on the rows that parameters are fitted on here. Raises InputError
+    for a file that is there twice."""
+    if len({Path(name).resolve() for name in names}) < len(names):
+        raise InputError(f"a file is given twice: {', '.join(names)}. Give each once.")
+    found = [read_predictions(name) for name in names]
+    return [replace(one, metadata={k: v for k, v in one.metadata.items() if k != CALIBRATION}) for one in found]
 
 
 def _runs_of(test: Sequence[Predictions], files: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from vqa_sft.data.answers import FORMATS, UNKNOWN, infer_format
@@ -190,9 +190,12 @@ def find_id_column(
         if rows
     ]
     if faults:
+        hint = "Give the template of these rows."
+        if foreign and {*foreign} <= {PurePath(row_id).stem for row_id in missing}:
+            hint = "These are names of images without suffix: predict from a table of such ids and the images' paths."
         raise InputError(
             f"no column of {path} holds the ids of the predictions. Nearest is {printable(best)}: {'; '.join(faults)}. "
-            "Give the template of these rows."
+            + hint
         )
     return best
 

@@ -32,7 +32,9 @@ def identity_order(num_choices: int) -> tuple[int, ...]:
     return tuple(range(num_choices))
 
 
-def draw_order(num_choices: int, seed: int, epoch: int, row_id: str, num_free: int | None = None) -> tuple[int, ...]:
+def draw_order(
+    num_choices: int, seed: int, epoch: int | str, row_id: str, num_free: int | None = None
+) -> tuple[int, ...]:
     """A random order that depends on nothing but its arguments: any worker, process or resumed run draws the same."""
     identity = identity_order(num_choices)
     order = list(identity[:num_free])

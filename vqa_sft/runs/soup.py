@@ -32,6 +32,10 @@ VARIANTS = (
     "velora_config", "kasa_config", "alpha_pattern",
 )  # fmt: skip
 
+# What of a recipe makes the base another one, or its images.
+_OF_BASE = ("model_name_or_path", "model_revision", "base_precision", "load_in_4bit", "load_in_8bit")
+_OF_BASE += ("min_pixels", "max_pixels")
+
 Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # layer -> s B (N, r) and A (r, K)
 Tensors = dict[str, torch.Tensor]
 
@@ -92,8 +96,7 @@ def _check_same(folders: Sequence[str], runs: Sequence[run_folder.Run]) -> None:
     """Raises InputError for runs on other bases, or with other prompts, pixels or letters."""
 
     def facts(run: run_folder.Run) -> dict[str, Any]:
-        names = ("model_name_or_path", "min_pixels", "max_pixels")
-        own = {name: run.recipe.get(name) for name in names}
+        own = {name: run.recipe.get(name) or None for name in _OF_BASE}
         return own | {"num_letters": run.num_letters, "prompts": vars(run.prompts)}
 
     first = facts(runs[0])

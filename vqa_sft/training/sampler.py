@@ -2,9 +2,13 @@
 classification are balanced."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import datasets
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
+
+from vqa_sft.batch.collator import REPETITION
 
 NUM_SORTED = 50  # batches whose rows are sorted together; fewer where there are less than four times as many
 
@@ -36,7 +40,8 @@ class LengthSampler(Sampler[int]):
         else:
             drawn = draw_balanced(self.classes, generator)
         for start in range(0, num_rows, share):
-            drawn[start : start + share] = sorted(drawn[start : start + share], key=self.lengths.__getitem__)
+            part = drawn[start : start + share]
+            drawn[start : start + share] = sorted(part, key=lambda number: self.lengths[number % num_rows])
         batches = [drawn[start : start + size] for start in range(0, num_rows, size)]
         # One that is not whole stays last: rows are taken from one batch after another.
         last = [batches.pop()] if num_rows % size else []
@@ -61,9 +66,27 @@ class BalancedSampler(Sampler[int]):
         return iter(draw_balanced(self.classes, torch.Generator().manual_seed(self.seed + self.epoch)))
 
 
+class RepeatedRows(Dataset):
+    """Training rows by the numbers of `draw_balanced`, each with its repetition, by which the collator draws."""
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: list[int]) -> list[dict[str, Any]]:
+        rows = self.rows.__getitems__([number % len(self) for number in numbers])
+        return [row | {REPETITION: number // len(self)} for row, number in zip(rows, numbers, strict=True)]
+
+
 def draw_balanced(classes: Sequence[int], generator: torch.Generator) -> list[int]:
     """As many rows as there are, in a random order, those of each class equally often, give or take one: of a rare
-    class each row several times, of a frequent one some of them."""
+    class each row several times, of a frequent one some of them. Of N rows, row r is r the first time, then N + r,
+    2 N + r, ..."""
 
     def shuffled(items: list[int]) -> list[int]:
         return [items[place] for place in torch.randperm(len(items), generator=generator).tolist()]
@@ -76,5 +99,5 @@ def draw_balanced(classes: Sequence[int], generator: torch.Generator) -> list[in
     for number, place in enumerate(shuffled([*rows_of])):
         wanted, own = each + (number < more), rows_of[place]
         rows = own * (wanted // len(own)) + shuffled(own)[: wanted % len(own)]
-        drawn += rows
+        drawn += [row + len(classes) * (number // len(own)) for number, row in enumerate(rows)]
     return shuffled(drawn)

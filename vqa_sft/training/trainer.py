@@ -29,7 +29,7 @@ from vqa_sft.training.averaging import AdapterAverage, trained
 from vqa_sft.training.callbacks import EpochForCollator, Speed, now_s
 from vqa_sft.training.loss import LossSettings, answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
 from vqa_sft.training.metrics import letter_metrics
-from vqa_sft.training.sampler import BalancedSampler, LengthSampler
+from vqa_sft.training.sampler import BalancedSampler, LengthSampler, RepeatedRows
 from vqa_sft.training.saving import MarkWholeCheckpoints, SaveAndStop, keep_worker
 
 
@@ -272,8 +272,10 @@ class AnswerTrainer(SFTTrainer):
         with self._evaluation_collator():
             return super().get_test_dataloader(test_dataset)
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
-        loader = super()._get_dataloader(*args, **kwargs)
+    def _get_dataloader(self, dataset: datasets.Dataset, *args: Any, **kwargs: Any) -> DataLoader:
+        if kwargs.get("is_training") and self.balanced is not None:
+            dataset = RepeatedRows(dataset)
+        loader = super()._get_dataloader(dataset, *args, **kwargs)
         if self.stop is not None:
             base = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
             base.worker_init_fn = partial(_init_worker, base.worker_init_fn, self.stop.is_listening)
