@@ -195,6 +195,16 @@ def test_every_epoch_shows_the_choices_in_new_orders(families, contest, tmp_path
     assert seen == [{row["id"]: draw_order(4, 42, epoch, row["id"]) for row in examples} for epoch in range(3)]
 
 
+def test_processes_ask_each_other_for_their_rows_only_where_these_may_differ(families, contest, tmp_path, monkeypatch):
+    trainer, _, _ = build_trainer(families("llava"), contest, tmp_path / "run", 2)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda count, how: {"sum": count + 1}[how])
+    batches = [{"ids": ["a", "b"]}, {"ids": ["c"]}]
+    assert trainer.get_batch_samples(iter(batches), 2, "cpu")[1] == 6
+    trainer.accelerator.even_batches = False
+    assert trainer.get_batch_samples(iter(batches), 2, "cpu")[1] == 4
+
+
 def test_padded_rows_of_like_length_are_in_one_batch_in_an_order_of_seed_and_epoch(families, contest, tmp_path):
     how = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     trainer, examples, _ = build_trainer(families("llava"), contest, tmp_path / "run", 24, **how)

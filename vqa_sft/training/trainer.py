@@ -20,6 +20,7 @@ from trl import SFTTrainer
 
 from vqa_sft.batch.collator import AnswerCollator, TrainCollator
 from vqa_sft.errors import InputError, ProcessError, printable
+from vqa_sft.models import processes
 from vqa_sft.models.fast.speedups import base_of
 from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import supervised_logits
@@ -59,6 +60,7 @@ class AnswerTrainer(SFTTrainer):
         self.lengths, self.balanced = lengths, balanced
         kwargs.setdefault("compute_metrics", letter_metrics)
         super().__init__(*args, data_collator=data_collator, **kwargs)
+        processes.spare_ddp(self.accelerator, self.model, self.args.ddp_broadcast_buffers)
         self.eval_collator = eval_collator
         self.loss, self.letter_ids = loss, loss.letter_ids.to(self.args.device)
         self.vision_learning_rate = vision_learning_rate
@@ -110,11 +112,13 @@ class AnswerTrainer(SFTTrainer):
         """The micro-batches of one optimiser step, and the number of rows in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.ids = [row_id for batch in batches for row_id in batch["ids"]]
-        num_rows = len(self.ids)
-        self.speed.num_rows += num_rows * self.accelerator.num_processes
-        if self.accelerator.num_processes == 1:  # on the CPU: a copy to the GPU may wait for all that it has to do
-            return batches, torch.tensor(num_rows)
-        return batches, self.accelerator.reduce(torch.tensor(num_rows, device=device), "sum")
+        num_rows, num_processes = len(self.ids), self.accelerator.num_processes
+        self.speed.num_rows += num_rows * num_processes
+        if num_processes > 1 and not self.accelerator.even_batches:
+            return batches, self.accelerator.reduce(torch.tensor(num_rows, device=device), "sum")
+        # Every process has as many, streams without an end too. On the CPU: a copy to the GPU waits for all that it has
+        # to do, and then the GPU for the first kernels of the step.
+        return batches, torch.tensor(num_rows * num_processes)
 
     def compute_loss(
         self,
