@@ -123,6 +123,9 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
         # A shape that does not compile runs uncompiled.
         torch._dynamo.config.suppress_errors = True
         torch._functorch.config.activation_memory_budget = memory_budget
+        # Else DDP has each layer cut in two at the size of its first bucket, though its own gradients are sent while
+        # the layer before it computes anyway.
+        torch._dynamo.config.optimize_ddp = False
         if decoder.config._attn_implementation == "sdpa":
             decoder.config._attn_implementation = MASKED
         decoder.register_forward_pre_hook(_ask_for_gradients, with_kwargs=True)
