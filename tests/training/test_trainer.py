@@ -2,6 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from trainers import SPELLING, build_trainer
 
 from vqa_sft.batch.collator import TARGET_KEYS
@@ -11,7 +13,7 @@ from vqa_sft.models.fast import speedups
 from vqa_sft.models.scoring import answer_logits
 from vqa_sft.questions.letters import draw_order
 from vqa_sft.training.metrics import letter_metrics
-from vqa_sft.training.sampler import LengthSampler
+from vqa_sft.training.sampler import LengthSampler, Order, deal_evenly
 from vqa_sft.training.validation import predict_examples
 
 
@@ -209,11 +211,12 @@ def test_padded_rows_of_like_length_are_in_one_batch_in_an_order_of_seed_and_epo
     how = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     trainer, examples, _ = build_trainer(families("llava"), contest, tmp_path / "run", 24, **how)
     ids = examples["id"][:]
-    trainer.lengths = [(7 * number) % 24 for number in range(24)]
+    lengths = [(7 * number) % 24 for number in range(24)]
+    trainer.order = Order(lengths)
     loader, epochs = trainer.get_train_dataloader(), []
     for epoch in (0, 1, 0):
         loader.set_epoch(epoch)
-        epochs.append([[trainer.lengths[ids.index(row)] for row in batch["ids"]] for batch in loader])
+        epochs.append([[lengths[ids.index(row)] for row in batch["ids"]] for batch in loader])
     assert epochs[0] == epochs[2] != epochs[1]
     assert sorted(sum(epochs[1], [])) == [*range(24)]
     steps = [first + second for first, second in zip(epochs[0][::2], epochs[0][1::2], strict=True)]
@@ -232,6 +235,51 @@ def test_batches_of_like_length_are_drawn_in_a_random_order_and_none_is_split():
     assert padded < 1.02 < 1.3 < sum(8 * max(batch) for batch in drawn) / sum(map(sum, drawn))
     longest = torch.tensor([max(batch) for batch in batches], dtype=torch.float)
     assert torch.corrcoef(torch.stack([longest, torch.arange(500.0)]))[0, 1].abs() < 0.2
+
+
+def test_padded_rows_are_in_the_same_steps_on_any_number_of_processes(families, contest, tmp_path, monkeypatch):
+    orders = []
+    for number in (1, 2):
+        how = {"per_device_train_batch_size": 4 // number}
+        trainer, *_ = build_trainer(families("llava"), contest, tmp_path / f"run{number}", 24, **how)
+        trainer.order = Order([(7 * place) % 24 for place in range(24)])
+        monkeypatch.setattr(type(trainer.args), "world_size", number)
+        orders.append([*trainer._get_train_sampler()])
+    assert orders[0] == orders[1] and sorted(orders[0]) == [*range(24)]
+
+
+def loaders_of_processes(rows, batch_size, num_processes, tokens=None):
+    """The batches of one epoch of each process, as accelerate deals them; with `tokens` evenly, in steps of two."""
+    found = []
+    for process in range(num_processes):
+        loader = DataLoader(rows, batch_size, shuffle=True, generator=torch.Generator().manual_seed(1))
+        how = {"num_processes": num_processes, "process_index": process, "put_on_device": False}
+        loader = prepare_data_loader(loader, **how, use_seedable_sampler=True, data_seed=3)
+        if tokens is not None:
+            deal_evenly(loader, tokens, num_batches=2 * num_processes)
+        loader.set_epoch(5)
+        found.append([batch.tolist() for batch in loader])
+    return found
+
+
+def test_rows_of_a_step_are_dealt_evenly_to_the_processes_and_stay_in_it():
+    torch.manual_seed(0)
+    tokens = torch.randint(100, 600, (100,)).tolist()
+    drawn, dealt = (loaders_of_processes(range(100), 8, 2, given) for given in (None, tokens))
+
+    def steps(batches):
+        return [[sum(of_process[start : start + 2], []) for of_process in batches] for start in range(0, 7, 2)]
+
+    def unevenness(rows_of_processes):
+        totals = [sum(tokens[row] for row in rows) for rows in rows_of_processes]
+        return max(totals) / (sum(totals) / 2) - 1
+
+    assert all(len(batch) == 8 for of_process in dealt for batch in of_process)
+    assert {row for of_process in dealt for batch in of_process for row in batch} == {*range(100)}
+    # The fourth is not whole: accelerate adds rows of the first batches to it.
+    drawn, dealt = steps(drawn)[:3], steps(dealt)[:3]
+    assert [sorted(sum(step, [])) for step in drawn] == [sorted(sum(step, [])) for step in dealt]
+    assert max(map(unevenness, dealt)) < 0.01 < 0.03 < max(map(unevenness, drawn))
 
 
 def test_the_log_tells_the_accuracy_and_the_letters_share_of_the_vocabulary(families, contest, tmp_path):

@@ -4,7 +4,7 @@ What is ours: the loss at the answer position, its count of rows over the global
 the letters. Everything else (loop, distribution, checkpoints, logging) is the libraries'.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -30,15 +30,14 @@ from vqa_sft.training.averaging import AdapterAverage, trained
 from vqa_sft.training.callbacks import EpochForCollator, Speed, now_s
 from vqa_sft.training.loss import LossSettings, answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
 from vqa_sft.training.metrics import letter_metrics
-from vqa_sft.training.sampler import BalancedSampler, LengthSampler
+from vqa_sft.training.sampler import BalancedSampler, LengthSampler, Order, deal_evenly
 from vqa_sft.training.saving import MarkWholeCheckpoints, SaveAndStop, keep_worker
 
 
 class AnswerTrainer(SFTTrainer):
     """`vision_learning_rate` is that of all trained weights outside the language model. Every evaluation scores the
-    `average` too. `stop` keeps the loaders' workers from a SIGTERM while it listens. Both are callbacks. With `lengths`
-    of the training rows, those of like length are in one batch; with their classes `balanced`, these are drawn equally
-    often."""
+    `average` too. `stop` keeps the loaders' workers from a SIGTERM while it listens. Both are callbacks. `order` is
+    that of the training rows."""
 
     # `compute_loss` divides by the rows of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -53,11 +52,10 @@ class AnswerTrainer(SFTTrainer):
         vision_learning_rate: float | None = None,
         average: AdapterAverage | None = None,
         stop: SaveAndStop | None = None,
-        lengths: Sequence[int] | None = None,
-        balanced: Sequence[int] | None = None,
+        order: Order | None = None,
         **kwargs: Any,
     ) -> None:
-        self.lengths, self.balanced = lengths, balanced
+        self.order = order or Order()
         kwargs.setdefault("compute_metrics", letter_metrics)
         super().__init__(*args, data_collator=data_collator, **kwargs)
         processes.spare_ddp(self.accelerator, self.model, self.args.ddp_broadcast_buffers)
@@ -96,15 +94,21 @@ class AnswerTrainer(SFTTrainer):
         return optimizer
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler | None:
-        if self.lengths is None and self.balanced is None:
-            return super()._get_train_sampler(train_dataset)
-        args = self.args
+        args, order = self.args, self.order
         seed = args.seed if args.data_seed is None else args.data_seed
-        if self.lengths is None:
-            return BalancedSampler(self.balanced, seed)
-        return LengthSampler(
-            self.lengths, args.train_batch_size * args.gradient_accumulation_steps, seed, self.balanced
-        )
+        if order.lengths is not None:
+            # All rows of a step, so that processes, which wait for each other, have rows of like length too.
+            rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            return LengthSampler(order.lengths, rows_a_step, seed, order.balanced)
+        if order.balanced is not None:
+            return BalancedSampler(order.balanced, seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if self.order.tokens is not None:
+            deal_evenly(loader, self.order.tokens, self.args.gradient_accumulation_steps * self.args.world_size)
+        return loader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
