@@ -84,7 +84,7 @@ class TornDown:
     def __del__(self, abort=os.abort):
         abort()  # as a thread of gloo's does now and then, when Python tears down around it
 
-if os.environ["WORLD_SIZE"] != "1":
+if os.environ.get("WORLD_SIZE", "1") != "1":
     torn_down = TornDown()
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
