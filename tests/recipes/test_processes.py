@@ -289,7 +289,8 @@ def test_zero_trains_as_plain_ddp_and_saves_an_adapter(
     run = tmp_path / stage
     # Stage 3 cannot average; a run that does may end with the average, on two processes as on one.
     averaged = AVERAGED["swa"] if stage == "zero2" else {}
-    launch(stage, 2, "sft", **RECIPE, **data(contest), output_dir=run, **averaged)
+    said = launch(stage, 2, "sft", **RECIPE, **data(contest), output_dir=run, **averaged)
+    assert "no gradients" in said  # of the frozen vision tower
     if averaged:
         assert_close_average(run, contest, "swa")
     assert losses(run) == pytest.approx(losses(one_process), abs=1e-5)

@@ -152,9 +152,14 @@ def _can_be_compiled(base: PreTrainedModel) -> bool:
 def speed_up_training(
     trainer: Trainer, num_rows: float, *, compile_layers: bool | None, memory_budget: float = 1.0
 ) -> None:
-    """`speed_up` of a trainer's model, where every process has all of its weights."""
+    """`speed_up` of a trainer's model, where every process has all of its weights; else what leaves them alone."""
     if processes.shards_weights():
-        say("vision tower and layers stay the library's: their weights are spread over processes")
+        say("layers and the weights of the vision tower stay the library's: they are spread over processes")
+        base = base_of(trainer.model)
+        if base.config.model_type in PACKED and vision.is_frozen(tower := tower_of(base)):
+            vision.skip_gradients(tower)
+            say("vision tower: no gradients")
+        stay_in_training(trainer.model)
         return
     compiles = pays_compilation(base_of(trainer.model).config, num_rows, compile_layers)
     if compiles and trainer.is_deepspeed_enabled:
