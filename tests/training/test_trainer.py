@@ -1,8 +1,10 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from accelerate.data_loader import prepare_data_loader
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 from trainers import SPELLING, build_trainer
 
@@ -13,7 +15,7 @@ from vqa_sft.models.fast import speedups
 from vqa_sft.models.scoring import answer_logits
 from vqa_sft.questions.letters import draw_order
 from vqa_sft.training.metrics import letter_metrics
-from vqa_sft.training.sampler import LengthSampler, Order, deal_evenly
+from vqa_sft.training.sampler import BalancedSampler, LengthSampler, Order, order_for_processes
 from vqa_sft.training.validation import predict_examples
 
 
@@ -248,24 +250,42 @@ def test_padded_rows_are_in_the_same_steps_on_any_number_of_processes(families, 
     assert orders[0] == orders[1] and sorted(orders[0]) == [*range(24)]
 
 
-def loaders_of_processes(rows, batch_size, num_processes, tokens=None):
-    """The batches of one epoch of each process, as accelerate deals them; with `tokens` evenly, in steps of two."""
-    found = []
-    for process in range(num_processes):
-        loader = DataLoader(rows, batch_size, shuffle=True, generator=torch.Generator().manual_seed(1))
-        how = {"num_processes": num_processes, "process_index": process, "put_on_device": False}
-        loader = prepare_data_loader(loader, **how, use_seedable_sampler=True, data_seed=3)
-        if tokens is not None:
-            deal_evenly(loader, tokens, num_batches=2 * num_processes)
-        loader.set_epoch(5)
-        found.append([batch.tolist() for batch in loader])
-    return found
+def loader_of(process, rows, batch_size, sampler=None, tokens=None):
+    """That of one of two processes, as accelerate makes it; with `tokens` rows are dealt evenly, in steps of two."""
+    drawn = {"sampler": sampler} if sampler else {"shuffle": True, "generator": torch.Generator().manual_seed(1)}
+    how = {"num_processes": 2, "process_index": process, "put_on_device": False}
+    loader = DataLoader(rows, batch_size, **drawn)
+    loader = prepare_data_loader(loader, **how, use_seedable_sampler=True, data_seed=3)
+    order_for_processes(loader, 4, tokens)
+    return loader
+
+
+def batches_of(loader, epoch):
+    loader.set_epoch(epoch)
+    return [batch.tolist() for batch in loader]
+
+
+@pytest.mark.parametrize("how", ["drawn", "dealt", "of like length", "balanced", "balanced and dealt"])
+def test_an_epoch_that_is_resumed_has_the_rows_that_it_had_not_yet(how):
+    values = [(7 * number) % 24 for number in range(24)]
+    sampler = LengthSampler(values, 8, seed=3) if how == "of like length" else None
+    sampler = BalancedSampler([0] * 18 + [1] * 6, seed=3) if "balanced" in how else sampler
+
+    def load():
+        return loader_of(1, range(24), 2, copy.deepcopy(sampler), values if "dealt" in how else None)
+
+    whole = batches_of(load(), epoch=1)
+    assert whole != batches_of(load(), epoch=0)
+    assert batches_of(skip_first_batches(load(), 2), epoch=1) == whole[2:]
 
 
 def test_rows_of_a_step_are_dealt_evenly_to_the_processes_and_stay_in_it():
     torch.manual_seed(0)
     tokens = torch.randint(100, 600, (100,)).tolist()
-    drawn, dealt = (loaders_of_processes(range(100), 8, 2, given) for given in (None, tokens))
+    drawn, dealt = (
+        [batches_of(loader_of(process, range(100), 8, tokens=given), epoch=5) for process in (0, 1)]
+        for given in (None, tokens)
+    )
 
     def steps(batches):
         return [[sum(of_process[start : start + 2], []) for of_process in batches] for start in range(0, 7, 2)]

@@ -108,13 +108,18 @@ class EvenSampler(Sampler[int]):
         return [row for batch in batches for row in batch]
 
 
-def deal_evenly(loader: DataLoader, tokens: Sequence[int], num_batches: int) -> None:
-    """Let an EvenSampler order the rows of a `loader` that accelerate made for one of several processes, each of which
-    takes every so many-th batch."""
+def order_for_processes(loader: DataLoader, num_batches: int, tokens: Sequence[int] | None = None) -> None:
+    """Complete a `loader` that accelerate made for one of several processes, each of which takes every so many-th
+    batch: with `tokens` of the rows, the `num_batches` of a step are even."""
     shard = loader.batch_sampler
-    if isinstance(shard, BatchSamplerShard) and not shard.split_batches:
-        batches = shard.batch_sampler
+    if not isinstance(shard, BatchSamplerShard):
+        return
+    batches = shard.batch_sampler
+    if tokens is not None and not shard.split_batches:
         batches.sampler = EvenSampler(batches.sampler, tokens, batches.batch_size, num_batches)
+    # Where accelerate 1.15 looks for what to tell the epoch to, when that is resumed in its middle. It puts none but
+    # its own sampler there.
+    shard.sampler = batches.sampler
 
 
 def draw_balanced(classes: Sequence[int], generator: torch.Generator) -> list[int]:

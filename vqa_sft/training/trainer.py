@@ -30,7 +30,7 @@ from vqa_sft.training.averaging import AdapterAverage, trained
 from vqa_sft.training.callbacks import EpochForCollator, Speed, now_s
 from vqa_sft.training.loss import LossSettings, answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
 from vqa_sft.training.metrics import letter_metrics
-from vqa_sft.training.sampler import BalancedSampler, LengthSampler, Order, deal_evenly
+from vqa_sft.training.sampler import BalancedSampler, LengthSampler, Order, order_for_processes
 from vqa_sft.training.saving import MarkWholeCheckpoints, SaveAndStop, keep_worker
 
 
@@ -105,9 +105,8 @@ class AnswerTrainer(SFTTrainer):
         return super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> DataLoader:
-        loader = super().get_train_dataloader()
-        if self.order.tokens is not None:
-            deal_evenly(loader, self.order.tokens, self.args.gradient_accumulation_steps * self.args.world_size)
+        loader, args = super().get_train_dataloader(), self.args
+        order_for_processes(loader, args.gradient_accumulation_steps * args.world_size, self.order.tokens)
         return loader
 
     def get_batch_samples(
