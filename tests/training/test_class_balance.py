@@ -9,7 +9,7 @@ from transformers import EvalPrediction
 
 from vqa_sft.tiny import TINY_PATH
 from vqa_sft.training.metrics import letter_metrics
-from vqa_sft.training.sampler import LengthSampler, Order, draw_balanced
+from vqa_sft.training.sampler import LengthSampler, draw_balanced
 
 CLASSES = [0] * 80 + [1] * 15 + [2] * 5
 
@@ -42,15 +42,14 @@ def test_balanced_rows_depend_on_seed_and_epoch_and_are_sorted_by_length_all_the
 
 def test_a_trainer_draws_balanced_classes_where_rows_are_packed(contest, tmp_path):
     trainer, examples, _ = build_trainer(TINY_PATH, contest, tmp_path / "run", 24, per_device_train_batch_size=4)
-    classes = [0] * 18 + [1] * 6
-    trainer.order = Order(balanced=classes)
+    trainer.balanced = [0] * 18 + [1] * 6
     loader, ids = trainer.get_train_dataloader(), examples["id"][:]
     epochs = []
     for epoch in (0, 1):
         loader.set_epoch(epoch)
         epochs.append([ids.index(row_id) for batch in loader for row_id in batch["ids"]])
     assert epochs[0] != epochs[1]
-    assert all(Counter(classes[row] for row in epoch) == {0: 12, 1: 12} for epoch in epochs)
+    assert all(Counter(trainer.balanced[row] for row in epoch) == {0: 12, 1: 12} for epoch in epochs)
 
 
 def test_weights_count_in_the_loss_and_not_in_an_evaluation(contest, tmp_path):

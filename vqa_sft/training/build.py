@@ -30,10 +30,10 @@ from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
 from vqa_sft.training.averaging import AdapterAverage
 from vqa_sft.training.curves import WriteCurves
+from vqa_sft.training.dealing import Order
 from vqa_sft.training.folder import kept_prompts
 from vqa_sft.training.loss import LossSettings
 from vqa_sft.training.rows import Rows
-from vqa_sft.training.sampler import Order
 from vqa_sft.training.saving import SaveAndStop
 from vqa_sft.training.trainer import AnswerTrainer
 

@@ -28,9 +28,10 @@ from vqa_sft.runs.checkpoints import MARKER, resumes_from
 from vqa_sft.training import averaging
 from vqa_sft.training.averaging import AdapterAverage, trained
 from vqa_sft.training.callbacks import EpochForCollator, Speed, now_s
+from vqa_sft.training.dealing import Order, order_for_processes
 from vqa_sft.training.loss import LossSettings, answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
 from vqa_sft.training.metrics import letter_metrics
-from vqa_sft.training.sampler import BalancedSampler, LengthSampler, Order, order_for_processes
+from vqa_sft.training.sampler import BalancedSampler, LengthSampler
 from vqa_sft.training.saving import MarkWholeCheckpoints, SaveAndStop, keep_worker
 
 
@@ -55,7 +56,8 @@ class AnswerTrainer(SFTTrainer):
         order: Order | None = None,
         **kwargs: Any,
     ) -> None:
-        self.order = order or Order()
+        order = order or Order()
+        self.lengths, self.tokens, self.balanced = order.lengths, order.tokens, order.balanced
         kwargs.setdefault("compute_metrics", letter_metrics)
         super().__init__(*args, data_collator=data_collator, **kwargs)
         processes.spare_ddp(self.accelerator, self.model, self.args.ddp_broadcast_buffers)
@@ -94,19 +96,19 @@ class AnswerTrainer(SFTTrainer):
         return optimizer
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler | None:
-        args, order = self.args, self.order
+        if self.lengths is None and self.balanced is None:
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        if order.lengths is not None:
-            # All rows of a step, so that processes, which wait for each other, have rows of like length too.
-            rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            return LengthSampler(order.lengths, rows_a_step, seed, order.balanced)
-        if order.balanced is not None:
-            return BalancedSampler(order.balanced, seed)
-        return super()._get_train_sampler(train_dataset)
+        if self.lengths is None:
+            return BalancedSampler(self.balanced, seed)
+        # All rows of a step, so that processes, which wait for each other, have rows of like length too.
+        rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthSampler(self.lengths, rows_a_step, seed, self.balanced)
 
     def get_train_dataloader(self) -> DataLoader:
         loader, args = super().get_train_dataloader(), self.args
-        order_for_processes(loader, args.gradient_accumulation_steps * args.world_size, self.order.tokens)
+        order_for_processes(loader, args.gradient_accumulation_steps * args.world_size, self.tokens)
         return loader
 
     def get_batch_samples(
