@@ -2,12 +2,13 @@ import json
 
 import datasets
 import pytest
+import torch
 from contest import rows_of, write_csv
 from PIL import Image
 from reports import found, report_on
 
 from vqa_sft.batch.collator import AnswerCollator
-from vqa_sft.batch.count_tokens import count_tokens, prompt_checks, relative_lengths
+from vqa_sft.batch.count_tokens import count_tokens, prompt_checks, relative_lengths, uneven_tokens
 from vqa_sft.batch.prompts import Prompts, builtin_prompts
 from vqa_sft.data.check import TRAINING, check
 from vqa_sft.data.examples import read_examples
@@ -79,6 +80,18 @@ def test_control_tokens_of_the_model_are_an_error(families, contest):
 def test_a_control_token_in_the_prompt_is_an_error_of_the_recipe(families):
     with pytest.raises(InputError, match="the prompt holds '<.image_pad.>'"):
         prompt_checks(load_processor(families("qwen2_5_vl")), Prompts(system="Look at <|image_pad|>."))
+
+
+def test_uneven_tokens_differ_between_rows_about_as_their_tokens_do(families, mixed):
+    processor = load_processor(families("qwen2_5_vl"))
+    examples = read_examples(str(mixed)).examples
+    counted = AnswerCollator(processor, Prompts(), num_letters=4)([*examples])["attention_mask"].sum(dim=1)
+    estimated = torch.tensor(uneven_tokens(processor, examples))
+    differences = [numbers - numbers.float().mean() for numbers in (counted, estimated)]
+    assert differences[0].abs().max() > 150
+    assert (differences[0] - differences[1]).abs().max() < 40
+    (mixed.parent / "4.png").unlink()  # the collator says so when the row comes
+    assert uneven_tokens(processor, examples)[:4] == estimated[:4].tolist()
 
 
 def test_relative_lengths_count_images_before_characters():

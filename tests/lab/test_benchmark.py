@@ -1,4 +1,7 @@
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from vqa_sft.lab import benchmark
 
@@ -15,8 +18,18 @@ def test_the_table_has_a_line_for_every_case_failed_or_not():
     ]
 
 
-KINDS = ["TRL", "train", "cached features", "FP8 base", "score", "score, FP8 base", "rotations", "five runs"]
-KINDS.append("one row at a time")
+def test_the_time_that_a_gpu_does_nothing_but_exchange_is_without_that_of_kernels_beside_it():
+    def event(name, start, end, device="CUDA"):
+        where = getattr(torch.autograd.DeviceType, device)
+        return SimpleNamespace(name=name, device_type=where, time_range=SimpleNamespace(start=start, end=end))
+
+    events = [event("gemm", 0, 10), event("ncclDevKernel_AllReduce", 5, 14), event("gemm", 12, 13)]
+    events += [event("ncclDevKernel_AllReduce", 20, 23), event("aten::mm", 0, 99, "CPU")]
+    assert benchmark.exchanging_s(events) == pytest.approx(6e-6)  # 10 to 12, 13 to 14 and 20 to 23 us
+
+
+KINDS = ["TRL", "train", "train, two GPUs", "cached features", "FP8 base", "score", "score, FP8 base", "rotations"]
+KINDS += ["five runs", "one row at a time"]
 OF_FAMILIES = [case.name for row in benchmark.FAMILIES for case in benchmark.family_cases(*row)]
 
 

@@ -35,10 +35,13 @@ RECIPE |= {"gradient_checkpointing": True, "dataloader_num_workers": 0, "disable
 # Without that epsilon Adam's first steps are as long for a gradient of rounding as for any other.
 RECIPE |= {"adam_epsilon": 1e-3, "image_augmentation": 0.1}
 # Runs a script under `accelerate launch` and says how many processes really worked together. DeepSpeed's CPU backend
-# compiles an all-reduce of its own when it may; gloo's does as well and needs no compiler.
+# compiles an all-reduce of its own when it may; gloo's does as well and needs no compiler. What processes exchange in
+# the forward and backward of a step, beside the gradients, is counted too.
 COUNTED = """
 import atexit, os, runpy, sys
+import torch.distributed
 from accelerate import PartialState
+from transformers import Trainer
 
 if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     import deepspeed.ops
@@ -49,6 +52,33 @@ if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
 def count():
     if PartialState().is_main_process:
         print("processes that worked together:", PartialState().num_processes)
+        print("exchanged within steps:", exchanged)
+
+exchanged, is_within = [], []
+
+def within(method):
+    def run(*args, **kwargs):
+        is_within.append(True)
+        try:
+            return method(*args, **kwargs)
+        finally:
+            is_within.pop()
+    return run
+
+def counting(name, function):
+    def run(*args, **kwargs):
+        if is_within:
+            exchanged.append(name)
+        return function(*args, **kwargs)
+    return run
+
+def build(self, *args, build=Trainer.__init__, **kwargs):
+    build(self, *args, **kwargs)
+    self.get_batch_samples, self.training_step = within(self.get_batch_samples), within(self.training_step)
+
+Trainer.__init__ = build
+for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "_broadcast_coalesced", "barrier"):
+    setattr(torch.distributed, name, counting(name, getattr(torch.distributed, name)))
 
 class TornDown:
     def __del__(self, abort=os.abort):
@@ -190,6 +220,7 @@ def launch(tmp_path_factory):
             return
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"processes that worked together: {num_processes}" in done.stdout
+        return done.stdout
 
     return run
 
@@ -210,7 +241,8 @@ def one_process_predictions(contest, launch, one_process):
 
 def test_training_on_two_processes_is_training_on_one(contest, launch, one_process):
     run = contest.parent / "two"
-    launch("multi_gpu", 2, "sft", **RECIPE, **data(contest), output_dir=run, **AVERAGED["ema"])
+    said = launch("multi_gpu", 2, "sft", **RECIPE, **data(contest), output_dir=run, **AVERAGED["ema"])
+    assert "exchanged within steps: []" in said
     reference = losses(one_process)
     assert len(reference) == 6 and reference[-1] < 0.5 * reference[0]
     assert losses(run) == pytest.approx(reference, abs=1e-5)
@@ -257,7 +289,8 @@ def test_zero_trains_as_plain_ddp_and_saves_an_adapter(
     run = tmp_path / stage
     # Stage 3 cannot average; a run that does may end with the average, on two processes as on one.
     averaged = AVERAGED["swa"] if stage == "zero2" else {}
-    launch(stage, 2, "sft", **RECIPE, **data(contest), output_dir=run, **averaged)
+    said = launch(stage, 2, "sft", **RECIPE, **data(contest), output_dir=run, **averaged)
+    assert "no gradients" in said  # of the frozen vision tower
     if averaged:
         assert_close_average(run, contest, "swa")
     assert losses(run) == pytest.approx(losses(one_process), abs=1e-5)

@@ -1,7 +1,11 @@
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.utils.data import DataLoader
 from trainers import SPELLING, build_trainer
 
 from vqa_sft.batch.collator import TARGET_KEYS
@@ -10,8 +14,9 @@ from vqa_sft.images import open_image
 from vqa_sft.models.fast import speedups
 from vqa_sft.models.scoring import answer_logits
 from vqa_sft.questions.letters import draw_order
+from vqa_sft.training.dealing import order_for_processes
 from vqa_sft.training.metrics import letter_metrics
-from vqa_sft.training.sampler import LengthSampler
+from vqa_sft.training.sampler import BalancedSampler, LengthSampler
 from vqa_sft.training.validation import predict_examples
 
 
@@ -195,6 +200,16 @@ def test_every_epoch_shows_the_choices_in_new_orders(families, contest, tmp_path
     assert seen == [{row["id"]: draw_order(4, 42, epoch, row["id"]) for row in examples} for epoch in range(3)]
 
 
+def test_processes_ask_each_other_for_their_rows_only_where_these_may_differ(families, contest, tmp_path, monkeypatch):
+    trainer, _, _ = build_trainer(families("llava"), contest, tmp_path / "run", 2)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(trainer.accelerator, "reduce", lambda count, how: {"sum": count + 1}[how])
+    batches = [{"ids": ["a", "b"]}, {"ids": ["c"]}]
+    assert trainer.get_batch_samples(iter(batches), 2, "cpu")[1] == 6
+    trainer.accelerator.even_batches = False
+    assert trainer.get_batch_samples(iter(batches), 2, "cpu")[1] == 4
+
+
 def test_padded_rows_of_like_length_are_in_one_batch_in_an_order_of_seed_and_epoch(families, contest, tmp_path):
     how = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     trainer, examples, _ = build_trainer(families("llava"), contest, tmp_path / "run", 24, **how)
@@ -222,6 +237,70 @@ def test_batches_of_like_length_are_drawn_in_a_random_order_and_none_is_split():
     assert padded < 1.02 < 1.3 < sum(8 * max(batch) for batch in drawn) / sum(map(sum, drawn))
     longest = torch.tensor([max(batch) for batch in batches], dtype=torch.float)
     assert torch.corrcoef(torch.stack([longest, torch.arange(500.0)]))[0, 1].abs() < 0.2
+
+
+def test_padded_rows_are_in_the_same_steps_on_any_number_of_processes(families, contest, tmp_path, monkeypatch):
+    orders = []
+    for number in (1, 2):
+        how = {"per_device_train_batch_size": 4 // number}
+        trainer, *_ = build_trainer(families("llava"), contest, tmp_path / f"run{number}", 24, **how)
+        trainer.lengths = [(7 * place) % 24 for place in range(24)]
+        monkeypatch.setattr(type(trainer.args), "world_size", number)
+        orders.append([*trainer._get_train_sampler()])
+    assert orders[0] == orders[1] and sorted(orders[0]) == [*range(24)]
+
+
+def loader_of(process, rows, batch_size, sampler=None, tokens=None):
+    """That of one of two processes, as accelerate makes it; with `tokens` rows are dealt evenly, in steps of two."""
+    drawn = {"sampler": sampler} if sampler else {"shuffle": True, "generator": torch.Generator().manual_seed(1)}
+    how = {"num_processes": 2, "process_index": process, "put_on_device": False}
+    loader = DataLoader(rows, batch_size, **drawn)
+    loader = prepare_data_loader(loader, **how, use_seedable_sampler=True, data_seed=3)
+    order_for_processes(loader, 4, tokens)
+    return loader
+
+
+def batches_of(loader, epoch):
+    loader.set_epoch(epoch)
+    return [batch.tolist() for batch in loader]
+
+
+@pytest.mark.parametrize("how", ["drawn", "dealt", "of like length", "balanced", "balanced and dealt"])
+def test_an_epoch_that_is_resumed_has_the_rows_that_it_had_not_yet(how):
+    values = [(7 * number) % 24 for number in range(24)]
+    sampler = LengthSampler(values, 8, seed=3) if how == "of like length" else None
+    sampler = BalancedSampler([0] * 18 + [1] * 6, seed=3) if "balanced" in how else sampler
+
+    def load():
+        rows = range(24 if sampler is None else 10_000)  # a sampler knows how many it draws
+        return loader_of(1, rows, 2, copy.deepcopy(sampler), values if "dealt" in how else None)
+
+    whole = batches_of(load(), epoch=1)
+    assert whole != batches_of(load(), epoch=0)
+    assert batches_of(skip_first_batches(load(), 2), epoch=1) == whole[2:]
+
+
+def test_rows_of_a_step_are_dealt_evenly_to_the_processes_and_stay_in_it():
+    torch.manual_seed(0)
+    tokens = torch.randint(100, 600, (100,)).tolist()
+    drawn, dealt = (
+        [batches_of(loader_of(process, range(100), 8, tokens=given), epoch=5) for process in (0, 1)]
+        for given in (None, tokens)
+    )
+
+    def steps(batches):
+        return [[sum(of_process[start : start + 2], []) for of_process in batches] for start in range(0, 7, 2)]
+
+    def unevenness(rows_of_processes):
+        totals = [sum(tokens[row] for row in rows) for rows in rows_of_processes]
+        return max(totals) / (sum(totals) / 2) - 1
+
+    assert all(len(batch) == 8 for of_process in dealt for batch in of_process)
+    assert {row for of_process in dealt for batch in of_process for row in batch} == {*range(100)}
+    # The fourth is not whole: accelerate adds rows of the first batches to it.
+    drawn, dealt = steps(drawn)[:3], steps(dealt)[:3]
+    assert [sorted(sum(step, [])) for step in drawn] == [sorted(sum(step, [])) for step in dealt]
+    assert max(map(unevenness, dealt)) < 0.01 < 0.03 < max(map(unevenness, drawn))
 
 
 def test_the_log_tells_the_accuracy_and_the_letters_share_of_the_vocabulary(families, contest, tmp_path):

@@ -12,9 +12,12 @@ from transformers import ProcessorMixin
 
 from vqa_sft.batch.prompts import Prompts, check_prompts, control_tokens, render_prompt
 from vqa_sft.batch.template import Options, render
+from vqa_sft.images import size_of
 from vqa_sft.questions.letters import identity_order
 
 _BATCH = 1_000
+_SAMPLE = 200  # rows
+_IMAGE = 1_000_000  # characters, more than a row has
 
 
 def prompt_checks(processor: ProcessorMixin, prompts: Prompts) -> dict[str, Any]:
@@ -56,7 +59,30 @@ def relative_lengths(examples: datasets.Dataset) -> list[int]:
     # Not as Python objects: images may be bytes.
     images = examples.select_columns(["images"]).with_format("arrow").iter(_BATCH)
     counts = [count for batch in images for count in pc.list_value_length(batch["images"]).to_pylist()]
-    return [1_000_000 * count + length for count, length in zip(counts, characters, strict=True)]
+    return [_IMAGE * count + length for count, length in zip(counts, characters, strict=True)]
+
+
+def uneven_tokens(processor: ProcessorMixin, examples: datasets.Dataset, options: Options | None = None) -> list[int]:
+    """About how many tokens of each row are not in every row: those of its images, by their headers, and of its texts,
+    at the mean length of a token in the first rows. No image is decoded and few texts are tokenised."""
+    texts = examples.select(range(min(len(examples), _SAMPLE))).select_columns(["question", "choices", "context"])
+    joined = ["\n".join([row["question"], *row["choices"], row["context"] or ""]) for row in texts]
+    num_tokens = sum(map(len, processor.tokenizer(joined, add_special_tokens=False, verbose=False).input_ids))
+    rate = num_tokens / max(1, sum(map(len, joined)))
+    sizes = [[_size_of(image) for image in row["images"]] for row in examples.select_columns(["images"])]
+    added = image_tokens(processor, sorted({size for of_row in sizes for size in of_row if size}), options)
+    characters = [length % _IMAGE for length in relative_lengths(examples)]
+    return [
+        round(rate * length) + sum(added.get(size, 0) for size in of_row)
+        for length, of_row in zip(characters, sizes, strict=True)
+    ]
+
+
+def _size_of(image: dict | None) -> tuple[int, int] | None:
+    try:
+        return size_of(image) if image else None
+    except Exception:  # whatever Pillow raises; the collator says what is wrong with it
+        return None
 
 
 def image_tokens(

@@ -4,6 +4,7 @@
     python -m vqa_sft.lab.benchmark --only 7B --steps 20
     python -m vqa_sft.lab.benchmark recipes/qwen3b_t4.yaml --as-t4     # recipes as they stand
     python -m vqa_sft.lab.benchmark --only Qwen3.5-9B --only InternVL  # some families
+    python -m vqa_sft.lab.benchmark --only "7B train" --only "two GPUs"  # beside one, where there are two
     python -m vqa_sft.lab.benchmark --tiny                             # every kind of case and family, on a CPU
     python -m vqa_sft.lab.benchmark --tiny recipes/qwen3_5_9b.yaml     # a recipe with a small model of its family
 
@@ -13,7 +14,8 @@ own collator. Speed and memory do not depend on what the weights are; accuracy m
 
 The share of peak counts needed work only (needed_work.py): never padding or what is computed twice. The peak is that of
 a bf16 matrix product on the same GPU. The idle share is what is left of the wall time without the kernels' own. The
-last column is the time until three steps are done: from the start of training, or of a process that scores.
+last column is the time until three steps are done: from the start of training, or of a process that scores. On several
+GPUs idle share and the time in which one does nothing but exchange gradients (`exchanging`) are the first one's.
 
 `--as-t4` shows a recipe what a T4 shows it: an allocator that ends at 13.8 GiB (14.56 less its context), compute
 capability 7.5, neither flash nor cuDNN attention. Its speed cannot be had that way.
@@ -29,7 +31,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from vqa_sft.errors import InputError, exits_with_message
 T4_GIB = 13.8
 # Steps: until all that is compiled was, in most cases; before those that are timed; after them.
 STARTED, WARM_UP, PROFILED = 3, 6, 3
+DDP_WARM_UP = 12  # it times its first ten steps itself, and waits for the GPU in each
 QWEN_7B, QWEN_3B, QWEN3_8B = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7B", "2.5-VL-3B", "3-VL-8B"))
 # label, shape, recipe; TRL beside them
 FAMILIES = (
@@ -79,6 +82,11 @@ class Case:
     how: dict[str, Any] = field(default_factory=dict)  # arguments of predict.py
     num_views: int = 1  # of a row, among those that `batch_size` counts
     num_runs: int = 1  # as many copies of it, scored at once
+    num_gpus: int = 1  # of one machine, by DDP, with `batch_size` rows each
+
+    @property
+    def warm_up(self) -> int:
+        return WARM_UP if self.num_gpus == 1 else DDP_WARM_UP
 
 
 def standard_cases() -> list[Case]:
@@ -96,6 +104,10 @@ def standard_cases() -> list[Case]:
         cases.append(Case(f"{size} train", "train", **ours))
         if shape == QWEN_7B:
             cases.append(Case(f"{size} train, mixed sizes", "train", **ours | {"data": MIXED}))
+            two: dict[str, Any] = ours | {"num_gpus": 2, "baseline": f"{size} train"}
+            cases.append(Case(f"{size} train, two GPUs", "train", **two))
+            two |= {"data": MIXED, "baseline": f"{size} train, mixed sizes"}
+            cases.append(Case(f"{size} train, mixed sizes, two GPUs", "train", **two))
             cached: dict[str, Any] = {"options": {"cache_image_features": True}, "batch_size": 32}
             cases.append(Case(f"{size} train, cached features", "train", **ours | cached))
             rounded = cached | {"options": cached["options"] | {"base_precision": "fp8"}}
@@ -152,6 +164,7 @@ def tiny_cases() -> list[Case]:
     return [
         Case("TRL", "trl", "tiny", data=data, batch_size=4),
         Case("train", "train", **ours),
+        Case("train, two GPUs", "train", **ours | {"num_gpus": 2, "baseline": "train"}),
         Case("cached features", "train", **ours | {"options": {"cache_image_features": True}}),
         Case("FP8 base", "train", **ours | {"options": {"base_precision": "fp8"}}),  # whole, which is said
         Case("score", "score", "tiny", data=data, batch_size=4, scores="train"),
@@ -192,7 +205,7 @@ def main() -> None:
         if not torch.cuda.is_available():
             raise InputError("there is no GPU here. Try --tiny, which runs every kind of case on a CPU.")
 
-    cases = tiny_cases() if args.tiny else standard_cases()
+    cases = tiny_cases() if args.tiny else [case for case in standard_cases() if case.num_gpus <= num_gpus()]
     if args.recipes:
         cases = [_case_of_recipe(name, is_tiny=args.tiny) for name in args.recipes]
     if args.only:
@@ -225,7 +238,8 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
 
     work = args.work
     model = save_random_model(case.shape, work / "model")
-    rows = max(case.batch_size // case.num_views, 16) * (WARM_UP + args.steps + PROFILED)
+    num_steps = case.warm_up + args.steps + PROFILED
+    rows = max(case.batch_size * case.num_gpus // case.num_views, 16) * num_steps
     sizes = [number for limits in case.data.values() for number in ([limits] if isinstance(limits, int) else limits)]
     data = work / "_".join(["data", *map(str, sizes), str(rows)])
     if not (data / "test.csv").is_file():
@@ -234,13 +248,14 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     result.unlink(missing_ok=True)
     recipe = ["--config", case.recipe, "--model_name_or_path", str(model)]
     options = {"train_data": data / "train.csv", "output_dir": run, "overwrite": True, "validation_fraction": 0}
-    options |= {"max_steps": WARM_UP + args.steps + PROFILED, "save_strategy": "no", "eval_strategy": "no"}
+    options |= {"max_steps": num_steps, "save_strategy": "no", "eval_strategy": "no"}
     options |= {"load_best_model_at_end": False, "early_stopping_patience": "null", "check_images": False}
     # Other processors keep the setting of their checkpoint: 280 tokens an image of Gemma 4, one tile of InternVL.
     has_areas = SHAPES[case.shape][0].startswith("qwen")
     options |= {"max_pixels": 200704} if has_areas else {"max_pixels": "null", "min_pixels": "null"}
     if case.batch_size:
-        options |= {"per_device_train_batch_size": case.batch_size, "global_batch_size": case.batch_size}
+        options |= {"per_device_train_batch_size": case.batch_size}
+        options |= {"global_batch_size": case.batch_size * case.num_gpus}
         options |= {"compile_layers": not args.tiny}
     if args.tiny:
         options |= {"use_cpu": True, "dataloader_num_workers": 0}
@@ -253,12 +268,12 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     for name, value in options.items():
         recipe += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     inside = {"result": str(result), "steps": args.steps, "as_t4": args.as_t4, "cap_gib": case.cap_gib}
-    inside |= {"kernels": args.kernels}
+    inside |= {"kernels": args.kernels, "warm_up": case.warm_up}
     if case.kind == "trl":
         arguments = [str(model), str(data), str(case.batch_size), str(options["max_pixels"]), str(options["max_steps"])]
         _inside("trl", [*arguments, json.dumps(case.options)], inside, work)
     elif case.kind == "train":
-        _inside("recipes/sft.py", recipe, inside, work)
+        _inside("recipes/sft.py", recipe, inside, work, case.num_gpus)
     elif case.kind == "latency":
         _inside("predictor", [str(work / case.scores), str(data), str(args.tiny)], inside, work)
     else:  # scores the run that an earlier case trained
@@ -276,10 +291,23 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _inside(script: str, arguments: list[str], how: dict, work: Path) -> None:
-    command = [sys.executable, "-m", "vqa_sft.lab.benchmark", "--inside", script, json.dumps(how), *arguments]
+def _inside(script: str, arguments: list[str], how: dict, work: Path, num_gpus: int = 1) -> None:
     # What is kept of noise images is of no use to anybody else.
-    subprocess.run(command, check=True, env=os.environ | {"HF_HOME": str(work.resolve() / "cache")})
+    environment = os.environ | {"HF_HOME": str(work.resolve() / "cache")}
+    command = [sys.executable, "-m", "vqa_sft.lab.benchmark"]
+    if num_gpus == 1:
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    else:
+        launch = ["accelerate.commands.launch", "--config_file", "accelerate_configs/multi_gpu.yaml"]
+        launch += ["--num_processes", str(num_gpus), "--main_process_port", "0", "--module", "vqa_sft.lab.benchmark"]
+        command = [sys.executable, "-m", *launch]
+    subprocess.run([*command, "--inside", script, json.dumps(how), *arguments], check=True, env=environment)
+
+
+def num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _in_own_process(function: Callable[[], float]) -> float | None:
@@ -314,8 +342,10 @@ def table(cases: list[Case], results: dict[str, dict], peak_tflops: float | None
             lines.append(f"| {case.name} | | failed with exit code {found['failed']} | | | | | | |")
             continue
         speed, base = found["examples_per_s"], results.get(case.baseline or "", {}).get("examples_per_s")
-        ratio = f"{speed / base:.1f}" if base else ""
-        share = f"{speed * found['tflop'] / peak_tflops:.0%}" if peak_tflops and found.get("tflop") else ""
+        digits = 1 if case.num_gpus == 1 else 2
+        ratio = f"{speed / base:.{digits}f}" if base else ""
+        needed_tflops = speed / case.num_gpus * (found.get("tflop") or 0)
+        share = f"{needed_tflops / peak_tflops:.0%}" if peak_tflops and needed_tflops else ""
         idle = f"{found['idle']:.0%}" if found.get("idle") is not None else ""
         memory = f"{found['peak_gib']:.1f}" if found.get("peak_gib") else ""
         lines.append(
@@ -365,10 +395,10 @@ def mean_tflop(model: Path, data: Path, max_pixels: int | None, case: Case) -> f
 
 
 class Watch:
-    """Times steps: `WARM_UP` without, `steps` with the clock, `PROFILED` under the profiler for the idle share."""
+    """Times steps: `warm_up` without, `steps` with the clock, `PROFILED` under the profiler for the idle share."""
 
-    def __init__(self, steps: int, result: str | None, num_kernels: int = 0) -> None:
-        self.steps, self.result, self.num_kernels = steps, result, num_kernels
+    def __init__(self, steps: int, result: str | None, num_kernels: int = 0, warm_up: int = WARM_UP) -> None:
+        self.steps, self.result, self.num_kernels, self.warm_up = steps, result, num_kernels, warm_up
         self.begin_s = time.perf_counter()
         self.num_steps = self.num_rows = 0
         self.values: dict[str, Any] = {}
@@ -381,27 +411,28 @@ class Watch:
         self.num_steps += 1
         self.num_rows += num_rows
         on_gpu = torch.cuda.is_available()
-        if self.num_steps in (STARTED, WARM_UP, WARM_UP + self.steps, WARM_UP + self.steps + PROFILED):
+        if self.num_steps in (STARTED, self.warm_up, self.warm_up + self.steps, self.warm_up + self.steps + PROFILED):
             if on_gpu:
                 torch.cuda.synchronize()
             now_s = time.perf_counter()
         if self.num_steps == STARTED:
             self.values["first_steps_s"] = now_s - self.begin_s
-        elif self.num_steps == WARM_UP:
+        elif self.num_steps == self.warm_up:
             self.start_s, self.num_rows = now_s, 0
-        elif self.num_steps == WARM_UP + self.steps:
+        elif self.num_steps == self.warm_up + self.steps:
             self.values["examples_per_s"] = self.num_rows / (now_s - self.start_s)
             self.values["rows_a_step"] = num_rows
             if on_gpu:
                 self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
                 self.profiler.start()
                 self.start_s = time.perf_counter()
-        elif self.num_steps == WARM_UP + self.steps + PROFILED and self.profiler:
+        elif self.num_steps == self.warm_up + self.steps + PROFILED and self.profiler:
             self.profiler.stop()
             kernels = {event.key: event.self_device_time_total / 1e6 for event in self.profiler.key_averages()}
             kernels_s = sum(kernels.values())
             self.values["idle"] = max(0.0, 1 - kernels_s / (now_s - self.start_s))
             longest = sorted(kernels, key=lambda name: -kernels[name])[: self.num_kernels]
+            self.values["exchanging"] = exchanging_s(self.profiler.events()) / (now_s - self.start_s)
             self.values["kernels"] = {name[:80]: f"{kernels[name] / kernels_s:.1%}" for name in longest}
 
     def finish(self) -> None:
@@ -413,8 +444,27 @@ class Watch:
             self.values["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30
             self.values["allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.values["compilations"] = num_compilations()
-        if self.result:
+        if self.result and os.environ.get("RANK", "0") == "0":
             Path(self.result).write_text(json.dumps(self.values))
+
+
+def exchanging_s(events: Iterable[Any]) -> float:
+    """Seconds in which kernels of NCCL run on this GPU and no others do, from the events of torch's profiler."""
+    import torch
+
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [(event.time_range.start, event.time_range.end) for event in kernels]
+    others = [span for event, span in zip(kernels, spans, strict=True) if "nccl" not in event.name.lower()]
+    return (covered(spans) - covered(others)) / 1e6
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """How much lies in at least one of the spans."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def run_inside(argv: list[str]) -> None:
@@ -438,14 +488,14 @@ def run_inside(argv: list[str]) -> None:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.get_device_capability = lambda device=None: (7, 5)
-    watch = Watch(how["steps"], how["result"], how["kernels"])
+    watch = Watch(how["steps"], how["result"], how["kernels"], how["warm_up"])
 
     class StepsOfTrainer(transformers.TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             watch.begin_s = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            watch.tick(args.per_device_train_batch_size * args.gradient_accumulation_steps)
+            watch.tick(args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size)
 
     build = transformers.Trainer.__init__
 

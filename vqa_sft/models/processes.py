@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, broadcast_object_list
 from datasets import Dataset
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -86,6 +86,17 @@ def device_map() -> dict[str, int] | None:
     if state.device.type != "cuda" or is_sharded():
         return None
     return {"": state.local_process_index}
+
+
+def spare_ddp(accelerator: Accelerator, model: torch.nn.Module, sends_buffers: bool | None = None) -> None:
+    """Tell DistributedDataParallel, which is built later, what it need not do: copy gradients out of its buckets again,
+    and, unless `sends_buffers`, send before each forward what none of them changes, after a walk over all modules."""
+    if (settings := accelerator.ddp_handler) is None:
+        return
+    settings.gradient_as_bucket_view = True
+    if sends_buffers is None:
+        # Tables of rotations are the same everywhere; running means are not, and are the main process's.
+        settings.broadcast_buffers = any(getattr(module, "track_running_stats", False) for module in model.modules())
 
 
 def from_main(value: Any) -> Any:

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
@@ -11,12 +12,12 @@ from transformers import EarlyStoppingCallback, ProcessorMixin
 from trl import SFTConfig
 
 from vqa_sft.batch.collator import AnswerCollator, Augmentation, TrainCollator
-from vqa_sft.batch.count_tokens import relative_lengths
+from vqa_sft.batch.count_tokens import relative_lengths, uneven_tokens
 from vqa_sft.batch.draw_candidates import show_longest
 from vqa_sft.batch.image_size import describe_images
 from vqa_sft.batch.prompts import Prompts, check_names, check_texts, settle_prompts
 from vqa_sft.config.recipe import Recipe
-from vqa_sft.console import note
+from vqa_sft.console import is_main_process, note
 from vqa_sft.data.options import CLASS
 from vqa_sft.errors import explains
 from vqa_sft.models import fp8_base, processes
@@ -29,6 +30,7 @@ from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
 from vqa_sft.training.averaging import AdapterAverage
 from vqa_sft.training.curves import WriteCurves
+from vqa_sft.training.dealing import Order
 from vqa_sft.training.folder import kept_prompts
 from vqa_sft.training.loss import LossSettings
 from vqa_sft.training.rows import Rows
@@ -121,7 +123,6 @@ def build_trainer(
         features=features,
         classes=rows.class_names,
     )
-    pads = args.fast and not args.streaming and not (packer and packer.packs_rows)
     average, callbacks = None, [WriteCurves()]
     if args.averaging:
         average = AdapterAverage(args.averaging, decay=args.ema_decay, start=args.swa_start)
@@ -141,9 +142,8 @@ def build_trainer(
             vision_learning_rate=args.vision_learning_rate,
             average=average,
             stop=stop,
-            lengths=relative_lengths(rows.train) if pads else None,
-            balanced=rows.train[CLASS][:] if args.class_balance == "sample" else None,
             callbacks=callbacks,
+            order=_order_of(recipe, rows, setup, packs=packer is not None and packer.packs_rows),
         )
     if args.base_precision == "fp8":
         fp8_base.round_base(speedups.base_of(trainer.model))
@@ -155,6 +155,21 @@ def build_trainer(
         batch_size, num_workers = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
         fill_store(trainer.model, trainer.eval_collator, rows.counted, setup.precision, batch_size, num_workers)
     return trainer
+
+
+def _order_of(recipe: Recipe, rows: Rows, setup: ModelSetup, *, packs: bool) -> Order:
+    args = recipe.arguments
+    balanced = rows.train[CLASS][:] if args.class_balance == "sample" else None
+    if args.streaming or not args.fast:
+        return Order(balanced=balanced)
+    if not packs:
+        return Order(balanced=balanced, lengths=relative_lengths(rows.train))
+    tokens = None
+    if PartialState().num_processes > 1:  # the main process reads the headers of the images for all
+        options = setup.prompts.template_options
+        tokens = uneven_tokens(setup.processor, rows.train, options) if is_main_process() else None
+        tokens = processes.from_main(tokens)
+    return Order(balanced=balanced, tokens=tokens)
 
 
 def _speed_up(trainer: AnswerTrainer, recipe: Recipe, num_rows: int) -> None:

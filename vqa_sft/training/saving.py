@@ -124,7 +124,8 @@ class SaveAndStop(TrainerCallback):
         if state.global_step < state.max_steps:
             stops, step_time_s = self._look(step_time_s)
             is_often = args.world_size == 1 or step_time_s >= self.SLOW_STEP_S
-            self._next_look = state.global_step + (1 if is_often else self.INTERVAL)
+            # At multiples, as steps are logged: the GPU is waited for once.
+            self._next_look = state.global_step + (1 if is_often else self.INTERVAL - state.global_step % self.INTERVAL)
             if stops:
                 self.has_stopped = control.should_training_stop = True
 

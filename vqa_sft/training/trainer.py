@@ -4,7 +4,7 @@ What is ours: the loss at the answer position, its count of rows over the global
 the letters. Everything else (loop, distribution, checkpoints, logging) is the libraries'.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from trl import SFTTrainer
 
 from vqa_sft.batch.collator import AnswerCollator, TrainCollator
 from vqa_sft.errors import InputError, ProcessError, printable
+from vqa_sft.models import processes
 from vqa_sft.models.fast.speedups import base_of
 from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import supervised_logits
@@ -27,6 +28,7 @@ from vqa_sft.runs.checkpoints import MARKER, resumes_from
 from vqa_sft.training import averaging
 from vqa_sft.training.averaging import AdapterAverage, trained
 from vqa_sft.training.callbacks import EpochForCollator, Speed, now_s
+from vqa_sft.training.dealing import Order, order_for_processes
 from vqa_sft.training.loss import LossSettings, answer_loss, end_of_turn_loss, letter_targets, own_logits, smooth
 from vqa_sft.training.metrics import letter_metrics
 from vqa_sft.training.sampler import BalancedSampler, LengthSampler, RepeatedRows
@@ -35,9 +37,8 @@ from vqa_sft.training.saving import MarkWholeCheckpoints, SaveAndStop, keep_work
 
 class AnswerTrainer(SFTTrainer):
     """`vision_learning_rate` is that of all trained weights outside the language model. Every evaluation scores the
-    `average` too. `stop` keeps the loaders' workers from a SIGTERM while it listens. Both are callbacks. With `lengths`
-    of the training rows, those of like length are in one batch; with their classes `balanced`, these are drawn equally
-    often."""
+    `average` too. `stop` keeps the loaders' workers from a SIGTERM while it listens. Both are callbacks. `order` is
+    that of the training rows."""
 
     # `compute_loss` divides by the rows of the whole accumulated batch, so the Trainer must not divide again.
     loss_is_scaled_for_ga = True
@@ -52,13 +53,14 @@ class AnswerTrainer(SFTTrainer):
         vision_learning_rate: float | None = None,
         average: AdapterAverage | None = None,
         stop: SaveAndStop | None = None,
-        lengths: Sequence[int] | None = None,
-        balanced: Sequence[int] | None = None,
+        order: Order | None = None,
         **kwargs: Any,
     ) -> None:
-        self.lengths, self.balanced = lengths, balanced
+        order = order or Order()
+        self.lengths, self.tokens, self.balanced = order.lengths, order.tokens, order.balanced
         kwargs.setdefault("compute_metrics", letter_metrics)
         super().__init__(*args, data_collator=data_collator, **kwargs)
+        processes.spare_ddp(self.accelerator, self.model, self.args.ddp_broadcast_buffers)
         self.eval_collator = eval_collator
         self.loss, self.letter_ids = loss, loss.letter_ids.to(self.args.device)
         self.vision_learning_rate = vision_learning_rate
@@ -100,9 +102,14 @@ class AnswerTrainer(SFTTrainer):
         seed = args.seed if args.data_seed is None else args.data_seed
         if self.lengths is None:
             return BalancedSampler(self.balanced, seed)
-        return LengthSampler(
-            self.lengths, args.train_batch_size * args.gradient_accumulation_steps, seed, self.balanced
-        )
+        # All rows of a step, so that processes, which wait for each other, have rows of like length too.
+        rows_a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return LengthSampler(self.lengths, rows_a_step, seed, self.balanced)
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader, args = super().get_train_dataloader(), self.args
+        order_for_processes(loader, args.gradient_accumulation_steps * args.world_size, self.tokens)
+        return loader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -110,11 +117,13 @@ class AnswerTrainer(SFTTrainer):
         """The micro-batches of one optimiser step, and the number of rows in them over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.ids = [row_id for batch in batches for row_id in batch["ids"]]
-        num_rows = len(self.ids)
-        self.speed.num_rows += num_rows * self.accelerator.num_processes
-        if self.accelerator.num_processes == 1:  # on the CPU: a copy to the GPU may wait for all that it has to do
-            return batches, torch.tensor(num_rows)
-        return batches, self.accelerator.reduce(torch.tensor(num_rows, device=device), "sum")
+        num_rows, num_processes = len(self.ids), self.accelerator.num_processes
+        self.speed.num_rows += num_rows * num_processes
+        if num_processes > 1 and not self.accelerator.even_batches:
+            return batches, self.accelerator.reduce(torch.tensor(num_rows, device=device), "sum")
+        # Every process has as many, streams without an end too. On the CPU: a copy to the GPU waits for all that it has
+        # to do, and then the GPU for the first kernels of the step.
+        return batches, torch.tensor(num_rows * num_processes)
 
     def compute_loss(
         self,

@@ -143,6 +143,37 @@ def test_a_mixture_whose_configuration_asks_for_router_logits_gives_none(familie
     assert speedups.pack_rows(model, "fp32").keeps_answers and not model.config.text_config.output_router_logits
 
 
+def num_graphs_under_ddp():
+    """Of one compiled layer that has two parameters, where DDP's buckets hold one each."""
+    layer, graphs = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False)), []
+
+    def count(graph, inputs, **kwargs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    layer.compile(backend=count)
+    torch.nn.parallel.DistributedDataParallel(layer)(torch.ones(1, 2))
+    return len(graphs)
+
+
+def test_compiled_layers_stay_one_graph_each_under_ddp(families, monkeypatch):
+    for name in ("_can_be_compiled", "can_compile"):
+        monkeypatch.setattr(speedups, name, lambda *_: True)
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    model = load_model(ModelConfig(families("qwen2_5_vl")), "fp32")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    # What speed_up sets is as before after the test.
+    limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "suppress_errors")}
+    with torch._dynamo.config.patch(optimize_ddp=True, **limits), torch._functorch.config.patch():
+        before = num_graphs_under_ddp()
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+            speedups.speed_up(model, compile_layers=True)
+        assert (before, num_graphs_under_ddp()) == (2, 1)
+    torch.distributed.destroy_process_group()
+
+
 def test_many_packed_rows_are_compiled_and_padded_ones_where_the_recipe_asks(families):
     packed, padded = (AutoConfig.from_pretrained(families(name)) for name in ("qwen2_5_vl", "lfm2_vl"))
     assert speedups.pays_compilation(packed, 3000, None) and not speedups.pays_compilation(packed, 2999, None)

@@ -123,6 +123,9 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
         # A shape that does not compile runs uncompiled.
         torch._dynamo.config.suppress_errors = True
         torch._functorch.config.activation_memory_budget = memory_budget
+        # Else DDP has each layer cut in two at the size of its first bucket, though its own gradients are sent while
+        # the layer before it computes anyway.
+        torch._dynamo.config.optimize_ddp = False
         if decoder.config._attn_implementation == "sdpa":
             decoder.config._attn_implementation = MASKED
         decoder.register_forward_pre_hook(_ask_for_gradients, with_kwargs=True)
@@ -158,9 +161,14 @@ def _can_be_compiled(base: PreTrainedModel) -> bool:
 def speed_up_training(
     trainer: Trainer, num_rows: float, *, compile_layers: bool | None, memory_budget: float = 1.0
 ) -> None:
-    """`speed_up` of a trainer's model, where every process has all of its weights."""
+    """`speed_up` of a trainer's model, where every process has all of its weights; else what leaves them alone."""
     if processes.shards_weights():
-        say("vision tower and layers stay the library's: their weights are spread over processes")
+        say("layers and the weights of the vision tower stay the library's: they are spread over processes")
+        base = base_of(trainer.model)
+        if base.config.model_type in PACKED and vision.is_frozen(tower := tower_of(base)):
+            vision.skip_gradients(tower)
+            say("vision tower: no gradients")
+        stay_in_training(trainer.model)
         return
     compiles = pays_compilation(base_of(trainer.model).config, num_rows, compile_layers)
     if compiles and trainer.is_deepspeed_enabled:

@@ -41,9 +41,14 @@ def speed_up_tower(tower: nn.Module, mlp: Sequence[str]) -> list[str]:
     widths = {pad_mlp(module, mlp) for module in tower.modules()} - {None} if on_gpu else set()
     if widths:
         done.append("MLP padded from " + ", ".join(f"{old:,} to {new:,}" for old, new in sorted(widths)))
-    tower.forward = types.MethodType(without_gradients, tower)
+    skip_gradients(tower)
     done.append("no gradients")
     return done
+
+
+def skip_gradients(tower: nn.Module) -> None:
+    """Of a frozen tower, whose weights may be spread over processes."""
+    tower.forward = types.MethodType(without_gradients, tower)
 
 
 def embed_patches_by_product(tower: nn.Module) -> bool:

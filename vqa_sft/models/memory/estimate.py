@@ -94,7 +94,7 @@ def weight_bytes(shape: Shape, plan: Plan) -> tuple[float, float]:
 
 def trained_bytes(shape: Shape, plan: Plan) -> float:
     """An adapter's fp32 weights; gradients and optimiser states of what is trained, in its precision; with several
-    processes DDP's buckets, which hold the gradients once more."""
+    processes DDP's buckets, beside which there are gradients where micro-batches accumulate."""
     value = plan.weight_bytes if shape.trains_base else 4
     buckets = value if plan.processes > 1 else 0
     own = 0 if shape.trains_base else value
