@@ -61,6 +61,7 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # A word is one token of the random models.
 FIXED = {"num_words": (95, 95), "side_px": (448, 448)}
 MIXED = {"num_words": (5, 235), "side_px": (160, 1280)}
+LARGE = FIXED | {"side_px": (768, 768)}
 # Ten names of one to six words, and a short question that is the same for all rows of a classification.
 CANDIDATES = {"num_words": (6, 6), "side_px": (448, 448), "num_choices": 10}
 
@@ -108,10 +109,16 @@ def standard_cases() -> list[Case]:
             cases.append(Case(f"{size} train, two GPUs", "train", **two))
             two |= {"data": MIXED, "baseline": f"{size} train, mixed sizes"}
             cases.append(Case(f"{size} train, mixed sizes, two GPUs", "train", **two))
+            large = {"data": LARGE, "batch_size": 8, "options": {"max_pixels": 768 * 768}}
+            cases.append(Case(f"{size} train, 768 px", "train", **ours | large))
+            four = {"batch_size": 4, "options": {"activation_memory_budget": 0.4}}
+            cases.append(Case(f"{size} train, four rows", "train", **ours | four))
             cached: dict[str, Any] = {"options": {"cache_image_features": True}, "batch_size": 32}
             cases.append(Case(f"{size} train, cached features", "train", **ours | cached))
-            rounded = cached | {"options": cached["options"] | {"base_precision": "fp8"}}
-            cases.append(Case(f"{size} train, FP8 base", "train", **ours | rounded))
+            rounded = {"base_precision": "fp8"}
+            cases.append(Case(f"{size} train, FP8 base", "train", **ours | {"options": rounded}))
+            both = cached | {"options": cached["options"] | rounded}
+            cases.append(Case(f"{size} train, FP8 base, cached features", "train", **ours | both))
             # Four rows fit without recomputing more, but leave a GPU of this kind waiting for Python.
             small: dict[str, Any] = {"options": {"activation_memory_budget": 0.2}, "batch_size": 12, "cap_gib": 24}
             cases.append(Case(f"{size} train, within 24 GiB", "train", **ours | small))
@@ -126,6 +133,8 @@ def standard_cases() -> list[Case]:
             cases.append(Case(f"{size} score, ten candidates", **score | {"data": CANDIDATES}))
             cases.append(Case(f"{size} score, rotations, five runs", **turned | {"num_runs": 5}))
             cases.append(Case(f"{size} one row at a time", **score | {"kind": "latency", "batch_size": 1}))
+        if shape == QWEN_3B:
+            cases.append(Case(f"{size} score", "score", shape, batch_size=32, scores=f"{size} train"))
     for label, shape, recipe in FAMILIES:
         cases += family_cases(label, shape, recipe)
     return cases
