@@ -189,6 +189,12 @@ def test_the_command_makes_a_soup_and_refuses_what_cannot_be_one(runs, tmp_path,
             InputError, match=f"{[*changed][0]} of .*other is {[*changed.values()][0]!r}, and of .*None"
         ):
             make_soup([runs / "a", other], tmp_path / "no")
+    of_a = json.loads((runs / "a" / run_folder.RUN).read_text()) | {
+        "classes": {"names": ["a cat"], "other_names": [[]]}
+    }
+    (other / run_folder.RUN).write_text(json.dumps(of_a))
+    with pytest.raises(InputError, match="other is of other classes than .*a. Average runs of the same"):
+        make_soup([runs / "a", other], tmp_path / "no")
     for weights in ([1.0], [0.0, 0.0], [-1.0, 2.0], [float("nan"), 1.0]):
         with pytest.raises(InputError, match="weights"):
             make_soup([runs / "a", runs / "b"], tmp_path / "no", weights=weights)

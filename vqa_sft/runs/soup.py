@@ -104,6 +104,8 @@ def _check_same(folders: Sequence[str], runs: Sequence[run_folder.Run]) -> None:
         for name, value in facts(run).items():
             if value != first[name]:
                 raise InputError(f"{name} of {folder} is {value!r}, and of {folders[0]} {first[name]!r}.")
+        if {*(run.classes.names if run.classes else ())} != {*(runs[0].classes.names if runs[0].classes else ())}:
+            raise InputError(f"{folder} is of other classes than {folders[0]}. Average runs of the same classes.")
 
 
 def read_adapter(folder: Path) -> tuple[Factors, Tensors]:
