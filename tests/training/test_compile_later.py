@@ -1,0 +1,159 @@
+"""Layers compiled in the middle of a run. There is no GPU here: the compiler's first half (aot_eager) stands for it."""
+
+import functools
+import types
+
+import pytest
+import torch
+from gradients import road_of
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from trainers import build_trainer
+
+from vqa_sft.batch.collator import AnswerCollator
+from vqa_sft.batch.prompts import Prompts
+from vqa_sft.models.fast import compilation
+from vqa_sft.models.fast.compilation import Expected
+from vqa_sft.models.scoring import answer_logits
+from vqa_sft.training import compile_later
+from vqa_sft.training.callbacks import Speed
+from vqa_sft.training.compile_later import CompileLater
+
+
+@pytest.fixture(autouse=True)
+def first_half(monkeypatch, tmp_path):
+    """Compilation that needs no C compiler, and a cache folder of its own."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    compile_layers = functools.partial(compilation.compile_layers, backend="aot_eager")
+    monkeypatch.setattr(compilation, "compile_layers", compile_layers)
+    monkeypatch.setattr(compilation, "can_compile", lambda: True)
+    # One of them is one graph; the tower's blocks would be many on a CPU.
+    monkeypatch.setattr(compile_later, "layers_to_compile", lambda base: [base.get_decoder().layers[0]])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("recomputes", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["kept", "recomputed"])
+def test_a_run_that_switches_has_the_losses_of_one_that_does_not(
+    families, contest, tmp_path, monkeypatch, capsys, recomputes
+):
+    monkeypatch.setattr(compilation, "expect", lambda *args: Expected(0.0, 0.5))
+    values = {"max_steps": 14, "per_device_train_batch_size": 3, "learning_rate": 1e-2, "logging_steps": 1}
+    values |= {"gradient_checkpointing": recomputes, "save_strategy": "no"}
+    losses, calls = {}, []
+    for switches in (False, True):
+        torch.manual_seed(0)
+        trainer, _, _ = build_trainer(families("qwen2_5_vl"), contest, tmp_path / str(switches), num_rows=9, **values)
+        layer = trainer.model.get_base_model().get_decoder().layers[0]
+        layer.register_forward_hook(lambda *args, switches=switches: calls.append(switches))
+        if switches:
+            trainer.add_callback(CompileLater(trainer.model, 1.0, trainer.speed))
+        trainer.train()
+        losses[switches] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert 0 < compilation.num_compilations() <= 3
+    assert len(losses[False]) == 14 and max(losses[False]) - min(losses[False]) > 0.1
+    assert losses[True] == pytest.approx(losses[False], abs=2e-4)
+    assert calls.count(True) == calls.count(False)  # a hook stays
+    assert trainer.speed.examples_per_s > 0 and trainer.speed.num_steps == 14 - 5
+    said = capsys.readouterr().out
+    assert "Speed: compiled from step 6 on: about 0 s of compilation (estimated) would save about" in said
+    assert "compilation took" in said and "instead of" in said
+
+
+@pytest.mark.slow
+def test_layers_are_compiled_under_a_model_that_is_distributed_already(families, contest, tmp_path):
+    losses = {}
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        for switches in (False, True):
+            torch.manual_seed(0)
+            model, processor, letter_ids, rows = road_of(families("qwen2_5_vl"), contest)
+            batch = AnswerCollator(processor, Prompts(), 4)(rows)
+            distributed = DistributedDataParallel(model.train())
+            optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.05)
+            losses[switches] = []
+            for step in range(6):
+                if switches and step == 2:
+                    base = model.get_base_model()
+                    compilation.compile_layers(base, [base.get_decoder().layers[0]], 1.0)
+                optimizer.zero_grad()
+                logits = answer_logits(distributed, batch)
+                loss = nn.functional.cross_entropy(logits, letter_ids[batch["answers"]])
+                loss.backward()
+                optimizer.step()
+                losses[switches].append(loss.item())
+    finally:
+        torch.distributed.destroy_process_group()
+    assert compilation.num_compilations() > 0 and losses[False][0] - losses[False][-1] > 0.01
+    assert losses[True] == pytest.approx(losses[False], abs=1e-4)
+
+
+class Run:
+    """A run whose steps take what they are said to, on a clock of its own."""
+
+    def __init__(self, monkeypatch, num_steps, step_s, compiled_s, compilation_s):
+        self.layers, self.compiled, self.now = [nn.Linear(4, 4), nn.Linear(4, 4)], False, 0.0
+        monkeypatch.setattr(compile_later, "base_of", lambda model: model)
+        monkeypatch.setattr(compile_later, "layers_to_compile", lambda base: self.layers)
+        monkeypatch.setattr(compile_later, "now_s", lambda: self.now)
+        monkeypatch.setattr(compilation, "compile_layers", self.compile)
+        callback = CompileLater(None, 0.7, Speed())
+        for step in range(1, num_steps + 1):
+            self.now += compiled_s if self.compiled else step_s
+            if self.compiled == step:  # the first one that is compiled
+                self.now += compilation_s
+            callback.on_step_end(None, types.SimpleNamespace(global_step=step, max_steps=num_steps), None)
+            self.compiled = self.compiled is True and step + 1 or self.compiled
+
+    def compile(self, *args):
+        self.compiled = True
+
+
+def test_a_short_run_is_not_compiled_and_a_long_one_is(monkeypatch, capsys):
+    # One kind of layer: 25 s, which save 0.3 of a step. 16 rows a step of 0.6 s: 144 steps, 2,300 rows.
+    for num_steps, compiles in ((32, False), (143, False), (145, True), (5000, True)):
+        run = Run(monkeypatch, num_steps, 0.6, 0.36, 20.0)
+        assert bool(run.compiled) == compiles, num_steps
+        said = capsys.readouterr().out
+        assert ("layers are not compiled" in said) != compiles
+        if compiles:
+            compilation._record(run.layers, 0.7).unlink()
+
+
+def test_the_next_run_knows_what_compilation_took_on_this_machine(monkeypatch, capsys):
+    run = Run(monkeypatch, 500, 0.6, 0.36, 20.0)
+    assert "compilation took 20 s; a step takes 0.36 s instead of 0.6" in capsys.readouterr().out
+    found = compilation.expect(run.layers, 0.7)
+    assert found == Expected(pytest.approx(12), pytest.approx(0.4), is_measured=True)  # it finds what was compiled
+    Run(monkeypatch, 70, 0.6, 0.36, 5.0)
+    assert "about 12 s of compilation (as measured here before) would save about 16 s" in capsys.readouterr().out
+    assert compilation.expect(run.layers, 0.7).seconds == pytest.approx(5)
+    # Other layers, and another budget, are other code.
+    assert not compilation.expect([nn.Linear(4, 5)], 0.7).is_measured
+    assert not compilation.expect(run.layers, 1.0).is_measured
+    monkeypatch.setattr(torch, "__version__", "99")
+    assert not compilation.expect(run.layers, 0.7).is_measured
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"seconds": "x", "share_saved": 1}'])
+def test_a_broken_record_is_one_line_and_the_estimate(capsys, text):
+    layers = [nn.Linear(4, 4), nn.Linear(4, 8)]
+    record = compilation._record(layers, 0.7)
+    record.parent.mkdir(parents=True)
+    record.write_text(text)
+    assert compilation.expect(layers, 0.7) == Expected(50.0, 0.3)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("Speed: what compilation took here before cannot be read")
+    compilation.remember(layers, 0.7, Expected(40.0, -0.1), Expected(50.0, 0.3))
+    assert compilation.expect(layers, 0.7) == Expected(24.0, compilation.LEAST_SHARE, is_measured=True)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(compilation, "_record", lambda *args: tmp_path / "file" / "record.json")
+    compilation.remember([nn.Linear(4, 4)], 0.7, Expected(40.0, 0.3), Expected(50.0, 0.3))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("Speed: what compilation took is not kept")
