@@ -138,6 +138,23 @@ def test_the_next_run_knows_what_compilation_took_on_this_machine(monkeypatch, c
     assert not compilation.expect(run.layers, 0.7).is_measured
 
 
+def test_a_run_that_is_compiled_from_its_first_step_measures_compilation_too(monkeypatch, capsys):
+    layers, now = [nn.Linear(4, 4)], [0.0]
+    monkeypatch.setattr(compile_later, "base_of", lambda model: model)
+    monkeypatch.setattr(compile_later, "layers_to_compile", lambda base: layers)
+    monkeypatch.setattr(compile_later, "now_s", lambda: now[0])
+    callback = CompileLater(None, 0.7, Speed(), is_compiled=True)
+    callback.on_train_begin()
+    for step in range(1, 21):
+        now[0] += 40.4 if step == 1 else 0.4
+        callback.on_step_end(None, types.SimpleNamespace(global_step=step, max_steps=20), None)
+    assert capsys.readouterr().out.splitlines() == [
+        "Speed: the first steps hold about 25 s of compilation (estimated).",
+        "Speed: compilation took 40 s; a step takes 0.4 s.",
+    ]
+    assert compilation.expect(layers, 0.7) == Expected(pytest.approx(24), 0.3, is_measured=True)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"seconds": "x", "share_saved": 1}'])
 def test_a_broken_record_is_one_line_and_the_estimate(capsys, text):
     layers = [nn.Linear(4, 4), nn.Linear(4, 8)]

@@ -166,6 +166,6 @@ def _speed_up(trainer: AnswerTrainer, recipe: Recipe, num_rows: int, setup: Mode
     compiles = bool(asked) or (later and num_rows >= MIN_ROWS_TO_COMPILE and not fits_uncompiled(setup.needs))
     if "activation_memory_budget" in recipe.values and not compiles:
         speedups.say("layers are not compiled at first, and keep all; compile_layers: true compiles them")
-    speedups.speed_up_training(trainer, compile_layers=compiles, memory_budget=budget)
-    if later and not compiles:
-        trainer.add_callback(CompileLater(trainer.model, budget, trainer.speed))
+    is_compiled = speedups.speed_up_training(trainer, compile_layers=compiles, memory_budget=budget)
+    if is_compiled or (later and not compiles):  # all processes of a launch decide together
+        trainer.add_callback(CompileLater(trainer.model, budget, trainer.speed, is_compiled=is_compiled))

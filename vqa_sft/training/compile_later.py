@@ -5,7 +5,7 @@
     step 6 to 8        compiled, if they are: with the compilation itself, not measured
     step 9 to 13       measured, for the next run on this machine (models/fast/compilation.py)
 
-A recipe with `compile_layers: true` or `false` has none of this.
+Where layers are compiled from the first step on (`compile_layers: true`), the last two lines begin there.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -27,16 +27,22 @@ COMPILING, MEASURED_COMPILED = 3, 5
 
 
 class CompileLater(TrainerCallback):
-    """Compiles the layers of `model`, adapted or not, after a few steps if the steps left pay for it. `speed` then
-    counts anew."""
+    """Compiles the layers of `model`, adapted or not, after a few steps if the steps left pay for it; `speed` then
+    counts anew. Of layers that are compiled already it measures what that took."""
 
-    def __init__(self, model: Any, memory_budget: float, speed: Speed) -> None:
+    def __init__(self, model: Any, memory_budget: float, speed: Speed, *, is_compiled: bool = False) -> None:
         self.base: PreTrainedModel = base_of(model)
         self.layers = layers_to_compile(self.base)
         self.memory_budget, self.speed = memory_budget, speed
         self.num_steps = 0  # of this process; a resumed run begins with those of an earlier one
         self.start_s = self.step_s = self.first_s = 0.0
         self.expected: Expected | None = None  # once layers are compiled
+        if is_compiled:
+            self.num_steps, self.expected = WARM_UP + MEASURED, compilation.expect(self.layers, memory_budget)
+            say(f"the first steps hold {self.expected}")
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.start_s = now_s()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.num_steps += 1
@@ -58,12 +64,8 @@ class CompileLater(TrainerCallback):
         """Compile or not, and say so. The times of processes differ: those of the main process count."""
         steps_left = max_steps - step
         expected = compilation.expect(self.layers, self.memory_budget)
-        pays, seconds, saved_s = processes.from_main(
-            (expected.pays(steps_left, self.step_s), expected.seconds, expected.saved_s(steps_left, self.step_s))
-        )
-        known = "as measured here before" if expected.is_measured else "estimated"
-        what = f"about {seconds:.0f} s of compilation ({known}) would save about {saved_s:.0f} s of the steps left"
-        if not pays:
+        what = f"{expected} would save about {expected.saved_s(steps_left, self.step_s):.0f} s of the steps left"
+        if not processes.from_main(expected.pays(steps_left, self.step_s)):
             say(f"layers are not compiled: {what}")
         elif compilation.can_compile():
             say(f"compiled from step {step + 1} on: {what}")
@@ -73,7 +75,9 @@ class CompileLater(TrainerCallback):
 
     def learn(self, step_s: float) -> None:
         """Keep and say what it took; a compiled step takes `step_s`."""
-        found = Expected(self.first_s - COMPILING * step_s, 1 - step_s / self.step_s)
-        say(f"compilation took {found.seconds:.0f} s; a step takes {step_s:.2g} s instead of {self.step_s:.2g}")
+        share_saved = 1 - step_s / self.step_s if self.step_s else self.expected.share_saved
+        found = Expected(self.first_s - COMPILING * step_s, share_saved)
+        instead = f" instead of {self.step_s:.2g}" if self.step_s else ""
+        say(f"compilation took {found.seconds:.0f} s; a step takes {step_s:.2g} s{instead}")
         if is_main_process():
             compilation.remember(self.layers, self.memory_budget, found, self.expected)

@@ -378,6 +378,28 @@ def test_auto_batch_keeps_the_rows_of_a_step_and_takes_the_largest_that_fits(gpu
     )
 
 
+@pytest.mark.parametrize("gib", [24, 40, 80])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_auto_batch_fits_compiled_and_uncompiled_where_that_is_open(gpu, gib, checkpointing):
+    gpu(gib)
+    plan = Plan(32, max_pixels=448 * 448, checkpointing=checkpointing, may_compile=True)
+    size, _, recomputes, _ = choose(plan, 2)
+    for compiled in (False, True):
+        chosen = replace(plan, micro_batch=size, checkpointing=recomputes, compiled=compiled)
+        assert need_gib(shape_of(B7), chosen) <= gib / (1 + MARGIN)
+
+
+def test_a_run_that_fits_with_compiled_layers_alone_is_known(gpu, monkeypatch):
+    plan = Plan(16, max_pixels=448 * 448)
+    needs = lambda *, compiles: (shape_of(B7), replace(plan, compiled=compiles))  # noqa: E731
+    need, compiled = (need_gib(*needs(compiles=compiles)) for compiles in (False, True))
+    assert compiled < 0.9 * need
+    for gib, fits in ((compiled * 1.1, False), (need * 1.1, True)):
+        gpu(gib / 2)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda half=gib / 2: int(half * 2**30))
+        assert fit.fits_uncompiled(needs) == fits
+
+
 def test_auto_batch_says_what_would_fit_where_nothing_does(gpu):
     gpu(14)
     with pytest.raises(InputError, match="--load_in_4bit true"):

@@ -49,6 +49,10 @@ class Expected:
     share_saved: float  # of a step's time
     is_measured: bool = False  # on this machine
 
+    def __str__(self) -> str:
+        known = "as measured here before" if self.is_measured else "estimated"
+        return f"about {self.seconds:.0f} s of compilation ({known})"
+
     def pays(self, num_steps: int, step_s: float) -> bool:
         """For so many steps, which take `step_s` uncompiled."""
         return self.seconds < self.saved_s(num_steps, step_s)
@@ -86,8 +90,7 @@ def _record(layers: Sequence[nn.Module], memory_budget: float) -> Path:
     from torch._inductor.runtime.runtime_utils import cache_dir
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    recomputes = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)
-    of: list[Any] = [torch.__version__, transformers.__version__, device, memory_budget, recomputes]
+    of: list[Any] = [torch.__version__, transformers.__version__, device, memory_budget]
     text = "\n".join([*map(str, of), *sorted(set(map(str, layers)))])
     return Path(cache_dir(), "vqa_sft", f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json")
 

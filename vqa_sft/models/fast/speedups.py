@@ -91,9 +91,10 @@ def _forward_keeping(
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
-def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: float = 1.0) -> None:
-    """Speed up the vision tower, and compile its blocks and the decoder's layers if asked and able. Of what a compiled
-    layer would keep for its backward pass, it keeps the share `memory_budget` and computes again what is cheapest."""
+def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: float = 1.0) -> bool:
+    """Speed up the vision tower, and compile its blocks and the decoder's layers if asked and able: whether they are.
+    Of what a compiled layer would keep for its backward pass, it keeps the share `memory_budget` and computes again
+    what is cheapest."""
     base = base_of(model)
     family = PACKED.get(base.config.model_type)
     decoder = base.get_decoder()
@@ -104,14 +105,15 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
         say(f"{num_mlps} MLPs have their adapters inside the base's products")
     if base.device.type == "cuda" and (num_linear := linear_attention.speed_up_linear_attention(decoder)):
         say(f"{num_linear} layers with linear attention are one graph each")
-    if not compile_layers:
-        return
-    if reason := compilation.why_not(base):
+    if compile_layers and (reason := compilation.why_not(base)):
         say(f"layers are not compiled: {reason}")
-    elif compilation.can_compile():
-        layers = layers_to_compile(base)
-        compilation.compile_layers(base, layers, memory_budget)
-        say(f"{len(layers)} layers are compiled; the first steps are slow")
+        return False
+    if not (compile_layers and compilation.can_compile()):
+        return False
+    layers = layers_to_compile(base)
+    compilation.compile_layers(base, layers, memory_budget)
+    say(f"{len(layers)} layers are compiled; the first steps are slow")
+    return True
 
 
 def layers_to_compile(base: PreTrainedModel) -> list[nn.Module]:
@@ -124,16 +126,16 @@ def layers_to_compile(base: PreTrainedModel) -> list[nn.Module]:
     return layers
 
 
-def speed_up_training(trainer: Trainer, *, compile_layers: bool, memory_budget: float = 1.0) -> None:
-    """`speed_up` of a trainer's model, where every process has all of its weights."""
+def speed_up_training(trainer: Trainer, *, compile_layers: bool, memory_budget: float = 1.0) -> bool:
+    """`speed_up` of a trainer's model, where every process has all of its weights; whether layers are compiled."""
     if processes.shards_weights():
         say("vision tower and layers stay the library's: their weights are spread over processes")
-        return
+        return False
     if compile_layers and trainer.is_deepspeed_enabled:
         say("layers are not compiled: DeepSpeed moves their weights")
     stay_in_training(trainer.model)
     compile_layers = compile_layers and not trainer.is_deepspeed_enabled
-    speed_up(trainer.model, compile_layers=compile_layers, memory_budget=memory_budget)
+    return speed_up(trainer.model, compile_layers=compile_layers, memory_budget=memory_budget)
 
 
 def may_compile_later(trainer: Trainer) -> bool:
