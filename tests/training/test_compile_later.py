@@ -15,7 +15,7 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.models.fast import compilation
 from vqa_sft.models.fast.compilation import Expected
 from vqa_sft.models.scoring import answer_logits
-from vqa_sft.training import compile_later
+from vqa_sft.training import build, compile_later
 from vqa_sft.training.callbacks import Speed
 from vqa_sft.training.compile_later import CompileLater
 
@@ -153,6 +153,35 @@ def test_a_run_that_is_compiled_from_its_first_step_measures_compilation_too(mon
         "Speed: compilation took 40 s; a step takes 0.4 s.",
     ]
     assert compilation.expect(layers, 0.7) == Expected(pytest.approx(24), 0.3, is_measured=True)
+
+
+# compile_layers, rows, whether it fits uncompiled and compiled -> compiled from the first step, measured for later
+RULE = [
+    (True, 10, (True, True), True, False),
+    (False, 10**6, (True, True), False, False),
+    (None, 10, (True, True), False, True),
+    (None, 10**6, (True, True), False, True),
+    (None, 10**6, (False, True), True, False),  # uncompiled steps would not fit
+    (None, 10, (False, True), False, False),
+    (None, 10**6, (True, False), False, False),
+]
+
+
+@pytest.mark.parametrize("asked, num_rows, fits, at_once, later", RULE)
+def test_when_layers_are_compiled_depends_on_recipe_rows_and_memory(monkeypatch, asked, num_rows, fits, at_once, later):
+    done = {}
+    monkeypatch.setattr(build.speedups, "may_compile_later", lambda trainer: True)
+    monkeypatch.setattr(
+        build.speedups, "speed_up_training", lambda trainer, **how: done.update(how) or how["compile_layers"]
+    )
+    monkeypatch.setattr(build, "fits", lambda needs: fits)
+    monkeypatch.setattr(build, "CompileLater", lambda *args, is_compiled: f"compiled: {is_compiled}")
+    arguments = types.SimpleNamespace(compile_layers=asked, activation_memory_budget=0.7)
+    recipe, callbacks = types.SimpleNamespace(arguments=arguments, values={}), []
+    trainer = types.SimpleNamespace(model=None, speed=None, add_callback=callbacks.append)
+    build._speed_up(trainer, recipe, num_rows, types.SimpleNamespace(needs=None))
+    assert done["compile_layers"] == at_once
+    assert callbacks == [f"compiled: {at_once}"] * (at_once or later)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"seconds": "x", "share_saved": 1}'])

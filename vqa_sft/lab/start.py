@@ -63,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     from vqa_sft.lab.random_models import save_random_model, small_shape, write_data
 
-    how = {"side_px": (60, 120), "num_words": (5, 20)} if args.tiny else FIXED
+    how: dict[str, Any] = {"side_px": (60, 120), "num_words": (5, 20)} if args.tiny else FIXED
     model = save_random_model(small_shape(args.shape) if args.tiny else args.shape, args.work / "model")
     data = args.work / "data"
     if not (data / "train.csv").is_file():

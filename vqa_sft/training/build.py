@@ -24,7 +24,7 @@ from vqa_sft.models.fast.feature_store import fill_store, open_store
 from vqa_sft.models.fast.speedups import MIN_ROWS_TO_COMPILE
 from vqa_sft.models.load import build_skeleton, follow_processor, load_processor
 from vqa_sft.models.lora import describe_experts, lora_config
-from vqa_sft.models.memory.fit import fits_uncompiled
+from vqa_sft.models.memory.fit import fits
 from vqa_sft.models.memory.needs import NUM_MEASURED, Plan, Shape, read_needs
 from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
@@ -161,11 +161,16 @@ def build_trainer(
 
 def _speed_up(trainer: AnswerTrainer, recipe: Recipe, num_rows: int, setup: ModelSetup) -> None:
     asked, budget = recipe.arguments.compile_layers, recipe.arguments.activation_memory_budget
-    later = asked is None and speedups.may_compile_later(trainer)
+    is_open = asked is None and speedups.may_compile_later(trainer)
+    fits_uncompiled, fits_compiled = fits(setup.needs) if is_open else (True, True)
     # A long run that fits with compiled layers alone has no uncompiled steps.
-    compiles = bool(asked) or (later and num_rows >= MIN_ROWS_TO_COMPILE and not fits_uncompiled(setup.needs))
+    compiles = bool(asked) or (is_open and num_rows >= MIN_ROWS_TO_COMPILE and not fits_uncompiled)
+    later = is_open and fits_uncompiled and fits_compiled
     if "activation_memory_budget" in recipe.values and not compiles:
-        speedups.say("layers are not compiled at first, and keep all; compile_layers: true compiles them")
+        when = " at first" if later else ""
+        speedups.say(f"layers are not compiled{when}, and keep all; compile_layers: true compiles them")
+    if is_open and fits_uncompiled and not fits_compiled:
+        speedups.say("layers are not compiled: by estimate they would not fit the GPU's memory")
     is_compiled = speedups.speed_up_training(trainer, compile_layers=compiles, memory_budget=budget)
-    if is_compiled or (later and not compiles):  # all processes of a launch decide together
+    if is_compiled or later:  # later, all processes of a launch decide together
         trainer.add_callback(CompileLater(trainer.model, budget, trainer.speed, is_compiled=is_compiled))

@@ -132,9 +132,11 @@ def choose_batch(training_args: SFTConfig, needs: Callable[[], tuple[Shape, Plan
     )
 
 
-def fits_uncompiled(needs: Callable[..., tuple[Shape, Plan]]) -> bool:
-    """Whether a run whose model is loaded fits the GPU of every process without compiled layers; `needs` as for
-    `choose_batch`. Called by every process."""
+def fits(needs: Callable[..., tuple[Shape, Plan]]) -> tuple[bool, bool]:
+    """Whether a run whose model is loaded fits the GPU of every process by estimate: without compiled layers, and with
+    them. `needs` as for `choose_batch`. Called by every process."""
     shape, plan = needs(compiles=False)
     free_gib = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB
-    return all(gather_object([need_gib(shape, plan) <= free_gib / (1 + MARGIN)]))
+    own = [need_gib(shape, replace(plan, compiled=compiled)) <= free_gib / (1 + MARGIN) for compiled in (False, True)]
+    uncompiled, compiled = (all(of_all) for of_all in zip(*gather_object([own]), strict=True))
+    return uncompiled, compiled
