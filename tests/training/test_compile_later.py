@@ -131,9 +131,13 @@ def test_the_next_run_knows_what_compilation_took_on_this_machine(monkeypatch, c
     Run(monkeypatch, 70, 0.6, 0.36, 5.0)
     assert "about 12 s of compilation (as measured here before) would save about 16 s" in capsys.readouterr().out
     assert compilation.expect(run.layers, 0.7).seconds == pytest.approx(5)
-    # Other layers, and another budget, are other code.
+    # Other layers, another budget, and recomputation are other code.
     assert not compilation.expect([nn.Linear(4, 5)], 0.7).is_measured
     assert not compilation.expect(run.layers, 1.0).is_measured
+    run.layers[0].gradient_checkpointing = True
+    assert not compilation.expect(run.layers, 0.7).is_measured
+    run.layers[0].gradient_checkpointing = False
+    assert compilation.expect(run.layers, 0.7).is_measured
     monkeypatch.setattr(torch, "__version__", "99")
     assert not compilation.expect(run.layers, 0.7).is_measured
 

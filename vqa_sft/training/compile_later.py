@@ -33,16 +33,16 @@ class CompileLater(TrainerCallback):
     def __init__(self, model: Any, memory_budget: float, speed: Speed, *, is_compiled: bool = False) -> None:
         self.base: PreTrainedModel = base_of(model)
         self.layers = layers_to_compile(self.base)
-        self.memory_budget, self.speed = memory_budget, speed
+        self.memory_budget, self.speed, self.is_compiled = memory_budget, speed, is_compiled
         self.num_steps = 0  # of this process; a resumed run begins with those of an earlier one
         self.start_s = self.step_s = self.first_s = 0.0
         self.expected: Expected | None = None  # once layers are compiled
-        if is_compiled:
-            self.num_steps, self.expected = WARM_UP + MEASURED, compilation.expect(self.layers, memory_budget)
-            say(f"the first steps hold {self.expected}")
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.start_s = now_s()
+        if self.is_compiled:
+            self.expected = compilation.expect(self.layers, self.memory_budget)
+            self.num_steps, self.start_s = WARM_UP + MEASURED, now_s()
+            say(f"the first steps hold {self.expected}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.num_steps += 1

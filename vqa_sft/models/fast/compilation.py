@@ -90,7 +90,8 @@ def _record(layers: Sequence[nn.Module], memory_budget: float) -> Path:
     from torch._inductor.runtime.runtime_utils import cache_dir
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    of: list[Any] = [torch.__version__, transformers.__version__, device, memory_budget]
+    recomputes = any(getattr(layer, "gradient_checkpointing", False) for layer in layers)  # inside the graph
+    of: list[Any] = [torch.__version__, transformers.__version__, device, memory_budget, recomputes]
     text = "\n".join([*map(str, of), *sorted(set(map(str, layers)))])
     return Path(cache_dir(), "vqa_sft", f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.json")
 
