@@ -1,10 +1,16 @@
 """Layers compiled in the middle of a run. There is no GPU here: the compiler's first half (aot_eager) stands for it."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
+from contest import write_hard_contest
 from gradients import road_of
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -15,9 +21,12 @@ from vqa_sft.batch.prompts import Prompts
 from vqa_sft.models.fast import compilation
 from vqa_sft.models.fast.compilation import Expected
 from vqa_sft.models.scoring import answer_logits
+from vqa_sft.tiny import TINY_PATH
 from vqa_sft.training import build, compile_later
 from vqa_sft.training.callbacks import Speed
 from vqa_sft.training.compile_later import CompileLater
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +98,54 @@ def test_layers_are_compiled_under_a_model_that_is_distributed_already(families,
         torch.distributed.destroy_process_group()
     assert compilation.num_compilations() > 0 and losses[False][0] - losses[False][-1] > 0.01
     assert losses[True] == pytest.approx(losses[False], abs=1e-4)
+
+
+SWITCHING = """
+import atexit, functools, os, runpy, sys
+from vqa_sft.models.fast import compilation, speedups
+from vqa_sft.training import build, compile_later
+
+pays = os.environ["PAYS"] == os.environ["RANK"]  # in that process alone
+compilation.compile_layers = functools.partial(compilation.compile_layers, backend="aot_eager")
+compilation.can_compile = lambda: True
+compilation.expect = lambda *args: compilation.Expected(0.0 if pays else 1e9, 0.5)
+compilation.remember = lambda *args: None
+compile_later.layers_to_compile = lambda base: [base.get_decoder().layers[0]]
+build.fits = lambda needs: (True, True)
+speedups.may_compile_later = lambda trainer: True
+speedups.pack_rows = lambda *args: None  # attention over packed rows is no graph on a CPU
+atexit.register(lambda: print(f"process {os.environ['RANK']}: graphs {min(1, compilation.num_compilations())}"))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_launch_switch_at_the_same_step(tmp_path):
+    contest = write_hard_contest(tmp_path / "contest")
+    values = {"model_name_or_path": TINY_PATH, "train_data": contest / "train.csv", "max_steps": 10, "use_cpu": True}
+    values |= {"global_batch_size": 8, "per_device_train_batch_size": 2, "learning_rate": 3e-3, "logging_steps": 1}
+    values |= {"adam_epsilon": 1e-3, "dataloader_num_workers": 0, "disable_tqdm": True, "eval_strategy": "no"}
+    values |= {"gradient_checkpointing": False, "validation_fraction": 0, "load_best_model_at_end": False}
+    (tmp_path / "switching.py").write_text(SWITCHING)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    command += ["--config_file", "accelerate_configs/multi_gpu.yaml", "--num_processes", "2"]
+    command += [str(tmp_path / "switching.py"), "recipes/sft.py"]
+    losses = {}
+    for pays, graphs in (("0", 1), ("1", 0)):  # the main process decides
+        options = values | {"output_dir": tmp_path / pays}
+        arguments = [token for name, value in options.items() for token in (f"--{name}", str(value))]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PAYS": pays}
+        done = subprocess.run(
+            [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("Speed: compiled from step 6 on") == graphs
+        assert all(f"process {rank}: graphs {graphs}" in done.stdout for rank in range(2))
+        state = json.loads((tmp_path / pays / "checkpoint-10" / "trainer_state.json").read_text())
+        losses[pays] = [log["loss"] for log in state["log_history"] if "loss" in log]
+    assert len(losses["1"]) == 10 and min(losses["1"]) < 0.5 * losses["1"][0]
+    assert losses["0"] == pytest.approx(losses["1"], abs=1e-3)
 
 
 class Run:
