@@ -100,6 +100,15 @@ def test_layers_are_compiled_under_a_model_that_is_distributed_already(families,
     assert losses[True] == pytest.approx(losses[False], abs=1e-4)
 
 
+def test_cached_code_of_another_source_of_our_operator_is_not_taken(monkeypatch, tmp_path):
+    ours = compilation._tag("")
+    assert compilation._tag(ours) == ours and compilation._tag("theirs") == f"theirs {ours}"
+    changed = tmp_path / "linear_attention.py"
+    changed.write_text(Path(compilation.linear_attention.__file__).read_text() + "\n")
+    monkeypatch.setattr(compilation.linear_attention, "__file__", str(changed))
+    assert compilation._tag("") != ours
+
+
 SWITCHING = """
 import atexit, functools, os, runpy, sys
 from vqa_sft.models.fast import compilation, speedups
