@@ -31,8 +31,8 @@ from vqa_sft.models.fast.masked_attention import MASKED
 
 # Graphs of one layer: with and without gradients, first layer (its input has none) and others, training and scoring.
 MAX_GRAPHS = 32
-# Of one kind of layer, forward and backward, where nothing is known: on one H200 with empty caches three steps were done
-# after 23 s with one kind (InternVL3.5-8B) and 57 s with two (Gemma-4-12B).
+# Of one kind of layer, forward and backward, where nothing is known: on one H200 with empty caches three steps were
+# done after 23 s with one kind (InternVL3.5-8B) and 57 s with two (Gemma-4-12B).
 SECONDS_A_GRAPH = 25.0
 # Compiled layers saved 0.32 to 0.38 of a step's time there (Gemma-4-12B, Qwen2.5-VL-7B).
 SHARE_SAVED = 0.3
