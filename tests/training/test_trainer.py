@@ -84,7 +84,7 @@ def test_recomputation_begins_with_the_first_step(families, contest, tmp_path):
         gradient_checkpointing=True,
         save_strategy="no",
     )
-    speedups.speed_up_training(trainer, 8, compile_layers=False)
+    speedups.speed_up_training(trainer, compile_layers=False)
     calls = []
     mlp = trainer.model.get_base_model().get_decoder().layers[0].mlp
     mlp.register_forward_pre_hook(lambda *args: calls.append(trainer.state.global_step))

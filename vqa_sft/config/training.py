@@ -179,7 +179,7 @@ class RecipeArguments:
         "Keep the frozen vision tower's features of each image on disk, for all epochs and runs.", default=False
     )
     compile_layers: bool | None = option(
-        "Compile the layers: about a minute at the start; default: in longer runs, on newer GPUs.", default=None
+        "Compile the layers before the first step; default: after a few steps, if that pays.", default=None
     )
     # Compiled layers keep less at the same speed (docs/speed.md); torch's own default is 1.
     activation_memory_budget: float = option(

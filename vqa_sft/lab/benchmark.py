@@ -447,7 +447,7 @@ class Watch:
     def finish(self) -> None:
         import torch
 
-        from vqa_sft.models.fast.speedups import num_compilations
+        from vqa_sft.models.fast.compilation import num_compilations
 
         if torch.cuda.is_available():
             self.values["peak_gib"] = torch.cuda.max_memory_reserved() / 2**30

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest
 
 from vqa_sft.console import table
 from vqa_sft.data.cells import read_answer
@@ -222,6 +221,8 @@ def say_changes(was: Sequence[bool], now: Sequence[bool]) -> str:
     lost = sum(a and not b for a, b in zip(was, now, strict=True))
     won = sum(b and not a for a, b in zip(was, now, strict=True))
     # Under no difference each of the rows that only one has right is as likely to be the one's as the other's.
+    from scipy.stats import binomtest  # slow to import, and a training imports this file before its first step
+
     p_value = float(binomtest(lost, lost + won).pvalue) if lost + won else 1.0
     return (
         f"Of {len(was):,} rows with an answer: {lost:,} right -> wrong, {won:,} wrong -> right (McNemar's exact test: "

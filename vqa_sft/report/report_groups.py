@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest
 
 from vqa_sft.images import size_of
 from vqa_sft.predictions.blind import paired
@@ -97,6 +96,8 @@ def _make_group(inputs: Inputs, title: str, labels: Sequence[str], order: Sequen
 
 
 def share_of(num_right: int, num_rows: int) -> Share:
+    from scipy.stats import binomtest  # slow to import, and a training imports this file before its first step
+
     interval = binomtest(num_right, num_rows).proportion_ci(method="wilson")
     return Share(num_right / num_rows, float(interval.low), float(interval.high))
 

@@ -1,7 +1,6 @@
 """The trainer of a recipe: processor, adapter and loss before the weights are loaded, `AnswerTrainer` after it."""
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from accelerate import PartialState
@@ -23,12 +22,15 @@ from vqa_sft.errors import explains
 from vqa_sft.models import fp8_base, processes
 from vqa_sft.models.fast import speedups
 from vqa_sft.models.fast.feature_store import fill_store, open_store
+from vqa_sft.models.fast.speedups import MIN_ROWS_TO_COMPILE
 from vqa_sft.models.load import build_skeleton, follow_processor, load_processor
 from vqa_sft.models.lora import describe_experts, lora_config
+from vqa_sft.models.memory.fit import fits
 from vqa_sft.models.memory.needs import NUM_MEASURED, Plan, Shape, read_needs
 from vqa_sft.models.parts import vision_parameters
 from vqa_sft.models.scoring import find_end_of_turn, find_letter_ids
 from vqa_sft.training.averaging import AdapterAverage
+from vqa_sft.training.compile_later import CompileLater
 from vqa_sft.training.curves import WriteCurves
 from vqa_sft.training.dealing import Order
 from vqa_sft.training.folder import kept_prompts
@@ -47,7 +49,7 @@ class ModelSetup:
     adapter: LoraConfig | None  # None: all weights are trained, or those of `init_adapter`
     loss: LossSettings
     precision: str
-    needs: Callable[[], tuple[Shape, Plan]]  # estimates what the run needs of a GPU's memory
+    needs: functools.partial[tuple[Shape, Plan]]  # estimates what the run needs of a GPU's memory
 
 
 def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precision: str) -> ModelSetup:
@@ -150,7 +152,7 @@ def build_trainer(
     vision = vision_parameters(speedups.base_of(trainer.model))
     processes.check_images(rows.counted, trains_vision=any(weight.requires_grad for weight in vision))
     if args.fast:
-        _speed_up(trainer, recipe, rows.num_seen(training_args))
+        _speed_up(trainer, recipe, rows.num_seen(training_args), setup)
     if features is not None:
         batch_size, num_workers = training_args.per_device_eval_batch_size, training_args.dataloader_num_workers
         fill_store(trainer.model, trainer.eval_collator, rows.counted, setup.precision, batch_size, num_workers)
@@ -172,9 +174,18 @@ def _order_of(recipe: Recipe, rows: Rows, setup: ModelSetup, *, packs: bool) -> 
     return Order(balanced=balanced, tokens=tokens)
 
 
-def _speed_up(trainer: AnswerTrainer, recipe: Recipe, num_rows: int) -> None:
-    compile_layers, budget = recipe.arguments.compile_layers, recipe.arguments.activation_memory_budget
-    compiles = speedups.pays_compilation(speedups.base_of(trainer.model).config, num_rows, compile_layers)
+def _speed_up(trainer: AnswerTrainer, recipe: Recipe, num_rows: int, setup: ModelSetup) -> None:
+    asked, budget = recipe.arguments.compile_layers, recipe.arguments.activation_memory_budget
+    is_open = asked is None and speedups.may_compile_later(trainer)
+    fits_uncompiled, fits_compiled = fits(setup.needs) if is_open else (True, True)
+    # A long run that fits with compiled layers alone has no uncompiled steps.
+    compiles = bool(asked) or (is_open and num_rows >= MIN_ROWS_TO_COMPILE and not fits_uncompiled)
+    later = is_open and fits_uncompiled and fits_compiled
     if "activation_memory_budget" in recipe.values and not compiles:
-        speedups.say("layers are not compiled, and keep all; compile_layers: true compiles them")
-    speedups.speed_up_training(trainer, num_rows, compile_layers=compile_layers, memory_budget=budget)
+        when = " at first" if later else ""
+        speedups.say(f"layers are not compiled{when}, and keep all; compile_layers: true compiles them")
+    if is_open and fits_uncompiled and not fits_compiled:
+        speedups.say("layers are not compiled: by estimate they would not fit the GPU's memory")
+    is_compiled = speedups.speed_up_training(trainer, compile_layers=compiles, memory_budget=budget)
+    if is_compiled or later:  # later, all processes of a launch decide together
+        trainer.add_callback(CompileLater(trainer.model, budget, trainer.speed, is_compiled=is_compiled))

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from vqa_sft.batch.collator import TrainCollator
-from vqa_sft.models.fast.speedups import num_compilations
+from vqa_sft.models.fast.compilation import num_compilations
 
 
 class EpochForCollator(TrainerCallback):

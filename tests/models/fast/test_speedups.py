@@ -12,7 +12,7 @@ from trl import ModelConfig
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts, render_prompt
 from vqa_sft.models.families import FAMILIES, PACKED, tower_of
-from vqa_sft.models.fast import fused_lora, speedups, vision
+from vqa_sft.models.fast import compilation, fused_lora, speedups, vision
 from vqa_sft.models.load import load_model
 from vqa_sft.models.lora import lora_config
 from vqa_sft.models.scoring import answer_logits
@@ -200,7 +200,7 @@ def test_the_first_layers_input_has_gradients_in_training_alone():
             return inputs_embeds.requires_grad
 
     decoder, trained = Decoder(), torch.ones(2, requires_grad=True)
-    decoder.register_forward_pre_hook(speedups._ask_for_gradients, with_kwargs=True)
+    decoder.register_forward_pre_hook(compilation._ask_for_gradients, with_kwargs=True)
     assert decoder(inputs_embeds=torch.ones(2)) and decoder(inputs_embeds=trained * 2)
     with torch.no_grad():
         assert not decoder(inputs_embeds=torch.ones(2))

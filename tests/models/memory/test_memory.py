@@ -378,6 +378,30 @@ def test_auto_batch_keeps_the_rows_of_a_step_and_takes_the_largest_that_fits(gpu
     )
 
 
+@pytest.mark.parametrize("gib", [24, 40, 80])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_auto_batch_fits_compiled_and_uncompiled_where_that_is_open(gpu, gib, checkpointing):
+    gpu(gib)
+    plan = Plan(32, max_pixels=448 * 448, checkpointing=checkpointing, may_compile=True)
+    size, _, recomputes, _ = choose(plan, 2)
+    for compiled in (False, True):
+        chosen = replace(plan, micro_batch=size, checkpointing=recomputes, compiled=compiled)
+        assert need_gib(shape_of(B7), chosen) <= gib / (1 + MARGIN)
+
+
+@pytest.mark.parametrize("checkpointing, smaller", [(False, "compiled"), (True, "uncompiled")])
+def test_what_fits_uncompiled_and_compiled_is_known_before_the_first_step(gpu, monkeypatch, checkpointing, smaller):
+    plan = Plan(16, max_pixels=448 * 448, checkpointing=checkpointing)
+    needs = lambda *, compiles: (shape_of(B7), replace(plan, compiled=compiles))  # noqa: E731
+    need = {"uncompiled": need_gib(*needs(compiles=False)), "compiled": need_gib(*needs(compiles=True))}
+    assert smaller == min(need, key=need.get)
+    between = (need["uncompiled"] + need["compiled"]) / 2 * (1 + MARGIN)
+    for gib, expected in ((1, set()), (between, {smaller}), (max(need.values()) * 1.1, set(need))):
+        gpu(gib / 2)  # the rest is the model's already
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda half=gib / 2: int(half * 2**30))
+        assert fit.fits(needs) == ("uncompiled" in expected, "compiled" in expected)
+
+
 def test_auto_batch_says_what_would_fit_where_nothing_does(gpu):
     gpu(14)
     with pytest.raises(InputError, match="--load_in_4bit true"):

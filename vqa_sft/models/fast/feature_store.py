@@ -46,8 +46,9 @@ from vqa_sft.errors import InputError
 from vqa_sft.images import size_of
 from vqa_sft.models import processes
 from vqa_sft.models.families import FAMILIES, PACKED, num_deepstack, tower_of
+from vqa_sft.models.fast.compilation import say
 from vqa_sft.models.fast.packing import Packer
-from vqa_sft.models.fast.speedups import base_of, say
+from vqa_sft.models.fast.speedups import base_of
 from vqa_sft.models.fast.vision import is_frozen, run_tower
 from vqa_sft.models.load import DTYPES
 

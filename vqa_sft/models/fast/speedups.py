@@ -6,26 +6,24 @@
 Nothing here changes what is saved. `fast: false` in a recipe leaves the libraries' paths as they are.
 """
 
-import functools
 import types
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
-from vqa_sft.console import note
 from vqa_sft.models import processes
 from vqa_sft.models.families import PACKED, head_dim, num_deepstack, tower_of
-from vqa_sft.models.fast import attention, fused_lora, graphs, linear_attention, packing, vision
-from vqa_sft.models.fast.masked_attention import MASKED
+from vqa_sft.models.fast import attention, compilation, fused_lora, graphs, linear_attention, packing, vision
+from vqa_sft.models.fast.compilation import say
 from vqa_sft.models.load import DTYPES
 
-# Graphs of one layer: with and without gradients, first layer (its input has none) and others, training and scoring.
-MAX_GRAPHS = 32
-# Compilation takes about a minute; a run of fewer rows is over sooner without it.
+# Of a prediction: its steps are not measured. A training compiles from its first step with so many rows where
+# uncompiled layers do not fit the memory (training/build.py).
 MIN_ROWS_TO_COMPILE = 3000
 
 
@@ -93,75 +91,51 @@ def _forward_keeping(
     return hidden_states + layer.mlp(layer.post_attention_layernorm(hidden_states))
 
 
-def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: float = 1.0) -> None:
-    """Speed up the vision tower, and compile its blocks and the decoder's layers if asked and able. Of what a compiled
-    layer would keep for its backward pass, it keeps the share `memory_budget` and computes again what is cheapest."""
+def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: float = 1.0) -> bool:
+    """Speed up the vision tower, and compile its blocks and the decoder's layers if asked and able: whether they are.
+    Of what a compiled layer would keep for its backward pass, it keeps the share `memory_budget` and computes again
+    what is cheapest."""
     base = base_of(model)
     family = PACKED.get(base.config.model_type)
     decoder = base.get_decoder()
-    layers = [*getattr(decoder, "layers", ())]  # Llama 4 has none here
-    if layers and getattr(layers[-1].forward, "__func__", None) is _forward_keeping:
-        layers.pop()  # of little work and a graph of its own, a third of the compilation
-    if family is not None:
-        tower = tower_of(base)
-        if done := vision.speed_up_tower(tower, family.tower_mlp):
-            say("vision tower: " + ", ".join(done))
-        layers += tower.blocks if vision.is_frozen(tower) else ()
+    if family is not None and (done := vision.speed_up_tower(tower_of(base), family.tower_mlp)):
+        say("vision tower: " + ", ".join(done))
     # On a CPU the wide tensors are not what takes the time.
     if base.device.type == "cuda" and (num_mlps := fused_lora.fuse(decoder)):
         say(f"{num_mlps} MLPs have their adapters inside the base's products")
     if base.device.type == "cuda" and (num_linear := linear_attention.speed_up_linear_attention(decoder)):
         say(f"{num_linear} layers with linear attention are one graph each")
-    if not compile_layers:
-        return
-    if getattr(base, "is_quantized", False):
-        say("layers are not compiled: the base is quantised")
-    elif not _can_be_compiled(base):
-        say("layers are not compiled: that needs a GPU of compute capability 8.0 or newer, and half precision")
-    elif can_compile():
-        torch._dynamo.config.recompile_limit = MAX_GRAPHS
-        # A shape that does not compile runs uncompiled.
-        torch._dynamo.config.suppress_errors = True
-        torch._functorch.config.activation_memory_budget = memory_budget
-        # Else DDP has each layer cut in two at the size of its first bucket, though its own gradients are sent while
-        # the layer before it computes anyway.
-        torch._dynamo.config.optimize_ddp = False
-        if decoder.config._attn_implementation == "sdpa":
-            decoder.config._attn_implementation = MASKED
-        decoder.register_forward_pre_hook(_ask_for_gradients, with_kwargs=True)
-        for layer in layers:
-            layer.compile(dynamic=True)  # in place: names stay, and a copy of the model is not compiled
-        say(f"{len(layers)} layers are compiled; the first steps are slow")
+    if compile_layers and (reason := compilation.why_not(base)):
+        say(f"layers are not compiled: {reason}")
+        return False
+    if not (compile_layers and compilation.can_compile()):
+        return False
+    layers = layers_to_compile(base)
+    compilation.compile_layers(base, layers, memory_budget)
+    say(f"{len(layers)} layers are compiled; the first steps are slow")
+    return True
 
 
-def _ask_for_gradients(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """The first layer's input gets gradients as those of the others do: its graph is theirs, and compiled once. A graph
-    of its own took 19 of 52 s of compilation for Qwen3-VL-8B; the price is one more gradient of its projections."""
-    embeddings = kwargs.get("inputs_embeds")
-    if embeddings is not None and torch.is_grad_enabled() and embeddings.is_leaf:
-        embeddings.requires_grad_()
+def layers_to_compile(base: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's layers and, of a frozen vision tower, its blocks."""
+    layers = [*getattr(base.get_decoder(), "layers", ())]  # Llama 4 has none here
+    if layers and getattr(layers[-1].forward, "__func__", None) is _forward_keeping:
+        layers.pop()  # of little work and a graph of its own, a third of the compilation
+    if base.config.model_type in PACKED and vision.is_frozen(tower_of(base)):
+        layers += tower_of(base).blocks
+    return layers
 
 
 def use_graphs(model: nn.Module) -> bool:
     """Let few rows at a time go by CUDA graphs, where packed rows have a kernel; whether they do. For scoring alone."""
     base = base_of(model)
-    return _has_kernel(base) and graphs.use_graphs(base, graphs.CudaCapture())
+    has_kernel = any(getattr(module, "use_varlen", False) for module in base.modules())
+    return has_kernel and graphs.use_graphs(base, graphs.CudaCapture())
 
 
-def _has_kernel(base: nn.Module) -> bool:
-    return any(getattr(module, "use_varlen", False) for module in base.modules())
-
-
-def _can_be_compiled(base: PreTrainedModel) -> bool:
-    # Packed rows one by one would be compiled again for every mixture of lengths.
-    is_packed = base.get_decoder().config._attn_implementation == attention.DECODER
-    return attention.can_use_varlen(base.device, base.dtype) and (_has_kernel(base) or not is_packed)
-
-
-def speed_up_training(
-    trainer: Trainer, num_rows: float, *, compile_layers: bool | None, memory_budget: float = 1.0
-) -> None:
-    """`speed_up` of a trainer's model, where every process has all of its weights; else what leaves them alone."""
+def speed_up_training(trainer: Trainer, *, compile_layers: bool, memory_budget: float = 1.0) -> bool:
+    """`speed_up` of a trainer's model, where every process has all of its weights, else what leaves them alone; whether
+    layers are compiled."""
     if processes.shards_weights():
         say("layers and the weights of the vision tower stay the library's: they are spread over processes")
         base = base_of(trainer.model)
@@ -169,13 +143,25 @@ def speed_up_training(
             vision.skip_gradients(tower)
             say("vision tower: no gradients")
         stay_in_training(trainer.model)
-        return
-    compiles = pays_compilation(base_of(trainer.model).config, num_rows, compile_layers)
-    if compiles and trainer.is_deepspeed_enabled:
+        return False
+    if compile_layers and trainer.is_deepspeed_enabled:
         say("layers are not compiled: DeepSpeed moves their weights")
     stay_in_training(trainer.model)
-    compiles = compiles and not trainer.is_deepspeed_enabled
-    speed_up(trainer.model, compile_layers=compiles, memory_budget=memory_budget)
+    compile_layers = compile_layers and not trainer.is_deepspeed_enabled
+    return speed_up(trainer.model, compile_layers=compile_layers, memory_budget=memory_budget)
+
+
+def may_compile_later(trainer: Trainer) -> bool:
+    """Whether the layers of a trainer's model can be compiled while it trains; every process comes to the same. Says on
+    a GPU why not."""
+    base = base_of(trainer.model)
+    if processes.shards_weights() or packing.why_not(base.config) is not None:
+        return False
+    reason = "DeepSpeed moves their weights" if trainer.is_deepspeed_enabled else compilation.why_not(base)
+    reasons = [reason for reason in gather_object([reason]) if reason]
+    if reasons and base.device.type == "cuda":
+        say(f"layers are not compiled: {reasons[0]}")
+    return not reasons
 
 
 def stay_in_training(model: nn.Module) -> None:
@@ -190,8 +176,8 @@ def _train(model: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def pays_compilation(config: PreTrainedConfig, num_rows: float, asked: bool | None) -> bool:
-    """Whether layers are compiled: as asked, else for many packed rows. With padded ones that was compared with the
-    library's layers on a CPU alone."""
+    """Whether layers are compiled without a measurement: as asked, else for many packed rows. With padded ones that was
+    compared with the library's layers on a CPU alone."""
     if asked is not None:
         return asked
     return num_rows >= MIN_ROWS_TO_COMPILE and packing.why_not(config) is None
@@ -200,23 +186,3 @@ def pays_compilation(config: PreTrainedConfig, num_rows: float, asked: bool | No
 def base_of(model: nn.Module) -> PreTrainedModel:
     """The model itself, or the one under its adapter."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-@functools.cache
-def can_compile() -> bool:
-    """Whether something small compiles on the GPU: a C compiler and Triton are needed. Says why not."""
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device="cuda"))
-    except Exception as error:  # whatever the tool chain raises
-        say(f"layers are not compiled: {(str(error).splitlines() or [type(error).__name__])[0]}")
-        return False
-    return True
-
-
-def num_compilations() -> int:
-    """Graphs compiled so far in this process."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def say(line: str) -> None:
-    note(f"Speed: {line}.")

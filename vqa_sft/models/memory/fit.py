@@ -101,13 +101,16 @@ def choose_batch(training_args: SFTConfig, needs: Callable[[], tuple[Shape, Plan
     if processes.is_sharded():
         return "auto_batch: what FSDP and DeepSpeed spread over GPUs cannot be estimated; nothing is changed."
     shape, plan = needs()
-    seen = gather_object([(torch.cuda.mem_get_info()[0], plan.compiled)])
-    free_gib, compiled = min(free for free, _ in seen) / GIB, all(compiles for _, compiles in seen)
+    seen = gather_object([(torch.cuda.mem_get_info()[0], plan.compiled, plan.compiled or plan.may_compile)])
+    free_gib, compiled = min(free for free, _, _ in seen) / GIB, all(compiles for _, compiles, _ in seen)
+    may_compile = not compiled and any(may for _, _, may in seen)
     rows = plan.micro_batch * training_args.gradient_accumulation_steps
-    gib, plan = free_gib / (1 + MARGIN), replace(plan, compiled=compiled)
+    gib, plan = free_gib / (1 + MARGIN), replace(plan, compiled=compiled, may_compile=may_compile)
     for checkpointing in (False, True):  # recomputation costs a third of the speed
         chosen = replace(plan, checkpointing=checkpointing)
-        if size := largest_micro_batch(shape, chosen, gib, rows):
+        # Where that is open, the batch fits compiled and not: either may need more (estimate.kept_by_fused_layers).
+        either = [chosen, replace(chosen, compiled=True)] if plan.may_compile else [chosen]
+        if size := min(largest_micro_batch(shape, one, gib, rows) for one in either):
             chosen = replace(chosen, micro_batch=size)
             break
     else:
@@ -121,8 +124,19 @@ def choose_batch(training_args: SFTConfig, needs: Callable[[], tuple[Shape, Plan
     training_args.gradient_accumulation_steps = rows // chosen.micro_batch
     # transformers 5.23 reads the second name, trl 1.16 the first.
     training_args.gradient_checkpointing = training_args.activation_checkpointing = chosen.checkpointing
+    need = max(need_gib(shape, replace(one, micro_batch=chosen.micro_batch)) for one in either)
     recomputation = "with" if chosen.checkpointing else "without"
     return (
         f"auto_batch: {rows} rows a step and process as {rows // chosen.micro_batch} x {chosen.micro_batch} "
-        f"{recomputation} gradient_checkpointing, about {need_gib(shape, chosen):.1f} of {free_gib:.1f} GiB."
+        f"{recomputation} gradient_checkpointing, about {need:.1f} of {free_gib:.1f} GiB."
     )
+
+
+def fits(needs: Callable[..., tuple[Shape, Plan]]) -> tuple[bool, bool]:
+    """Whether a run whose model is loaded fits the GPU of every process by estimate: without compiled layers, and with
+    them. `needs` as for `choose_batch`. Called by every process."""
+    shape, plan = needs(compiles=False)
+    free_gib = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB
+    own = [need_gib(shape, replace(plan, compiled=compiled)) <= free_gib / (1 + MARGIN) for compiled in (False, True)]
+    uncompiled, compiled = (all(of_all) for of_all in zip(*gather_object([own]), strict=True))
+    return uncompiled, compiled

@@ -18,7 +18,7 @@ from vqa_sft.config.training import RecipeArguments
 from vqa_sft.errors import explains
 from vqa_sft.models import fp8_base, quantized
 from vqa_sft.models.families import PACKED
-from vqa_sft.models.fast import attention, fused_lora, packing, speedups
+from vqa_sft.models.fast import attention, compilation, fused_lora, packing
 from vqa_sft.models.load import DTYPES, LOADING_ERRORS
 from vqa_sft.models.lora import lora_config
 from vqa_sft.models.memory.count import Counted, How
@@ -251,9 +251,10 @@ def read_needs(
     shape, plan = with_images(shape, plan, see_images(processor))
     plan, _ = read_stored(model_args.model_name_or_path, config, plan)
     can_compile = shape.packs_rows and plan.bits == 16 and plan.attention == "grouped"
-    compiles = compiles and can_compile and speedups.can_compile()
+    compiles = compiles and can_compile and compilation.can_compile()
+    open_yet = can_compile and arguments.fast and arguments.compile_layers is None and not compiles
     rows: dict[str, Any] = measure_rows(processor, examples, prompts) if examples else {}
-    return shape, replace(plan, compiled=compiles, **rows)
+    return shape, replace(plan, compiled=compiles, may_compile=open_yet, **rows)
 
 
 def attention_of(device: torch.device, precision: str, fast: bool) -> Literal["grouped", "repeated", "unfused"]:
