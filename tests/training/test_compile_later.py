@@ -22,7 +22,7 @@ from vqa_sft.models.fast import compilation
 from vqa_sft.models.fast.compilation import Expected
 from vqa_sft.models.scoring import answer_logits
 from vqa_sft.tiny import TINY_PATH
-from vqa_sft.training import build, compile_later
+from vqa_sft.training import build, callbacks, compile_later
 from vqa_sft.training.callbacks import Speed
 from vqa_sft.training.compile_later import CompileLater
 
@@ -112,7 +112,7 @@ def test_cached_code_of_another_source_of_our_operator_is_not_taken(monkeypatch,
 SWITCHING = """
 import atexit, functools, os, runpy, sys
 from vqa_sft.models.fast import compilation, speedups
-from vqa_sft.training import build, compile_later
+from vqa_sft.training import build, callbacks, compile_later
 
 pays = os.environ["PAYS"] == os.environ["RANK"]  # in that process alone
 compilation.compile_layers = functools.partial(compilation.compile_layers, backend="aot_eager")
@@ -164,10 +164,13 @@ class Run:
         self.layers, self.compiled, self.now = [nn.Linear(4, 4), nn.Linear(4, 4)], False, 0.0
         monkeypatch.setattr(compile_later, "base_of", lambda model: model)
         monkeypatch.setattr(compile_later, "layers_to_compile", lambda base: self.layers)
-        monkeypatch.setattr(compile_later, "now_s", lambda: self.now)
+        monkeypatch.setattr(callbacks, "now_s", lambda: self.now)
         monkeypatch.setattr(compilation, "compile_layers", self.compile)
-        callback = CompileLater(None, 0.7, Speed())
+        callback = CompileLater(None, 0.7, speed := Speed())
         for step in range(1, num_steps + 1):
+            if step in (4, 11):  # evaluations beside the steps that are measured
+                self.now += 50
+                speed.on_evaluate(None, None, None, metrics={"eval_runtime": 50})
             self.now += compiled_s if self.compiled else step_s
             if self.compiled == step:  # the first one that is compiled
                 self.now += compilation_s
@@ -212,10 +215,12 @@ def test_a_run_that_is_compiled_from_its_first_step_measures_compilation_too(mon
     layers, now = [nn.Linear(4, 4)], [0.0]
     monkeypatch.setattr(compile_later, "base_of", lambda model: model)
     monkeypatch.setattr(compile_later, "layers_to_compile", lambda base: layers)
-    monkeypatch.setattr(compile_later, "now_s", lambda: now[0])
+    monkeypatch.setattr(callbacks, "now_s", lambda: now[0])
     callback = CompileLater(None, 0.7, Speed(), is_compiled=True)
     callback.on_train_begin()
+    now[0] += 100  # until the first batch is there
     for step in range(1, 21):
+        callback.on_step_begin(None, None, None)
         now[0] += 40.4 if step == 1 else 0.4
         callback.on_step_end(None, types.SimpleNamespace(global_step=step, max_steps=20), None)
     assert capsys.readouterr().out.splitlines() == [
@@ -232,7 +237,9 @@ RULE = [
     (None, 10, (True, True), False, True),
     (None, 10**6, (True, True), False, True),
     (None, 10**6, (False, True), True, False),  # uncompiled steps would not fit
-    (None, 10, (False, True), False, False),
+    (None, 10, (False, True), True, False),
+    (None, 10, (False, False), False, False),
+    (None, 10**6, (False, False), True, False),
     (None, 10**6, (True, False), False, False),
 ]
 

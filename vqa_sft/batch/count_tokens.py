@@ -1,5 +1,6 @@
 """How many tokens the collator makes of rows, without decoding an image; what `data.check.check` takes for it."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -62,15 +63,21 @@ def relative_lengths(examples: datasets.Dataset) -> list[int]:
     return [_IMAGE * count + length for count, length in zip(counts, characters, strict=True)]
 
 
-def uneven_tokens(processor: ProcessorMixin, examples: datasets.Dataset, options: Options | None = None) -> list[int]:
+def uneven_tokens(
+    processor: ProcessorMixin, examples: datasets.Dataset, options: Options | None = None
+) -> list[int] | None:
     """About how many tokens of each row are not in every row: those of its images, by their headers, and of its texts,
-    at the mean length of a token in the first rows. No image is decoded and few texts are tokenised."""
+    at the mean length of a token in the first rows. No image is decoded and few texts are tokenised. None where the
+    processor does not count and images have many sizes."""
     texts = examples.select(range(min(len(examples), _SAMPLE))).select_columns(["question", "choices", "context"])
     joined = ["\n".join([row["question"], *row["choices"], row["context"] or ""]) for row in texts]
     num_tokens = sum(map(len, processor.tokenizer(joined, add_special_tokens=False, verbose=False).input_ids))
     rate = num_tokens / max(1, sum(map(len, joined)))
     sizes = [[_size_of(image) for image in row["images"]] for row in examples.select_columns(["images"])]
-    added = image_tokens(processor, sorted({size for of_row in sizes for size in of_row if size}), options)
+    distinct = sorted({size for of_row in sizes for size in of_row if size})
+    added = image_tokens(processor, distinct, options, most=_SAMPLE)
+    if distinct and not added:
+        return None
     characters = [length % _IMAGE for length in relative_lengths(examples)]
     return [
         round(rate * length) + sum(added.get(size, 0) for size in of_row)
@@ -86,10 +93,10 @@ def _size_of(image: dict | None) -> tuple[int, int] | None:
 
 
 def image_tokens(
-    processor: ProcessorMixin, sizes: Sequence[tuple[int, int]], options: Options | None = None
+    processor: ProcessorMixin, sizes: Sequence[tuple[int, int]], options: Options | None = None, most: float = math.inf
 ) -> dict[tuple[int, int], int]:
     """How many tokens an image of each (width, height) adds to its placeholder; blank images of these sizes are
-    processed where the processor does not count by itself."""
+    processed where the processor does not count by itself, unless there are more than `most`: then none is known."""
     if not sizes:
         return {}
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
@@ -105,4 +112,4 @@ def image_tokens(
         numbers = count(image_sizes=[(height, width) for width, height in sizes])["num_image_tokens"]
         if numbers[0] - 1 == added(sizes[0]):
             return {size: number - 1 for size, number in zip(sizes, numbers, strict=True)}
-    return {size: added(size) for size in sizes}
+    return {size: added(size) for size in sizes} if len(sizes) <= most else {}

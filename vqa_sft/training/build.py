@@ -178,8 +178,9 @@ def _speed_up(trainer: AnswerTrainer, recipe: Recipe, num_rows: int, setup: Mode
     asked, budget = recipe.arguments.compile_layers, recipe.arguments.activation_memory_budget
     is_open = asked is None and speedups.may_compile_later(trainer)
     fits_uncompiled, fits_compiled = fits(setup.needs) if is_open else (True, True)
-    # A long run that fits with compiled layers alone has no uncompiled steps.
-    compiles = bool(asked) or (is_open and num_rows >= MIN_ROWS_TO_COMPILE and not fits_uncompiled)
+    # A run that fits with compiled layers alone has no uncompiled steps; one that may not fit at all has those that
+    # need less, if it is long.
+    compiles = bool(asked) or (not fits_uncompiled and (fits_compiled or num_rows >= MIN_ROWS_TO_COMPILE))
     later = is_open and fits_uncompiled and fits_compiled
     if "activation_memory_budget" in recipe.values and not compiles:
         when = " at first" if later else ""

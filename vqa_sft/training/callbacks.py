@@ -27,19 +27,23 @@ class Speed(TrainerCallback):
 
     def __init__(self) -> None:
         self.num_rows = self.num_steps = 0
-        self.start_s = self.examples_per_s = 0.0
+        self.start_s = self.examples_per_s = self.paused_s = 0.0  # by evaluations
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.num_steps += 1
         if self.num_steps == self.WARM_UP_STEPS:
-            self.num_rows, self.start_s = 0, now_s()
+            self.num_rows, self.start_s = 0, self.clock_s()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        self.start_s += metrics.get("eval_runtime", 0.0)  # as if it had taken no time
+        self.paused_s += metrics.get("eval_runtime", 0.0)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.num_steps > self.WARM_UP_STEPS:
-            self.examples_per_s = self.num_rows / (now_s() - self.start_s)
+            self.examples_per_s = self.num_rows / (self.clock_s() - self.start_s)
+
+    def clock_s(self) -> float:
+        """Seconds as if evaluations took none."""
+        return now_s() - self.paused_s
 
     def metrics(self) -> dict[str, float]:
         values = {"train_examples_per_s": self.examples_per_s} if self.examples_per_s else {}

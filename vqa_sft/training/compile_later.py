@@ -17,7 +17,7 @@ from vqa_sft.models import processes
 from vqa_sft.models.fast import compilation
 from vqa_sft.models.fast.compilation import Expected, say
 from vqa_sft.models.fast.speedups import base_of, layers_to_compile
-from vqa_sft.training.callbacks import Speed, now_s
+from vqa_sft.training.callbacks import Speed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,24 +41,25 @@ class CompileLater(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.is_compiled:
             self.expected = compilation.expect(self.layers, self.memory_budget)
-            self.num_steps, self.start_s = WARM_UP + MEASURED, now_s()
+            self.num_steps = WARM_UP + MEASURED
             say(f"the first steps hold {self.expected}")
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_compiled and self.num_steps == WARM_UP + MEASURED:  # its rows are there
+            self.start_s = self.speed.clock_s()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.num_steps += 1
         if self.num_steps == WARM_UP:
-            self.start_s = now_s()
+            self.start_s = self.speed.clock_s()
         elif self.num_steps == WARM_UP + MEASURED:
-            self.step_s = (now_s() - self.start_s) / MEASURED
+            self.step_s = (self.speed.clock_s() - self.start_s) / MEASURED
             self.decide(state.global_step, state.max_steps)
         elif self.expected is not None and self.num_steps == WARM_UP + MEASURED + COMPILING:
-            self.first_s = now_s() - self.start_s
+            self.first_s = self.speed.clock_s() - self.start_s
             self.start_s += self.first_s
         elif self.expected is not None and self.num_steps == WARM_UP + MEASURED + COMPILING + MEASURED_COMPILED:
-            self.learn((now_s() - self.start_s) / MEASURED_COMPILED)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        self.start_s += metrics.get("eval_runtime", 0.0)  # as if it had taken no time
+            self.learn((self.speed.clock_s() - self.start_s) / MEASURED_COMPILED)
 
     def decide(self, step: int, max_steps: int) -> None:
         """Compile or not, and say so. The times of processes differ: those of the main process count."""
@@ -70,7 +71,7 @@ class CompileLater(TrainerCallback):
         elif compilation.can_compile():
             say(f"compiled from step {step + 1} on: {what}")
             compilation.compile_layers(self.base, self.layers, self.memory_budget)
-            self.expected, self.start_s = expected, now_s()
+            self.expected, self.start_s = expected, self.speed.clock_s()
             self.speed.num_steps = 0
 
     def learn(self, step_s: float) -> None:

@@ -264,7 +264,7 @@ class AnswerTrainer(SFTTrainer):
                 found = self.evaluation_loop(
                     self.get_eval_dataloader(), "Evaluation of the average", metric_key_prefix="eval_average"
                 ).metrics
-            self.speed.start_s += now_s() - start_s
+            self.speed.paused_s += now_s() - start_s
             self.average.keep_if_best(found["eval_average_nll_calibrated"])
             self.log(found)
             metrics |= found

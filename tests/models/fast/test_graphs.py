@@ -11,6 +11,7 @@ from transformers.utils import import_utils
 
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
+from vqa_sft.models.families import tower_of
 from vqa_sft.models.fast import attention, speedups
 from vqa_sft.models.fast.graphs import MULTIPLE, CudaCapture, Graphed, use_graphs
 from vqa_sft.models.scoring import answer_logits
@@ -78,6 +79,19 @@ def test_rows_that_share_tokens_and_images_have_the_logits_of_the_forward(packed
     for _ in range(3):
         assert_close([logits_of(model, batch) for batch in batches], expected, atol=2e-5, rtol=1e-5)
     assert capture.count >= 2
+
+
+@pytest.mark.parametrize("orders", ["identity", "rotations"])
+def test_images_of_one_size_have_one_graph_whatever_the_texts(packed, orders):
+    model, batch_of, rows = packed
+    base = speedups.base_of(model)
+    use_graphs(base, Capture())
+    for number in range(1, 9):
+        logits_of(model, batch_of([rows[0] | {"question": "What is it? " * number}], orders))
+    decoder = base.get_decoder().forward.args[1].graphs
+    assert len(decoder) <= (3 if orders == "identity" else 6)
+    if base.config.model_type != "internvl":  # whose tower has none
+        assert len(tower_of(base).forward.args[0].graphs) == 1
 
 
 def test_adapters_that_take_turns_are_seen_by_a_graph(packed):

@@ -9,6 +9,7 @@ row more, to which no other attends. Weights may be written to between calls (ad
 Reference: docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -25,7 +26,7 @@ from vqa_sft.models.fast.attention import DECODER
 
 MULTIPLE = 64  # of tokens, to which packed rows are filled up
 MAX_GRAPHS = 64  # of one module; the one that was not used for longest goes first
-MAX_TOKENS = 2048  # more keep a GPU busy for longer than Python takes
+MAX_TOKENS = 2048  # more keep a GPU busy for longer than Python takes; four patches are a token
 VALUES = torch.Tensor | bool | int | float | str | None
 
 Replay = Callable[[], list[Any]]  # runs it again, on the same memory
@@ -94,12 +95,28 @@ def _shape(leaf: Any) -> Hashable:
 
 
 class CudaCapture:
-    """Captures a run as a CUDA graph; all share one pool of memory, for they never run at the same time."""
+    """Captures a run as a CUDA graph; all share one pool of memory, for they never run at the same time. After one that
+    failed it refuses the next ones."""
+
+    _one_at_a_time = threading.Lock()  # in a process
 
     def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool, self.has_failed = torch.cuda.graph_pool_handle(), False
 
     def __call__(self, run: Callable[[], list[Any]]) -> Replay:
+        if self.has_failed:
+            raise RuntimeError("a capture has failed before")
+        stream = torch.cuda.current_stream()
+        try:
+            with self._one_at_a_time:
+                return self._capture(run)
+        except RuntimeError:
+            self.has_failed = True
+            raise
+        finally:
+            torch.cuda.set_stream(stream)  # torch 2.11 stays on its own where a capture fails
+
+    def _capture(self, run: Callable[[], list[Any]]) -> Replay:
         graph = torch.cuda.CUDAGraph()
         # Other threads prepare the next rows meanwhile. Weights that autocast has cast for the call around this one
         # would be gone with it.
@@ -127,7 +144,7 @@ def use_graphs(model: PreTrainedModel, capture: Capture) -> bool:
     decoder.forward = partial(_forward_filled, decoder.forward, Graphed(decoder.forward, capture))
     if model.config.model_type in PACKED:
         tower = tower_of(model)
-        tower.forward = Graphed(tower.forward, capture)
+        tower.forward = partial(_forward_tower, Graphed(tower.forward, capture))
     return True
 
 
@@ -140,6 +157,12 @@ def _forward_filled(forward: Callable, graphed: Graphed, *args: Any, **kwargs: A
     if kwargs.get("keep_positions") is None:
         outputs.last_hidden_state = outputs.last_hidden_state[:, : hidden_states.shape[1]]
     return outputs
+
+
+def _forward_tower(graphed: Graphed, pixels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A tower's forward, without what is the decoder's though it reaches every module: it is of the texts' lengths."""
+    own = {name: value for name, value in kwargs.items() if name not in ("keep_positions", "shared_prefix")}
+    return (graphed if len(pixels) <= 4 * MAX_TOKENS else graphed.forward)(pixels, *args, **own)
 
 
 def fill_up(kwargs: dict[str, Any]) -> dict[str, Any]:
