@@ -190,7 +190,7 @@ def test_the_command_makes_a_soup_and_refuses_what_cannot_be_one(runs, tmp_path,
         ):
             make_soup([runs / "a", other], tmp_path / "no")
     of_a = json.loads((runs / "a" / run_folder.RUN).read_text()) | {
-        "classes": {"names": ["a cat"], "other_names": [[]]}
+        "classes": {"names": ["a cat", "a dog"], "other_names": [[], []]}
     }
     (other / run_folder.RUN).write_text(json.dumps(of_a))
     with pytest.raises(InputError, match="other is of other classes than .*a. Average runs of the same"):

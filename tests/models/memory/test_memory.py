@@ -396,7 +396,7 @@ def test_what_fits_uncompiled_and_compiled_is_known_before_the_first_step(gpu, m
     need = {"uncompiled": need_gib(*needs(compiles=False)), "compiled": need_gib(*needs(compiles=True))}
     assert smaller == min(need, key=need.get)
     between = (need["uncompiled"] + need["compiled"]) / 2 * (1 + MARGIN)
-    for gib, expected in ((1, set()), (between, {smaller}), (max(need.values()) * 1.1, set(need))):
+    for gib, expected in ((1, set()), (between, {smaller}), (max(need.values()) * 1.2, set(need))):
         gpu(gib / 2)  # the rest is the model's already
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda half=gib / 2: int(half * 2**30))
         assert fit.fits(needs) == ("uncompiled" in expected, "compiled" in expected)
