@@ -202,7 +202,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="timed steps per case")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmark"), help="folder for models, data and runs")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a field of the recipes")
-    parser.add_argument("--kernels", type=int, default=0, help="print so many of the kernels that take the most time")
+    parser.add_argument(
+        "--kernels",
+        type=int,
+        default=0,
+        help="print so many of the slowest kernels and of the longest gaps",
+    )
     parser.add_argument("--as-t4", action="store_true", help="show the recipes a T4")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, on a CPU")
     args = parser.parse_args()
@@ -443,6 +448,7 @@ class Watch:
             longest = sorted(kernels, key=lambda name: -kernels[name])[: self.num_kernels]
             self.values["exchanging"] = exchanging_s(self.profiler.events()) / (now_s - self.start_s)
             self.values["kernels"] = {name[:80]: f"{kernels[name] / kernels_s:.1%}" for name in longest}
+            self.values["gaps"] = longest_gaps(self.profiler.events(), self.num_kernels)
 
     def finish(self) -> None:
         import torch
@@ -465,6 +471,22 @@ def exchanging_s(events: Iterable[Any]) -> float:
     spans = [(event.time_range.start, event.time_range.end) for event in kernels]
     others = [span for event, span in zip(kernels, spans, strict=True) if "nccl" not in event.name.lower()]
     return (covered(spans) - covered(others)) / 1e6
+
+
+def longest_gaps(events: Iterable[Any], num: int) -> list[str]:
+    """The longest times in which a GPU does nothing, with what it did before and after, from torch's profiler."""
+    import torch
+
+    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels.sort(key=lambda event: event.time_range.start)
+    gaps, last = [], None
+    for kernel in kernels:
+        if last is not None:
+            gaps.append((kernel.time_range.start - last.time_range.end, last.key[:50], kernel.key[:50]))
+        if last is None or kernel.time_range.end > last.time_range.end:
+            last = kernel
+    gaps.sort(reverse=True)
+    return [f"{us / 1e3:.2f} ms: {before} -> {after}" for us, before, after in gaps[:num]]
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

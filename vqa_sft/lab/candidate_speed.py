@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel, PreTrainedConfig, SiglipImageProcessor, SiglipVisionConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, SiglipImageProcessor, SiglipVisionConfig
 
 from vqa_sft.data.examples import read_examples
 from vqa_sft.data.scan import Scan, scan_images
@@ -54,7 +54,7 @@ def main() -> None:
         shape = small_shape(TOWER) if args.tiny else TOWER
         encoders = {
             "SigLIP2-so400m, 384 px": save_encoder(folder / "siglip", SMALL if args.tiny else SIGLIP2),
-            "tower of Qwen2.5-VL-7B, 448 px": save_random_model(shape, folder / "model"),
+            "tower of Qwen2.5-VL-7B, 448 px": save_tower(folder / "model", shape),
         }
         precision, device = choose_precision({"use_cpu": args.tiny}), image_features.choose_devices(args.tiny)[0]
         print(f"{num_images:,} images of {side} px, batches of {args.batch_size}, {precision}, {device}", flush=True)
@@ -74,6 +74,18 @@ def save_encoder(folder: Path, shape: dict[str, int]) -> Path:
     model.save_pretrained(folder)
     size = {"height": shape["image_size"], "width": shape["image_size"]}
     SiglipImageProcessor(size=size).save_pretrained(folder)
+    return folder
+
+
+def save_tower(folder: Path, shape: str) -> Path:
+    """A folder with a random model of this shape but one decoder layer: an encoder needs none, and 28 are drawn on the
+    CPU for minutes."""
+    save_random_model(shape, folder)
+    config = AutoConfig.from_pretrained(folder)
+    config.text_config.num_hidden_layers = 1
+    if config.text_config.layer_types:
+        config.text_config.layer_types = config.text_config.layer_types[:1]
+    config.save_pretrained(folder)
     return folder
 
 

@@ -12,6 +12,8 @@ DoRA) on a base that is neither quantised nor trained; others stay as they are. 
 """
 
 import types
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +34,14 @@ def fuse(decoder: nn.Module) -> int:
         # Buffers are a little larger than the weights whose place the allocator would else keep for others.
         torch.cuda.empty_cache()
     if num_fused:
-        decoder.register_forward_pre_hook(refresh)
+        # Not by a hook: a CUDA graph of the forward (graphs.py) then holds it as well.
+        decoder.forward = partial(_forward_refreshed, decoder, decoder.forward)
     return num_fused
+
+
+def _forward_refreshed(decoder: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    refresh(decoder)
+    return forward(*args, **kwargs)
 
 
 def widen(mlp: nn.Module) -> bool:
@@ -89,7 +97,7 @@ def _beside(base: nn.Linear, *, rows: int = 0, columns: int = 0) -> torch.Tensor
     return wide
 
 
-def refresh(decoder: nn.Module, *args: Any) -> None:
+def refresh(decoder: nn.Module) -> None:
     """Write the adapters, which an optimiser changes, into the buffers."""
     for layer in decoder.layers:
         if hasattr(layer.mlp, "wide_down"):
