@@ -31,11 +31,11 @@ def test_the_time_that_a_gpu_does_nothing_but_exchange_is_without_that_of_kernel
 
 def test_cases_of_a_tool_that_is_not_installed_are_left_out_and_an_error_where_asked_for(monkeypatch, capsys):
     cases = [benchmark.Case("7B train", "train", "tiny"), benchmark.Case("7B ms-swift", "swift", "tiny")]
-    monkeypatch.setattr(benchmark, "missing_packages", lambda peer: ["ms-swift", "qwen-vl-utils"])
+    monkeypatch.setattr(benchmark, "missing_packages", lambda peer: ["ms-swift", "dacite"])
     for only in (None, ["7B"]):
         assert benchmark.chosen_cases(cases, only) == cases[:1]
         assert capsys.readouterr().out.splitlines() == [
-            "Left out; install ms-swift for 7B ms-swift: pip install ms-swift qwen-vl-utils."
+            "Left out; install ms-swift for 7B ms-swift: pip install --no-deps ms-swift dacite"
         ]
     assert benchmark.chosen_cases(cases, ["7B train"]) == cases[:1]
     assert capsys.readouterr().out == ""

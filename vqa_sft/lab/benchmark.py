@@ -261,7 +261,8 @@ def chosen_cases(cases: list[Case], only: list[str] | None) -> list[Case]:
     runnable = [case for case in named if case.kind != "swift" or not missing]
     left_out = [case for case in named if case not in runnable]
     if left_out:
-        said = f"install ms-swift for {', '.join(case.name for case in left_out)}: pip install {' '.join(missing)}."
+        names_left = ", ".join(case.name for case in left_out)
+        said = f"install ms-swift for {names_left}: pip install --no-deps {' '.join(missing)}"
         for text in only or []:
             matched = [case for case in named if is_named(case, text)]
             if matched and all(case in left_out for case in matched):

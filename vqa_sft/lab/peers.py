@@ -11,11 +11,22 @@ import os
 from pathlib import Path
 
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+# peer -> module -> what pip installs, without what it depends on: ms-swift 4.6 asks for transformers before 5.20, TRL
+# before 1.0, peft before 0.21 and datasets before 4.8.5, and trains Qwen2.5-VL with what vqa-sft asks for.
+PACKAGES = {
+    "swift": {
+        "swift": "ms-swift==4.6.0",
+        "modelscope": "modelscope==1.36.3",  # a later one asks for cryptography
+        "dacite": "dacite",
+        "json_repair": "json-repair",
+        "qwen_vl_utils": "qwen-vl-utils",
+    }
+}
 
 
 def missing_packages(peer: str) -> list[str]:
-    """What pip must install before this peer can train; nothing is imported."""
-    needed = {"swift": {"swift": "ms-swift", "qwen_vl_utils": "qwen-vl-utils"}}.get(peer, {})
+    """What pip must install, with --no-deps, before this peer can train; nothing is imported."""
+    needed = PACKAGES.get(peer, {})
     return [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
 
 
