@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vqa_sft.errors import InputError
 from vqa_sft.lab import benchmark
 
 
@@ -26,6 +27,24 @@ def test_the_time_that_a_gpu_does_nothing_but_exchange_is_without_that_of_kernel
     events = [event("gemm", 0, 10), event("ncclDevKernel_AllReduce", 5, 14), event("gemm", 12, 13)]
     events += [event("ncclDevKernel_AllReduce", 20, 23), event("aten::mm", 0, 99, "CPU")]
     assert benchmark.exchanging_s(events) == pytest.approx(6e-6)  # 10 to 12, 13 to 14 and 20 to 23 us
+
+
+def test_cases_of_a_tool_that_is_not_installed_are_left_out_and_an_error_where_asked_for(monkeypatch, capsys):
+    cases = [benchmark.Case("7B train", "train", "tiny"), benchmark.Case("7B ms-swift", "swift", "tiny")]
+    monkeypatch.setattr(benchmark, "missing_packages", lambda peer: ["ms-swift", "dacite"])
+    for only in (None, ["7B"]):
+        assert benchmark.chosen_cases(cases, only) == cases[:1]
+        assert capsys.readouterr().out.splitlines() == [
+            "Left out; install ms-swift for 7B ms-swift: pip install --no-deps ms-swift dacite"
+        ]
+    assert benchmark.chosen_cases(cases, ["7B train"]) == cases[:1]
+    assert capsys.readouterr().out == ""
+    with pytest.raises(InputError, match="--only swift names what cannot run here; install ms-swift"):
+        benchmark.chosen_cases(cases, ["7B train", "swift"])
+    with pytest.raises(InputError, match="--only 8B names no case"):
+        benchmark.chosen_cases(cases, ["8B"])
+    monkeypatch.setattr(benchmark, "missing_packages", lambda peer: [])
+    assert benchmark.chosen_cases(cases, None) == cases
 
 
 KINDS = ["TRL", "train", "train, two GPUs", "cached features", "FP8 base", "score", "score, FP8 base", "rotations"]

@@ -1,4 +1,4 @@
-"""One table: examples/s, memory, share of the GPU's peak and idle share of our recipes, beside plain TRL in one run.
+"""One table: examples/s, memory, share of the GPU's peak and idle share of our recipes, beside TRL and ms-swift.
 
     python -m vqa_sft.lab.benchmark                                    # the standard cases, on one GPU
     python -m vqa_sft.lab.benchmark --only 7B --steps 20
@@ -9,8 +9,9 @@
     python -m vqa_sft.lab.benchmark --tiny recipes/qwen3_5_9b.yaml     # a recipe with a small model of its family
 
 Weights are random in the true shapes of the models, drawn on the GPU by every case (random_models.py); images are
-noise. Every case is a process of its own that runs `recipes/sft.py`, `recipes/predict.py` or TRL's SFTTrainer with its
-own collator. Speed and memory do not depend on what the weights are; accuracy means nothing here.
+noise. Every case is a process of its own that runs `recipes/sft.py`, `recipes/predict.py` or another tool with its own
+collator (peers.py): TRL's SFTTrainer, or ms-swift where it is installed. Speed and memory do not depend on what the
+weights are; accuracy means nothing here.
 
 The share of peak counts needed work only (needed_work.py): never padding or what is computed twice. The peak is that of
 a bf16 matrix product on the same GPU. The idle share is what is left of the wall time without the kernels' own. The
@@ -23,6 +24,7 @@ capability 7.5, neither flash nor cuDNN attention. Its speed cannot be had that 
 
 import argparse
 import csv
+import functools
 import io
 import json
 import os
@@ -38,6 +40,7 @@ from typing import Any
 
 from vqa_sft.config.fields import read_yaml
 from vqa_sft.errors import InputError, exits_with_message
+from vqa_sft.lab.peers import PEERS, missing_packages
 
 T4_GIB = 13.8
 # Steps: until all that is compiled was, in most cases; before those that are timed; after them.
@@ -56,6 +59,8 @@ OTHER_FAMILIES = (  # on a CPU only
     ("Ministral-3-8B", "mistralai/Ministral-3-8B-Instruct-2512-BF16", "ministral3_8b"),
     ("Qwen3.5-35B-A3B", "Qwen/Qwen3.5-35B-A3B", "qwen3_5_35b_a3b"),
 )
+# What makes ms-swift faster where memory allows; without flash-attn it refuses `padding_free` and `packing`.
+TUNED_SWIFT = {"gradient_checkpointing": False, "dataloader_num_workers": 8, "lora_dropout": 0}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # Images of 448 px a side and texts of about 174 tokens with the template: 430 tokens a row; then of 80 to 310 tokens.
 # A word is one token of the random models.
@@ -71,12 +76,12 @@ class Case:
     """One line of the table."""
 
     name: str
-    kind: str  # "train", "trl", "score" or "latency"
+    kind: str  # "train", "trl", "swift", "score" or "latency"
     shape: str
     recipe: str = ""
     data: dict = field(default_factory=lambda: FIXED)
     batch_size: int = 16
-    options: dict[str, Any] = field(default_factory=dict)  # of the recipe, or of TRL's LoraConfig
+    options: dict[str, Any] = field(default_factory=dict)  # of the recipe, of TRL's LoraConfig, or of ms-swift
     cap_gib: float | None = None
     baseline: str | None = None  # the case whose examples/s are 1.0
     scores: str = ""  # the case whose run is scored
@@ -104,6 +109,12 @@ def standard_cases() -> list[Case]:
         cases.append(Case(trl, "trl", shape, batch_size=8))
         cases.append(Case(f"{size} train", "train", **ours))
         if shape == QWEN_7B:
+            swift: dict[str, Any] = {"kind": "swift", "shape": shape, "baseline": trl}
+            cases.append(Case(f"{size} ms-swift by default", **swift, batch_size=8))
+            swift["batch_size"] = 16
+            cases.append(Case(f"{size} ms-swift, tuned", **swift, options=TUNED_SWIFT))
+            compiled = TUNED_SWIFT | {"torch_compile": True}
+            cases.append(Case(f"{size} ms-swift, tuned, compiled", **swift, options=compiled))
             cases.append(Case(f"{size} train, mixed sizes", "train", **ours | {"data": MIXED}))
             two: dict[str, Any] = ours | {"num_gpus": 2, "baseline": f"{size} train"}
             cases.append(Case(f"{size} train, two GPUs", "train", **two))
@@ -170,8 +181,11 @@ def tiny_cases() -> list[Case]:
         "batch_size": 4,
         "baseline": "TRL",
     }
+    few = {"dataloader_num_workers": 1}
     return [
         Case("TRL", "trl", "tiny", data=data, batch_size=4),
+        Case("ms-swift", "swift", "tiny", data=data, batch_size=4, baseline="TRL"),
+        Case("ms-swift, tuned", "swift", "tiny", data=data, batch_size=4, baseline="TRL", options=TUNED_SWIFT | few),
         Case("train", "train", **ours),
         Case("train, two GPUs", "train", **ours | {"num_gpus": 2, "baseline": "train"}),
         Case("cached features", "train", **ours | {"options": {"cache_image_features": True}}),
@@ -222,15 +236,7 @@ def main() -> None:
     cases = tiny_cases() if args.tiny else [case for case in standard_cases() if case.num_gpus <= num_gpus()]
     if args.recipes:
         cases = [_case_of_recipe(name, is_tiny=args.tiny) for name in args.recipes]
-    if args.only:
-        names = {case.name for case in cases}
-        cases = [
-            case
-            for case in cases
-            if any(text == case.name or text not in names and text in case.name for text in args.only)
-        ]
-        if not cases:
-            raise InputError(f"--only {' '.join(args.only)} names no case; there are: {', '.join(sorted(names))}.")
+    cases = chosen_cases(cases, args.only)
     results: dict[str, dict] = {}
     peak = None if args.tiny else _in_own_process(measure_peak_tflops)
     for case in cases:
@@ -243,6 +249,31 @@ def main() -> None:
         f"Peak: {peak:.0f} TFLOP/s, a bf16 product of 8192 x 8192 matrices." if peak else "On a CPU: no share of peak."
     )
     print(table(cases, results, peak))
+
+
+def chosen_cases(cases: list[Case], only: list[str] | None) -> list[Case]:
+    """Those that `only` names and that this machine has the packages for; prints which others are left out. Raises
+    InputError for a text of `only` that names none, or none that can run."""
+    names = {case.name for case in cases}
+
+    def is_named(case: Case, text: str) -> bool:
+        return text == case.name or text not in names and text in case.name
+
+    named = [case for case in cases if not only or any(is_named(case, text) for text in only)]
+    if not named:
+        raise InputError(f"--only {' '.join(only)} names no case; there are: {', '.join(sorted(names))}.")
+    missing = missing_packages("swift")
+    runnable = [case for case in named if case.kind != "swift" or not missing]
+    left_out = [case for case in named if case not in runnable]
+    if left_out:
+        names_left = ", ".join(case.name for case in left_out)
+        said = f"install ms-swift for {names_left}: pip install --no-deps {' '.join(missing)}"
+        for text in only or []:
+            matched = [case for case in named if is_named(case, text)]
+            if matched and all(case in left_out for case in matched):
+                raise InputError(f"--only {text} names what cannot run here; {said}")
+        print(f"Left out; {said}")
+    return runnable
 
 
 def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
@@ -278,14 +309,14 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         kept = ["train_data", "output_dir", "overwrite", "max_steps"]
         kept += ["use_cpu", "dataloader_num_workers"] if args.tiny else []
         options = {name: options[name] for name in kept}
-    options |= {} if case.kind == "trl" else case.options | dict(text.split("=", 1) for text in args.set)
+    options |= {} if case.kind in PEERS else case.options | dict(text.split("=", 1) for text in args.set)
     for name, value in options.items():
         recipe += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     inside = {"result": str(result), "steps": args.steps, "as_t4": args.as_t4, "cap_gib": case.cap_gib}
     inside |= {"kernels": args.kernels, "warm_up": case.warm_up}
-    if case.kind == "trl":
+    if case.kind in PEERS:
         arguments = [str(model), str(data), str(case.batch_size), str(options["max_pixels"]), str(options["max_steps"])]
-        _inside("trl", [*arguments, json.dumps(case.options)], inside, work)
+        _inside(case.kind, [*arguments, json.dumps(case.options)], inside, work)
     elif case.kind == "train":
         _inside("recipes/sft.py", recipe, inside, work, case.num_gpus)
     elif case.kind == "latency":
@@ -530,6 +561,7 @@ def run_inside(argv: list[str]) -> None:
 
     build = transformers.Trainer.__init__
 
+    @functools.wraps(build)  # ms-swift reads the signature
     def build_watched(self: transformers.Trainer, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
         self.add_callback(StepsOfTrainer())
@@ -537,8 +569,8 @@ def run_inside(argv: list[str]) -> None:
     transformers.Trainer.__init__ = build_watched
     if script == "recipes/predict.py":
         _watch_scoring(watch)
-    if script == "trl":
-        run_trl(*arguments)
+    if script in PEERS:
+        PEERS[script](*arguments)
     elif script == "predictor":
         run_predictor(watch, *arguments)
     else:
@@ -596,50 +628,6 @@ def run_predictor(watch: Watch, run: str, data: str, use_cpu: str) -> None:
     for row in rows[: WARM_UP + watch.steps + PROFILED]:
         predict(Path(data) / row["path"], row["question"], [row[letter] for letter in "abcd"])
         watch.tick(1)
-
-
-def run_trl(model: str, data: str, batch_size: str, max_pixels: str, max_steps: str, lora: str) -> None:
-    """TRL's SFTTrainer with its own collator and its defaults, on the same rows and the seven usual LoRA layers."""
-    import torch
-    from datasets import Dataset, Features, Image, List, Value
-    from peft import LoraConfig
-    from transformers import AutoProcessor
-    from trl import SFTConfig, SFTTrainer
-
-    with (Path(data) / "train.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    texts = [row["question"] + "".join(f"\n{letter.upper()}. {row[letter]}" for letter in "abcd") for row in rows]
-    message = [{"role": Value("string"), "content": Value("string")}]
-    columns = {
-        "prompt": [[{"role": "user", "content": text}] for text in texts],
-        "completion": [[{"role": "assistant", "content": row["answer"].upper()}] for row in rows],
-        "images": [[str(Path(data) / row["path"])] for row in rows],
-    }
-    features = Features({"prompt": message, "completion": message, "images": List(Image())})
-    processor = AutoProcessor.from_pretrained(model)
-    if max_pixels != "null":
-        processor.image_processor.size = {"shortest_edge": min(50176, int(max_pixels)), "longest_edge": int(max_pixels)}
-    on_gpu = torch.cuda.is_available()
-    args = SFTConfig(
-        output_dir=str(Path(data).parent / "trl"),
-        per_device_train_batch_size=int(batch_size),
-        max_steps=int(max_steps),
-        max_length=None,
-        model_init_kwargs={"dtype": "bfloat16" if on_gpu else "float32"},
-        bf16=on_gpu,
-        use_cpu=not on_gpu,
-        save_strategy="no",
-        report_to="none",
-    )
-    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    trainer = SFTTrainer(
-        model,
-        args=args,
-        train_dataset=Dataset.from_dict(columns, features=features),
-        processing_class=processor,
-        peft_config=LoraConfig(r=32, lora_alpha=64, target_modules=layers, **json.loads(lora)),
-    )
-    trainer.train()
 
 
 def _case_of_recipe(recipe: str, *, is_tiny: bool) -> Case:
