@@ -12,7 +12,7 @@ from transformers.utils import import_utils
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.models.families import tower_of
-from vqa_sft.models.fast import attention, speedups
+from vqa_sft.models.fast import attention, fused_lora, speedups
 from vqa_sft.models.fast.graphs import MULTIPLE, CudaCapture, Graphed, use_graphs
 from vqa_sft.models.scoring import answer_logits
 
@@ -94,9 +94,13 @@ def test_images_of_one_size_have_one_graph_whatever_the_texts(packed, orders):
         assert len(tower_of(base).forward.args[0].graphs) == 1
 
 
-def test_adapters_that_take_turns_are_seen_by_a_graph(packed):
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+def test_adapters_that_take_turns_are_seen_by_a_graph(packed, fused):
     model, batch_of, rows = packed
     batch = batch_of(rows[:1])
+    decoder = speedups.base_of(model).get_decoder()
+    assert not fused or fused_lora.fuse(decoder) == len(decoder.layers)
+    assert not decoder._forward_pre_hooks  # what runs before the forward is in no graph
     use_graphs(speedups.base_of(model), Capture())
     for _ in range(2):
         before = logits_of(model, batch)
@@ -164,6 +168,14 @@ def test_rows_are_filled_up_to_a_multiple_of_64(packed):
     for part in (rows[:1], rows[1:2]):
         logits_of(model, batch_of(part))
     assert lengths and all(length % MULTIPLE == 0 for length in lengths)
+
+
+def test_an_8_bit_base_has_no_graphs_and_a_line_says_why(packed, capsys):
+    model, *_ = packed
+    base = speedups.base_of(model)
+    base.get_decoder().use_varlen = base.is_loaded_in_8bit = True
+    assert not speedups.use_graphs(model)
+    assert "Speed: no CUDA graphs: products of an 8-bit base wait for the GPU" in capsys.readouterr().out
 
 
 def test_what_cannot_be_captured_goes_on_without(capsys):

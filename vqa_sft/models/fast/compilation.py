@@ -31,10 +31,11 @@ from vqa_sft.models.fast.masked_attention import MASKED
 
 # Graphs of one layer: with and without gradients, first layer (its input has none) and others, training and scoring.
 MAX_GRAPHS = 32
-# Of one kind of layer, forward and backward, where nothing is known: on one H200 with empty caches three steps were
-# done after 23 s with one kind (InternVL3.5-8B) and 57 s with two (Gemma-4-12B).
-SECONDS_A_GRAPH = 25.0
-# Compiled layers saved 0.32 to 0.38 of a step's time there (Gemma-4-12B, Qwen2.5-VL-7B).
+# Of one kind of layer, forward and backward, where nothing is known: on H200s with empty caches 22 s with two kinds
+# (Qwen2.5-VL-7B and its tower); three steps were done after 23 s with one kind (InternVL3.5-8B), 57 s with two
+# (Gemma-4-12B).
+SECONDS_A_GRAPH = 15.0
+# Compiled layers saved 0.28 to 0.38 of a step's time there (Qwen2.5-VL-7B, Gemma-4-12B).
 SHARE_SAVED = 0.3
 # What the second process on a machine needs of the first one's seconds, where only those are known: 76 of 125 there.
 # With the cache of `compile_layers` it is less; the second process measures it.
