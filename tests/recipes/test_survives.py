@@ -137,6 +137,30 @@ def test_several_processes_look_after_every_step_only_where_steps_are_slow(monke
     assert looks == [1, 2, 3, 4, 5, 10, 20, 30, 40]  # at multiples, where steps are logged
 
 
+def stopped_at(monkeypatch, steps_s, compiling, *, budget_s):
+    """The time at which a training with steps of so many seconds stops; those of `compiling`, from 1, compile."""
+    now_s, num_graphs, stop = [0.0], [0], saving.SaveAndStop(budget_s)
+    args, control = SimpleNamespace(world_size=1), SimpleNamespace(should_training_stop=False)
+    monkeypatch.setattr(saving.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(saving.compilation, "num_compilations", lambda: num_graphs[0])
+    stop.on_train_begin(args, None, control)
+    for step, step_s in enumerate(steps_s, start=1):
+        now_s[0] += step_s
+        num_graphs[0] += 2 * (step in compiling)
+        stop.on_step_end(args, SimpleNamespace(global_step=step, max_steps=1000), control)
+        if control.should_training_stop:
+            return now_s[0]
+    return None
+
+
+def test_a_compilation_in_a_step_is_not_what_the_budget_leaves_for_the_last_one(monkeypatch):
+    switches = [2.0] * 5 + [25.0] + [1.0] * 200  # of 100 s, 10 are reserved
+    assert stopped_at(monkeypatch, switches, {6}, budget_s=100) == 89.0  # one more step of 2 s may be too long
+    assert stopped_at(monkeypatch, switches, set(), budget_s=100) == 66.0  # a step that is long without one counts
+    # Until a step without one is known, those with one count.
+    assert stopped_at(monkeypatch, [30.0] * 9, set(range(1, 10)), budget_s=100) == 90.0
+
+
 def test_a_training_in_another_thread_leaves_signals_alone():
     stop, before, found = saving.SaveAndStop(), signal.getsignal(signal.SIGTERM), []
 

@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
+from vqa_sft.models.fast import compilation
 from vqa_sft.runs.checkpoints import MARKER
 
 
@@ -70,18 +71,20 @@ class SaveAndStop(TrainerCallback):
         self.ends_s = started_s + budget_s
         self.reserved_s = min(60.0, 0.1 * budget_s)  # to load the best weights, and for what ends a process
         self.longest_pause_s = 0.0  # from a step to its checkpoint, evaluation included
-        self.longest_gap_s = 0.0  # between two checks of the clock
+        # Between two checks of the clock. Steps that hold a compilation are not what a step takes, and count only until
+        # there are others.
+        self.longest_gap_s = self.last_gap_s = 0.0
         self.has_stopped = False
         self.got_sigterm = False
         # In shared memory, for the loader's workers.
         self.is_listening = torch.zeros(1, dtype=torch.bool).share_memory_()
         self._step_s = started_s
         self._looked_s: float | None = None
-        self._looked_step = self._next_look = 0
+        self._looked_step = self._next_look = self._num_compilations = 0
 
     def is_over(self) -> bool:
         """Whether the time left is too short to train until the next check of the clock and save then."""
-        needed_s = self.reserved_s + self.longest_gap_s + 2 * self.longest_pause_s
+        needed_s = self.reserved_s + (self.longest_gap_s or self.last_gap_s) + 2 * self.longest_pause_s
         return time.monotonic() + needed_s > self.ends_s
 
     def must_stop(self) -> bool:
@@ -116,11 +119,15 @@ class SaveAndStop(TrainerCallback):
         self._step_s = time.monotonic()
         if state.global_step < self._next_look:
             return
+        num_compilations = compilation.num_compilations()
         step_time_s = self.SLOW_STEP_S  # assumed until there are two checks
         if self._looked_s is not None:
-            self.longest_gap_s = max(self.longest_gap_s, self._step_s - self._looked_s)
-            step_time_s = (self._step_s - self._looked_s) / (state.global_step - self._looked_step)
+            self.last_gap_s = self._step_s - self._looked_s
+            if num_compilations == self._num_compilations:
+                self.longest_gap_s = max(self.longest_gap_s, self.last_gap_s)
+            step_time_s = self.last_gap_s / (state.global_step - self._looked_step)
         self._looked_s, self._looked_step = self._step_s, state.global_step
+        self._num_compilations = num_compilations
         if state.global_step < state.max_steps:
             stops, step_time_s = self._look(step_time_s)
             is_often = args.world_size == 1 or step_time_s >= self.SLOW_STEP_S
