@@ -59,7 +59,9 @@ def test_a_run_that_switches_has_the_losses_of_one_that_does_not(
         layer.register_forward_hook(lambda *args, switches=switches: calls.append(switches))
         if switches:
             trainer.add_callback(CompileLater(trainer.model, 1.0, trainer.speed))
+        assert not compilation.is_compiled(trainer.model)
         trainer.train()
+        assert compilation.is_compiled(trainer.model) == switches
         losses[switches] = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert 0 < compilation.num_compilations() <= 3
     assert len(losses[False]) == 14 and max(losses[False]) - min(losses[False]) > 0.1

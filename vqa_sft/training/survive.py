@@ -21,6 +21,7 @@ import torch
 from vqa_sft.config.recipe import Recipe
 from vqa_sft.console import note
 from vqa_sft.errors import explains_breakdown
+from vqa_sft.models.fast import compilation
 from vqa_sft.models.memory.needs import Plan, Shape
 from vqa_sft.models.memory.out_of_memory import explains_out_of_memory, halve_batch
 from vqa_sft.runs.checkpoints import last_whole_checkpoint, resumes_from, stopped_early
@@ -76,7 +77,7 @@ def train_runs(
 
 
 def fit(
-    trainer: AnswerTrainer, recipe: Recipe, needs: Callable[[], tuple[Shape, Plan]]
+    trainer: AnswerTrainer, recipe: Recipe, needs: Callable[..., tuple[Shape, Plan]]
 ) -> Finished | Interrupted | Retry:
     """Train, from the last complete checkpoint if there is one. `needs` is `read_needs` of the run: for the message
     where the GPU's memory runs out and no smaller batch can be tried."""
@@ -91,7 +92,8 @@ def fit(
     smaller, ran_out = halve_batch(training_args, **of_batch), False
     explains = explains_out_of_memory(
         training_args,
-        needs,
+        # Of the step at hand: a run that counts on compiled layers may have compiled none yet.
+        lambda: needs(compiles=compilation.is_compiled(trainer.model)),
         is_evaluating=lambda: not trainer.model.training,
         resumes=functools.partial(resumes_from, output_dir),
         **of_batch,

@@ -23,7 +23,7 @@ from vqa_sft.errors import InputError
 from vqa_sft.models import shapes
 from vqa_sft.models.load import load_model
 from vqa_sft.models.lora import lora_config
-from vqa_sft.models.memory import estimate as estimates, fit, out_of_memory
+from vqa_sft.models.memory import estimate as estimates, fit, needs, out_of_memory
 from vqa_sft.models.memory.estimate import (
     estimate,
     need_gib,
@@ -34,6 +34,7 @@ from vqa_sft.models.memory.estimate import (
 from vqa_sft.models.memory.fit import MARGIN, largest_max_pixels, largest_micro_batch, remedies
 from vqa_sft.models.memory.needs import Plan, read_config, read_shape
 from vqa_sft.runs import folder as run_folder
+from vqa_sft.training import build, survive
 from vqa_sft.training.trainer import AnswerTrainer
 
 
@@ -506,6 +507,41 @@ def test_changes_always_need_less_than_the_run_that_failed():
     # What auto_batch chose once it would choose again.
     lines = out_of_memory._changes(shape, plan, 16, auto_batch=True, **how)
     assert lines[0] == "--auto_batch false --per_device_train_batch_size 8 --gradient_checkpointing false"
+
+
+def test_compiled_layers_are_named_first_where_they_are_enough_and_to_be_had(monkeypatch):
+    monkeypatch.setattr(out_of_memory.compilation, "can_compile", lambda: True)
+    how = {"evaluating": False, "accumulated": None}
+    shape, plan = shape_of(B7), Plan(16, max_pixels=448 * 448, may_compile=True)
+    lines = out_of_memory._changes(shape, plan, 16, auto_batch=False, **how)
+    assert lines[:2] == ["--compile_layers true", "--per_device_train_batch_size 8"]
+    lines = out_of_memory._changes(shape, plan, 16, auto_batch=True, **how)
+    assert lines[0].startswith("--auto_batch false --per_device_train_batch_size 16 ")
+    assert lines[0].endswith(" --compile_layers true")
+    # Compiled already, or never; and what is computed again is not less where it is compiled.
+    for other in ({"compiled": True, "may_compile": False}, {"may_compile": False}, {"checkpointing": True}):
+        lines = out_of_memory._changes(shape, replace(plan, **other), 16, auto_batch=False, **how)
+        assert lines and not any("compile_layers" in line for line in lines)
+    monkeypatch.setattr(out_of_memory.compilation, "can_compile", lambda: False)  # no C compiler
+    assert "--compile_layers" not in out_of_memory._changes(shape, plan, 16, auto_batch=False, **how)[0]
+
+
+def test_a_long_run_that_has_not_compiled_yet_is_told_that_compiled_layers_fit(
+    families, sft, tmp_path, capsys, runs_out, monkeypatch
+):
+    runs_out()
+    # As on a GPU that compiles, and with so many rows that compilation is counted on.
+    monkeypatch.setattr(out_of_memory.compilation, "can_compile", lambda: True)
+    monkeypatch.setattr(out_of_memory, "MARGIN", 0.0)  # of a tiny model that is more than compilation saves
+    monkeypatch.setattr(needs, "attention_of", lambda *args: "grouped")
+    monkeypatch.setattr(build.speedups, "pays_compilation", lambda *args: True)
+    values = {"global_batch_size": 8, "gradient_checkpointing": False, "dataloader_drop_last": True}
+    model = families("qwen2_5_vl")
+    error = fails(capsys, sft, model, tmp_path / "uncompiled", **values)
+    assert "each line alone:\n  --compile_layers true\n" in error
+    monkeypatch.setattr(survive.compilation, "is_compiled", lambda model: True)  # after the switch
+    error = fails(capsys, sft, model, tmp_path / "compiled", **values)
+    assert "each line alone:\n" in error and "compile_layers" not in error
 
 
 ONE_OF_TWO = """

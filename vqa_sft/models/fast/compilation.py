@@ -158,6 +158,11 @@ def _ask_for_gradients(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) ->
         embeddings.requires_grad_()
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether layers of it are, at this step."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
+
+
 def num_compilations() -> int:
     """Graphs compiled so far in this process."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -11,7 +11,8 @@ from trl import SFTConfig
 
 from vqa_sft.errors import InputError, ProcessError
 from vqa_sft.models import processes
-from vqa_sft.models.memory.estimate import GIB, estimate, scoring_gib
+from vqa_sft.models.fast import compilation
+from vqa_sft.models.memory.estimate import GIB, estimate, need_gib, scoring_gib
 from vqa_sft.models.memory.fit import MARGIN, as_options, largest_eval_batch, remedies
 from vqa_sft.models.memory.needs import Plan, Shape
 
@@ -79,7 +80,12 @@ def _changes(
         size = largest_eval_batch(shape, plan, gib)
         found = [{"per_device_eval_batch_size": size}] if size else []
     else:
-        found = remedies(shape, replace(plan, eval_batch=0), gib, rows)
+        training = replace(plan, eval_batch=0)
+        found = remedies(shape, training, gib, rows)
+        # It leaves the rest of the recipe as it is.
+        compiled = replace(training, compiled=True)
+        if plan.may_compile and need_gib(shape, compiled) <= gib and compilation.can_compile():
+            found.insert(0, {"compile_layers": True})
     # Else auto_batch would choose the same again.
     chosen = {
         "auto_batch": False,
