@@ -44,6 +44,11 @@ def can_use_varlen(device: torch.device, dtype: torch.dtype, head_dims: Iterable
     )
 
 
+def uses_varlen(model: torch.nn.Module) -> bool:
+    """Whether its packed rows go by that kernel, as `speedups.pack_rows` has decided."""
+    return any(getattr(module, "use_varlen", False) for module in model.modules())
+
+
 def packed_attention(  # noqa: PLR0913  the signature is transformers' own
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -104,8 +104,7 @@ def why_not(base: PreTrainedModel) -> str | None:
         return "the base is quantised"
     # Packed rows one by one would be compiled again for every mixture of lengths.
     is_packed = base.get_decoder().config._attn_implementation == attention.DECODER
-    has_kernel = any(getattr(module, "use_varlen", False) for module in base.modules())
-    if not attention.can_use_varlen(base.device, base.dtype) or (is_packed and not has_kernel):
+    if not attention.can_use_varlen(base.device, base.dtype) or (is_packed and not attention.uses_varlen(base)):
         return "that needs a GPU of compute capability 8.0 or newer, and half precision"
     return None
 

@@ -129,7 +129,7 @@ def layers_to_compile(base: PreTrainedModel) -> list[nn.Module]:
 def use_graphs(model: nn.Module) -> bool:
     """Let few rows at a time go by CUDA graphs, where packed rows have a kernel; whether they do. For scoring alone."""
     base = base_of(model)
-    has_kernel = any(getattr(module, "use_varlen", False) for module in base.modules())
+    has_kernel = attention.uses_varlen(base)
     if has_kernel and getattr(base, "is_loaded_in_8bit", False):
         say("no CUDA graphs: products of an 8-bit base wait for the GPU, which none can hold")
         return False
