@@ -311,7 +311,7 @@ NO_ROWS = ()
 
 FILES = {
     "no_such_file": Broken(lambda folder: "nowhere.csv", "no such file"),
-    "no_such_dataset": Broken(lambda folder: "nowhere", "neither a file, nor a folder"),
+    "no_such_dataset": Broken(lambda folder: "nowhere", "no such file or folder"),
     "glob_without_match": Broken(lambda folder: "part-*.csv", "no file matches"),
     "unknown_format": Broken(file("data.xlsx", b"PK\3\4"), "is a spreadsheet"),
     "empty_file": Broken(file("data.csv", b""), "cannot be read as CSV: it is empty"),

@@ -221,6 +221,28 @@ def test_another_classifiers_probabilities_get_what_rows_are_known_by(
     assert run(*again, "--output", tmp_path / "again")[0] == 0  # it says itself that it is out of fold
 
 
+def test_files_of_an_earlier_call_that_are_not_made_anew_are_removed_and_said(
+    digits, external, recipe, tmp_path, run, sees_nothing
+):
+    path, _, _ = external
+    out = tmp_path / "out"
+    given = ["candidates", "--config", recipe(), "--out_of_fold", "--output", out, "--probs"]
+    assert run(*given, path)[0] == 0
+    removed, kept = ["test.parquet", "test_2.parquet", "validation.parquet"], ["mine.parquet", "test_old.parquet"]
+    for name in (*removed, *kept):
+        (out / name).write_bytes((out / "train.parquet").read_bytes())
+    (out / "test_3.parquet").write_text("mine")  # no file of ours
+    code, _, err = run(*given, out / "test.parquet")
+    assert code == 2 and "one of the files that are read" in err  # and nothing is removed
+    code, _, err = run(*given[:-1], "--probs", path, "--task", "multiple_choice")
+    assert code == 2 and all((out / name).is_file() for name in removed)
+    code, printed, err = run(*given, path)
+    assert code == 0, err
+    assert sorted(file.name for file in out.iterdir()) == sorted(["train.parquet", "test_3.parquet", *kept])
+    assert f"Removed {', '.join(str(out / name) for name in removed)} of an earlier call" in printed
+    assert "Removed" not in run(*given, path)[1]
+
+
 def test_probabilities_of_other_rows_are_refused(digits, external, recipe, tmp_path, run, sees_nothing):
     path, _, _ = external
     given = ["candidates", "--config", recipe(), "--out_of_fold", "--output", tmp_path / "out", "--probs"]

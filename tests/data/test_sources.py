@@ -458,6 +458,37 @@ def test_names_that_lead_nowhere_say_so(tmp_path):
         assert part in error_of(source)
 
 
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **how: pytest.fail("the Hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data/train.csv", HEADER)
+    for name in (
+        "data/x",
+        "./x",
+        "../x",
+        "a/b/c",
+        str(tmp_path / "x"),
+        "~/x",
+        "data\\x",
+        "x.zip",
+        "a/x.XLSX",
+        "a b",
+        "훈련",
+    ):
+        assert error_of(name).startswith(f"no such file or folder: {name}. Check the path"), name
+        assert ("launch where no folder is called data" in error_of(name)) == (name == "data/x")
+    assert "There is data/train.csv." in error_of("data/train")
+
+
+def test_names_that_the_hub_may_have_are_looked_for_there(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *args, **how: asked.append(name) or 1 / 0)
+    monkeypatch.chdir(tmp_path)
+    for name in ("squad", "derek-thomas/ScienceQA", "some_one/A.b-c_1.0"):
+        assert "neither a file, nor a folder" in error_of(name) and asked.pop() == name
+
+
 def test_a_name_with_the_marks_of_a_glob_is_a_file_first(tmp_path):
     write(tmp_path / "x[1].csv", "id\n7\n")
     datasets.Dataset.from_dict({"id": ["8"]}).to_parquet(tmp_path / "x[1].parquet")

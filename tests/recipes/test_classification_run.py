@@ -13,6 +13,7 @@ import yaml
 from candidates import write_candidates
 from contest import write_csv
 from scripts import run_script, train
+from transformers import pipeline
 
 from vqa_sft.data.class_probs import read_class_probs
 from vqa_sft.data.folds import write_folds
@@ -23,6 +24,7 @@ from vqa_sft.predictions.ensemble import align, write_ensemble
 from vqa_sft.predictions.file import read_predictions
 from vqa_sft.predictions.fuse import fuse_files
 from vqa_sft.runs import folder as run_folder
+from vqa_sft.runs.export import export_run
 from vqa_sft.runs.out_of_fold import METRICS, OUT_OF_FOLD
 from vqa_sft.tiny import TINY_PATH
 from vqa_sft.tiny.digits import split_digits, to_picture
@@ -143,6 +145,29 @@ def test_a_predictor_asked_for_a_rows_candidates_has_the_probabilities_of_the_re
         predict(images[3], questions[3], [f" {text} " for text in choices[3]]), expected.probs[3], atol=1e-5
     )
     assert predict(images[0], questions[0], choices[0][:2]).shape == (2,)
+
+
+def test_the_exported_run_gives_a_rows_candidates_the_probabilities_of_the_recipe(data, predicted, tmp_path):
+    output = tmp_path / "merged"
+    export_run(str(predicted / "run"), str(output), dtype="fp32")
+    expected, decide = read_predictions(predicted / "one.parquet"), pipeline("decision", model=str(output))
+    predict = Predictor(output, use_cpu=True)
+    for number in range(5):
+        image, question, choices = (
+            asked_of(data)[0][number],
+            "Which digit is written here?",
+            expected.candidates[number],
+        )
+        names = [CLASSES[place] for place in choices]
+        asked = {"type": "choice", "instructions": question, "criteria": dict.fromkeys(names)}
+        request = {"state": "image-1", "questions": {"one": asked}, "assets": {"image-1": str(image)}}
+        found = decide(request)["one"]["probabilities"]
+        assert [*found] == names
+        np.testing.assert_allclose([*found.values()], expected.probs[number], atol=1e-5)
+        np.testing.assert_allclose(predict(image, question, names), expected.probs[number], atol=1e-5)
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert '"Which digit is written here?", "criteria": {"eight": None, "five": None}' in card
+    assert "classes of the run, spelt so" in card
 
 
 def test_a_predictor_takes_classes_of_the_run_and_nothing_else(data, predicted):

@@ -196,6 +196,23 @@ def test_runs_side_by_side_have_paired_differences_by_metric_and_by_kind(contest
     assert f'data-results="{" ".join(results)}"' in cards_of(page)["row_004"]
 
 
+@pytest.mark.parametrize("has_none", [False, True])
+def test_of_a_classification_rows_are_grouped_by_the_rank_of_their_class(tmp_path, has_none):
+    logits = [np.array([2.0, 1.0, 0.0])] * 5
+    candidates = [[4, 7, -1 if has_none else 0]] * 5
+    found = Predictions(
+        [f"r{i}" for i in range(5)], logits, [0, 1, 0, 2, None], {"classes": [f"c{i}" for i in range(9)]}
+    )
+    found.candidates, found.labels = candidates, [4, 7, 4, 0, 8]
+    write_predictions(tmp_path / "p.parquet", found)
+    groups = {group.title: group for group in make_groups(read_inputs([str(tmp_path / "p.parquet")]))}
+    assert "letter of the answer" not in groups
+    lines = groups["rank of the class among the candidates"].lines
+    third = "none of these" if has_none else "3"
+    counted = [(line.label, line.num_rows, line.shares[0].accuracy) for line in lines]
+    assert counted == [("1", 2, 1.0), ("2", 1, 0.0), (third, 1, 0.0)]
+
+
 def test_every_list_has_its_first_rows_on_the_page_and_no_holes(contest):
     inputs = read_inputs([str(scored(contest)), str(scored(contest, seed=1))])
     lists = rank_rows(inputs)

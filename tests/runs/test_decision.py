@@ -197,6 +197,18 @@ def test_the_template_writes_the_prompt_of_the_run_byte_for_byte(prompts, contex
         assert shown == render_prompt(processor, row, identity_order(len(choices)), prompts)
 
 
+def test_candidates_that_say_yes_and_no_leave_the_type_of_a_classification_to_its_question():
+    processor = load_processor(str(TINY_PATH))
+    how = {"has_images": False, "has_context": False}
+    for choices in (["yes", "no"], ["cat", "dog"]):
+        row = {"question": "What colour is it?", "choices": choices, "images": [], "question_type": "colour"}
+        question = {"type": "choice", "instructions": row["question"], "options": choices, "descriptions": [None] * 2}
+        template = decision_template(processor, LATER, **how, is_classification=True)
+        asked = {"chat_template": template, "add_generation_prompt": True, "tokenize": False, "state": ""}
+        shown = processor.apply_chat_template([{"role": "user", "content": ""}], **asked, question=question)
+        assert shown == render_prompt(processor, row, identity_order(2), LATER)
+
+
 def test_a_run_that_cannot_be_expressed_is_refused_and_can_be_exported_plain(calibrated, tmp_path, run):
     folder = shutil.copytree(calibrated[1], tmp_path / "run")
     write_calibration(folder, {"temperature": 2.0, "bias": [0.0, 0.1, -0.1, 0.0]})
@@ -255,7 +267,7 @@ def test_a_card_asks_as_the_run_was_trained(calibrated, tmp_path, columns):
     found = {}
     exec(re.sub(r'folder = ".*?"', f'folder = "{folder}"', block).replace("print(", "found = ("), found)
     predict = vqa_sft.Predictor(folder, use_cpu=True)
-    expected = predict.decide(found["request"])["animal"]["probabilities"]
+    expected = predict.decide(found["request"])["one"]["probabilities"]
     assert found["found"] == pytest.approx(expected, abs=1e-5)
     if not predict.has_images:
         for decide in (found["decide"], predict.decide):

@@ -105,8 +105,16 @@ _MESSAGES = """\
 """
 
 
-def decision_template(processor: "ProcessorMixin", prompts: Prompts, *, has_images: bool, has_context: bool) -> str:
-    """The Jinja template of a run that was trained with `has_images` and `has_context`. Raises InputError."""
+def decision_template(
+    processor: "ProcessorMixin",
+    prompts: Prompts,
+    *,
+    has_images: bool,
+    has_context: bool,
+    is_classification: bool = False,
+) -> str:
+    """The Jinja template of a run that was trained with `has_images` and `has_context`, on questions with choices of
+    their own or on candidates of a classification. Raises InputError."""
     system = ""
     if prompts.system:
         content = prompts.system if prompts.system_as_text else [{"type": "text", "text": prompts.system}]
@@ -127,7 +135,7 @@ def decision_template(processor: "ProcessorMixin", prompts: Prompts, *, has_imag
             MACROS,
             _STATE,
             _CHOICES.replace("<choice>", choice).replace("<noul>", literal(NOUL)),
-            type_template(prompts.types),
+            type_template(prompts.types, by_choices=not is_classification),
             _user(prompts),
             _MESSAGES.replace("<image>", _filled(prompts.image, number="number")).replace("<system>", system),
             *_options(source, prompts.template_options),

@@ -79,13 +79,15 @@ _MACROS = """\
     {{- text[-<max_chars>:].lower().split()|join(" ") -}}
 {%- endmacro -%}
 """
-_RULES = """\
+_YES_NO = """\
 {%- set vqa_answers = namespace(others=0) -%}
 {%- for text in vqa.choices -%}
     {%- set vqa.read, vqa.places = vqa_clean(text), [0] -%}{{ vqa_walk(<yes_no>) }}
     {%- if vqa.read|length not in vqa.places -%}{%- set vqa_answers.others = 1 -%}{%- endif -%}
 {%- endfor -%}
 {%- set vqa.type = "" if vqa_answers.others else "yes_no" -%}
+"""
+_RULES = """\
 {%- set vqa.read = vqa_clean(vqa_question) -%}
 {%- for rule in <rules> if not vqa.type -%}
     {%- set vqa.places = range(vqa.read|length + 1)|list -%}{{ vqa_walk(rule[1]) }}
@@ -94,15 +96,15 @@ _RULES = """\
 """
 
 
-def type_template(types: Mapping[str, str]) -> str:
-    """Sets `vqa.type` to the type of the question, where prompts have `types`."""
+def type_template(types: Mapping[str, str], *, by_choices: bool = True) -> str:
+    """Sets `vqa.type` to the type of the question, where prompts have `types`. The type of a classification's rows is
+    that of the question alone, for it is the same whatever the candidates are: not `by_choices`."""
     if not types:
         return ""
     rules = [[name, _nodes(_parser.parse(rule.pattern))] for name, rule in RULES_OF_ALL]
     macros = _MACROS.replace("<max_chars>", str(MAX_CHARS)).replace("<joined>", literal(_JOINED))
-    return macros + _RULES.replace("<yes_no>", literal(_nodes(_parser.parse(YES_NO.pattern)))).replace(
-        "<rules>", literal(rules)
-    )
+    yes_no = _YES_NO.replace("<yes_no>", literal(_nodes(_parser.parse(YES_NO.pattern)))) if by_choices else ""
+    return macros + yes_no + _RULES.replace("<rules>", literal(rules))
 
 
 def _nodes(parsed: Iterable[tuple[Any, Any]]) -> list[list]:

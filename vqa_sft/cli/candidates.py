@@ -1,6 +1,7 @@
 """The command `candidates`: the most likely classes of every row of a classification, by a classifier of images."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -149,9 +150,19 @@ def check_paths(output: str, names: Sequence[str], files: Sequence[str]) -> list
     if Path(output).exists() and not Path(output).is_dir():
         raise InputError(f"--output {output} is a file. Name a folder.")
     paths = [Path(output) / f"{name}.parquet" for name in names]
-    for path in paths:
+    for path in [*paths, *earlier_parts(paths)]:
         check_output(path, suffix=".parquet", reads=files, is_ours=is_class_probs, kind="file of class probabilities")
     return paths
+
+
+def earlier_parts(paths: Sequence[Path]) -> list[Path]:
+    """What an earlier call wrote beside `paths` and this one does not replace: of another classifier, or other classes,
+    which a later prediction would take for those of this call."""
+    from vqa_sft.data.class_probs import is_class_probs
+
+    beside = sorted(paths[0].parent.glob("*.parquet"))
+    of_a_part = [path for path in beside if re.fullmatch(r"validation|test(_\d+)?", path.stem)]
+    return [path for path in of_a_part if path not in paths and is_class_probs(path)]
 
 
 def read_rows(
@@ -275,6 +286,9 @@ def finish(found: "Classified", paths: Sequence[Path], given: int | None) -> Non
 
     measured = [recalls.measure_recall(probs) for probs in found.parts]
     chosen = recalls.choose_num_candidates(measured[0])
+    removed = earlier_parts(paths)
+    for path in removed:
+        path.unlink()
     for number, (probs, recall, path) in enumerate(zip(found.parts, measured, paths, strict=True)):
         probs.metadata |= found.metadata | {"num_candidates": chosen, "out_of_fold": number == 0}
         if recall is not None:
@@ -285,6 +299,8 @@ def finish(found: "Classified", paths: Sequence[Path], given: int | None) -> Non
     names = [path.stem + (", out of fold" if number == 0 else "") for number, path in enumerate(paths)]
     print(recalls.describe_recall(list(zip(names, measured, strict=True))))
     best = measured[0].at(chosen)
+    if removed:
+        print(f"\nRemoved {', '.join(map(str, removed))} of an earlier call, which this one has not made anew.")
     print(
         f"\nnum_candidates: {chosen} ({recalls.RULE}). A model that chooses among {chosen} is right in at most "
         f"{best:.1%} of the rows.\nWrote {', '.join(map(str, paths))}. In the recipe:\n  candidates: {paths[0]}"

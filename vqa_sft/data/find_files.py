@@ -1,6 +1,7 @@
 """The files of data that a recipe names: paths, globs, folders; and what to do with what is no data. No torch."""
 
 import glob
+import re
 import shlex
 from collections import Counter
 from collections.abc import Sequence
@@ -45,7 +46,21 @@ def _resolve(name: str, is_alone: bool) -> list[Path]:
         raise InputError(f"no such file: {name}. {_name_likely(path)}")
     if not is_alone:
         raise InputError(f"{name} is no file. A list of sources may hold files and globs only.")
+    if not path.is_dir():
+        _check_hub_name(name, path)
     return []
+
+
+def _check_hub_name(name: str, path: Path) -> None:
+    """Raises InputError for what is not there and is meant as a path: without a network the Hub takes half a minute to
+    say so."""
+    is_hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII)
+    is_in_folder = "/" in name and path.parent.is_dir()
+    if is_hub_name and not is_in_folder and not path.name.lower().endswith((*PACKED, *SHEETS)):
+        return
+    is_both = is_hub_name and is_in_folder
+    hint = f" For the dataset of the Hub launch where no folder is called {path.parent}." if is_both else ""
+    raise InputError(f"no such file or folder: {name}. {_name_likely(path)}{hint}")
 
 
 def _check_file(path: Path) -> None:

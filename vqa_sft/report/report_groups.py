@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vqa_sft.data.class_probs import NONE_OF_THESE
 from vqa_sft.images import size_of
 from vqa_sft.predictions.blind import paired
 from vqa_sft.questions.letters import LETTERS
@@ -75,8 +76,19 @@ def make_groups(inputs: Inputs) -> list[Group]:
         groups.append(("image in training", known, [*IN_TRAINING, NOT_IN_TRAINING]))
     counts = [str(number) for number in lengths]
     groups.append(("number of choices", counts, sorted({*counts}, key=int)))
-    groups.append(("letter of the answer", [LETTERS[answer] for answer in inputs.answers], LETTERS))
+    groups.append(_answers(inputs))
     return [_make_group(inputs, title, labels, order) for title, labels, order in groups]
+
+
+def _answers(inputs: Inputs) -> tuple[str, list[str], Sequence[str]]:
+    """By the letter of the answer; of a classification by its rank, for candidates stand the most likely first."""
+    candidates = inputs.inputs[0].predictions.candidates
+    if not candidates:
+        return "letter of the answer", [LETTERS[answer] for answer in inputs.answers], LETTERS
+    none, ranks = "none of these", [str(number) for number in range(1, len(LETTERS) + 1)]
+    given = zip(inputs.answers, candidates, strict=True)
+    labels = [none if of_row[answer] == NONE_OF_THESE else ranks[answer] for answer, of_row in given]
+    return "rank of the class among the candidates", labels, [*ranks, none]
 
 
 def _make_group(inputs: Inputs, title: str, labels: Sequence[str], order: Sequence[str]) -> Group:

@@ -43,6 +43,7 @@ def decision_config(run: Run, processor: ProcessorMixin, adapter: str | None = N
         )
     labels = _labels(run, processor)
     reads = {"has_images": run.has_images, "has_context": run.has_context}
+    reads["is_classification"] = run.classes is not None
     # The template refuses control tokens. That transformers marks them too fails with tokenizers that add a token of
     # their own, and with processors that look up tokens by their characters (Idefics3, SmolVLM).
     for marks in (True, False):
@@ -100,7 +101,7 @@ def _check_prompt(config: DecisionConfig, run: Run, processor: ProcessorMixin) -
             "answer": None,
         }
         row |= {"images": [{"bytes": file.getvalue(), "path": None}] * num_images}
-        row["question_type"] = find_type(question.strip(), choices)
+        row["question_type"] = find_type(question.strip(), choices if run.classes is None else [])
         request: dict[str, Any] = {"state": {"images": ["image-1"] * num_images}}
         request["state"] |= {"context": context} if run.has_context else {}
         request["questions"] = {"q": {"type": "choice", "instructions": question, "criteria": dict.fromkeys(choices)}}

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers.decision.configuration_utils import DECISION_CONFIG_NAME, DECISION_TEMPLATE_NAME
 
+from vqa_sft.batch.prompts import NONE_OF_THESE
 from vqa_sft.errors import InputError
 from vqa_sft.models.load import DTYPES, load_processor
 from vqa_sft.runs.decision import decision_config
@@ -16,8 +17,8 @@ from vqa_sft.runs.folder import METRICS, RECIPE, SHARED_FILES, Run, read_run
 # Patterns match across folders: the second one excludes the weights of checkpoints.
 _UPLOADED = {"allow_patterns": list(SHARED_FILES), "ignore_patterns": ["*/*"]}
 
-# {folder}, {whole}: of the run, and of whole weights; {how}: what else the pipeline is told; {state}, {assets}: of a
-# question as the run was trained on.
+# {folder}, {whole}: of the run, and of whole weights; {how}: what else the pipeline is told; {asked}, {criteria},
+# {state}, {assets}: a question as the run was trained on, {note}: what its choices must be.
 _DECISION = """
 ### As a decision model
 
@@ -28,13 +29,13 @@ from transformers import pipeline
 
 folder = "{folder}"  # or the name of this repository
 decide = pipeline("decision", model=folder{how})
-question = {{"type": "choice", "instructions": "Which animal is it?", "criteria": {{"cat": None, "dog": None}}}}
+question = {{"type": "choice", "instructions": {asked}, "criteria": {criteria}}}
 assets = {assets}
-request = {{"state": {state}, "questions": {{"animal": question}}, "assets": assets}}
-print(decide(request)["animal"]["probabilities"])
+request = {{"state": {state}, "questions": {{"one": question}}, "assets": assets}}
+print(decide(request)["one"]["probabilities"])
 ```
 
-{export}    transformers serve {whole} --host 127.0.0.1    # POST /v1/systemone
+{note}{export}    transformers serve {whole} --host 127.0.0.1    # POST /v1/systemone
     vllm serve {whole} --host 127.0.0.1 --generation-config vllm    # POST /v1/chat/completions
     python -m sglang.launch_server --model-path {whole}    # not run
 """
@@ -126,6 +127,7 @@ def _describe_decision(folder: Path, run: Run, is_adapter: bool) -> str:
     shown: dict[str, Any] = {"images": ["image-1"] if run.has_images else []}
     shown |= {"context": "It is night."} if run.has_context else {}
     fields = {"folder": name, "state": json.dumps(shown), "assets": _ASSETS if run.has_images else "{}"}
+    fields |= _example(run)
     if not is_adapter:
         return _DECISION.format(**fields, whole=name, how="", export="")
     # Without them transformers takes processor, prompt and dtype of the base.
@@ -133,6 +135,19 @@ def _describe_decision(folder: Path, run: Run, is_adapter: bool) -> str:
     how = f', tokenizer=folder, processor=folder, decision_config=folder, dtype="{dtype}"'
     export = f"Servers take whole weights:\n\n    vqa-sft export {name} {name}_whole\n"
     return _DECISION.format(**fields, whole=f"{name}_whole", how=how, export=export)
+
+
+def _example(run: Run) -> dict[str, str]:
+    """A question that the run can be asked, in Python, and a note on its choices."""
+    asked, choices, note = "Which animal is it?", ["cat", "dog"], ""
+    if run.classes is not None:
+        asked, choices, last = run.recipe.get("fixed_question") or "Which is it?", [*run.classes.names[:2]], ""
+        if run.recipe.get("absent") == "none_of_these":
+            choices.append(NONE_OF_THESE[run.recipe.get("prompt_language") or "en"])
+            last = f", and {choices[-1]!r} last"
+        note = f"The criteria are classes of the run, spelt so, the most likely first{last}: nothing checks that.\n\n"
+    criteria = ", ".join(f"{json.dumps(choice, ensure_ascii=False)}: None" for choice in choices)
+    return {"asked": json.dumps(asked, ensure_ascii=False), "criteria": f"{{{criteria}}}", "note": note}
 
 
 def add_decision(folder: Path, run: Run) -> str | None:
