@@ -29,6 +29,17 @@ def test_the_time_that_a_gpu_does_nothing_but_exchange_is_without_that_of_kernel
     assert benchmark.exchanging_s(events) == pytest.approx(6e-6)  # 10 to 12, 13 to 14 and 20 to 23 us
 
 
+def test_the_longest_gaps_are_between_the_last_kernel_to_end_and_the_next():
+    def event(key, start, end, device="CUDA"):
+        where = getattr(torch.autograd.DeviceType, device)
+        return SimpleNamespace(key=key, device_type=where, time_range=SimpleNamespace(start=start, end=end))
+
+    # "long" is still running when "short", which begins after it, has ended.
+    events = [event("last", 9000, 9500), event("long", 0, 5000), event("short", 100, 200), event("next", 7000, 8500)]
+    events.append(event("aten::mm", 5000, 7000, "CPU"))
+    assert benchmark.longest_gaps(events, 2) == ["2.00 ms: long -> next", "0.50 ms: next -> last"]
+
+
 def test_cases_of_a_tool_that_is_not_installed_are_left_out_and_an_error_where_asked_for(monkeypatch, capsys):
     cases = [benchmark.Case("7B train", "train", "tiny"), benchmark.Case("7B ms-swift", "swift", "tiny")]
     monkeypatch.setattr(benchmark, "missing_packages", lambda peer: ["ms-swift", "dacite"])
