@@ -221,7 +221,7 @@ def test_another_classifiers_probabilities_get_what_rows_are_known_by(
     assert run(*again, "--output", tmp_path / "again")[0] == 0  # it says itself that it is out of fold
 
 
-def test_files_of_an_earlier_call_that_are_not_made_anew_are_removed_and_said(
+def test_files_of_an_earlier_call_that_this_one_does_not_write_are_removed_and_named(
     digits, external, recipe, tmp_path, run, sees_nothing
 ):
     path, _, _ = external

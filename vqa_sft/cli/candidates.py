@@ -300,7 +300,7 @@ def finish(found: "Classified", paths: Sequence[Path], given: int | None) -> Non
     print(recalls.describe_recall(list(zip(names, measured, strict=True))))
     best = measured[0].at(chosen)
     if removed:
-        print(f"\nRemoved {', '.join(map(str, removed))} of an earlier call, which this one has not made anew.")
+        print(f"\nRemoved {', '.join(map(str, removed))} of an earlier call, which this one does not write.")
     print(
         f"\nnum_candidates: {chosen} ({recalls.RULE}). A model that chooses among {chosen} is right in at most "
         f"{best:.1%} of the rows.\nWrote {', '.join(map(str, paths))}. In the recipe:\n  candidates: {paths[0]}"
