@@ -1,11 +1,14 @@
 import csv
 import warnings
 from collections import Counter
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
 from vqa_sft.batch.prompts import Prompts, render_messages
@@ -19,11 +22,13 @@ from vqa_sft.tiny.families import FAMILIES, build_model
 from vqa_sft.tiny.forward import answer_logits, to_gemma_patches, to_patches
 from vqa_sft.tiny.glyphs import PEN
 from vqa_sft.tiny.numbers import write_numbers
+from vqa_sft.tiny.step import answer_gradients, answer_loss, by_graph
 from vqa_sft.tiny.tasks import TASKS, render_task
 from vqa_sft.tiny.train import (
     TEST_SEED,
     Settings,
     draw_pictures,
+    gather,
     parameter_groups,
     schedule_positions,
     tokenize_tasks,
@@ -205,10 +210,49 @@ def test_a_few_steps_from_nothing_write_a_folder_that_loads(tmp_path, family):
     assert len(answers) == 2
 
 
-def test_a_schedule_in_seconds_begins_after_three_steps_and_ends_in_time(monkeypatch):
+class NothingFromTheCpu(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: values that Python reads, tensors that it makes of its own."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not any(name in str(function) for name in ("local_scalar", "lift_fresh", "nonzero")), function
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_by_graph_is_the_step_without_and_reads_nothing(tmp_path, family):
+    settings = Settings(family, pictures=12, batch_size=4, workers=0)
+    processor = FAMILIES[family].build_processor(build_tokenizer(tokenizer_texts()))
+    processor.save_pretrained(tmp_path)
+    pictures, _ = draw_pictures(tmp_path, settings)
+    rows = torch.arange(12).split(4)
+    first, second, third = (gather(pictures, of_batch, of_batch % len(TASKS)) for of_batch in rows)
+    model = build_model(family, processor.tokenizer)
+    gradients = partial(answer_gradients, model, answer_loss)
+    expected = [gradients(third), [weight.grad for weight in model.parameters()]]
+
+    def capture(run):
+        run()
+        return run
+
+    replayed = by_graph(gradients, first, capture)
+    replayed(second)
+    # Gemma 4's one_hot looks at its values on a CPU alone.
+    with NothingFromTheCpu() if family != "gemma4" else nullcontext():
+        found = [replayed(third), [weight.grad for weight in model.parameters()]]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_step_that_cannot_be_captured_is_made_without_a_graph(capsys):
+    def capture(run):
+        raise RuntimeError("no room")
+
+    assert by_graph(len, [torch.ones(1)], capture) is len and "no room" in capsys.readouterr().out
+
+
+def test_a_schedule_in_seconds_begins_after_the_first_steps_and_ends_in_time(monkeypatch):
     clock = iter([0.0, 70.0, 70.0, 72.0, 79.9, 80.0])  # compiled in 70 s
     monkeypatch.setattr("vqa_sft.tiny.train.time.perf_counter", lambda: next(clock))
-    assert list(schedule_positions(1000, seconds=10)) == [0, 0, 0, 0, 200, 990]
+    assert list(schedule_positions(1000, seconds=10)) == [0, 0, 0, 0, 0, 200, 990]
     assert list(schedule_positions(4, seconds=None)) == [0, 1, 2, 3]
 
 

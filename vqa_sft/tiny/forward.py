@@ -32,13 +32,18 @@ def picture_span(image_starts: torch.Tensor, num_tokens: int, num_picture_tokens
 def to_patches(pixels: torch.Tensor) -> torch.Tensor:
     """(B, 84, 84, 3) bytes -> (B, 36, 1176) normalised patches in the processor's order: four of one token together."""
     # OpenAI CLIP's mean and deviation, as in the saved processor.
-    mean = torch.tensor((0.48145466, 0.4578275, 0.40821073), device=pixels.device)
-    deviation = torch.tensor((0.26862954, 0.26130258, 0.27577711), device=pixels.device)
+    mean = _filled(pixels, 0.48145466, 0.4578275, 0.40821073)
+    deviation = _filled(pixels, 0.26862954, 0.26130258, 0.27577711)
     x = ((pixels.float() / 255 - mean) / deviation).permute(0, 3, 1, 2)
     side = GRID // MERGE
     x = x.reshape(len(x), 3, side, MERGE, PATCH_PX, side, MERGE, PATCH_PX).permute(0, 2, 5, 3, 6, 1, 4, 7)
     # A still picture is shown twice: the tower's patches are two frames deep.
     return x.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, 2, -1, -1).reshape(len(pixels), NUM_PATCHES, -1)
+
+
+def _filled(like: torch.Tensor, *values: float) -> torch.Tensor:
+    """The values, made on the device of `like`: a CUDA graph cannot hold a copy from the CPU."""
+    return torch.stack([torch.full((), value, device=like.device) for value in values])
 
 
 def patch_places(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

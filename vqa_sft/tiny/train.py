@@ -11,29 +11,28 @@ task (tasks.py), so a step is a gather, a forward and a backward (forward.py). A
 import copy
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 
+from vqa_sft.models.fast.graphs import CudaCapture
 from vqa_sft.tiny.build import build_tokenizer
 from vqa_sft.tiny.draw import KIND_NAMES, PICTURE_PX, draw_example, draw_examples, draw_kind
 from vqa_sft.tiny.families import FAMILIES, build_model
-from vqa_sft.tiny.forward import FORWARDS, answer_logits
+from vqa_sft.tiny.forward import answer_logits
+from vqa_sft.tiny.step import COMPILED, MAX_ANSWER_TOKENS, answer_gradients, answer_loss, by_graph, compile_loss
 from vqa_sft.tiny.tasks import TASKS, render_task
 
 TRAIN_SEED, VALIDATION_SEED, TEST_SEED, WORDING_SEED, FONT_SEED = 1, 2, 3, 4, 5
 MAX_TEXT_TOKENS = 95  # prompt and answer, without the picture's
-MAX_ANSWER_TOKENS = 8
 CHUNK = 500  # examples that a process draws at a time
 MAX_SHIFT_PX = 3
-END_WEIGHT = 0.2  # of the end-of-turn token, beside 1 for every other token of an answer
 # Shares of the tasks from 60% of the schedule on; before, they move from the family's early ones to these.
 LATE_SHARES = {"letter": 0.50, "variant": 0.32, "both": 0.05, "words": 0.08, "reading": 0.05}
 
@@ -190,7 +189,7 @@ def run_steps(
     """AdamW, one cycle, bf16 on a GPU; every 500 steps prints the loss and the accuracy on validation pictures, and
     saves: whoever stops the training has those weights."""
     on_gpu = pictures.pixels.is_cuda
-    loss_function = compile_loss(model) if on_gpu else answer_loss
+    gradients = partial(answer_gradients, model, compile_loss(model) if on_gpu else answer_loss)
     groups = parameter_groups(model, settings)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05, fused=on_gpu)
     rates = [group["lr"] for group in groups]
@@ -200,14 +199,14 @@ def run_steps(
     for step, (position, rows, tasks) in enumerate(draw_batches(pictures, settings, generator)):
         while schedule.last_epoch < position:
             schedule.step()
-        with torch.autocast(pictures.pixels.device.type, torch.bfloat16, enabled=on_gpu):
-            pixels, *prompts = gather(pictures, rows, tasks)
-            loss = loss_function(model, shift(pixels, generator), *prompts)
-        loss.backward()
+        pixels, *prompts = gather(pictures, rows, tasks)
+        batch = [shift(pixels, generator), *prompts]
+        if on_gpu and step == COMPILED:
+            gradients = by_graph(gradients, batch, CudaCapture())
+        loss = gradients(batch)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
+        losses.append(loss)
         if (step + 1) % 500 == 0:
             report(model, validation, step + 1, losses, start_s)
             save(model, output)
@@ -239,28 +238,16 @@ def parameter_groups(model: PreTrainedModel, settings: Settings) -> list[dict]:
 
 def schedule_positions(num_steps: int, seconds: float | None) -> Iterator[int]:
     """Where in a schedule of `num_steps` each step stands: at one after the other; or, for so many `seconds`, where the
-    clock is, which starts after three steps as those compile."""
+    clock is, which starts after the first steps as those compile."""
     if seconds is None:
         yield from range(num_steps)
         return
     begin_s = time.perf_counter()
-    yield from (0, 0, 0)
+    yield from [0] * (COMPILED + 1)
     start_s = time.perf_counter()
-    print(f"three steps took {start_s - begin_s:.0f} s; the schedule begins", flush=True)
+    print(f"the first {COMPILED + 1} steps took {start_s - begin_s:.0f} s; the schedule begins", flush=True)
     while (elapsed_s := time.perf_counter() - start_s) < seconds:
         yield int(elapsed_s / seconds * num_steps)
-
-
-def compile_loss(model: PreTrainedModel) -> Callable[..., torch.Tensor]:
-    """`answer_loss` in one graph. The eight layers of Qwen3.5 take more than four minutes in one: there each layer is a
-    graph (those of a kind share it), and the picture tower another."""
-    if model.config.model_type != "qwen3_5":
-        return torch.compile(answer_loss)
-    features, inputs = FORWARDS["qwen3_5"]
-    FORWARDS["qwen3_5"] = torch.compile(features), inputs
-    for layer in model.model.language_model.layers:
-        layer.compile()
-    return answer_loss
 
 
 def draw_batches(
@@ -296,23 +283,6 @@ def gather(pictures: Pictures, rows: torch.Tensor, tasks: torch.Tensor) -> tuple
         pictures.answer_starts[rows, tasks].long(),
         pictures.lengths[rows, tasks].long(),
     )
-
-
-def answer_loss(
-    model: PreTrainedModel,
-    pixels: torch.Tensor,
-    input_ids: torch.Tensor,
-    image_starts: torch.Tensor,
-    answer_starts: torch.Tensor,
-    lengths: torch.Tensor,
-) -> torch.Tensor:
-    """Weighted mean cross-entropy over the answers' tokens."""
-    logits = answer_logits(model, pixels, input_ids, image_starts, answer_starts, MAX_ANSWER_TOKENS)
-    at = answer_starts[:, None] + torch.arange(MAX_ANSWER_TOKENS, device=pixels.device)
-    targets = input_ids.gather(1, at.clamp(max=input_ids.shape[1] - 1))
-    weights = (at < lengths[:, None] - 1).float() + END_WEIGHT * (at == lengths[:, None] - 1)
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return (losses * weights.flatten()).sum() / weights.sum()
 
 
 @torch.no_grad()
