@@ -47,12 +47,12 @@ T4_GIB = 13.8
 STARTED, WARM_UP, PROFILED = 3, 6, 3
 DDP_WARM_UP = 12  # it times its first ten steps itself, and waits for the GPU in each
 QWEN_7B, QWEN_3B, QWEN3_8B = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7B", "2.5-VL-3B", "3-VL-8B"))
-# label, shape, recipe; TRL beside them
+# label, shape, recipe, rows a step; TRL beside them
 FAMILIES = (
-    ("Qwen3.5-9B", "Qwen/Qwen3.5-9B", "qwen3_5_9b"),
-    ("Gemma-4-12B", "google/gemma-4-12B-it", "gemma4_12b"),
-    ("InternVL3.5-8B", "OpenGVLab/InternVL3_5-8B-HF", "internvl3_5_4b"),
-    ("Qwen3-VL-30B-A3B", "Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3vl_30b_a3b"),
+    ("Qwen3.5-9B", "Qwen/Qwen3.5-9B", "qwen3_5_9b", 32),
+    ("Gemma-4-12B", "google/gemma-4-12B-it", "gemma4_12b", 16),
+    ("InternVL3.5-8B", "OpenGVLab/InternVL3_5-8B-HF", "internvl3_5_4b", 16),
+    ("Qwen3-VL-30B-A3B", "Qwen/Qwen3-VL-30B-A3B-Instruct", "qwen3vl_30b_a3b", 16),
 )
 OTHER_FAMILIES = (  # on a CPU only
     ("Gemma-4-E4B", "google/gemma-4-E4B-it", "gemma4_e4b_t4"),
@@ -146,17 +146,18 @@ def standard_cases() -> list[Case]:
             cases.append(Case(f"{size} one row at a time", **score | {"kind": "latency", "batch_size": 1}))
         if shape == QWEN_3B:
             cases.append(Case(f"{size} score", "score", shape, batch_size=32, scores=f"{size} train"))
-    for label, shape, recipe in FAMILIES:
-        cases += family_cases(label, shape, recipe)
+    for family in FAMILIES:
+        cases += family_cases(*family)
     return cases
 
 
-def family_cases(label: str, shape: str, recipe: str) -> list[Case]:
+def family_cases(label: str, shape: str, recipe: str, rows: int = 16) -> list[Case]:
     """TRL's and ours; for a mixture of experts with adapters on attention alone, then on the experts as well."""
     trl = Case(f"{label} TRL by default", "trl", shape, batch_size=8)
     # There is room for what the recipes recompute.
     whole = {"gradient_checkpointing": False}
-    ours = Case(f"{label} train", "train", shape, f"recipes/{recipe}.yaml", options=whole, baseline=trl.name)
+    own: dict[str, Any] = {"recipe": f"recipes/{recipe}.yaml", "batch_size": rows, "options": whole}
+    ours = Case(f"{label} train", "train", shape, **own, baseline=trl.name)
     if "A3B" not in shape:
         return [trl, ours]
     of_trl = replace(trl, name=f"{label} experts, TRL", options={"target_parameters": EXPERTS})
