@@ -57,7 +57,7 @@ def test_routed_experts_get_adapters_where_they_are_asked_for_and_the_line_says_
 def test_adapted_experts_are_kept_twice_unless_layers_are_computed_again(families, skeleton, contest, tmp_path):
     model = skeleton("qwen3_vl_moe")
     config = lora_config(ARGS, model, adapt_experts=True)
-    assert "keeps a second copy of the experts" in describe_experts(model, config, checkpoints=False)
+    assert "keeps a second copy of the experts" in describe_experts(model, config, is_kept=True)
     trainer, examples, _ = build_trainer(families("qwen3_vl_moe"), contest, tmp_path, 2, adapt_experts=True)
     trainer.model.train()
     (size,) = {weight.numel() for name, weight in trainer.model.named_parameters() if name.endswith("gate_up_proj")}

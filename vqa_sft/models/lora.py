@@ -94,9 +94,9 @@ def _expert_names(model: PreTrainedModel) -> list[str]:
     return names
 
 
-def describe_experts(model: PreTrainedModel, config: LoraConfig | None, *, checkpoints: bool = True) -> str:
+def describe_experts(model: PreTrainedModel, config: LoraConfig | None, *, is_kept: bool = False) -> str:
     """What the adapter is to the routed experts, and what it costs there or would cost; empty for a model without them.
-    `checkpoints`: whether layers are computed again in the backward pass."""
+    `is_kept`: whether the sum of base and adapter is kept for the backward pass."""
     experts = fused_experts(model)
     if not experts or config is None:
         return ""
@@ -105,8 +105,7 @@ def describe_experts(model: PreTrainedModel, config: LoraConfig | None, *, check
     num_trained = sum(config.r * weight.shape[0] * sum(weight.shape[1:]) for weight in experts.values())
     routed = f"the routed experts ({num_routed:,} parameters, {num_routed / num_all:.0%} of the model)"
     if config.target_parameters:
-        # Base and adapter are added before the product, and what is multiplied is kept.
-        kept = "" if checkpoints else " Without gradient_checkpointing the training keeps a second copy of the experts."
+        kept = " Without gradient_checkpointing the training keeps a second copy of the experts." if is_kept else ""
         return f"Adapters of {routed} have {num_trained:,} parameters.{kept}"
     return f"No adapter for {routed}; adapt_experts: true would train {num_trained:,} parameters for them."
 

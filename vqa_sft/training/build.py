@@ -20,10 +20,10 @@ from vqa_sft.console import is_main_process, note
 from vqa_sft.data.options import CLASS
 from vqa_sft.errors import explains
 from vqa_sft.models import fp8_base, processes
-from vqa_sft.models.fast import speedups
+from vqa_sft.models.fast import expert_lora, speedups
 from vqa_sft.models.fast.feature_store import fill_store, open_store
 from vqa_sft.models.fast.speedups import MIN_ROWS_TO_COMPILE
-from vqa_sft.models.load import build_skeleton, follow_processor, load_processor
+from vqa_sft.models.load import DTYPES, build_skeleton, follow_processor, load_processor
 from vqa_sft.models.lora import describe_experts, lora_config
 from vqa_sft.models.memory.fit import fits
 from vqa_sft.models.memory.needs import NUM_MEASURED, Plan, Shape, read_needs
@@ -75,7 +75,9 @@ def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precisio
         fp8_base.check(model_args.model_name_or_path, skeleton.config)
     if args.init_adapter is None:
         adapter = lora_config(model_args, skeleton, **args.adapted_parts)
-        if line := describe_experts(skeleton, adapter, checkpoints=training_args.gradient_checkpointing):
+        device, fast = PartialState().device, args.fast and not processes.shards_weights()
+        is_beside = fast and device.type == "cuda" and expert_lora.can_use(device, DTYPES[precision], model_args.lora_r)
+        if line := describe_experts(skeleton, adapter, is_kept=not (is_beside or training_args.gradient_checkpointing)):
             note(line)
     loss = LossSettings(
         letter_ids=find_letter_ids(processor, rows.num_letters, prompts),

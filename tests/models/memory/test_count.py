@@ -229,8 +229,10 @@ def test_routed_experts_stay_whole_in_4_bit_and_keep_what_their_tokens_are():
     assert experts * 2 / 2**30 < estimate(shape, replace(plan, bits=4))["language model"] < 57
     # Eight experts a token: their inputs, gate and up, what is multiplied, and outputs.
     assert counted(shape, plan).kinds[0].kept.token > 8 * 2 * (2 * 768 + 768)
-    layer = counted(adapted_experts(), plan).kinds[0].kept
-    assert layer.fixed > 128 * 3 * 2048 * 768 * 2  # base and adapter are added before the product
+    experts_of_layer = 128 * 3 * 2048 * 768 * 2
+    added, beside = (counted(adapted_experts(), replace(plan, fused=fused)).kinds[0].kept for fused in (False, True))
+    assert added.fixed > experts_of_layer  # PEFT adds base and adapter before the product
+    assert beside.fixed < experts_of_layer / 10
 
 
 def adapted_experts():

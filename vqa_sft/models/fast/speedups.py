@@ -18,7 +18,16 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer
 
 from vqa_sft.models import processes
 from vqa_sft.models.families import PACKED, head_dim, num_deepstack, tower_of
-from vqa_sft.models.fast import attention, compilation, fused_lora, graphs, linear_attention, packing, vision
+from vqa_sft.models.fast import (
+    attention,
+    compilation,
+    expert_lora,
+    fused_lora,
+    graphs,
+    linear_attention,
+    packing,
+    vision,
+)
 from vqa_sft.models.fast.compilation import say
 from vqa_sft.models.load import DTYPES
 
@@ -103,6 +112,8 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
     # On a CPU the wide tensors are not what takes the time.
     if base.device.type == "cuda" and (num_mlps := fused_lora.fuse(decoder)):
         say(f"{num_mlps} MLPs have their adapters inside the base's products")
+    if base.device.type == "cuda" and (num_experts := expert_lora.speed_up_experts(decoder)):
+        say(f"the experts of {num_experts} layers have their adapters beside the base's products")
     if base.device.type == "cuda" and (num_linear := linear_attention.speed_up_linear_attention(decoder)):
         say(f"{num_linear} layers with linear attention are one graph each")
     if compile_layers and (reason := compilation.why_not(base)):

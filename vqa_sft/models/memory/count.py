@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vqa_sft.errors import InputError
-from vqa_sft.models.fast import fused_lora, speedups
+from vqa_sft.models.fast import expert_lora, fused_lora, speedups
 from vqa_sft.models.memory import kernels
 from vqa_sft.models.parts import decoder_layers
 
@@ -112,6 +112,8 @@ def _run(decoder: nn.Module, how: How) -> tuple[list[int], list[_Run]]:
     for layer in layers:
         if how.is_fused and hasattr(layer, "mlp"):
             fused_lora.widen(layer.mlp)
+        if how.is_fused:
+            expert_lora.speed_up_experts(layer)
     for name, module in decoder.named_modules():
         if name.endswith(".indexer"):  # Qwen4-Exp: it chooses tokens by their values, and keeps nothing
             module.forward = kernels.choose_all

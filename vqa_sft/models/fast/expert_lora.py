@@ -1,0 +1,103 @@
+"""Adapters of routed experts beside the products of their frozen base: y = W x + s B (A x), expert by expert.
+
+PEFT adds s B A to the weights of all experts in every forward pass, and the backward pass needs the gradient of all of
+them: for Qwen3-VL-30B-A3B some 60 GB are written and read several times, for adapters of 2 GB. Here rows are sorted by
+expert, and each of the three products takes the rows of an expert by its own weight (`torch.nn.functional.grouped_mm`).
+
+Exact: the same sum in another order, which is not rounded to the precision of W on the way. For experts of gate and up
+in one parameter and down in another, both with one plain adapter, on a base that is not quantised; others stay as they
+are.
+"""
+
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import ParamWrapper
+from torch import nn
+
+GATE_UP, DOWN = "gate_up_proj", "down_proj"
+# What transformers' decorator of experts says of those that are known.
+KIND = {"has_gate": True, "has_bias": False, "has_post_expert_norm": False, "is_transposed": False}
+MULTIPLE_BYTES = 16  # of a row that grouped_mm takes
+
+
+def speed_up_experts(decoder: nn.Module) -> int:
+    """Let the routed experts of a decoder's layers compute their adapters beside their base; of how many layers."""
+    num_layers = 0
+    for module in decoder.modules():
+        if isinstance(module, ParamWrapper) and (wrappers := _known(module)):
+            module.forward = types.MethodType(_forward, module)
+            module.factors = wrappers
+            num_layers += 1
+    return num_layers
+
+
+def _known(outer: ParamWrapper) -> dict[str, list[ParamWrapper]] | None:
+    """Of the outermost wrapper of a layer's experts, the wrapper of each parameter, in lists so that they are no
+    submodules; None where anything is of another kind."""
+    wrappers: dict[str, list[ParamWrapper]] = {}
+    module: nn.Module = outer
+    while isinstance(module, ParamWrapper):
+        wrappers[module.parameter_name] = [module]
+        module = module.base_layer
+    is_known = all(getattr(module, name, None) == value for name, value in KIND.items())
+    if not is_known or set(wrappers) != {GATE_UP, DOWN} or getattr(module, "_is_expert_parallel", True):
+        return None
+    return wrappers if all(_is_plain(wrapper, module) for (wrapper,) in wrappers.values()) else None
+
+
+def _is_plain(wrapper: ParamWrapper, experts: nn.Module) -> bool:
+    weight = getattr(experts, wrapper.parameter_name)
+    adapter, *others = wrapper.active_adapters
+    return (
+        not others
+        and adapter in wrapper.lora_A
+        and not wrapper.merged
+        and not wrapper.disable_adapters
+        and wrapper.num_experts > 1
+        and weight.ndim == 3
+        and not weight.requires_grad
+        and can_use(weight.device, weight.dtype, wrapper.r[adapter])
+    )
+
+
+def can_use(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
+    """Whether the products are to be had: on GPUs from compute capability 8.0 on, in bf16, for ranks like 8, 16, 32."""
+    if dtype not in (torch.bfloat16, torch.float32) or rank * dtype.itemsize % MULTIPLE_BYTES:
+        return False
+    return device.type != "cuda" or dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _forward(outer: ParamWrapper, hidden: torch.Tensor, experts_of: torch.Tensor, weights: torch.Tensor) -> Any:
+    """hidden (T, H), the k experts of each token (T, k) and their weights (T, k) -> (T, H)."""
+    experts = outer.get_base_layer()
+    num_tokens, num_chosen = experts_of.shape
+    sorted_experts, order = experts_of.flatten().sort()
+    # As transformers counts them: bincount would wait for the GPU.
+    counted = sorted_experts.int() if hidden.is_cuda else sorted_experts.float()
+    counts = counted.histc(bins=experts.num_experts, min=0, max=experts.num_experts - 1)
+    ends = counts.cumsum(0, dtype=torch.int32)  # (E,) the row after the last one of each expert
+
+    with torch.autocast(hidden.device.type, enabled=False):  # all is converted here
+        rows = hidden[order // num_chosen]  # (T k, H), those of an expert together
+        rows = experts._apply_gate(_adapted(outer.factors[GATE_UP][0], experts, rows, ends))
+        rows = _adapted(outer.factors[DOWN][0], experts, rows, ends)
+        rows = rows * weights.flatten()[order, None]
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return rows[back].view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden.dtype)
+
+
+def _adapted(wrapper: ParamWrapper, experts: nn.Module, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows (S, in) sorted by expert -> (S, out), with W (E, out, in), A (E, r, in) and B (E, out, r)."""
+    weight = getattr(experts, wrapper.parameter_name)
+    (adapter,) = wrapper.active_adapters
+    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    a = a.view(wrapper.num_experts, -1, a.shape[1]).to(weight.dtype)
+    b = (b * wrapper.scaling[adapter]).view(b.shape[0], -1, wrapper.num_experts)  # PEFT's order: (out, r, E)
+    b = b.permute(2, 1, 0).to(weight.dtype).contiguous()  # (E, r, out)
+    rows = rows.to(weight.dtype)
+    narrow = F.grouped_mm(rows, a.transpose(1, 2), offs=ends)  # (S, r)
+    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends) + F.grouped_mm(narrow, b, offs=ends)
