@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
+from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from vqa_sft.batch.prompts import Prompts, render_messages
 from vqa_sft.questions.letters import LETTERS, identity_order
@@ -22,7 +23,7 @@ from vqa_sft.tiny.families import FAMILIES, build_model
 from vqa_sft.tiny.forward import answer_logits, to_gemma_patches, to_patches
 from vqa_sft.tiny.glyphs import PEN
 from vqa_sft.tiny.numbers import write_numbers
-from vqa_sft.tiny.step import answer_gradients, answer_loss, by_graph
+from vqa_sft.tiny.step import answer_gradients, by_graph, use_short_chunks
 from vqa_sft.tiny.tasks import TASKS, render_task
 from vqa_sft.tiny.train import (
     TEST_SEED,
@@ -203,7 +204,7 @@ def test_the_real_task_is_the_default_prompt_of_the_project():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_few_steps_from_nothing_write_a_folder_that_loads(tmp_path, family):
+def test_a_few_steps_from_nothing_write_a_folder_that_loads(tmp_path, family, whole_chunks):
     train(tmp_path, Settings(family, steps=2, pictures=8, batch_size=4, workers=0))
     processor, model = load_base(tmp_path)
     answers = predict_answers(processor, model, draw_examples(2, TEST_SEED))
@@ -227,7 +228,7 @@ def test_a_step_by_graph_is_the_step_without_and_reads_nothing(tmp_path, family)
     rows = torch.arange(12).split(4)
     first, second, third = (gather(pictures, of_batch, of_batch % len(TASKS)) for of_batch in rows)
     model = build_model(family, processor.tokenizer)
-    gradients = partial(answer_gradients, model, answer_loss)
+    gradients = partial(answer_gradients, model)
     expected = [gradients(third), [weight.grad for weight in model.parameters()]]
 
     def capture(run):
@@ -242,6 +243,24 @@ def test_a_step_by_graph_is_the_step_without_and_reads_nothing(tmp_path, family)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.fixture
+def whole_chunks(monkeypatch):
+    """Linear attention with the library's chunks, and again after the test."""
+    name = "torch_chunk_gated_delta_rule"
+    monkeypatch.setattr(modeling_qwen3_5, name, getattr(modeling_qwen3_5, name))
+
+
+def test_short_chunks_of_linear_attention_change_nothing(whole_chunks):
+    processor = FAMILIES["qwen3_5"].build_processor(AutoTokenizer.from_pretrained(TINY_PATH))
+    model = build_model("qwen3_5", processor.tokenizer)
+    batch = torch.zeros(1, 84, 84, 3, dtype=torch.uint8), torch.arange(104)[None], torch.tensor([9]), torch.tensor([90])
+    with torch.no_grad():
+        expected = answer_logits(model, *batch, num_answer_tokens=3)
+        use_short_chunks()
+        assert modeling_qwen3_5.torch_chunk_gated_delta_rule.keywords == {"chunk_size": 16}
+        torch.testing.assert_close(answer_logits(model, *batch, num_answer_tokens=3), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_a_step_that_cannot_be_captured_is_made_without_a_graph(capsys):
     def capture(run):
         raise RuntimeError("no room")
@@ -250,7 +269,7 @@ def test_a_step_that_cannot_be_captured_is_made_without_a_graph(capsys):
 
 
 def test_a_schedule_in_seconds_begins_after_the_first_steps_and_ends_in_time(monkeypatch):
-    clock = iter([0.0, 70.0, 70.0, 72.0, 79.9, 80.0])  # compiled in 70 s
+    clock = iter([0.0, 70.0, 70.0, 72.0, 79.9, 80.0])  # captured in 70 s
     monkeypatch.setattr("vqa_sft.tiny.train.time.perf_counter", lambda: next(clock))
     assert list(schedule_positions(1000, seconds=10)) == [0, 0, 0, 0, 0, 200, 990]
     assert list(schedule_positions(4, seconds=None)) == [0, 1, 2, 3]

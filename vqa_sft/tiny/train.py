@@ -26,7 +26,7 @@ from vqa_sft.tiny.build import build_tokenizer
 from vqa_sft.tiny.draw import KIND_NAMES, PICTURE_PX, draw_example, draw_examples, draw_kind
 from vqa_sft.tiny.families import FAMILIES, build_model
 from vqa_sft.tiny.forward import answer_logits
-from vqa_sft.tiny.step import COMPILED, MAX_ANSWER_TOKENS, answer_gradients, answer_loss, by_graph, compile_loss
+from vqa_sft.tiny.step import MAX_ANSWER_TOKENS, WARM_UP, answer_gradients, by_graph, use_short_chunks
 from vqa_sft.tiny.tasks import TASKS, render_task
 
 TRAIN_SEED, VALIDATION_SEED, TEST_SEED, WORDING_SEED, FONT_SEED = 1, 2, 3, 4, 5
@@ -77,6 +77,8 @@ def train(output: Path, settings: Settings) -> None:
     print(f"{settings.pictures} pictures drawn in {time.perf_counter() - start_s:.0f} s", flush=True)
 
     model = build_model(settings.family, processor.tokenizer, settings.seed).to(device)
+    if settings.family == "qwen3_5":
+        use_short_chunks()
     print(f"{model.num_parameters():,} parameters", flush=True)
     run_steps(model, pictures, validation, settings, output)
 
@@ -189,7 +191,7 @@ def run_steps(
     """AdamW, one cycle, bf16 on a GPU; every 500 steps prints the loss and the accuracy on validation pictures, and
     saves: whoever stops the training has those weights."""
     on_gpu = pictures.pixels.is_cuda
-    gradients = partial(answer_gradients, model, compile_loss(model) if on_gpu else answer_loss)
+    gradients = partial(answer_gradients, model)
     groups = parameter_groups(model, settings)
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.05, fused=on_gpu)
     rates = [group["lr"] for group in groups]
@@ -201,7 +203,7 @@ def run_steps(
             schedule.step()
         pixels, *prompts = gather(pictures, rows, tasks)
         batch = [shift(pixels, generator), *prompts]
-        if on_gpu and step == COMPILED:
+        if on_gpu and step == WARM_UP:
             gradients = by_graph(gradients, batch, CudaCapture())
         loss = gradients(batch)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -220,8 +222,7 @@ def report(
     model: PreTrainedModel, validation: Pictures, num_steps: int, losses: list[torch.Tensor], start_s: float
 ) -> None:
     """Print the mean of `losses`, and the accuracy by kind after `num_steps`."""
-    with torch.compiler.set_stance("force_eager"):  # other sizes would be compiled anew
-        found = quick_accuracy(model, validation)
+    found = quick_accuracy(model, validation)
     accuracies = " ".join(f"{kind} {value:.2f}" for kind, value in found.items())
     mean_loss, elapsed_s = torch.stack(losses).mean().item(), time.perf_counter() - start_s
     print(f"step {num_steps} {elapsed_s:.0f} s loss {mean_loss:.3f} | {accuracies}", flush=True)
@@ -238,14 +239,14 @@ def parameter_groups(model: PreTrainedModel, settings: Settings) -> list[dict]:
 
 def schedule_positions(num_steps: int, seconds: float | None) -> Iterator[int]:
     """Where in a schedule of `num_steps` each step stands: at one after the other; or, for so many `seconds`, where the
-    clock is, which starts after the first steps as those compile."""
+    clock is, which starts after the first steps: one of them is captured."""
     if seconds is None:
         yield from range(num_steps)
         return
     begin_s = time.perf_counter()
-    yield from [0] * (COMPILED + 1)
+    yield from [0] * (WARM_UP + 1)
     start_s = time.perf_counter()
-    print(f"the first {COMPILED + 1} steps took {start_s - begin_s:.0f} s; the schedule begins", flush=True)
+    print(f"the first {WARM_UP + 1} steps took {start_s - begin_s:.0f} s; the schedule begins", flush=True)
     while (elapsed_s := time.perf_counter() - start_s) < seconds:
         yield int(elapsed_s / seconds * num_steps)
 
