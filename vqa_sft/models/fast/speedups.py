@@ -100,6 +100,8 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
     decoder = base.get_decoder()
     if family is not None and (done := vision.speed_up_tower(tower_of(base), family.tower_mlp)):
         say("vision tower: " + ", ".join(done))
+    if family is not None and base.config.vision_config._attn_implementation == attention.TOWER:
+        vision.never_wait(base.model)
     # On a CPU the wide tensors are not what takes the time.
     if base.device.type == "cuda" and (num_mlps := fused_lora.fuse(decoder)):
         say(f"{num_mlps} MLPs have their adapters inside the base's products")
