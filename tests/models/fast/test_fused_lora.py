@@ -11,7 +11,7 @@ from trl import ModelConfig
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.models.families import FAMILIES
-from vqa_sft.models.fast import fused_lora, speedups
+from vqa_sft.models.fast import compilation, fused_lora, speedups
 from vqa_sft.models.load import load_model
 
 LAYERS = [*fused_lora.ATTENTION, *fused_lora.MLP]
@@ -77,6 +77,20 @@ def test_every_family_has_the_logits_and_gradients_of_separate_adapters(families
     expected = gradients_of(model, batch, letter_ids)
     assert fused_lora.fuse(model.get_base_model().get_decoder())[1]
     assert_same(gradients_of(model, batch, letter_ids), expected)
+
+
+def test_compiled_layers_share_one_graph(families, contest):
+    model, processor, letter_ids, rows = road_of(families("qwen3_vl"), contest)
+    decoder = model.get_base_model().get_decoder()
+    assert fused_lora.fuse(decoder) == (3, 3)
+    decoder.register_forward_pre_hook(compilation._ask_for_gradients, with_kwargs=True)
+    torch.compiler.reset()
+    before = compilation.num_compilations()
+    for layer in decoder.layers:
+        layer.compile(backend="aot_eager", dynamic=True, fullgraph=True)
+    for chosen in (rows, rows[:2]):
+        gradients_of(model, AnswerCollator(processor, Prompts(), 4)(chosen), letter_ids)
+    assert compilation.num_compilations() - before == 1
 
 
 def test_layers_that_are_computed_again_and_ddp_have_the_same_gradients(road):
