@@ -1,7 +1,7 @@
 """Adapters of several runs that take turns in one model: the base is loaded once.
 
 Each run's weights lie on the device (80 MB for rank 16 of a 7B model in bf16) and are copied into the one adapter that
-the model has, so packed rows, fused MLPs and compiled layers hold for all of them.
+the model has, so packed rows, fused adapters and compiled layers hold for all of them.
 """
 
 import json

@@ -10,7 +10,7 @@ each token has a scale, the third bit of mantissa is worth more than the range o
 emulation: 3.7% in e4m3, 5.9% in e5m2 (tests/models/test_fp8_base.py).
 
 For the linear layers of the decoder's layers, those that choose experts aside, with plain LoRA or none. Adapters,
-norms, attention, the head, the vision tower and routed experts stay. MLPs do not have their adapters fused
+norms, attention, the head, the vision tower and routed experts stay. These layers do not have their adapters fused
 (fast/fused_lora.py): a product in FP8 cannot take them in. A second product that adds to the first would read and write
 once more what is wide; that is what the sum costs as well, which compiled layers compute inside the activation.
 

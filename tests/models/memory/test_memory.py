@@ -50,7 +50,7 @@ def allocated_gib(shape, plan):
 # max_memory_allocated in GiB (docs/measurements/speed.md). Compiled layers keep all that the compiler chooses to keep,
 # or as much as the default of activation_memory_budget lets them.
 ALL = {"compiled": True}
-OLD = {"fused": False}  # before adapters were fused
+OLD = {"fused": False}  # before adapters of MLPs were fused; those of attention were in none
 H200 = [
     (B7, Plan(16, text_tokens=75, **OLD), 5296, 50.3),
     (B7, Plan(16, text_tokens=75, fast=False), 5296, 51.5),  # packed, with the MLP of the last layer at all places
@@ -68,7 +68,7 @@ H200 = [
 
 @pytest.mark.parametrize("name, plan, tokens, measured_gib", H200)
 def test_peaks_measured_on_an_h200(name, plan, tokens, measured_gib):
-    shape, plan = shape_of(name), replace(plan, max_pixels=448 * 448)
+    shape, plan = shape_of(name), replace(plan, max_pixels=448 * 448, fused_attention=False)
     assert num_tokens(shape, plan) == pytest.approx(tokens, rel=0.001)
     assert allocated_gib(shape, plan) == pytest.approx(measured_gib, rel=0.03)
 
@@ -247,7 +247,7 @@ def test_a_gpu_that_is_large_enough_and_one_that_is_not(run):
 def test_a_recipe_that_states_accumulation_is_told_it_too(run):
     options = ("--global_batch_size", "null", "--gradient_accumulation_steps", 1, "--per_device_train_batch_size", 16)
     _, out, _ = run("memory", RECIPES / "qwen7b.yaml", "--gpu-gib", 40, *options)
-    assert "--per_device_train_batch_size 4 --gradient_accumulation_steps 4" in out
+    assert "--per_device_train_batch_size 8 --gradient_accumulation_steps 2" in out
 
 
 def test_what_cannot_be_said_ends_with_exit_code_2(run, families, tmp_path):
@@ -487,7 +487,8 @@ def test_running_out_of_memory_ends_with_what_to_change(families, sft, tmp_path,
     error = fails(capsys, sft, model, run_dir, fast=fast, **values)
     assert "the memory of GPU 0 ran out in training" in error and "starts again" in error
     assert "  --gradient_checkpointing true\n" in error
-    error = fails(capsys, sft, families("llava"), tmp_path / "llava")  # after 2 rows at a time, and 1
+    # After 2 rows at a time, and 1; whole weights cannot be quantised.
+    error = fails(capsys, sft, families("llava"), tmp_path / "llava", use_peft=False)
     assert "lower per_device_train_batch_size" in error
 
 

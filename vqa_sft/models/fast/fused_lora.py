@@ -1,18 +1,26 @@
-"""MLPs whose adapters are fused into the products of their frozen base: each layer W + s B A, with x (T, K), W (N, K).
+"""MLPs and attention whose adapters are fused into the products of their frozen base: each layer W + s B A, with x
+(T, K), W (N, K).
 
     as PEFT has it    y = x Wᵀ + s (x Aᵀ) Bᵀ       two wide tensors (T, N), and a third for their sum
     here              y = [x, x Aᵀ] [W, s B]ᵀ       one; the rank is a few more columns of one product
 
-Wide tensors are what LoRA costs: on an H200 the MLP of Qwen2.5-VL-7B takes 5 to 7% longer with three of them. gate and
-up are fused forward, down backward, whose wide tensor is the gradient of its input. W is a view of one buffer with its
-adapter's columns or rows, which are written again before every forward.
+Wide tensors are what LoRA costs: on an H200 the MLP of Qwen2.5-VL-7B takes 5 to 7% longer with three of them. W is a
+view of a buffer with its adapter's columns or rows, which are written again before every forward.
 
-Exact: the same sum in another order. For MLPs of gate, up and down with one plain adapter each (no dropout, bias or
-DoRA) on a base that is neither quantised nor trained; others stay as they are. Goes when PEFT learns it.
+    gate, up    fused forward, a product each; one for both was no faster
+    q, k, v     fused forward and backward, in one product: [W, sB, 0, 0]
+                                                            [W', 0, s'B', 0]
+                                                            [W", 0, 0, s"B"]
+    down, o     fused backward, whose wide tensor is the gradient of its input
+
+Exact: the same sum in another order. For MLPs of gate, up and down and attention of q, k, v and o with one plain
+adapter each (no dropout, bias or DoRA) on a base that is neither quantised nor trained; others stay as they are. Goes
+when PEFT learns it.
 """
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,40 +31,105 @@ from torch import nn
 
 from vqa_sft.models.fast import vision
 
-NAMES = ("gate_proj", "up_proj", "down_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MULTIPLE = 8  # of columns, which kernels of half precision want
 
 
-def fuse(decoder: nn.Module) -> int:
-    """Fuse the MLPs of a decoder's layers in place; how many. Nothing of it is saved."""
-    num_fused = 0
+@dataclass
+class Writes:
+    """Places in the buffers, and the adapters' weights for them: As into rows, sBs into columns."""
+
+    rows: list[torch.Tensor] = field(default_factory=list)
+    a: list[torch.Tensor] = field(default_factory=list)
+    columns: list[torch.Tensor] = field(default_factory=list)
+    b: list[torch.Tensor] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
+
+    def add_rows(self, place: torch.Tensor, layer: Linear) -> None:
+        self.rows.append(place)
+        self.a.append(_weights(layer)[0])
+
+    def add_columns(self, place: torch.Tensor, layer: Linear) -> None:
+        _, b, scale = _weights(layer)
+        self.columns.append(place)
+        self.b.append(b)
+        self.scales.append(scale)
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """What an optimiser has changed, by three calls for all layers: Python takes longer for a copy than a GPU."""
+        if self.rows:
+            torch._foreach_copy_(self.rows, self.a)
+            torch._foreach_copy_(self.columns, torch._foreach_mul(self.b, self.scales))
+
+
+def fuse(decoder: nn.Module) -> tuple[int, int]:
+    """Fuse MLPs and attention of a decoder's layers in place; how many of each. Nothing of it is saved."""
+    writes, num_mlps, num_attentions = Writes(), 0, 0
     for layer in getattr(decoder, "layers", ()):  # of Llama 4 it is a whole causal model
-        num_fused += hasattr(layer, "mlp") and widen(layer.mlp)
+        num_mlps += fuse_mlp(layer, writes)
+        num_attentions += fuse_attention(layer, writes)
         # Buffers are a little larger than the weights whose place the allocator would else keep for others.
         torch.cuda.empty_cache()
-    if num_fused:
+    if num_mlps or num_attentions:
         # Not by a hook: a CUDA graph of the forward (graphs.py) then holds it as well.
-        decoder.forward = partial(_forward_refreshed, decoder, decoder.forward)
-    return num_fused
+        decoder.forward = partial(_forward_refreshed, writes, decoder.forward)
+    return num_mlps, num_attentions
 
 
-def _forward_refreshed(decoder: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    refresh(decoder)
+def _forward_refreshed(writes: Writes, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    writes.write()
     return forward(*args, **kwargs)
 
 
-def widen(mlp: nn.Module) -> bool:
-    """Whether the MLP is of the kind that is known, and now has its weights in buffers with its adapters'."""
-    layers = [getattr(mlp, name, None) for name in NAMES]
-    names = {name for name, _ in mlp.named_children()}
-    if names - {"act_fn"} != set(NAMES) or not hasattr(mlp, "act_fn") or not all(map(is_plain, layers)):
+def fuse_mlp(layer: nn.Module, writes: Writes) -> bool:
+    """Whether the layer's MLP is of the kind that is known, and now has its weights in buffers with its adapters', for
+    which there are `writes`."""
+    mlp = getattr(layer, "mlp", None)
+    if _children(mlp) - {"act_fn"} != {*MLP} or not hasattr(mlp, "act_fn"):
         return False
-    gate, up, down = layers
-    rank = _rank(gate) + _rank(up)
-    mlp.wide_gate, mlp.wide_up = (_beside(layer.base_layer, columns=rank) for layer in (gate, up))
-    mlp.wide_down = _beside(down.base_layer, rows=_rank(down))
-    mlp.forward = types.MethodType(_forward, mlp)
-    _refresh_one(mlp)
+    gate, up, down = (getattr(mlp, name) for name in MLP)
+    if not all(map(is_plain, (gate, up, down))) or any(_bias(layer) is not None for layer in (gate, up, down)):
+        return False
+    num_inputs, middle = gate.in_features, gate.in_features + _rank(gate)
+    mlp.wide_gate, mlp.wide_up = (_beside([layer], columns=_rank(gate) + _rank(up)) for layer in (gate, up))
+    mlp.wide_down = _beside([down], rows=_rank(down))
+    writes.add_columns(mlp.wide_gate[:, num_inputs:middle], gate)
+    writes.add_columns(mlp.wide_up[:, middle:], up)
+    writes.add_rows(mlp.wide_down[down.out_features :], down)
+    mlp.forward = types.MethodType(_forward_mlp, mlp)
     return True
+
+
+def fuse_attention(layer: nn.Module, writes: Writes) -> bool:
+    """As `fuse_mlp`, of attention whose projections are given one and the same tensor."""
+    attention = getattr(layer, "self_attn", None)
+    if _children(attention) - {"q_norm", "k_norm"} != {*ATTENTION}:
+        return False
+    *ins, out = (getattr(attention, name) for name in ATTENTION)
+    if not all(map(is_plain, (*ins, out))) or _bias(out) is not None:
+        return False
+    biases = [_bias(layer) for layer in ins]
+    kinds = {(layer.in_features, layer.base_layer.weight.dtype, _bias(layer) is None) for layer in ins}
+    if len(kinds) > 1:
+        return False
+    ranks = sum(map(_rank, ins))
+    attention.wide_qkv = _beside(ins, columns=-(-ranks // MULTIPLE) * MULTIPLE)
+    attention.bias_qkv = None if biases[0] is None else torch.cat([bias.data for bias in biases])
+    attention.wide_o = _beside([out], rows=_rank(out))
+    row, column = 0, ins[0].in_features
+    for layer in ins:
+        block = attention.wide_qkv[row : row + layer.out_features, column : column + _rank(layer)]
+        writes.add_columns(block, layer)
+        row, column = row + layer.out_features, column + _rank(layer)
+    writes.add_rows(attention.wide_o[out.out_features :], out)
+    attention.forward = types.MethodType(_forward_attention, attention)
+    return True
+
+
+def _children(module: nn.Module | None) -> set[str]:
+    return set() if module is None else {name for name, _ in module.named_children()}
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -74,8 +147,7 @@ def is_plain(layer: nn.Module) -> bool:
         and isinstance(layer.lora_dropout[adapter], nn.Identity)
         and layer.lora_A[adapter].bias is None
         and layer.lora_B[adapter].bias is None
-        and base.bias is None
-        and not base.weight.requires_grad
+        and not any(parameter.requires_grad for parameter in base.parameters())
     )
 
 
@@ -89,42 +161,107 @@ def _rank(layer: Linear) -> int:
     return _weights(layer)[0].shape[0]
 
 
-def _beside(base: nn.Linear, *, rows: int = 0, columns: int = 0) -> torch.Tensor:
-    """A buffer (N + rows, K + columns) of zeros but for the weight (N, K), which becomes a view of it."""
-    weight = base.weight.data
-    wide = F.pad(weight, (0, columns, 0, rows))
-    base.weight.data = wide[: weight.shape[0], : weight.shape[1]]
+def _bias(layer: Linear) -> torch.Tensor | None:
+    return layer.base_layer.bias
+
+
+def _beside(layers: Sequence[Linear], *, rows: int = 0, columns: int = 0) -> torch.Tensor:
+    """A buffer (N + rows, K + columns) of zeros but for the weights (N of all, K), which become views of it."""
+    bases = [layer.base_layer for layer in layers]
+    num_outputs = [len(base.weight) for base in bases]
+    wide = F.pad(torch.cat([base.weight.data for base in bases]), (0, columns, 0, rows))
+    for base, weight in zip(bases, wide[: sum(num_outputs)].split(num_outputs), strict=True):
+        base.weight.data = weight[:, : base.in_features]
     return wide
 
 
-def refresh(decoder: nn.Module) -> None:
-    """Write the adapters, which an optimiser changes, into the buffers."""
-    for layer in decoder.layers:
-        if hasattr(layer.mlp, "wide_down"):
-            _refresh_one(layer.mlp)
-
-
-@torch.no_grad()
-def _refresh_one(mlp: nn.Module) -> None:
-    (a, gate_b, gate_scale), (_, up_b, up_scale) = _weights(mlp.gate_proj), _weights(mlp.up_proj)
-    num_inputs, middle = a.shape[1], a.shape[1] + a.shape[0]
-    torch.mul(gate_b, gate_scale, out=mlp.wide_gate[:, num_inputs:middle])
-    torch.mul(up_b, up_scale, out=mlp.wide_up[:, middle:])
-    down_a, down_b, _ = _weights(mlp.down_proj)
-    mlp.wide_down[down_b.shape[0] :].copy_(down_a)
-
-
-def _forward(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _forward_mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """(..., K) -> (..., K)"""
     (gate_a, gate_b, gate_scale), (up_a, up_b, up_scale) = _weights(mlp.gate_proj), _weights(mlp.up_proj)
-    down_a, down_b, down_scale = _weights(mlp.down_proj)
     dtype = mlp.wide_gate.dtype
     x = x.to(dtype)
     with torch.autocast(x.device.type, enabled=False):  # all is converted here
         a = torch.cat([gate_a, up_a]).to(dtype)
         gate, up = GateUp.apply(x, a, gate_b * gate_scale, up_b * up_scale, mlp.wide_gate, mlp.wide_up)
-        hidden = mlp.act_fn(gate) * up
-        return Down.apply(hidden, down_a, (down_b * down_scale).to(dtype), mlp.wide_down)
+        return _down(mlp.down_proj, mlp.wide_down, mlp.act_fn(gate) * up)
+
+
+def _down(layer: Linear, wide: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """(..., N) -> (..., K)"""
+    a, b, scale = _weights(layer)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return Down.apply(hidden.to(wide.dtype), a, (b * scale).to(wide.dtype), wide)
+
+
+def _forward_attention(attention: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The library's own forward, which asks for q, k and v one after another and finds all three computed."""
+    return type(attention).forward(_Projected(attention, hidden_states), hidden_states, *args, **kwargs)
+
+
+class _Projected:
+    """What stands for an attention module during one call: its projections give what is known already."""
+
+    def __init__(self, attention: nn.Module, hidden_states: torch.Tensor) -> None:
+        self.attention = attention
+        q, k, v = _project(attention, hidden_states)
+
+        def known(projected: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+            def project(given: torch.Tensor) -> torch.Tensor:
+                assert given is hidden_states, "attention of another kind: it projects two tensors"
+                return projected
+
+            return project
+
+        self.q_proj, self.k_proj, self.v_proj = known(q), known(k), known(v)
+
+    def o_proj(self, hidden: torch.Tensor) -> torch.Tensor:
+        return _down(self.attention.o_proj, self.attention.wide_o, hidden)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.attention, name)
+
+
+def _project(attention: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(..., K) -> q, k and v"""
+    weights = [_weights(layer) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    wide = attention.wide_qkv
+    with torch.autocast(x.device.type, enabled=False):
+        a = torch.cat([a for a, _, _ in weights]).to(wide.dtype)
+        a = F.pad(a, (0, 0, 0, wide.shape[1] - x.shape[-1] - len(a)))
+        bs = [b * scale for _, b, scale in weights]
+        q, k, v = Joint.apply(x.to(wide.dtype), a, wide, attention.bias_qkv, *bs).split([len(b) for b in bs], dim=-1)
+    # v is kept for the backward pass as it is, and would keep the other two, which only norms in compiled layers keep.
+    keeps_all = torch.compiler.is_compiling() and hasattr(attention, "q_norm")
+    return q, k, v if keeps_all else v.contiguous()
+
+
+class Joint(torch.autograd.Function):
+    """x (..., K), a (R, K) of all layers, their [W, sB] (N, K + R), biases (N,) or None -> (..., N). The sBs, which
+    stand there in blocks one below and beside the other, are given for their gradients alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, a: torch.Tensor, wide: torch.Tensor, bias: torch.Tensor | None, *bs: torch.Tensor
+    ) -> torch.Tensor:
+        wide_x = torch.cat([x, F.linear(x, a)], dim=-1)
+        ctx.save_for_backward(wide_x, a, wide)
+        ctx.blocks = [(b.shape[0], b.shape[1]) for b in bs]
+        return F.linear(wide_x, wide, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        wide_x, a, wide = ctx.saved_tensors
+        num_inputs, shape = a.shape[1], wide_x.shape
+        wide_x, grad = wide_x.flatten(0, -2), grad.flatten(0, -2)
+        of_wide = grad @ wide
+        narrow = of_wide[:, num_inputs:]
+        x = torch.addmm(of_wide[:, :num_inputs], narrow, a)
+        of_bs, found = grad.T @ wide_x[:, num_inputs:], []  # of which each layer has a block
+        row = column = 0
+        for num_outputs, rank in ctx.blocks:
+            found.append(of_bs[row : row + num_outputs, column : column + rank])
+            row, column = row + num_outputs, column + rank
+        return x.view(*shape[:-1], num_inputs), narrow.T @ wide_x[:, :num_inputs], None, None, *found
 
 
 class GateUp(torch.autograd.Function):

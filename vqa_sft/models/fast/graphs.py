@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from vqa_sft.console import note
 from vqa_sft.models.families import PACKED, round_up, tower_of
 from vqa_sft.models.fast.attention import DECODER
+from vqa_sft.models.fast.vision import add_deepstack
 
 MULTIPLE = 64  # of tokens, to which packed rows are filled up
 MAX_GRAPHS = 64  # of one module; the one that was not used for longest goes first
@@ -140,7 +141,7 @@ def use_graphs(model: PreTrainedModel, capture: Capture) -> bool:
     if decoder.config._attn_implementation != DECODER:
         return False
     if hasattr(decoder, "_deepstack_process"):
-        decoder._deepstack_process = _add_deepstack
+        decoder._deepstack_process = add_deepstack
     decoder.forward = partial(_forward_filled, decoder.forward, Graphed(decoder.forward, capture))
     if model.config.model_type in PACKED:
         tower = tower_of(model)
@@ -188,9 +189,3 @@ def fill_up(kwargs: dict[str, Any]) -> dict[str, Any]:
     if kwargs.get("visual_pos_masks") is not None:
         filled["visual_pos_masks"] = F.pad(kwargs["visual_pos_masks"], (0, more))
     return kwargs | filled
-
-
-def _add_deepstack(hidden_states: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """What Qwen3-VL's decoder does by indexing with a mask, for which Python would wait for the GPU."""
-    added = torch.zeros_like(hidden_states).masked_scatter(is_image[..., None], features.to(hidden_states.dtype))
-    return hidden_states + added

@@ -27,6 +27,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from vqa_sft.batch.collator import supervised_positions
+from vqa_sft.errors import InputError, name_rows
 from vqa_sft.models.families import FAMILIES, round_up
 
 # What the packed row makes needless.
@@ -67,6 +68,7 @@ class Packer:
             shell.config = config
             self.rope_index: Callable = shell.get_rope_index
             self.tower_inputs = partial(packed.tower_inputs, config.vision_config)
+            self.patches_a_token = config.vision_config.spatial_merge_size**2
         self.dtype = dtype
         self.keeps_answers = keeps_answers
         self.image_token_id = config.image_token_id
@@ -89,6 +91,7 @@ class Packer:
             kept = {"keep_positions": supervised_positions(batch)} if self.keeps_answers else {}
             # Padding is on the right, and no token looks at a later one: attention needs no mask.
             assert is_token[:, 0].all()
+            self.check_images(batch, batch["input_ids"])
             padded = {key: value for key, value in batch.items() if key != "attention_mask"}
             return padded | {"position_ids": positions} | images | kept
         lengths = is_token.sum(dim=1)
@@ -114,7 +117,30 @@ class Packer:
             packed["shared_prefix"] = _shared_prefix(is_token, kept, cu_seq_lens[:-1], num_shared, leaders, begins)
         if self.keeps_answers:
             packed["keep_positions"] = supervised_positions(packed).flatten()
+        self.check_images(batch, packed["input_ids"])
         return packed | images
+
+    def check_images(self, batch: dict[str, Any], input_ids: torch.Tensor) -> None:
+        """Raises InputError where image tokens and features are not as many: the GPU would know too late (vision.py).
+
+        Processors count the images of a prompt, and write as many tokens as their grids say; texts hold no control
+        tokens. The collator, which writes them for features on disk and shared images, does not count: left is a
+        chat template that leaves images out.
+        """
+        if not self.has_grids:
+            return
+        num_features = 0
+        if "image_features" in batch:
+            num_features = batch["image_features"].shape[-2]
+        elif "image_grid_thw" in batch:
+            num_features = int(batch["image_grid_thw"].prod(dim=-1).sum()) // self.patches_a_token
+        num_tokens = int((input_ids == self.image_token_id).sum())
+        if num_tokens != num_features:
+            ids = [*dict.fromkeys(batch["ids"])]
+            raise InputError(
+                f"image tokens and image features do not match in {name_rows(ids, len(ids))}: {num_tokens} tokens, "
+                f"{num_features} features. Take a chat template that shows every image once."
+            )
 
     def num_shared(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> int:
         """How many tokens all rows begin with, before any image; 0 where it is not worth the trouble."""

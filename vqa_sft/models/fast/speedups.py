@@ -109,9 +109,11 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
     decoder = base.get_decoder()
     if family is not None and (done := vision.speed_up_tower(tower_of(base), family.tower_mlp)):
         say("vision tower: " + ", ".join(done))
+    if family is not None and base.config.vision_config._attn_implementation == attention.TOWER:
+        vision.never_wait(base.model)
     # On a CPU the wide tensors are not what takes the time.
-    if base.device.type == "cuda" and (num_mlps := fused_lora.fuse(decoder)):
-        say(f"{num_mlps} MLPs have their adapters inside the base's products")
+    if base.device.type == "cuda" and any(fused := fused_lora.fuse(decoder)):
+        say("{} MLPs and the attention of {} layers have their adapters inside the base's products".format(*fused))
     if base.device.type == "cuda" and (num_experts := expert_lora.speed_up_experts(decoder)):
         say(f"the experts of {num_experts} layers have their adapters beside the base's products")
     if base.device.type == "cuda" and (num_linear := linear_attention.speed_up_linear_attention(decoder)):

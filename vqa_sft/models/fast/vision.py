@@ -3,6 +3,7 @@
     patches by a matrix product     each patch is seen once; the 3-D convolution is slow on some GPUs
     MLP width padded to 64 k        Qwen2.5-VL's 3,420 is no multiple of 8: a third of the speed on an H200
     no gradients                    PEFT's hook on the embeddings would make a frozen tower run backward
+    no waiting                      between tower and decoder the library asks the GPU for numbers, and Python waits
 
 Each step looks at what it changes and leaves alone what it does not know. Windows of equal length in one call:
 attention.py. Positions and windows computed in the workers: families.py.
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+from transformers.utils.generic import accepts_precomputed_kwargs
 
 from vqa_sft.models.load import DTYPES
 
@@ -113,6 +115,44 @@ def without_gradients(
     """The tower's own forward; two arguments are meant for the language model and reach every module."""
     with torch.no_grad():
         return type(tower).forward(tower, *args, **kwargs)
+
+
+def never_wait(model: PreTrainedModel) -> None:
+    """Let the forward between tower and decoder wait for no number from the GPU, where packing.py makes the batches: it
+    has compared image tokens and features. The library splits the features by image to join them again, and compares
+    (three waits in transformers 5.23), and Qwen3-VL adds features by indexing with a mask (one a layer that does)."""
+    model.get_image_features = types.MethodType(_image_features, model)
+    model.get_placeholder_mask = types.MethodType(_placeholder_mask, model)
+    if hasattr(model.language_model, "_deepstack_process"):
+        model.language_model._deepstack_process = add_deepstack
+
+
+@accepts_precomputed_kwargs(modality="image")
+def _image_features(
+    model: PreTrainedModel, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor | None = None, **kwargs: Any
+) -> BaseModelOutputWithPooling:
+    """The tower's outputs with the features of all images in one piece."""
+    kwargs |= {"return_dict": True}
+    outputs = model.visual(pixel_values.type(model.visual.dtype), grid_thw=image_grid_thw, **kwargs)
+    outputs.pooler_output = (outputs.pooler_output,)
+    if "deepstack_features" in outputs:
+        outputs.deepstack_features = [(level,) for level in outputs.deepstack_features]
+    return outputs
+
+
+def _placeholder_mask(
+    model: PreTrainedModel, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, **features: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Where image tokens stand, (B, T, 1); the second mask is for videos."""
+    if input_ids is None or features.get("image_features") is None:
+        return type(model).get_placeholder_mask(model, input_ids, inputs_embeds, **features)
+    return (input_ids == model.config.image_token_id)[..., None], None
+
+
+def add_deepstack(hidden_states: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Hidden states (B, T, D) with the features (image tokens, D) added where images stand (B, T)."""
+    added = torch.zeros_like(hidden_states).masked_scatter(is_image[..., None], features.to(hidden_states.dtype))
+    return hidden_states + added
 
 
 def vision_inputs(batch: dict[str, Any]) -> dict[str, Any]:

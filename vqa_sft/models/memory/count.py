@@ -35,7 +35,8 @@ class How:
     attention: kernels.Attention
     has_kernels: bool  # of flash-linear-attention
     keeps_answers: bool  # speedups.keep_only_answers
-    is_fused: bool  # fast/fused_lora.py
+    fuses_mlp: bool  # fast/fused_lora.py
+    fuses_attention: bool
     converts: bool  # PEFT, the input of every adapter to fp32: not where the base is quantised
     has_dropout: bool
     value_bytes: int  # of an activation; 2: under autocast
@@ -110,10 +111,11 @@ def _run(decoder: nn.Module, how: How) -> tuple[list[int], list[_Run]]:
     decoder.train()
     keeps_answers = how.keeps_answers and speedups.keep_only_answers(layers[-1])
     for layer in layers:
-        if how.is_fused and hasattr(layer, "mlp"):
-            fused_lora.widen(layer.mlp)
-        if how.is_fused:
+        if how.fuses_mlp:
+            fused_lora.fuse_mlp(layer, fused_lora.Writes())
             expert_lora.speed_up_experts(layer)
+        if how.fuses_attention:
+            fused_lora.fuse_attention(layer, fused_lora.Writes())
     for name, module in decoder.named_modules():
         if name.endswith(".indexer"):  # Qwen4-Exp: it chooses tokens by their values, and keeps nothing
             module.forward = kernels.choose_all

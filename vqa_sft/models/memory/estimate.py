@@ -12,6 +12,7 @@ weights spread over GPUs (FSDP, DeepSpeed); stored image features, which need le
 from dataclasses import replace
 
 from vqa_sft.models.families import head_dim
+from vqa_sft.models.fast import fused_lora
 from vqa_sft.models.memory.count import Counted, How, count_layers
 from vqa_sft.models.memory.kernels import WEIGHTS_KEPT, Attention
 from vqa_sft.models.memory.needs import Plan, Shape
@@ -53,7 +54,7 @@ def num_patches(shape: Shape, plan: Plan) -> float:
 
 
 def is_fused(shape: Shape, plan: Plan) -> bool:
-    """Whether MLPs have their adapters inside the products of their base (fast/fused_lora.py), where they can."""
+    """Whether MLPs and attention have their adapters inside the products of their base (fast/fused_lora.py)."""
     can = plan.bits == 16 and not plan.fp8_base and not plan.lora_dropout and not shape.trains_base
     return plan.fused and plan.fast and can
 
@@ -65,7 +66,8 @@ def counted(shape: Shape, plan: Plan) -> Counted:
         attention=kind,
         has_kernels=plan.kernels,
         keeps_answers=is_packed(shape, plan),
-        is_fused=is_fused(shape, plan),
+        fuses_mlp=is_fused(shape, plan),
+        fuses_attention=is_fused(shape, plan) and plan.fused_attention,
         converts=plan.bits == 16,
         has_dropout=plan.lora_dropout > 0,
         value_bytes=plan.value_bytes,
@@ -121,12 +123,15 @@ def kept_by_compiled_layer(shape: Shape, plan: Plan) -> tuple[dict[str, float], 
     def narrow(*names: str) -> int:
         return size * shape.rank * len(shape.adapted & set(names))
 
+    # PEFT's cast of the attention output to fp32 and autocast's back make a copy of it.
+    is_whole = plan.fused_attention and shape.adapted >= {*fused_lora.ATTENTION}
+    copies_output = not (is_fused(shape, plan) and is_whole)
     attention = {
         "norm: input, 1 / rms": size * hidden + 4,
         "inputs of q, k, v": copies("q_proj", "k_proj", "v_proj") * copied * hidden,
         "q, k, v": size * (query + 2 * keys),
         "attention output": size * query,
-        "input of o": copies("o_proj") * copied * query,
+        "input of o": copies_output * copies("o_proj") * copied * query,
         "log-sum-exp": 4 * num_heads,
         "narrow outputs of adapters": narrow("q_proj", "k_proj", "v_proj", "o_proj"),
     }

@@ -80,6 +80,7 @@ class Plan:
     memory_budget: float = 1.0  # of compiled layers, see speedups.speed_up
     fast: bool = True
     fused: bool = True  # fast/fused_lora.py, where it can be had
+    fused_attention: bool = True  # and there; peaks were measured before
     # The kernel takes fewer keys than queries; keys are "repeated" for it (old GPUs); "unfused": (T, T) is kept.
     attention: Literal["grouped", "repeated", "unfused"] = "grouped"
     lora_dropout: float = 0.0
@@ -129,7 +130,7 @@ def read_shape(model_args: ModelConfig, config: PreTrainedConfig, **adapted_part
         text=text,
         decoder=decoder,
         packs_rows=packs_rows,
-        is_plain=packs_rows and all(hasattr(getattr(first, "mlp", None), name) for name in fused_lora.NAMES),
+        is_plain=packs_rows and all(hasattr(getattr(first, "mlp", None), name) for name in fused_lora.MLP),
         has_fast_tower=config.model_type in PACKED,
         normalises_heads=hasattr(getattr(first, "self_attn", None), "q_norm"),
         **tower,

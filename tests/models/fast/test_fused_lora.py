@@ -1,0 +1,149 @@
+"""Attention and MLPs with fused adapters against PEFT's own, in fp32: outputs, gradients, and what is saved."""
+
+import copy
+
+import pytest
+import torch
+from gradients import assert_same, gradients_of, road_of
+from peft import LoraConfig, get_peft_model
+from trl import ModelConfig
+
+from vqa_sft.batch.collator import AnswerCollator
+from vqa_sft.batch.prompts import Prompts
+from vqa_sft.models.families import FAMILIES
+from vqa_sft.models.fast import compilation, fused_lora, speedups
+from vqa_sft.models.load import load_model
+
+LAYERS = [*fused_lora.ATTENTION, *fused_lora.MLP]
+
+
+def adapted(families, family, **how):
+    """A decoder whose adapters are no zeros."""
+    base = load_model(ModelConfig(model_name_or_path=families(family), dtype=None), "fp32")
+    names = rf".*language_model.*({'|'.join(how.pop('layers', LAYERS))})"
+    return get_peft_model(base, LoraConfig(target_modules=names, init_lora_weights=False, **how)).get_base_model()
+
+
+def results_of(attention, hidden, rotation, compiled):
+    """Output, and gradients of its input and of all adapters."""
+    hidden = hidden.clone().requires_grad_()
+    attention.zero_grad()
+    call = torch.compile(attention, backend="aot_eager", dynamic=True, fullgraph=True) if compiled else attention
+    output, _ = call(hidden_states=hidden, position_embeddings=rotation, attention_mask=None)
+    output.square().sum().backward()
+    gradients = {name: weight.grad.clone() for name, weight in attention.named_parameters() if weight.requires_grad}
+    return output.detach(), gradients | {"input": hidden.grad}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("ranks", [{}, {"q_proj": 3, "v_proj": 5}], ids=["one rank", "three ranks"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_attention_has_the_output_and_gradients_of_separate_adapters(families, family, ranks, compiled):
+    decoder = adapted(families, family, r=8, rank_pattern=ranks, lora_alpha=24).get_decoder()
+    attention, text = decoder.layers[0].self_attn, decoder.config
+    for name, bias in attention.named_parameters():
+        if name.endswith("bias"):  # zeros in a new model
+            torch.nn.init.normal_(bias)
+    hidden = torch.randn(2, 7, text.hidden_size)
+    rotation = 2 * (torch.randn(2, 7, attention.head_dim),)
+    expected = results_of(attention, hidden, rotation, compiled=False)
+    assert len(expected[1]) == 9 and all(gradient.abs().max() > 1e-3 for gradient in expected[1].values())
+    weights = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
+    writes = fused_lora.Writes()
+    assert fused_lora.fuse_attention(decoder.layers[0], writes)
+    writes.write()
+    output, gradients = results_of(attention, hidden, rotation, compiled)
+    torch.testing.assert_close(output, expected[0], atol=1e-5, rtol=1e-4)
+    assert gradients.keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert (gradients[name] - gradient).abs().max() < 1e-5 * gradient.abs().max(), name
+    assert not {*vars(attention)} & {"q", "k", "v"}  # nothing is left of the call
+    for name, tensor in decoder.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    assert attention.wide_qkv.shape[1] % fused_lora.MULTIPLE == 0
+
+
+PACKED = [name for name, family in FAMILIES.items() if family.packs_rows or family.packed]
+QUICK = ("qwen3_vl_moe", "qwen3_5", "internvl")
+PACKED = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PACKED]
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_every_family_has_the_logits_and_gradients_of_separate_adapters(families, contest, family):
+    model, processor, letter_ids, rows = road_of(families(family), contest)
+    packer = speedups.pack_rows(model.get_base_model(), "fp32")
+    batch = AnswerCollator(processor, Prompts(), 4, packer=packer)(rows)
+    batch.pop("leaders", None)
+    expected = gradients_of(model, batch, letter_ids)
+    assert fused_lora.fuse(model.get_base_model().get_decoder())[1]
+    assert_same(gradients_of(model, batch, letter_ids), expected)
+
+
+def test_compiled_layers_share_one_graph(families, contest):
+    model, processor, letter_ids, rows = road_of(families("qwen3_vl"), contest)
+    decoder = model.get_base_model().get_decoder()
+    assert fused_lora.fuse(decoder) == (3, 3)
+    decoder.register_forward_pre_hook(compilation._ask_for_gradients, with_kwargs=True)
+    torch.compiler.reset()
+    before = compilation.num_compilations()
+    for layer in decoder.layers:
+        layer.compile(backend="aot_eager", dynamic=True, fullgraph=True)
+    for chosen in (rows, rows[:2]):
+        gradients_of(model, AnswerCollator(processor, Prompts(), 4)(chosen), letter_ids)
+    assert compilation.num_compilations() - before == 1
+
+
+def test_layers_that_are_computed_again_and_ddp_have_the_same_gradients(road):
+    model, processor, letter_ids, rows = road
+    batch = AnswerCollator(processor, Prompts(), 4)(rows)
+    expected = gradients_of(model, batch, letter_ids)
+    assert all(fused_lora.fuse(model.get_base_model().get_decoder()))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    assert_same(gradients_of(model, batch, letter_ids), expected)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        logits, gradients = gradients_of(torch.nn.parallel.DistributedDataParallel(model), batch, letter_ids)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same((logits, {name.removeprefix("module."): gradient for name, gradient in gradients.items()}), expected)
+
+
+def test_saved_adapters_and_merged_weights_are_those_of_separate_ones(road, tmp_path):
+    model, *_ = road
+    separate = copy.deepcopy(model)
+    assert all(fused_lora.fuse(model.get_base_model().get_decoder()))
+    for one, name in ((separate, "separate"), (model, "fused")):
+        one.save_pretrained(tmp_path / name)
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("separate", "fused")]
+    assert files[0] == files[1]
+    expected, found = (one.merge_and_unload().state_dict() for one in (separate, model))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("how", "fused"),
+    [
+        ({"layers": fused_lora.ATTENTION}, (False, True)),
+        ({"layers": fused_lora.MLP}, (True, False)),
+        ({"layers": ["q_proj", "k_proj", "v_proj"]}, (False, False)),
+        ({"layers": ["q_proj", "up_proj"]}, (False, False)),
+        ({"layers": LAYERS, "bias": "lora_only"}, (True, False)),  # of which the MLP has none
+        ({"layers": LAYERS, "lora_bias": True}, (False, False)),
+        ({"layers": LAYERS, "lora_dropout": 0.1}, (False, False)),
+        ({"layers": LAYERS, "use_dora": True}, (False, False)),
+    ],
+    ids=["attention", "MLP", "without o", "one of each", "trained biases", "biases of adapters", "dropout", "DoRA"],
+)
+def test_kinds_that_are_not_known_stay_as_they_are(families, how, fused):
+    decoder = adapted(families, "qwen2_5_vl", **how).get_decoder()
+    assert tuple(map(bool, fused_lora.fuse(decoder))) == fused
+
+
+def test_a_module_beside_the_projections_or_a_second_adapter_keeps_attention_as_it_is(families):
+    base = adapted(families, "qwen3_vl")
+    first, second, *_ = base.get_decoder().layers
+    first.self_attn.indexer = torch.nn.Identity()
+    second.self_attn.k_proj.update_layer("other", r=4, lora_alpha=4, config=LoraConfig())
+    assert not any(fused_lora.fuse_attention(layer, fused_lora.Writes()) for layer in (first, second))
