@@ -29,8 +29,10 @@ MAX_GRAPHS = 64  # of one module; the one that was not used for longest goes fir
 MAX_TOKENS = 2048  # more keep a GPU busy for longer than Python takes; four patches are a token
 VALUES = torch.Tensor | bool | int | float | str | None
 
+Run = Callable[[], list[Any]]
 Replay = Callable[[], list[Any]]  # runs it again, on the same memory
-Capture = Callable[[Callable[[], list[Any]]], Replay]
+# Of runs that follow one another, as a backward pass does its forward pass.
+Capture = Callable[..., list[Replay]]  # (*runs)
 
 
 class Graphed:
@@ -77,7 +79,7 @@ class Graph:
             outputs, self.structure = tree_flatten(forward(*args, **kwargs))
             return outputs
 
-        self.replay = capture(run)
+        (self.replay,) = capture(run)
 
     def __call__(self, leaves: list[Any]) -> Any:
         for own, given in zip(self.inputs, leaves, strict=True):
@@ -95,36 +97,36 @@ def _shape(leaf: Any) -> Hashable:
 
 
 class CudaCapture:
-    """Captures a run as a CUDA graph; all share one pool of memory, for they never run at the same time. After one that
-    failed it refuses the next ones."""
+    """Captures each run as a CUDA graph; all share one pool of memory, for they never run at the same time. After one
+    that failed it refuses the next ones."""
 
     _one_at_a_time = threading.Lock()  # in a process
 
     def __init__(self) -> None:
         self.pool, self.has_failed = torch.cuda.graph_pool_handle(), False
 
-    def __call__(self, run: Callable[[], list[Any]]) -> Replay:
+    def __call__(self, *runs: Run) -> list[Replay]:
         if self.has_failed:
             raise RuntimeError("a capture has failed before")
         stream = torch.cuda.current_stream()
         try:
-            with self._one_at_a_time:
-                return self._capture(run)
+            # Weights that autocast has cast for the call around this one would be gone with it.
+            with self._one_at_a_time, without_cache():
+                # Once as they are: compiled layers hold for one state of autocast, and in this one they would be
+                # compiled inside the capture.
+                for run in runs:
+                    run()
+                return [self._capture(run) for run in runs]
         except RuntimeError:
             self.has_failed = True
             raise
         finally:
             torch.cuda.set_stream(stream)  # torch 2.11 stays on its own where a capture fails
 
-    def _capture(self, run: Callable[[], list[Any]]) -> Replay:
+    def _capture(self, run: Run) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        # Other threads prepare the next rows meanwhile. Weights that autocast has cast for the call around this one
-        # would be gone with it.
-        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        with (
-            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
-            torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False),
-        ):
+        # Other threads prepare the next rows meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs = run()
 
         def replay() -> list[Any]:
@@ -132,6 +134,12 @@ class CudaCapture:
             return outputs
 
         return replay
+
+
+def without_cache() -> torch.autocast:
+    """Autocast as it is, without its cache of weights that are cast."""
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    return torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
 
 
 def use_graphs(model: PreTrainedModel, capture: Capture) -> bool:
