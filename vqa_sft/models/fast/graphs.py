@@ -39,13 +39,16 @@ class Graphed:
     """`Graphed(forward, capture)` gives what `forward` gives, by a graph for each shape of its arguments. Calls with
     gradients, or with arguments that are neither tensors nor plain values, go to `forward`."""
 
+    has_gradients = False
+
     def __init__(self, forward: Callable[..., Any], capture: Capture) -> None:
         self.forward, self.capture, self.is_able = forward, capture, True
-        self.graphs: OrderedDict[Hashable, Graph | None] = OrderedDict()
+        self.graphs: OrderedDict[Hashable, Callable[[list[Any]], Any] | None] = OrderedDict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree_flatten((args, kwargs))
-        if not self.is_able or torch.is_grad_enabled() or not all(isinstance(leaf, VALUES) for leaf in leaves):
+        is_ours = self.is_able and torch.is_grad_enabled() == self.has_gradients
+        if not is_ours or not all(isinstance(leaf, VALUES) for leaf in leaves):
             return self.forward(*args, **kwargs)
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         key = (structure, autocast, *map(_shape, leaves))
@@ -59,13 +62,20 @@ class Graphed:
         graph = self.graphs[key]
         if graph is None:
             try:
-                graph = self.graphs[key] = Graph(self.forward, leaves, structure, self.capture)
+                graph = self.graphs[key] = self.new_graph(leaves, structure)
             except RuntimeError as error:  # a GPU without room for it, a kernel that cannot be captured
                 self.is_able = False
-                self.graphs.clear()
+                self.forget()
                 note(f"Speed: no CUDA graphs: {(str(error).splitlines() or [type(error).__name__])[0]}.")
                 return self.forward(*args, **kwargs)
         return graph(leaves)
+
+    def new_graph(self, leaves: list[Any], structure: Any) -> Callable[[list[Any]], Any]:
+        return Graph(self.forward, leaves, structure, self.capture)
+
+    def forget(self) -> None:
+        """All graphs, and the memory that they share."""
+        self.graphs.clear()
 
 
 class Graph:
@@ -92,7 +102,7 @@ class Graph:
 
 def _shape(leaf: Any) -> Hashable:
     if isinstance(leaf, torch.Tensor):
-        return leaf.shape, leaf.dtype, leaf.device
+        return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad
     return type(leaf), leaf
 
 
@@ -147,16 +157,15 @@ def use_graphs(model: PreTrainedModel, capture: Capture) -> bool:
     decoder = model.get_decoder()
     if decoder.config._attn_implementation != DECODER:
         return False
-    if hasattr(decoder, "_deepstack_process"):
-        decoder._deepstack_process = _add_deepstack
-    decoder.forward = partial(_forward_filled, decoder.forward, Graphed(decoder.forward, capture))
+    take_masks_without_waiting(decoder)
+    decoder.forward = partial(forward_filled, decoder.forward, Graphed(decoder.forward, capture))
     if model.config.model_type in PACKED:
         tower = tower_of(model)
-        tower.forward = partial(_forward_tower, Graphed(tower.forward, capture))
+        tower.forward = partial(forward_tower, Graphed(tower.forward, capture))
     return True
 
 
-def _forward_filled(forward: Callable, graphed: Graphed, *args: Any, **kwargs: Any) -> Any:
+def forward_filled(forward: Callable, graphed: Graphed, *args: Any, **kwargs: Any) -> Any:
     """A decoder's forward of packed rows, filled up."""
     hidden_states, cu_seq_lens = kwargs.get("inputs_embeds"), kwargs.get("cu_seq_lens_q")
     if args or hidden_states is None or cu_seq_lens is None or hidden_states.shape[1] > MAX_TOKENS:
@@ -167,7 +176,7 @@ def _forward_filled(forward: Callable, graphed: Graphed, *args: Any, **kwargs: A
     return outputs
 
 
-def _forward_tower(graphed: Graphed, pixels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def forward_tower(graphed: Graphed, pixels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """A tower's forward, without what is the decoder's though it reaches every module: it is of the texts' lengths."""
     own = {name: value for name, value in kwargs.items() if name not in ("keep_positions", "shared_prefix")}
     return (graphed if len(pixels) <= 4 * MAX_TOKENS else graphed.forward)(pixels, *args, **own)
@@ -192,10 +201,16 @@ def fill_up(kwargs: dict[str, Any]) -> dict[str, Any]:
         places, own, copies = shared_prefix
         places = F.pad(places, (0, more_written), value=num_tokens)
         own = F.pad(own, (0, more), value=num_written)
-        filled["shared_prefix"] = places, own, copies[:0, :0]  # the copies are for gradients
+        # The copies are for gradients. Those of the filler's tokens are none: zeros, of which one is taken.
+        filled["shared_prefix"] = places, own, copies if torch.is_grad_enabled() else copies[:0, :0]
     if kwargs.get("visual_pos_masks") is not None:
         filled["visual_pos_masks"] = F.pad(kwargs["visual_pos_masks"], (0, more))
     return kwargs | filled
+
+
+def take_masks_without_waiting(decoder: PreTrainedModel) -> None:
+    if hasattr(decoder, "_deepstack_process"):
+        decoder._deepstack_process = _add_deepstack
 
 
 def _add_deepstack(hidden_states: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ Nothing here changes what is saved. `fast: false` in a recipe leaves the librari
 """
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from vqa_sft.models import processes
 from vqa_sft.models.families import PACKED, head_dim, num_deepstack, tower_of
 from vqa_sft.models.fast import attention, compilation, fused_lora, graphs, linear_attention, packing, vision
 from vqa_sft.models.fast.compilation import say
+from vqa_sft.models.fast.training_graphs import use_training_graphs
 from vqa_sft.models.load import DTYPES
 
 # Of a prediction: its steps are not measured. A training compiles from its first step with so many rows where
@@ -129,11 +131,39 @@ def layers_to_compile(base: PreTrainedModel) -> list[nn.Module]:
 def use_graphs(model: nn.Module) -> bool:
     """Let few rows at a time go by CUDA graphs, where packed rows have a kernel; whether they do. For scoring alone."""
     base = base_of(model)
+    return _can_capture(base) and graphs.use_graphs(base, graphs.CudaCapture())
+
+
+def _can_capture(base: PreTrainedModel) -> bool:
+    """Whether packed rows have a kernel, and nothing waits for the GPU."""
     has_kernel = attention.uses_varlen(base)
     if has_kernel and getattr(base, "is_loaded_in_8bit", False):
         say("no CUDA graphs: products of an 8-bit base wait for the GPU, which none can hold")
         return False
-    return has_kernel and graphs.use_graphs(base, graphs.CudaCapture())
+    return has_kernel
+
+
+def prepare_graphs(trainer: Trainer) -> Callable[[], None]:
+    """Prepare a trainer's model to go by CUDA graphs where a micro-batch has few packed rows. They begin when the
+    function that is returned is called, and layers are not compiled after that; it does nothing where there are none:
+    with several processes, whose exchange goes on beside the backward, recomputation, dropout, a trained tower."""
+    base, decoder = base_of(trainer.model), base_of(trainer.model).get_decoder()
+    is_alone = trainer.accelerator.num_processes == 1 and not processes.is_sharded()
+    is_packed = decoder.config._attn_implementation == attention.DECODER
+    if not is_alone or not is_packed or trainer.args.gradient_checkpointing:
+        return _nothing
+    if base.config.model_type in PACKED and not vision.is_frozen(tower_of(base)):
+        return _nothing
+    if not _can_capture(base):
+        return _nothing
+    if any(isinstance(module, nn.Dropout) and module.p for module in decoder.modules()):
+        say("no CUDA graphs: dropout draws anew in every step; lora_dropout: 0 allows them")
+        return _nothing
+    return use_training_graphs(base, graphs.CudaCapture)
+
+
+def _nothing() -> None:
+    pass
 
 
 def speed_up_training(trainer: Trainer, *, compile_layers: bool, memory_budget: float = 1.0) -> bool:

@@ -1,0 +1,190 @@
+"""Graphs of forward and backward against both as they are. A CPU has none: tests/captures.py stands for them."""
+
+import pytest
+import torch
+from captures import Capture
+from gradients import assert_same, gradients_of, road_of
+from test_graphs import NeverWaits
+from torch import nn
+from torch.testing import assert_close
+from transformers.utils import import_utils
+
+from vqa_sft.batch.collator import AnswerCollator
+from vqa_sft.batch.prompts import Prompts
+from vqa_sft.models.fast import attention, compilation, fused_lora, graphs, speedups
+from vqa_sft.models.fast.graphs import MULTIPLE
+from vqa_sft.models.fast.training_graphs import use_training_graphs
+from vqa_sft.models.scoring import answer_logits
+
+
+@pytest.fixture(params=["qwen2_5_vl", "qwen3_vl", pytest.param("internvl", marks=pytest.mark.slow)])
+def packed(request, families, contest):
+    """A model that trains on packed rows; `batch_of(rows)` as in training; rows; letter ids."""
+    model, processor, letter_ids, rows = road_of(families(request.param), contest)
+    packer = speedups.pack_rows(speedups.base_of(model), "fp32")
+    packer.shares_images = False
+    speedups.speed_up(model)
+    model.train()
+    return model, AnswerCollator(processor, Prompts(), 4, packer=packer), rows, letter_ids
+
+
+def start_graphs(model, new_capture=Capture):
+    """Those of the decoder."""
+    base = speedups.base_of(model)
+    use_training_graphs(base, new_capture)()
+    return base.get_decoder().forward.args[1]
+
+
+def loss_of(model, batch, letter_ids):
+    return nn.functional.cross_entropy(answer_logits(model, batch), letter_ids[batch["answers"]], reduction="sum")
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
+def test_graphs_give_the_logits_and_gradients_of_the_forward_and_the_backward(packed, fused):
+    model, batch_of, rows, letter_ids = packed
+    base = speedups.base_of(model)
+    assert not fused or fused_lora.fuse(base.get_decoder())
+    batches = [batch_of(part) for part in (rows[:3], rows[3:], rows[1:2])]
+    is_qwen = base.config.model_type != "internvl"
+    assert ["shared_prefix" in batch for batch in batches] == [is_qwen, is_qwen, False]
+    plain = [gradients_of(model, batch, letter_ids) for batch in batches]
+    graphed = start_graphs(model)
+    for _ in range(3):
+        for batch, expected in zip(batches, plain, strict=True):
+            assert_same(gradients_of(model, batch, letter_ids), expected)
+    assert graphed.is_able and graphed.capture.count == 3
+    # An optimiser's step is seen.
+    with torch.no_grad():
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.mul_(0.5)
+    found = gradients_of(model, batches[0], letter_ids)
+    graphed.is_able = False
+    assert_same(found, gradients_of(model, batches[0], letter_ids))
+    assert not torch.allclose(found[0], plain[0][0], atol=1e-3)
+
+
+def test_two_micro_batches_of_a_step_give_the_sum_of_their_gradients(packed):
+    model, batch_of, rows, letter_ids = packed
+    batches = [batch_of(rows[:2]), batch_of(rows[2:4])]
+    plain = [gradients_of(model, batch, letter_ids)[1] for batch in batches]
+    graphed = start_graphs(model)
+    for _ in range(3):
+        model.zero_grad()
+        for batch in batches:
+            loss_of(model, batch, letter_ids).backward()
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            assert_close(weight.grad, plain[0][name] + plain[1][name], atol=5e-5, rtol=1e-4, msg=name)
+    # Autograd takes none of the buffers for itself: the next micro-batch would write over what it has added up.
+    assert len(graphed.gradients) == len(plain[0])
+    assert not {buffer.data_ptr() for buffer in graphed.gradients.values()} & {
+        weight.grad.data_ptr() for weight in graphed.gradients
+    }
+
+
+def test_backward_comes_once_and_before_the_next_forward(packed):
+    model, batch_of, rows, letter_ids = packed
+    batches = [batch_of(rows[:2]), batch_of(rows[2:4])]
+    graphed = start_graphs(model)
+    for batch in batches * 2:
+        loss_of(model, batch, letter_ids).backward()
+    assert graphed.capture.count == 2
+    first, second = (loss_of(model, batch, letter_ids) for batch in batches)
+    with pytest.raises(RuntimeError, match="Call backward once, and before the next forward"):
+        first.backward()
+    second.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="Call backward once"):
+        second.backward()
+    # An evaluation between them, which the graphs do not see, is none of those.
+    loss = loss_of(model, batches[0], letter_ids)
+    with torch.no_grad():
+        loss_of(model, batches[1], letter_ids)
+    loss.backward()
+
+
+def test_evaluation_many_tokens_and_what_has_not_started_go_as_they_are(packed, monkeypatch):
+    model, batch_of, rows, letter_ids = packed
+    base, batch = speedups.base_of(model), batch_of(rows[:2])
+    decoder, lengths = base.get_decoder(), []
+    forward = decoder.forward
+    decoder.forward = lambda **kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]) or forward(**kwargs)
+    start = use_training_graphs(base, Capture)
+    num_tokens = batch["input_ids"].shape[1]
+    loss_of(model, batch, letter_ids)
+    start()
+    with torch.no_grad():
+        loss_of(model, batch, letter_ids)
+    monkeypatch.setattr(graphs, "MAX_TOKENS", num_tokens - 1)
+    loss_of(model, batch, letter_ids)
+    assert lengths == [num_tokens] * 3 and num_tokens % MULTIPLE
+    monkeypatch.setattr(graphs, "MAX_TOKENS", num_tokens)
+    loss_of(model, batch, letter_ids)
+    assert lengths[-1] > num_tokens and lengths[-1] % MULTIPLE == 0
+
+
+def test_what_cannot_be_captured_goes_on_without(packed, capsys):
+    model, batch_of, rows, letter_ids = packed
+    batch = batch_of(rows[:2])
+    plain = gradients_of(model, batch, letter_ids)
+
+    class Refusing(Capture):
+        def __call__(self, *runs):
+            super().__call__(*runs)
+            raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    graphed = start_graphs(model, Refusing)
+    for _ in range(3):
+        assert_same(gradients_of(model, batch, letter_ids), plain)
+    assert capsys.readouterr().out.count("Speed: no CUDA graphs: operation not permitted") >= 1
+    assert not graphed.is_able and not graphed.graphs and not graphed.gradients
+
+
+def test_nothing_that_is_captured_waits_for_the_gpu(packed, monkeypatch):
+    model, batch_of, rows, letter_ids = packed
+    for weight in model.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.bfloat16()
+    for module in model.modules():
+        if hasattr(module, "num_key_value_groups"):
+            module.use_varlen = True
+    # With a stream that captures, the library looks at no values either.
+    monkeypatch.setattr(import_utils, "is_cuda_stream_capturing", lambda: True)
+    # Stands for the kernel, which takes lengths from the GPU's memory.
+    monkeypatch.setattr(attention, "varlen_attn", lambda q, k, v, *args, **kwargs: q + (k.sum() + v.sum()))
+
+    class Strict(Capture):
+        def __call__(self, *runs):
+            with NeverWaits():
+                return super().__call__(*runs)
+
+    graphed = start_graphs(model, Strict)
+    batch = batch_of(rows[:3])
+    if "pixel_values" in batch:
+        batch["pixel_values"] = batch["pixel_values"].bfloat16()
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, batch, letter_ids)
+        loss.backward()
+    assert graphed.is_able and graphed.capture.count == 1
+
+
+def test_compiled_layers_are_compiled_before_a_capture_and_never_inside(packed, monkeypatch):
+    model, batch_of, rows, letter_ids = packed
+    base = speedups.base_of(model)
+    batches = [batch_of(part) for part in (rows[:2], rows[2:4], rows[3:])]
+    plain = [gradients_of(model, batch, letter_ids) for batch in batches]
+    torch._dynamo.reset()
+    limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "suppress_errors")}
+    with torch._dynamo.config.patch(optimize_ddp=True, **limits), torch._functorch.config.patch():
+        # The MLP alone: on a CPU attention over rows of different lengths is no graph.
+        mlps = [layer.mlp for layer in base.get_decoder().layers]
+        compilation.compile_layers(base, mlps, 1.0, backend="aot_eager")
+        graphed = start_graphs(model)
+        for _ in range(2):
+            for batch, expected in zip(batches, plain, strict=True):
+                before = compilation.num_compilations()
+                is_seen = bool(graphed.graphs) and len(graphed.graphs) == len(batches)
+                assert_same(gradients_of(model, batch, letter_ids), expected)
+                assert not is_seen or compilation.num_compilations() == before
+        assert compilation.num_compilations() > 0 and graphed.is_able and graphed.capture.count == 3
+    torch._dynamo.reset()
