@@ -11,9 +11,9 @@ from transformers.utils import import_utils
 
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
-from vqa_sft.models.fast import attention, compilation, fused_lora, graphs, speedups
+from vqa_sft.models.fast import attention, compilation, fused_lora, graphs, speedups, training_graphs
 from vqa_sft.models.fast.graphs import MULTIPLE
-from vqa_sft.models.fast.training_graphs import use_training_graphs
+from vqa_sft.models.fast.training_graphs import KeptGraphed, use_training_graphs
 from vqa_sft.models.scoring import answer_logits
 
 
@@ -137,6 +137,26 @@ def test_what_cannot_be_captured_goes_on_without(packed, capsys):
         assert_same(gradients_of(model, batch, letter_ids), plain)
     assert capsys.readouterr().out.count("Speed: no CUDA graphs: operation not permitted") >= 1
     assert not graphed.is_able and not graphed.graphs and not graphed.gradients
+
+
+def test_graphs_are_never_replaced_and_as_many_as_there_is_room_for(monkeypatch, capsys):
+    monkeypatch.setattr(training_graphs, "MAX_GRAPHS", 3)
+    double = KeptGraphed(lambda x: 2 * x, Capture())
+
+    def seen(length):
+        x = torch.rand(length)
+        with torch.no_grad():
+            assert torch.equal(double(x), 2 * x)
+        return double.capture.count
+
+    assert [seen(n) for n in (1, 1, 2, 3, 2)] == [0, 1, 1, 1, 2]
+    has_room = [True, False]
+    monkeypatch.setattr(double, "has_room", lambda: has_room.pop(0))
+    assert [seen(n) for n in (3, 4, 4, 4, 1, 5, 5)] == [3] * 7  # three of them
+    assert has_room == [False] and not capsys.readouterr().out
+    double.most = 4
+    assert [seen(n) for n in (4, 5, 1)] == [3] * 3
+    assert capsys.readouterr().out.startswith("Speed: CUDA graphs of 3 shapes; with more the GPU's memory")
 
 
 def test_nothing_that_is_captured_waits_for_the_gpu(packed, monkeypatch):

@@ -52,13 +52,8 @@ class Graphed:
             return self.forward(*args, **kwargs)
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         key = (structure, autocast, *map(_shape, leaves))
-        if key not in self.graphs:
-            # Kernels are chosen and workspaces made by the first call, which a capture could not do.
-            self.graphs[key] = None
-            if len(self.graphs) > MAX_GRAPHS:
-                self.graphs.popitem(last=False)
+        if not self.is_due(key):
             return self.forward(*args, **kwargs)
-        self.graphs.move_to_end(key)
         graph = self.graphs[key]
         if graph is None:
             try:
@@ -69,6 +64,17 @@ class Graphed:
                 note(f"Speed: no CUDA graphs: {(str(error).splitlines() or [type(error).__name__])[0]}.")
                 return self.forward(*args, **kwargs)
         return graph(leaves)
+
+    def is_due(self, key: Hashable) -> bool:
+        """Whether a shape has a graph, or gets one now."""
+        if key not in self.graphs:
+            # Kernels are chosen and workspaces made by the first call, which a capture could not do.
+            self.graphs[key] = None
+            if len(self.graphs) > MAX_GRAPHS:
+                self.graphs.popitem(last=False)
+            return False
+        self.graphs.move_to_end(key)
+        return True
 
     def new_graph(self, leaves: list[Any], structure: Any) -> Callable[[list[Any]], Any]:
         return Graph(self.forward, leaves, structure, self.capture)
@@ -205,6 +211,8 @@ def fill_up(kwargs: dict[str, Any]) -> dict[str, Any]:
         filled["shared_prefix"] = places, own, copies if torch.is_grad_enabled() else copies[:0, :0]
     if kwargs.get("visual_pos_masks") is not None:
         filled["visual_pos_masks"] = F.pad(kwargs["visual_pos_masks"], (0, more))
+        features = kwargs["deepstack_visual_embeds"]  # of which the masks take as many as they have places
+        filled["deepstack_visual_embeds"] = [F.pad(level, (0, 0, 0, -len(level) % MULTIPLE)) for level in features]
     return kwargs | filled
 
 

@@ -15,7 +15,7 @@ What differs from graphs without gradients (graphs.py):
 Exact: the same kernels on the same values, with one row more, to which nobody attends and which has no gradients.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
+from vqa_sft.console import note
 from vqa_sft.models.families import PACKED, tower_of
 from vqa_sft.models.fast.graphs import (
     Capture,
@@ -36,8 +37,8 @@ from vqa_sft.models.fast.graphs import (
     without_cache,
 )
 
-# Of the GPU's memory, that other steps and graphs together may take by estimate.
-MOST_MEMORY = 0.9
+MAX_GRAPHS = 32  # of one module
+SPARE = 0.05  # of the GPU's memory, for what is not counted
 
 
 def use_training_graphs(base: PreTrainedModel, new_capture: Callable[[], Capture]) -> Callable[[], None]:
@@ -50,7 +51,7 @@ def use_training_graphs(base: PreTrainedModel, new_capture: Callable[[], Capture
     if base.config.model_type in PACKED:
         tower = tower_of(base)
         # In memory of its own: it may run between a forward of the decoder and its backward.
-        prepared.append(Graphed(tower.forward, new_capture()))
+        prepared.append(KeptGraphed(tower.forward, new_capture()))
         tower.forward = partial(_forward_frozen, prepared[1])
     for graphed in prepared:
         graphed.is_able = False
@@ -77,7 +78,35 @@ def _forward_frozen(graphed: Graphed, *args: Any, **kwargs: Any) -> Any:
         return forward_tower(graphed, *args, **kwargs)
 
 
-class TrainingGraphed(Graphed):
+class KeptGraphed(Graphed):
+    """Graphs that are never replaced. In training shapes come by chance: where there are hundreds, captures, which take
+    as long as several steps, would save nothing."""
+
+    def __init__(self, forward: Callable[..., Any], capture: Capture) -> None:
+        super().__init__(forward, capture)
+        self.most, self.of_a_step = MAX_GRAPHS, 0
+
+    def is_due(self, key: Hashable) -> bool:
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return False
+        num_graphs = sum(graph is not None for graph in self.graphs.values())
+        if self.graphs[key] is None and num_graphs < self.most and not self.has_room():
+            self.most = num_graphs
+            note(f"Speed: CUDA graphs of {num_graphs} shapes; with more the GPU's memory might not do.")
+        return self.graphs[key] is not None or num_graphs < self.most
+
+    def has_room(self) -> bool:
+        """Whether a GPU may hold the activations of the largest step so far twice: outside the graphs, which have
+        memory of their own, and inside, where what they do not use now counts as free."""
+        if not torch.cuda.is_available():
+            return True
+        now, (free, total) = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()
+        self.of_a_step = self.of_a_step or torch.cuda.max_memory_allocated() - now
+        return free + torch.cuda.memory_reserved() - now > 2 * self.of_a_step + SPARE * total
+
+
+class TrainingGraphed(KeptGraphed):
     """A decoder's forward by graphs that have a backward each."""
 
     has_gradients = True
@@ -91,7 +120,6 @@ class TrainingGraphed(Graphed):
 
     def new_graph(self, leaves: list[Any], structure: Any) -> "TrainingGraph":
         if not self.trained:
-            _check_room(next(self.decoder.parameters()).device)
             for module in self.decoder.modules():
                 for name, weight in module._parameters.items():
                     if weight is not None and weight.requires_grad:
@@ -201,13 +229,3 @@ class Replay(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return None, None, *ctx.graph.backward(ctx.number, gradient)
-
-
-def _check_room(device: torch.device) -> None:
-    """Raises RuntimeError where a GPU may not hold the activations of other steps and those of the graphs, which take
-    memory of their own: about what the largest step so far took beyond weights and optimiser."""
-    if device.type != "cuda":
-        return
-    peak, now = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
-    if 2 * peak - now > MOST_MEMORY * torch.cuda.get_device_properties(device).total_memory:
-        raise RuntimeError("they may not fit the GPU's memory beside the activations of other steps")
