@@ -190,25 +190,30 @@ def test_nothing_that_is_captured_waits_for_the_gpu(packed, monkeypatch):
     assert graphed.is_able and graphed.capture.count == 1
 
 
-def test_compiled_layers_are_compiled_before_a_capture_and_never_inside(packed, monkeypatch):
+def test_compiled_layers_are_compiled_before_a_capture_and_never_inside(packed):
     model, batch_of, rows, letter_ids = packed
     base = speedups.base_of(model)
     batches = [batch_of(part) for part in (rows[:2], rows[2:4], rows[3:])]
     plain = [gradients_of(model, batch, letter_ids) for batch in batches]
+
+    class Watching(Capture):
+        def __call__(self, *runs):
+            before = compilation.num_compilations()
+            replays = super().__call__(*runs)
+            assert compilation.num_compilations() == before > 0
+            return replays
+
     torch._dynamo.reset()
     limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "suppress_errors")}
     with torch._dynamo.config.patch(optimize_ddp=True, **limits), torch._functorch.config.patch():
-        # The MLP alone: on a CPU attention over rows of different lengths is no graph.
+        # The MLPs alone: on a CPU attention over rows of different lengths is no graph.
         mlps = [layer.mlp for layer in base.get_decoder().layers]
         compilation.compile_layers(base, mlps, 1.0, backend="aot_eager")
-        graphed = start_graphs(model)
-        for _ in range(2):
+        graphed = start_graphs(model, Watching)
+        for _ in range(3):
             for batch, expected in zip(batches, plain, strict=True):
-                before = compilation.num_compilations()
-                is_seen = bool(graphed.graphs) and len(graphed.graphs) == len(batches)
                 assert_same(gradients_of(model, batch, letter_ids), expected)
-                assert not is_seen or compilation.num_compilations() == before
-        assert compilation.num_compilations() > 0 and graphed.is_able and graphed.capture.count == 3
+        assert graphed.is_able and graphed.capture.count == len(graphed.graphs) >= 2
     torch._dynamo.reset()
 
 
