@@ -122,8 +122,10 @@ def refuse(kind, trainer, base, monkeypatch):
         trainer.accelerator.num_processes = 2
     elif kind == "weights that are spread":
         monkeypatch.setattr(speedups.processes, "is_sharded", lambda: True)
-    elif kind == "recomputation":
-        trainer.args.gradient_checkpointing = True
+    elif kind in speedups.KEEP_LESS:
+        setattr(trainer.args, kind, True)
+    elif kind == "all weights":
+        trainer.model = base
     elif kind == "a trained tower":
         next(tower_of(base).parameters()).requires_grad_()
     elif kind == "an 8-bit base":
@@ -133,10 +135,10 @@ def refuse(kind, trainer, base, monkeypatch):
 
 
 SAID = {"an 8-bit base": "products of an 8-bit base wait", "dropout": "lora_dropout: 0 allows them"}
-SILENT = ("no kernel", "padded rows", "two processes", "weights that are spread", "recomputation", "a trained tower")
+SILENT = ("no kernel", "padded rows", "two processes", "weights that are spread", "a trained tower", "all weights")
 
 
-@pytest.mark.parametrize("kind", [None, *SILENT, *SAID])
+@pytest.mark.parametrize("kind", [None, *SILENT, *speedups.KEEP_LESS, *SAID])
 def test_runs_that_have_no_graphs_keep_their_forward(families, contest, able, monkeypatch, capsys, kind):
     model, *_ = road_of(families("qwen2_5_vl"), contest)
     base = model.get_base_model()

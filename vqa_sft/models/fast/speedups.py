@@ -27,6 +27,8 @@ from vqa_sft.models.load import DTYPES
 # Of a prediction: its steps are not measured. A training compiles from its first step with so many rows where
 # uncompiled layers do not fit the memory (training/build.py).
 MIN_ROWS_TO_COMPILE = 3000
+# Settings of a trainer by which a forward does not keep all that its backward needs.
+KEEP_LESS = ("gradient_checkpointing", "activation_checkpointing", "activation_offloading")
 
 
 def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) -> packing.Packer | None:
@@ -145,14 +147,15 @@ def _can_capture(base: PreTrainedModel) -> bool:
 
 def prepare_graphs(trainer: Trainer) -> Callable[[], None]:
     """Prepare a trainer's model to go by CUDA graphs where a micro-batch has few packed rows. They begin when the
-    function that is returned is called, and layers are not compiled after that; it does nothing where there are none:
-    with several processes, whose exchange goes on beside the backward, recomputation, dropout, a trained tower."""
-    base, decoder = base_of(trainer.model), base_of(trainer.model).get_decoder()
-    is_alone = trainer.accelerator.num_processes == 1 and not processes.is_sharded()
+    function that is returned is called, after which no layer may be compiled. It does nothing where there are none."""
+    base = base_of(trainer.model)
+    decoder = base.get_decoder()
     is_packed = decoder.config._attn_implementation == attention.DECODER
-    if not is_alone or not is_packed or trainer.args.gradient_checkpointing:
-        return _nothing
-    if base.config.model_type in PACKED and not vision.is_frozen(tower_of(base)):
+    # Several processes exchange gradients beside the backward; all weights would have their gradients twice.
+    is_alone = trainer.accelerator.num_processes == 1 and not processes.is_sharded()
+    keeps_less = any(getattr(trainer.args, name, False) for name in KEEP_LESS)
+    has_trained_tower = base.config.model_type in PACKED and not vision.is_frozen(tower_of(base))
+    if not (is_packed and is_alone and isinstance(trainer.model, PeftModel)) or keeps_less or has_trained_tower:
         return _nothing
     if not _can_capture(base):
         return _nothing
