@@ -41,11 +41,13 @@ def loss_of(model, batch, letter_ids):
     return nn.functional.cross_entropy(answer_logits(model, batch), letter_ids[batch["answers"]], reduction="sum")
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["separate", "fused"])
-def test_graphs_give_the_logits_and_gradients_of_the_forward_and_the_backward(packed, fused):
+@pytest.mark.parametrize("how", ["separate", "fused", "trained embeddings"])
+def test_graphs_give_the_logits_and_gradients_of_the_forward_and_the_backward(packed, how):
     model, batch_of, rows, letter_ids = packed
     base = speedups.base_of(model)
-    assert not fused or fused_lora.fuse(base.get_decoder())
+    assert how != "fused" or fused_lora.fuse(base.get_decoder())
+    # The decoder's own, though it is given what they make: then its input has gradients, and they have none inside.
+    base.get_input_embeddings().weight.requires_grad_(how == "trained embeddings")
     batches = [batch_of(part) for part in (rows[:3], rows[3:], rows[1:2])]
     is_qwen = base.config.model_type != "internvl"
     assert ["shared_prefix" in batch for batch in batches] == [is_qwen, is_qwen, False]
@@ -158,7 +160,7 @@ def test_graphs_are_never_replaced_and_as_many_as_there_is_room_for(monkeypatch,
     assert has_room == [False] and not capsys.readouterr().out
     double.most = 4
     assert [seen(n) for n in (4, 5, 1)] == [3] * 3
-    assert capsys.readouterr().out.startswith("Speed: CUDA graphs of 3 shapes; with more the GPU's memory")
+    assert capsys.readouterr().out.startswith("Speed: CUDA graphs of 3 shapes and no more: the GPU's memory")
 
 
 def test_nothing_that_is_captured_waits_for_the_gpu(packed, monkeypatch):

@@ -93,7 +93,7 @@ class KeptGraphed(Graphed):
         num_graphs = sum(graph is not None for graph in self.graphs.values())
         if self.graphs[key] is None and num_graphs < self.most and not self.has_room():
             self.most = num_graphs
-            note(f"Speed: CUDA graphs of {num_graphs} shapes; with more the GPU's memory might not do.")
+            note(f"Speed: CUDA graphs of {num_graphs} shapes and no more: the GPU's memory might not do.")
         return self.graphs[key] is not None or num_graphs < self.most
 
     def has_room(self) -> bool:
