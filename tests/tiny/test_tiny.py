@@ -235,7 +235,7 @@ def test_a_step_by_graph_is_the_step_without_and_reads_nothing(tmp_path, monkeyp
 
     def capture(run):
         run()
-        return run
+        return [run]
 
     replayed = by_graph(gradients, first, capture)
     replayed(second)

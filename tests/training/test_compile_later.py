@@ -168,7 +168,9 @@ class Run:
         monkeypatch.setattr(compile_later, "layers_to_compile", lambda base: self.layers)
         monkeypatch.setattr(callbacks, "now_s", lambda: self.now)
         monkeypatch.setattr(compilation, "compile_layers", self.compile)
-        callback = CompileLater(None, 0.7, speed := Speed())
+        self.graphs = None  # the step after which they begin
+        then = lambda: setattr(self, "graphs", callback.num_steps)  # noqa: E731
+        callback = CompileLater(None, 0.7, speed := Speed(), then=then)
         for step in range(1, num_steps + 1):
             if step in (4, 11):  # evaluations beside the steps that are measured
                 self.now += 50
@@ -190,6 +192,7 @@ def test_a_short_run_is_not_compiled_and_a_long_one_is(monkeypatch, capsys):
         assert bool(run.compiled) == compiles, num_steps
         said = capsys.readouterr().out
         assert ("layers are not compiled" in said) != compiles
+        assert run.graphs == (13 if compiles else 5)  # what they hold is compiled before, and what is measured too
         if compiles:
             compilation._record(run.layers, 0.7).unlink()
 
@@ -218,7 +221,8 @@ def test_a_run_that_is_compiled_from_its_first_step_measures_compilation_too(mon
     monkeypatch.setattr(compile_later, "base_of", lambda model: model)
     monkeypatch.setattr(compile_later, "layers_to_compile", lambda base: layers)
     monkeypatch.setattr(callbacks, "now_s", lambda: now[0])
-    callback = CompileLater(None, 0.7, Speed(), is_compiled=True)
+    graphs = []
+    callback = CompileLater(None, 0.7, Speed(), is_compiled=True, then=lambda: graphs.append(callback.num_steps))
     callback.on_train_begin()
     now[0] += 100  # until the first batch is there
     for step in range(1, 21):
@@ -229,6 +233,7 @@ def test_a_run_that_is_compiled_from_its_first_step_measures_compilation_too(mon
         "Speed: the first steps hold about 15 s of compilation (estimated).",
         "Speed: compilation took 40 s; a step takes 0.4 s.",
     ]
+    assert graphs == [13]  # of which 5 are those of an uncompiled start
     assert compilation.expect(layers, 0.7) == Expected(pytest.approx(24), 0.3, is_measured=True)
 
 
@@ -254,11 +259,14 @@ def test_when_layers_are_compiled_depends_on_recipe_rows_and_memory(monkeypatch,
         build.speedups, "speed_up_training", lambda trainer, **how: done.update(how) or how["compile_layers"]
     )
     monkeypatch.setattr(build, "fits", lambda needs: fits)
-    monkeypatch.setattr(build, "CompileLater", lambda *args, is_compiled: f"compiled: {is_compiled}")
+    started = []
+    monkeypatch.setattr(build.speedups, "prepare_graphs", lambda trainer: lambda: started.append(trainer))
+    monkeypatch.setattr(build, "CompileLater", lambda *args, is_compiled, then: f"compiled: {is_compiled}")
     arguments = types.SimpleNamespace(compile_layers=asked, activation_memory_budget=0.7)
     recipe, callbacks = types.SimpleNamespace(arguments=arguments, values={}), []
     trainer = types.SimpleNamespace(model=None, speed=None, add_callback=callbacks.append)
     build._speed_up(trainer, recipe, num_rows, types.SimpleNamespace(needs=None))
+    assert bool(started) == (not callbacks)  # else the callback starts the graphs
     assert done["compile_layers"] == at_once
     assert callbacks == [f"compiled: {at_once}"] * (at_once or later)
 

@@ -45,6 +45,7 @@ from vqa_sft.lab.peers import PEERS, missing_packages
 T4_GIB = 13.8
 # Steps: until all that is compiled was, in most cases; before those that are timed; after them.
 STARTED, WARM_UP, PROFILED = 3, 6, 3
+FEW_ROWS, GRAPHS_WARM_UP = 4, 14  # which go by CUDA graphs, once compilation was measured
 DDP_WARM_UP = 12  # it times its first ten steps itself, and waits for the GPU in each
 QWEN_7B, QWEN_3B, QWEN3_8B = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7B", "2.5-VL-3B", "3-VL-8B"))
 # label, shape, recipe, rows a step; TRL beside them
@@ -92,7 +93,9 @@ class Case:
 
     @property
     def warm_up(self) -> int:
-        return WARM_UP if self.num_gpus == 1 else DDP_WARM_UP
+        if self.num_gpus > 1:
+            return DDP_WARM_UP
+        return WARM_UP if self.batch_size > FEW_ROWS or self.kind != "train" else GRAPHS_WARM_UP
 
 
 def standard_cases() -> list[Case]:

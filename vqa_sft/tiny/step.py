@@ -57,7 +57,7 @@ def by_graph(
     take. All batches have the shape of the given one. Says where it cannot be captured."""
     own = [tensor.clone() for tensor in batch]
     try:
-        replay = capture(lambda: [gradients(own)])
+        (replay,) = capture(lambda: [gradients(own)])
     except RuntimeError as error:
         print(f"no CUDA graph: {error}", flush=True)
         return gradients

@@ -10,8 +10,8 @@ from transformers.utils import import_utils
 
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
-from vqa_sft.models.families import tower_of
-from vqa_sft.models.fast import attention, fused_lora, speedups
+from vqa_sft.models.families import PACKED, tower_of
+from vqa_sft.models.fast import attention, compilation, fused_lora, speedups
 from vqa_sft.models.fast.graphs import MULTIPLE, CudaCapture, Graphed, use_graphs
 from vqa_sft.models.scoring import answer_logits
 
@@ -110,9 +110,9 @@ def test_nothing_that_is_captured_waits_for_the_gpu(packed, monkeypatch):
     monkeypatch.setattr(attention, "varlen_attn", lambda q, k, v, *args, **kwargs: torch.zeros_like(q))
     capture = Capture()
 
-    def capture_strictly(run):
+    def capture_strictly(*runs):
         with NeverWaits():
-            return capture(run)
+            return capture(*runs)
 
     use_graphs(speedups.base_of(model), capture_strictly)
     for batch in (batch_of(rows[:1]), batch_of(rows[3:4], "rotations")):
@@ -164,7 +164,7 @@ def test_an_8_bit_base_has_no_graphs_and_a_line_says_why(packed, capsys):
 
 
 def test_what_cannot_be_captured_goes_on_without(capsys):
-    def refuse(run):
+    def refuse(*runs):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     double = Graphed(lambda x: 2 * x, refuse)
@@ -183,8 +183,11 @@ def test_a_gpu_goes_on_after_a_capture_that_failed(capsys):
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_gives_the_logits_of_the_forward(packed):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_cuda_graph_gives_the_logits_of_the_forward(packed, compiled):
     model, batch_of, rows = packed
+    base = speedups.base_of(model)
+    has_tower = base.config.model_type in PACKED  # of its own
     model.cuda().bfloat16()
     for module in model.modules():
         if hasattr(module, "num_key_value_groups"):
@@ -197,7 +200,11 @@ def test_a_cuda_graph_gives_the_logits_of_the_forward(packed):
     batches = [on_gpu(batch_of([rows[i]], orders)) for i in (0, 1, 3) for orders in ("identity", "rotations")]
     with torch.autocast("cuda", torch.bfloat16):
         expected = [logits_of(model, batch) for batch in batches]
-        use_graphs(speedups.base_of(model), CudaCapture())
+        if compiled:
+            compilation.compile_layers(base, speedups.layers_to_compile(base), 1.0)
+        use_graphs(base, CudaCapture())
         for _ in range(3):
             found = [logits_of(model, batch) for batch in batches]
             assert_close(found, expected, atol=2e-2, rtol=2e-2)
+    for graphed in (base.get_decoder().forward.args[1], *([tower_of(base).forward.args[0]] if has_tower else [])):
+        assert graphed.is_able and any(graphed.graphs.values())

@@ -30,41 +30,59 @@ MAX_GRAPHS = 64  # of one module; the one that was not used for longest goes fir
 MAX_TOKENS = 2048  # more keep a GPU busy for longer than Python takes; four patches are a token
 VALUES = torch.Tensor | bool | int | float | str | None
 
+Run = Callable[[], list[Any]]
 Replay = Callable[[], list[Any]]  # runs it again, on the same memory
-Capture = Callable[[Callable[[], list[Any]]], Replay]
+# Of runs that follow one another, as a backward pass does its forward pass.
+Capture = Callable[..., list[Replay]]  # (*runs)
 
 
 class Graphed:
     """`Graphed(forward, capture)` gives what `forward` gives, by a graph for each shape of its arguments. Calls with
     gradients, or with arguments that are neither tensors nor plain values, go to `forward`."""
 
+    has_gradients = False
+
     def __init__(self, forward: Callable[..., Any], capture: Capture) -> None:
         self.forward, self.capture, self.is_able = forward, capture, True
-        self.graphs: OrderedDict[Hashable, Graph | None] = OrderedDict()
+        self.graphs: OrderedDict[Hashable, Callable[[list[Any]], Any] | None] = OrderedDict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         leaves, structure = tree_flatten((args, kwargs))
-        if not self.is_able or torch.is_grad_enabled() or not all(isinstance(leaf, VALUES) for leaf in leaves):
+        is_ours = self.is_able and torch.is_grad_enabled() == self.has_gradients
+        if not is_ours or not all(isinstance(leaf, VALUES) for leaf in leaves):
             return self.forward(*args, **kwargs)
         autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
         key = (structure, autocast, *map(_shape, leaves))
+        if not self.is_due(key):
+            return self.forward(*args, **kwargs)
+        graph = self.graphs[key]
+        if graph is None:
+            try:
+                graph = self.graphs[key] = self.new_graph(leaves, structure)
+            except RuntimeError as error:  # a GPU without room for it, a kernel that cannot be captured
+                self.is_able = False
+                self.forget()
+                note(f"Speed: no CUDA graphs: {(str(error).splitlines() or [type(error).__name__])[0]}.")
+                return self.forward(*args, **kwargs)
+        return graph(leaves)
+
+    def is_due(self, key: Hashable) -> bool:
+        """Whether a shape has a graph, or gets one now."""
         if key not in self.graphs:
             # Kernels are chosen and workspaces made by the first call, which a capture could not do.
             self.graphs[key] = None
             if len(self.graphs) > MAX_GRAPHS:
                 self.graphs.popitem(last=False)
-            return self.forward(*args, **kwargs)
+            return False
         self.graphs.move_to_end(key)
-        graph = self.graphs[key]
-        if graph is None:
-            try:
-                graph = self.graphs[key] = Graph(self.forward, leaves, structure, self.capture)
-            except RuntimeError as error:  # a GPU without room for it, a kernel that cannot be captured
-                self.is_able = False
-                self.graphs.clear()
-                note(f"Speed: no CUDA graphs: {(str(error).splitlines() or [type(error).__name__])[0]}.")
-                return self.forward(*args, **kwargs)
-        return graph(leaves)
+        return True
+
+    def new_graph(self, leaves: list[Any], structure: Any) -> Callable[[list[Any]], Any]:
+        return Graph(self.forward, leaves, structure, self.capture)
+
+    def forget(self) -> None:
+        """All graphs, and the memory that they share."""
+        self.graphs.clear()
 
 
 class Graph:
@@ -78,7 +96,7 @@ class Graph:
             outputs, self.structure = tree_flatten(forward(*args, **kwargs))
             return outputs
 
-        self.replay = capture(run)
+        (self.replay,) = capture(run)
 
     def __call__(self, leaves: list[Any]) -> Any:
         for own, given in zip(self.inputs, leaves, strict=True):
@@ -91,41 +109,41 @@ class Graph:
 
 def _shape(leaf: Any) -> Hashable:
     if isinstance(leaf, torch.Tensor):
-        return leaf.shape, leaf.dtype, leaf.device
+        return leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad
     return type(leaf), leaf
 
 
 class CudaCapture:
-    """Captures a run as a CUDA graph; all share one pool of memory, for they never run at the same time. After one that
-    failed it refuses the next ones."""
+    """Captures each run as a CUDA graph; all share one pool of memory, for they never run at the same time. After one
+    that failed it refuses the next ones."""
 
     _one_at_a_time = threading.Lock()  # in a process
 
     def __init__(self) -> None:
         self.pool, self.has_failed = torch.cuda.graph_pool_handle(), False
 
-    def __call__(self, run: Callable[[], list[Any]]) -> Replay:
+    def __call__(self, *runs: Run) -> list[Replay]:
         if self.has_failed:
             raise RuntimeError("a capture has failed before")
         stream = torch.cuda.current_stream()
         try:
-            with self._one_at_a_time:
-                return self._capture(run)
+            # Weights that autocast has cast for the call around this one would be gone with it.
+            with self._one_at_a_time, without_cache():
+                # Once as they are: compiled layers hold for one state of autocast, and in this one they would be
+                # compiled inside the capture.
+                for run in runs:
+                    run()
+                return [self._capture(run) for run in runs]
         except RuntimeError:
             self.has_failed = True
             raise
         finally:
             torch.cuda.set_stream(stream)  # torch 2.11 stays on its own where a capture fails
 
-    def _capture(self, run: Callable[[], list[Any]]) -> Replay:
+    def _capture(self, run: Run) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        # Other threads prepare the next rows meanwhile. Weights that autocast has cast for the call around this one
-        # would be gone with it.
-        enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        with (
-            torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
-            torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False),
-        ):
+        # Other threads prepare the next rows meanwhile.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             outputs = run()
 
         def replay() -> list[Any]:
@@ -135,21 +153,26 @@ class CudaCapture:
         return replay
 
 
+def without_cache() -> torch.autocast:
+    """Autocast as it is, without its cache of weights that are cast."""
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    return torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False)
+
+
 def use_graphs(model: PreTrainedModel, capture: Capture) -> bool:
     """Let the vision tower and the decoder of a model that scores packed rows go by graphs; whether they do."""
     decoder = model.get_decoder()
     if decoder.config._attn_implementation != DECODER:
         return False
-    if hasattr(decoder, "_deepstack_process"):
-        decoder._deepstack_process = add_deepstack
-    decoder.forward = partial(_forward_filled, decoder.forward, Graphed(decoder.forward, capture))
+    take_masks_without_waiting(decoder)
+    decoder.forward = partial(forward_filled, decoder.forward, Graphed(decoder.forward, capture))
     if model.config.model_type in PACKED:
         tower = tower_of(model)
-        tower.forward = partial(_forward_tower, Graphed(tower.forward, capture))
+        tower.forward = partial(forward_tower, Graphed(tower.forward, capture))
     return True
 
 
-def _forward_filled(forward: Callable, graphed: Graphed, *args: Any, **kwargs: Any) -> Any:
+def forward_filled(forward: Callable, graphed: Graphed, *args: Any, **kwargs: Any) -> Any:
     """A decoder's forward of packed rows, filled up."""
     hidden_states, cu_seq_lens = kwargs.get("inputs_embeds"), kwargs.get("cu_seq_lens_q")
     if args or hidden_states is None or cu_seq_lens is None or hidden_states.shape[1] > MAX_TOKENS:
@@ -160,7 +183,7 @@ def _forward_filled(forward: Callable, graphed: Graphed, *args: Any, **kwargs: A
     return outputs
 
 
-def _forward_tower(graphed: Graphed, pixels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def forward_tower(graphed: Graphed, pixels: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """A tower's forward, without what is the decoder's though it reaches every module: it is of the texts' lengths."""
     own = {name: value for name, value in kwargs.items() if name not in ("keep_positions", "shared_prefix")}
     return (graphed if len(pixels) <= 4 * MAX_TOKENS else graphed.forward)(pixels, *args, **own)
@@ -185,7 +208,15 @@ def fill_up(kwargs: dict[str, Any]) -> dict[str, Any]:
         places, own, copies = shared_prefix
         places = F.pad(places, (0, more_written), value=num_tokens)
         own = F.pad(own, (0, more), value=num_written)
-        filled["shared_prefix"] = places, own, copies[:0, :0]  # the copies are for gradients
+        # The copies are for gradients. Those of the filler's tokens are none: zeros, of which one is taken.
+        filled["shared_prefix"] = places, own, copies if torch.is_grad_enabled() else copies[:0, :0]
     if kwargs.get("visual_pos_masks") is not None:
         filled["visual_pos_masks"] = F.pad(kwargs["visual_pos_masks"], (0, more))
+        features = kwargs["deepstack_visual_embeds"]  # of which the masks take as many as they have places
+        filled["deepstack_visual_embeds"] = [F.pad(level, (0, 0, 0, -len(level) % MULTIPLE)) for level in features]
     return kwargs | filled
+
+
+def take_masks_without_waiting(decoder: PreTrainedModel) -> None:
+    if hasattr(decoder, "_deepstack_process"):
+        decoder._deepstack_process = add_deepstack

@@ -7,6 +7,7 @@ Nothing here changes what is saved. `fast: false` in a recipe leaves the librari
 """
 
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,11 +30,14 @@ from vqa_sft.models.fast import (
     vision,
 )
 from vqa_sft.models.fast.compilation import say
+from vqa_sft.models.fast.training_graphs import use_training_graphs
 from vqa_sft.models.load import DTYPES
 
 # Of a prediction: its steps are not measured. A training compiles from its first step with so many rows where
 # uncompiled layers do not fit the memory (training/build.py).
 MIN_ROWS_TO_COMPILE = 3000
+# Settings of a trainer by which a forward does not keep all that its backward needs.
+KEEP_LESS = ("gradient_checkpointing", "activation_checkpointing", "activation_offloading")
 
 
 def pack_rows(model: nn.Module, precision: str, *, answers_only: bool = True) -> packing.Packer | None:
@@ -142,11 +146,40 @@ def layers_to_compile(base: PreTrainedModel) -> list[nn.Module]:
 def use_graphs(model: nn.Module) -> bool:
     """Let few rows at a time go by CUDA graphs, where packed rows have a kernel; whether they do. For scoring alone."""
     base = base_of(model)
+    return _can_capture(base) and graphs.use_graphs(base, graphs.CudaCapture())
+
+
+def _can_capture(base: PreTrainedModel) -> bool:
+    """Whether packed rows have a kernel, and nothing waits for the GPU."""
     has_kernel = attention.uses_varlen(base)
     if has_kernel and getattr(base, "is_loaded_in_8bit", False):
         say("no CUDA graphs: products of an 8-bit base wait for the GPU, which none can hold")
         return False
-    return has_kernel and graphs.use_graphs(base, graphs.CudaCapture())
+    return has_kernel
+
+
+def prepare_graphs(trainer: Trainer) -> Callable[[], None]:
+    """Prepare a trainer's model to go by CUDA graphs where a micro-batch has few packed rows. They begin when the
+    function that is returned is called, after which no layer may be compiled. It does nothing where there are none."""
+    base = base_of(trainer.model)
+    decoder = base.get_decoder()
+    is_packed = decoder.config._attn_implementation == attention.DECODER
+    # Several processes exchange gradients beside the backward; all weights would have their gradients twice.
+    is_alone = trainer.accelerator.num_processes == 1 and not processes.is_sharded()
+    keeps_less = any(getattr(trainer.args, name, False) for name in KEEP_LESS)
+    has_trained_tower = base.config.model_type in PACKED and not vision.is_frozen(tower_of(base))
+    if not (is_packed and is_alone and isinstance(trainer.model, PeftModel)) or keeps_less or has_trained_tower:
+        return _nothing
+    if not _can_capture(base):
+        return _nothing
+    if any(isinstance(module, nn.Dropout) and module.p for module in decoder.modules()):
+        say("no CUDA graphs: dropout draws anew in every step; lora_dropout: 0 allows them")
+        return _nothing
+    return use_training_graphs(base, graphs.CudaCapture)
+
+
+def _nothing() -> None:
+    pass
 
 
 def speed_up_training(trainer: Trainer, *, compile_layers: bool, memory_budget: float = 1.0) -> bool:
