@@ -65,6 +65,30 @@ def test_adapted_experts_give_the_logits_and_gradients_of_peft(families, rows_of
         assert (changed - plain[0]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
+def test_the_compiler_leaves_the_operands_of_products_in_the_order_that_these_want(families, rows_of):
+    """It chooses the order of what it computes, and grouped_mm refuses another one, on CPUs too."""
+    model = adapted(families("qwen3_vl_moe"), lora_r=8)
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch.float32 if weight.requires_grad else torch.bfloat16)
+    batch, letter_ids = rows_of(families("qwen3_vl_moe"))
+    decoder = model.get_base_model().get_decoder()
+    speed_up_experts(decoder)
+
+    def found():
+        with torch.autocast("cpu", torch.bfloat16):
+            return gradients_of(model, batch, letter_ids)
+
+    logits, gradients = found()
+    for module in decoder.modules():
+        if hasattr(module, "experts"):
+            module.experts.forward = torch.compile(module.experts.forward, fullgraph=True, dynamic=True)
+    compiled_logits, compiled = found()
+    torch.testing.assert_close(compiled_logits, logits, atol=0.05, rtol=0.05)
+    for name, gradient in gradients.items():
+        assert (compiled[name] - gradient).norm() <= 0.1 * gradient.norm(), name
+
+
 def test_no_second_copy_of_the_experts_is_kept_for_the_backward_pass(families, rows_of):
     model = adapted(families("qwen3_vl_moe"))
     batch, _ = rows_of(families("qwen3_vl_moe"))

@@ -10,6 +10,8 @@ are.
 """
 
 import types
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,13 +27,37 @@ MULTIPLE_BYTES = 16  # of a row that grouped_mm takes
 
 def speed_up_experts(decoder: nn.Module) -> int:
     """Let the routed experts of a decoder's layers compute their adapters beside their base; of how many layers."""
-    num_layers = 0
+    wrappers: list[ParamWrapper] = []
     for module in decoder.modules():
-        if isinstance(module, ParamWrapper) and (wrappers := _known(module)):
+        if isinstance(module, ParamWrapper) and (found := _known(module)):
             module.forward = types.MethodType(_forward, module)
-            module.factors = wrappers
-            num_layers += 1
-    return num_layers
+            module.beside = found
+            wrappers += [wrapper for (wrapper,) in found.values()]
+    if wrappers:
+        for wrapper in wrappers:
+            b, dtype = _by_expert(wrapper), _weight(wrapper).dtype
+            wrapper.wide_b = torch.empty(b.shape, dtype=dtype, device=b.device)
+        decoder.forward = partial(_forward_refreshed, wrappers, decoder.forward)
+    return len(wrappers) // 2
+
+
+def _forward_refreshed(wrappers: Sequence[ParamWrapper], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Write the Bs, which an optimiser changes, in the order that the products want. Not in the layers: compiled ones
+    (torch 2.11) would leave them as they are, which the products refuse."""
+    with torch.no_grad():
+        torch._foreach_copy_([wrapper.wide_b for wrapper in wrappers], [*map(_by_expert, wrappers)])
+    return forward(*args, **kwargs)
+
+
+def _by_expert(wrapper: ParamWrapper) -> torch.Tensor:
+    """B (E, r, out); PEFT has it as (out, r E), the experts last."""
+    (adapter,) = wrapper.active_adapters
+    b = wrapper.lora_B[adapter].weight
+    return b.detach().view(len(b), -1, wrapper.num_experts).permute(2, 1, 0)
+
+
+def _weight(wrapper: ParamWrapper) -> torch.Tensor:
+    return getattr(wrapper.get_base_layer(), wrapper.parameter_name)
 
 
 def _known(outer: ParamWrapper) -> dict[str, list[ParamWrapper]] | None:
@@ -45,11 +71,11 @@ def _known(outer: ParamWrapper) -> dict[str, list[ParamWrapper]] | None:
     is_known = all(getattr(module, name, None) == value for name, value in KIND.items())
     if not is_known or set(wrappers) != {GATE_UP, DOWN} or getattr(module, "_is_expert_parallel", True):
         return None
-    return wrappers if all(_is_plain(wrapper, module) for (wrapper,) in wrappers.values()) else None
+    return wrappers if all(_is_plain(wrapper) for (wrapper,) in wrappers.values()) else None
 
 
-def _is_plain(wrapper: ParamWrapper, experts: nn.Module) -> bool:
-    weight = getattr(experts, wrapper.parameter_name)
+def _is_plain(wrapper: ParamWrapper) -> bool:
+    weight = _weight(wrapper)
     adapter, *others = wrapper.active_adapters
     return (
         not others
@@ -82,22 +108,40 @@ def _forward(outer: ParamWrapper, hidden: torch.Tensor, experts_of: torch.Tensor
 
     with torch.autocast(hidden.device.type, enabled=False):  # all is converted here
         rows = hidden[order // num_chosen]  # (T k, H), those of an expert together
-        rows = experts._apply_gate(_adapted(outer.factors[GATE_UP][0], experts, rows, ends))
-        rows = _adapted(outer.factors[DOWN][0], experts, rows, ends)
+        rows = experts._apply_gate(_adapted(outer.beside[GATE_UP][0], rows, ends))
+        rows = _adapted(outer.beside[DOWN][0], rows, ends)
         rows = rows * weights.flatten()[order, None]
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
         return rows[back].view(num_tokens, num_chosen, -1).sum(dim=1).to(hidden.dtype)
 
 
-def _adapted(wrapper: ParamWrapper, experts: nn.Module, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Rows (S, in) sorted by expert -> (S, out), with W (E, out, in), A (E, r, in) and B (E, out, r)."""
-    weight = getattr(experts, wrapper.parameter_name)
+def _adapted(wrapper: ParamWrapper, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Rows (S, in) sorted by expert -> (S, out), with W (E, out, in) and A (E, r, in)."""
+    weight = _weight(wrapper)
     (adapter,) = wrapper.active_adapters
-    a, b = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    a, b, scale = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight, wrapper.scaling[adapter]
     a = a.view(wrapper.num_experts, -1, a.shape[1]).to(weight.dtype)
-    b = (b * wrapper.scaling[adapter]).view(b.shape[0], -1, wrapper.num_experts)  # PEFT's order: (out, r, E)
-    b = b.permute(2, 1, 0).to(weight.dtype).contiguous()  # (E, r, out)
     rows = rows.to(weight.dtype)
-    narrow = F.grouped_mm(rows, a.transpose(1, 2), offs=ends)  # (S, r)
-    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends) + F.grouped_mm(narrow, b, offs=ends)
+    narrow = scale * F.grouped_mm(rows, a.transpose(1, 2), offs=ends)  # (S, r)
+    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends) + TimesB.apply(narrow, b, wrapper.wide_b, ends)
+
+
+class TimesB(torch.autograd.Function):
+    """narrow (S, r), B as `wide` (E, r, out) -> (S, out). B as PEFT has it, (out, r E), is given for its gradient
+    alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, narrow: torch.Tensor, b: torch.Tensor, wide: torch.Tensor, ends: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(narrow, wide, ends)
+        ctx.dtype = b.dtype
+        return F.grouped_mm(narrow, wide, offs=ends)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        narrow, wide, ends = ctx.saved_tensors
+        of_b = F.grouped_mm(narrow.T, grad, offs=ends)  # (E, r, out)
+        of_narrow = F.grouped_mm(grad, wide.transpose(1, 2), offs=ends)
+        return of_narrow, of_b.permute(2, 1, 0).flatten(1).to(ctx.dtype), None, None
