@@ -80,18 +80,12 @@ def test_a_run_by_graphs_has_the_losses_and_weights_of_one_without(families, abl
     assert_same_run(found, expected)
 
 
-def test_a_run_that_is_compiled_later_has_graphs_of_the_compiled_layers(families, able, run_of, monkeypatch):
-    expected = run_of(families("qwen2_5_vl"), False, max_steps=25, num_train_epochs=9)
-    mlps, compiled = [], []
+def test_a_run_that_is_compiled_later_has_no_graphs(families, able, run_of, monkeypatch):
+    mlps = []
 
     def layers_to_compile(base):  # attention over packed rows is no graph on a CPU
         mlps[:] = [layer.mlp for layer in base.get_decoder().layers]
         return mlps
-
-    class Looking(Counted):
-        def __call__(self, *runs):
-            compiled.extend(mlp._compiled_call_impl is not None for mlp in mlps)
-            return super().__call__(*runs)
 
     monkeypatch.setattr(compile_later, "layers_to_compile", layers_to_compile)
     compile_layers = functools.partial(compilation.compile_layers, backend="aot_eager")
@@ -101,15 +95,13 @@ def test_a_run_that_is_compiled_later_has_graphs_of_the_compiled_layers(families
     monkeypatch.setattr(compilation, "remember", lambda *args: None)
     monkeypatch.setattr(build, "fits", lambda needs: (True, True))
     monkeypatch.setattr(speedups, "may_compile_later", lambda trainer: True)
-    monkeypatch.setattr(graphs, "CudaCapture", Looking)
     torch._dynamo.reset()
     limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "suppress_errors")}
     with torch._dynamo.config.patch(optimize_ddp=True, **limits), torch._functorch.config.patch():
-        found = run_of(families("qwen2_5_vl"), True, max_steps=25, num_train_epochs=9)
+        run_of(families("qwen2_5_vl"), True)
     torch._dynamo.reset()
-    assert len(compiled) > len(mlps) and all(compiled)
-    assert Counted.made[0].num_replays >= 2 * 6
-    assert_same_run(found, expected)
+    assert mlps and all(mlp._compiled_call_impl is not None for mlp in mlps)
+    assert [capture.count for capture in Counted.made] == [0, 0]
 
 
 def refuse(kind, trainer, base, monkeypatch):
