@@ -10,6 +10,7 @@ from vqa_sft.models import shapes
 from vqa_sft.models.memory.needs import Plan, read_shape
 
 B7, B3, B8 = (f"Qwen/Qwen{name}-Instruct" for name in ("2.5-VL-7B", "2.5-VL-3B", "3-VL-8B"))
+B30 = "Qwen/Qwen3-VL-30B-A3B-Instruct"
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Point:
     gib: float
     within: int  # percent of it
     rank: int = 32
+    adapt_experts: bool = False
 
 
 def plans(text_tokens: int, pixels: int = 448 * 448, **common) -> functools.partial:
@@ -59,14 +61,15 @@ POINTS = [
     # As a T4 sees them, recipes as they stand; Qwen3.5 in plain PyTorch.
     Point("Qwen/Qwen3.5-4B", replace(MIXED(4, eval_batch=8, kernels=False, **T4), max_pixels=384**2), 5.04, 10, 16),
     Point("google/gemma-4-E4B-it", replace(MIXED(4, eval_batch=8, **T4), max_pixels=140 * 48**2), 10.67, 5, 16),
-    Point("Qwen/Qwen3-VL-30B-A3B-Instruct", OTHERS(8, fast=False, checkpointing=True), 59.8, within=5),
+    Point(B30, OTHERS(8, fast=False, checkpointing=True), 59.8, within=5),
+    Point(B30, OTHERS(8, fast=False, checkpointing=True), 79.8, within=5, adapt_experts=True),
 ]
 
 
 @functools.cache
-def shape_of(name: str, rank: int = 32, **values):
+def shape_of(name: str, rank: int = 32, adapt_experts: bool = False, **values):
     args = ModelConfig(model_name_or_path=name, use_peft=True, lora_r=rank, lora_dropout=0.0, dtype=None)
-    return read_shape(replace(args, **values), shapes.shape_config(name))
+    return read_shape(replace(args, **values), shapes.shape_config(name), adapt_experts=adapt_experts)
 
 
 def within(model_type: str) -> int | None:
