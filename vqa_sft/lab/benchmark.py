@@ -250,7 +250,7 @@ def main() -> None:
             results[case.name] = run_case(case, args)
         except subprocess.CalledProcessError as error:
             results[case.name] = {"failed": error.returncode}
-        print(json.dumps({case.name: results[case.name]}), flush=True)
+            print(json.dumps({case.name: results[case.name]}), flush=True)
     print(
         f"Peak: {peak:.0f} TFLOP/s, a bf16 product of 8192 x 8192 matrices." if peak else "On a CPU: no share of peak."
     )
@@ -283,7 +283,7 @@ def chosen_cases(cases: list[Case], only: list[str] | None) -> list[Case]:
 
 
 def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """What the case's own process measured; raises CalledProcessError when it failed."""
+    """What the case's own process measured, which is printed; raises CalledProcessError when it failed."""
     from vqa_sft.lab.random_models import save_random_model, write_data
     from vqa_sft.models.shapes import SHAPES
 
@@ -337,6 +337,7 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
         scored += ["--num_workers", "0", "--use_cpu"] if args.tiny else ["--num_workers", "8", "--compile_layers"]
         _inside("recipes/predict.py", scored, inside, work)
     found = json.loads(result.read_text())
+    print(json.dumps({case.name: found}), flush=True)  # whoever stops it now has this
     is_plain = case.batch_size and case.kind != "latency" and not case.how and case.num_runs == 1
     found["tflop"] = mean_tflop(model, data, options["max_pixels"] if has_areas else None, case) if is_plain else None
     return found
