@@ -295,7 +295,7 @@ class Augmentation:
 class TrainCollator(AnswerCollator):
     """For training. Choices that refer to others keep their places (questions/references.py); the letter of a row
     without an answer is that of its largest target. With the names of all `classes`, the candidates of every row are
-    drawn anew in every epoch (draw_candidates.py). Each repetition of a row in an epoch has draws of its own."""
+    drawn again in every epoch (draw_candidates.py). Each repetition of a row in an epoch has draws of its own."""
 
     shows_targets = True
     shares_images = False  # rows that share more than their first words have no gradients

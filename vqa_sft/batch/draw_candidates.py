@@ -9,7 +9,7 @@ from vqa_sft.data.options import CANDIDATES, CLASS, POOL
 
 
 def draw_candidates(row: dict[str, Any], names: Sequence[str], seed: int, epoch: int | str) -> dict[str, Any]:
-    """The training row with as many candidates as it has, drawn anew from its pool, the most likely first; each but the
+    """The training row with as many candidates as it has, drawn from its pool, the most likely first; each but the
     right class equally often. `names` are those of all classes.
 
     The right class is among them, unless the answer is that none is. The draw depends on nothing but its arguments, as

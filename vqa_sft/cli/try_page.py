@@ -32,7 +32,7 @@ MOST_CHARACTERS = 20_000  # of a question with its options, as `vqa-sft check` w
 LOOPBACK = ("127.0.0.1", "localhost")
 MAX_UPLOAD = "64mb"
 
-# The bar is the probability, the line under it the range over permutations; both also stand there as numbers.
+# The bar is the probability, the line under it the range over permutations; both are given as numbers too.
 CSS = """
 .answer table { width: 100%; table-layout: fixed; border-collapse: collapse; }
 .answer caption { text-align: left; padding-bottom: 8px; }

@@ -53,7 +53,7 @@ def _resolve(name: str, is_alone: bool) -> list[Path]:
 
 def _check_hub_name(name: str, path: Path) -> None:
     """Raises InputError for what is not there and is meant as a path: without a network the Hub takes half a minute to
-    say so."""
+    refuse it."""
     is_hub_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII)
     is_in_folder = "/" in name and path.parent.is_dir()
     if is_hub_name and not is_in_folder and not path.name.lower().endswith((*PACKED, *SHEETS)):

@@ -598,7 +598,7 @@ def run_inside(argv: list[str]) -> None:
 
 def measure_despite_triton() -> None:
     """flash-linear-attention 0.6 refuses the backward of the gated delta rule on Hopper with Triton 3.4 to 3.7.0, whose
-    gradients are wrong there. Speed is what is measured here: let it run, and say so."""
+    gradients are wrong there. Speed is what is measured here: let it run, with a note."""
     import importlib.util
 
     if importlib.util.find_spec("fla") is None:

@@ -90,7 +90,7 @@ def paired(was: np.ndarray, now: np.ndarray, num_resamples: int = 10_000, seed: 
 
 
 def _judge(images: Mapping[str, Mapping[str, Any]]) -> tuple[bool, str]:
-    """Whether the model looks, and the sentence that says so: where accuracy falls both without the image and with
+    """Whether the model looks, and a sentence about it: where accuracy falls both without the image and with
     another. What is left of a blurred one may be enough, so that it counts only where it is alone."""
     counted = [kind for kind in (BLANK, SWAPPED) if kind in images] or [BLURRED]
     before = f"{images[ORIGINAL]['accuracy']:.3f}"

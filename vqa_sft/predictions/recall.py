@@ -62,7 +62,7 @@ def choose_num_candidates(recall: Recall) -> int:
 
 
 def describe_recall(recalls: Sequence[tuple[str, Recall | None]]) -> str:
-    """A table of (rows, recall); of rows without known classes it says so."""
+    """A table of (rows, recall); of rows without known classes a line instead."""
     lines = [["rows", "number", *(f"recall@{k}" for k in RECALL_AT), "log loss"]]
     for name, recall in recalls:
         if recall is None:

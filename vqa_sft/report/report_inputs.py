@@ -185,7 +185,7 @@ def runs_in(folder: Path) -> list[Path]:
 
 def _find_data(inputs: Inputs, data: str | None, own: Sequence[Loaded] | None, options: dict[str, Any]) -> None:
     """The rows that were predicted: `data`, else what a run was trained on. Where the latter is not there any more, or
-    has changed, the page says so."""
+    has changed, the page has a note."""
     first = inputs.inputs[0]
     if data is not None:
         loaded = read_rows_of(data, first.predictions, first.name, **options).loaded

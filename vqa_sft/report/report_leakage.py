@@ -19,7 +19,7 @@ MOST_ROWS = 20_000  # of the page and of training, whose images are opened, unle
 
 
 def add_leakage(inputs: Inputs) -> None:
-    """Fill `in_training`, and note what was found. Nothing is said of rows without images, of a run that is not
+    """Fill `in_training`, and note the result. There is no note for rows without images, of a run that is not
     here, of one that was trained on a stream, and of one whose recipe asks that no image be looked at."""
     data, folder = inputs.data, _find_run(inputs)
     if data is None or folder is None or not any(loaded.columns.image for loaded in data.sources):

@@ -17,7 +17,7 @@ from vqa_sft.runs.folder import METRICS, RECIPE, SHARED_FILES, Run, read_run
 # Patterns match across folders: the second one excludes the weights of checkpoints.
 _UPLOADED = {"allow_patterns": list(SHARED_FILES), "ignore_patterns": ["*/*"]}
 
-# {folder}, {whole}: of the run, and of whole weights; {how}: what else the pipeline is told; {asked}, {criteria},
+# {folder}, {whole}: of the run, and of whole weights; {how}: what else the pipeline is given; {asked}, {criteria},
 # {state}, {assets}: a question as the run was trained on, {note}: what its choices must be.
 _DECISION = """
 ### As a decision model

@@ -74,7 +74,7 @@ def write_numbers(output: Path, seed: int = 0) -> None:
 
 def write_set(output: Path, task: TaskSet, seed: int = 0, *, choice_seed: int | None = None) -> None:
     """Write the pictures and the two files of a set; the same arguments write the same bytes. `choice_seed` draws the
-    wrong choices of single test digits anew."""
+    wrong choices of single test digits again."""
     digits, *parts = split_digits(seed)
     (output / "images").mkdir(parents=True, exist_ok=True)
     for split, indices, num_rows in zip(("train", "test"), parts, (task.num_train, task.num_test), strict=True):

@@ -32,7 +32,7 @@ COMPILING, MEASURED_COMPILED = 3, 5
 
 class CompileLater(TrainerCallback):
     """Compiles the layers of `model`, adapted or not, after a few steps if the steps left pay for it; `speed` then
-    counts anew. Of layers that are compiled already it measures what that took. `otherwise` is called when it is
+    counts from zero. Of layers that are compiled already it measures what that took. `otherwise` is called when it is
     settled that layers are not compiled."""
 
     def __init__(
@@ -78,7 +78,7 @@ class CompileLater(TrainerCallback):
             self.learn((self.speed.clock_s() - self.start_s) / MEASURED_COMPILED)
 
     def decide(self, step: int, max_steps: int) -> None:
-        """Compile or not, and say so. The times of processes differ: those of the main process count."""
+        """Compile or not, and print which. The times of processes differ: those of the main process count."""
         steps_left = max_steps - step
         expected = compilation.expect(self.layers, self.memory_budget)
         what = f"{expected} would save about {expected.saved_s(steps_left, self.step_s):.0f} s of the steps left"

@@ -237,7 +237,7 @@ def _project(attention: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 class Joint(torch.autograd.Function):
     """x (..., K), a (R, K) of all layers, their [W, sB] (N, K + R), biases (N,) or None -> (..., N). The sBs, which
-    stand there in blocks one below and beside the other, are given for their gradients alone."""
+    are blocks of that, each below and to the right of the one before, are given for their gradients alone."""
 
     @staticmethod
     def forward(

@@ -173,7 +173,7 @@ def prepare_graphs(trainer: Trainer) -> Callable[[], None]:
     if not _can_capture(base):
         return _nothing
     if any(isinstance(module, nn.Dropout) and module.p for module in decoder.modules()):
-        say("no CUDA graphs: dropout draws anew in every step; lora_dropout: 0 allows them")
+        say("no CUDA graphs: every step draws another dropout; lora_dropout: 0 allows them")
         return _nothing
     return use_training_graphs(base, graphs.CudaCapture)
 
