@@ -39,6 +39,7 @@ def results_of(attention, hidden, rotation, compiled):
 @pytest.mark.parametrize("ranks", [{}, {"q_proj": 3, "v_proj": 5}], ids=["one rank", "three ranks"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_attention_has_the_output_and_gradients_of_separate_adapters(families, family, ranks, compiled):
+    torch.manual_seed(0)
     decoder = adapted(families, family, r=8, rank_pattern=ranks, lora_alpha=24).get_decoder()
     attention, text = decoder.layers[0].self_attn, decoder.config
     for name, bias in attention.named_parameters():
@@ -56,7 +57,7 @@ def test_attention_has_the_output_and_gradients_of_separate_adapters(families, f
     torch.testing.assert_close(output, expected[0], atol=1e-5, rtol=1e-4)
     assert gradients.keys() == expected[1].keys()
     for name, gradient in expected[1].items():
-        assert (gradients[name] - gradient).abs().max() < 1e-5 * gradient.abs().max(), name
+        assert (gradients[name] - gradient).abs().max() < 3e-5 * gradient.abs().max(), name
     assert not {*vars(attention)} & {"q", "k", "v"}  # nothing is left of the call
     for name, tensor in decoder.state_dict().items():
         assert torch.equal(tensor, weights[name]), name
@@ -147,3 +148,48 @@ def test_a_module_beside_the_projections_or_a_second_adapter_keeps_attention_as_
     first.self_attn.indexer = torch.nn.Identity()
     second.self_attn.k_proj.update_layer("other", r=4, lora_alpha=4, config=LoraConfig())
     assert not any(fused_lora.fuse_attention(layer, fused_lora.Writes()) for layer in (first, second))
+
+
+def test_an_mlp_of_the_same_layers_and_another_forward_keeps_its_forward():
+    """As MLPs that clamp, scale or drop: their layers are those of every other one."""
+    torch.manual_seed(0)
+    layer = torch.nn.Module()
+    layer.mlp = Clamping()
+    model = get_peft_model(layer, LoraConfig(r=4, target_modules=[*fused_lora.MLP], init_lora_weights=False))
+    x = (3 * torch.randn(5, 8)).requires_grad_()
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+
+    def results():
+        model.zero_grad()
+        output = layer.mlp(x)
+        output.square().sum().backward()
+        return [output.detach(), *(model.get_parameter(name).grad.clone() for name in names)]
+
+    expected, writes = results(), fused_lora.Writes()
+    assert fused_lora.fuse_mlp(layer, writes)
+    writes.write()
+    torch.testing.assert_close(results(), expected, atol=1e-4, rtol=1e-4)
+
+
+class Clamping(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = torch.nn.Linear(8, 16, bias=False), torch.nn.Linear(8, 16, bias=False)
+        self.down_proj, self.act_fn = torch.nn.Linear(16, 8, bias=False), torch.nn.SiLU()
+
+    def forward(self, x):
+        gate, up = self.gate_proj(x).clamp(max=1), self.up_proj(x).clamp(-1, 1)
+        return self.down_proj(self.act_fn(gate) * (up + 1)) * 0.5
+
+
+def test_a_projection_of_another_tensor_is_computed(families):
+    decoder = adapted(families, "qwen2_5_vl").get_decoder()
+    attention = decoder.layers[0].self_attn
+    one, other = torch.randn(2, 1, 3, decoder.config.hidden_size)
+    expected = attention.k_proj(other)
+    fused_lora.fuse_attention(decoder.layers[0], writes := fused_lora.Writes())
+    writes.write()
+    known = {"k_proj": torch.zeros(1)}
+    stand_in = fused_lora._StandIn(attention, one, known, {})
+    assert stand_in.k_proj(one) is known["k_proj"]
+    torch.testing.assert_close(stand_in.k_proj(other), expected, atol=1e-5, rtol=1e-5)

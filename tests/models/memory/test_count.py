@@ -233,10 +233,14 @@ def test_routed_experts_stay_whole_in_4_bit_and_keep_what_their_tokens_are():
     added, beside = (counted(adapted_experts(), replace(plan, fused=fused)).kinds[0].kept for fused in (False, True))
     assert added.fixed > experts_of_layer  # PEFT adds base and adapter before the product
     assert beside.fixed < experts_of_layer / 10
+    # The Bs of rank 8 once more in bf16; a rank of 12 takes PEFT's way again.
+    assert counted(adapted_experts(), plan).copies == 48 * 128 * 8 * (2 * 768 + 2048) * 2
+    by_peft = counted(adapted_experts(lora_r=12), plan)
+    assert by_peft.copies == 0 and by_peft.kinds[0].kept.fixed > experts_of_layer
 
 
-def adapted_experts():
-    args = ModelConfig(model_name_or_path=B30, use_peft=True, lora_r=8, lora_dropout=0.0)
+def adapted_experts(lora_r=8):
+    args = ModelConfig(model_name_or_path=B30, use_peft=True, lora_r=lora_r, lora_dropout=0.0)
     return read_shape(args, shapes.shape_config(B30), adapt_experts=True)
 
 

@@ -41,6 +41,11 @@ def speed_up_experts(decoder: nn.Module) -> int:
     return len(wrappers) // 2
 
 
+def copied_bytes(module: nn.Module) -> int:
+    """What the copy of an adapter's B takes, 0 where there is none."""
+    return module.wide_b.nbytes if hasattr(module, "wide_b") else 0
+
+
 def _forward_refreshed(wrappers: Sequence[ParamWrapper], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Write the Bs, which an optimiser changes, in the order that the products want. Not in the layers: compiled ones
     (torch 2.11) would leave them as they are, which the products refuse."""

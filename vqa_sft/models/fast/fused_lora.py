@@ -14,8 +14,8 @@ view of a buffer with its adapter's columns or rows, which are written again bef
     down, o     fused backward, whose wide tensor is the gradient of its input
 
 Exact: the same sum in another order. For MLPs of gate, up and down and attention of q, k, v and o with one plain
-adapter each (no dropout, bias or DoRA) on a base that is neither quantised nor trained; others stay as they are. Goes
-when PEFT learns it.
+adapter each (no dropout, bias or DoRA) on a base that is neither quantised nor trained; others stay as they are.
+PEFT's `disable_adapter()` no longer works. Goes when PEFT learns it.
 """
 
 import types
@@ -176,14 +176,45 @@ def _beside(layers: Sequence[Linear], *, rows: int = 0, columns: int = 0) -> tor
 
 
 def _forward_mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """(..., K) -> (..., K)"""
+    """The library's own forward, (..., K) -> (..., K), which finds gate and up computed."""
     (gate_a, gate_b, gate_scale), (up_a, up_b, up_scale) = _weights(mlp.gate_proj), _weights(mlp.up_proj)
     dtype = mlp.wide_gate.dtype
-    x = x.to(dtype)
     with torch.autocast(x.device.type, enabled=False):  # all is converted here
         a = torch.cat([gate_a, up_a]).to(dtype)
-        gate, up = GateUp.apply(x, a, gate_b * gate_scale, up_b * up_scale, mlp.wide_gate, mlp.wide_up)
-        return _down(mlp.down_proj, mlp.wide_down, mlp.act_fn(gate) * up)
+        gate, up = GateUp.apply(x.to(dtype), a, gate_b * gate_scale, up_b * up_scale, mlp.wide_gate, mlp.wide_up)
+    stand_in = _StandIn(mlp, x, {"gate_proj": gate, "up_proj": up}, {"down_proj": mlp.wide_down})
+    return type(mlp).forward(stand_in, x)
+
+
+def _forward_attention(attention: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The library's own forward, which finds q, k and v computed."""
+    known = dict(zip(ATTENTION, _project(attention, hidden_states), strict=False))
+    stand_in = _StandIn(attention, hidden_states, known, {"o_proj": attention.wide_o})
+    return type(attention).forward(stand_in, hidden_states, *args, **kwargs)
+
+
+class _StandIn:
+    """What stands for a module during one call: the layers of `known` give what is computed already of the `given`
+    tensor, those of `last` go by `Down`."""
+
+    def __init__(
+        self, module: nn.Module, given: torch.Tensor, known: dict[str, torch.Tensor], last: dict[str, torch.Tensor]
+    ) -> None:
+        self.module = module
+        for name, projected in known.items():
+            setattr(self, name, _knowing(getattr(module, name), given, projected))
+        for name, wide in last.items():
+            setattr(self, name, partial(_down, getattr(module, name), wide))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def _knowing(layer: nn.Module, given: torch.Tensor, projected: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    def project(x: torch.Tensor) -> torch.Tensor:
+        return projected if x is given else layer(x)
+
+    return project
 
 
 def _down(layer: Linear, wide: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -191,34 +222,6 @@ def _down(layer: Linear, wide: torch.Tensor, hidden: torch.Tensor) -> torch.Tens
     a, b, scale = _weights(layer)
     with torch.autocast(hidden.device.type, enabled=False):
         return Down.apply(hidden.to(wide.dtype), a, (b * scale).to(wide.dtype), wide)
-
-
-def _forward_attention(attention: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The library's own forward, which asks for q, k and v one after another and finds all three computed."""
-    return type(attention).forward(_Projected(attention, hidden_states), hidden_states, *args, **kwargs)
-
-
-class _Projected:
-    """What stands for an attention module during one call: its projections give what is known already."""
-
-    def __init__(self, attention: nn.Module, hidden_states: torch.Tensor) -> None:
-        self.attention = attention
-        q, k, v = _project(attention, hidden_states)
-
-        def known(projected: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-            def project(given: torch.Tensor) -> torch.Tensor:
-                assert given is hidden_states, "attention of another kind: it projects two tensors"
-                return projected
-
-            return project
-
-        self.q_proj, self.k_proj, self.v_proj = known(q), known(k), known(v)
-
-    def o_proj(self, hidden: torch.Tensor) -> torch.Tensor:
-        return _down(self.attention.o_proj, self.attention.wide_o, hidden)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.attention, name)
 
 
 def _project(attention: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -67,12 +67,13 @@ class Kind:
 class Counted:
     kinds: tuple[Kind, ...]
     shared: Bytes  # that all layers are given: positions, masks, embeddings of each layer
+    copies: float  # bytes of adapters of experts in the order of their products (fast/expert_lora.py)
 
 
 def count_layers(decoder: nn.Module, how: How) -> Counted:
     """`decoder` is a language model on the meta device, with its adapter if it has one."""
     try:
-        num_layers, runs = _run(decoder, how)
+        num_layers, runs, copies = _run(decoder, how)
     except Exception as error:  # whatever a model raises that cannot do without values
         said = (str(error).splitlines() or [""])[0][:100]
         raise InputError(
@@ -83,7 +84,7 @@ def count_layers(decoder: nn.Module, how: How) -> Counted:
     for place, num in enumerate(num_layers):
         kept, passed, temporaries = map(_fit, zip(*(run.layers[place] for run in runs), strict=True))
         kinds.append(Kind(num, kept, passed, temporaries))
-    return Counted(tuple(kinds), _fit([sum(run.shared.values()) for run in runs]))
+    return Counted(tuple(kinds), _fit([sum(run.shared.values()) for run in runs]), copies)
 
 
 def _fit(sizes: Sequence[float]) -> Bytes:
@@ -104,8 +105,8 @@ class _Run:
         self.held: list[torch.UntypedStorage] = []  # so that no others take their places
 
 
-def _run(decoder: nn.Module, how: How) -> tuple[list[int], list[_Run]]:
-    """How many layers there are of every kind, and a forward for each of LENGTHS."""
+def _run(decoder: nn.Module, how: How) -> tuple[list[int], list[_Run], float]:
+    """How many layers there are of every kind, a forward for each of LENGTHS, and `Counted.copies`."""
     decoder, layers, num_layers = _copy_one_of_each(decoder, how)
     decoder.config._attn_implementation = f"{kernels.NAME}{how.attention}"
     decoder.train()
@@ -113,15 +114,17 @@ def _run(decoder: nn.Module, how: How) -> tuple[list[int], list[_Run]]:
     for layer in layers:
         if how.fuses_mlp:
             fused_lora.fuse_mlp(layer, fused_lora.Writes())
-            expert_lora.speed_up_experts(layer)
         if how.fuses_attention:
             fused_lora.fuse_attention(layer, fused_lora.Writes())
     for name, module in decoder.named_modules():
         if name.endswith(".indexer"):  # Qwen4-Exp: it chooses tokens by their values, and keeps nothing
             module.forward = kernels.choose_all
-    forwards, runs = [layer.forward for layer in layers], []
+    runs: list[_Run] = []
     with FakeTensorMode(), kernels.kernels_of(decoder, is_installed=how.has_kernels):
         _fill(decoder, how)
+        for layer in layers if how.fuses_mlp else []:  # once weights have their precision, of which it depends
+            expert_lora.speed_up_experts(layer)
+        forwards = [layer.forward for layer in layers]
         for length in LENGTHS:
             runs.append(_Run())
             for layer, forward in zip(layers, forwards, strict=True):
@@ -133,7 +136,8 @@ def _run(decoder: nn.Module, how: How) -> tuple[list[int], list[_Run]]:
                 given["attention_mask"] = torch.ones(1, length, dtype=torch.int64)
             with torch.autocast("cpu", torch.bfloat16, enabled=how.value_bytes == 2):
                 decoder(**given, use_cache=False)
-    return num_layers, runs
+    copies = [sum(expert_lora.copied_bytes(module) for module in layer.modules()) for layer in layers]
+    return num_layers, runs, sum(num * size for num, size in zip(num_layers, copies, strict=True))
 
 
 def _copy_one_of_each(decoder: nn.Module, how: How) -> tuple[nn.Module, list[nn.Module], list[int]]:

@@ -254,7 +254,7 @@ def _parts(shape: Shape, plan: Plan, *, kept: float, kept_tower: float, temporar
     language_model, tower = weight_bytes(shape, plan)
     trained = "gradients, optimiser" if shape.trains_base else "adapter, gradients, optimiser"
     parts = {
-        "language model": language_model,
+        "language model": language_model + counted(shape, plan).copies,
         "vision tower": tower,
         trained: trained_bytes(shape, plan),
         "kept for the backward pass": kept,
