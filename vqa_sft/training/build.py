@@ -77,8 +77,10 @@ def prepare_model(recipe: Recipe, rows: Rows, training_args: SFTConfig, precisio
     if args.init_adapter is None:
         adapter = lora_config(model_args, skeleton, **args.adapted_parts)
         device, fast = PartialState().device, args.fast and not processes.shards_weights()
-        is_beside = fast and device.type == "cuda" and expert_lora.can_use(device, DTYPES[precision], model_args.lora_r)
-        if line := describe_experts(skeleton, adapter, is_kept=not (is_beside or training_args.gradient_checkpointing)):
+        is_spared = training_args.gradient_checkpointing or adapter is None
+        if not is_spared and fast and device.type == "cuda":
+            is_spared = expert_lora.serves(skeleton, adapter, device, DTYPES[precision])
+        if line := describe_experts(skeleton, adapter, is_kept=not is_spared):
             note(line)
     loss = LossSettings(
         letter_ids=find_letter_ids(processor, rows.num_letters, prompts),

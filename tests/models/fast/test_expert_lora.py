@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from families import skeleton
 from gradients import assert_same, gradients_of
 from peft import get_peft_model
 from trl import ModelConfig
@@ -12,7 +13,7 @@ from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.examples import load_examples
 from vqa_sft.data.options import ReadOptions
-from vqa_sft.models.fast.expert_lora import can_use, speed_up_experts
+from vqa_sft.models.fast.expert_lora import can_use, serves, speed_up_experts
 from vqa_sft.models.load import load_model, load_processor
 from vqa_sft.models.lora import lora_config
 from vqa_sft.models.scoring import answer_logits, find_letter_ids
@@ -123,6 +124,16 @@ def test_experts_of_which_one_parameter_is_adapted_stay_as_they_are(families):
     base = load_model(args, "fp32")
     model = get_peft_model(base, lora_config(args, base))
     assert speed_up_experts(model.get_base_model().get_decoder()) == 0
+
+
+def test_experts_of_llama_4_have_no_products_of_their_own(families, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    gpu, args = torch.device("cuda"), ModelConfig(use_peft=True, lora_r=8, lora_dropout=0.0)
+    for family, served in (("qwen3_vl_moe", True), ("gemma4_moe", True), ("llama4", False)):
+        model = skeleton(families(family))
+        config = lora_config(args, model, adapt_experts=True)
+        assert serves(model, config, gpu, torch.bfloat16) == served
+        assert not serves(model, config, gpu, torch.float16)
 
 
 def test_gpus_before_ampere_and_fp16_have_no_such_products(monkeypatch):

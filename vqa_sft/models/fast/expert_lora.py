@@ -16,8 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
 from peft.tuners.lora import ParamWrapper
 from torch import nn
+from transformers import PreTrainedModel
+
+from vqa_sft.models.parts import fused_experts
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 # What transformers' decorator of experts says of those that are known.
@@ -31,7 +35,7 @@ def speed_up_experts(decoder: nn.Module) -> int:
     for module in decoder.modules():
         if isinstance(module, ParamWrapper) and (found := _known(module)):
             module.forward = types.MethodType(_forward, module)
-            module.beside = found
+            module.wrapper_of = found
             wrappers += [wrapper for (wrapper,) in found.values()]
     if wrappers:
         for wrapper in wrappers:
@@ -73,10 +77,23 @@ def _known(outer: ParamWrapper) -> dict[str, list[ParamWrapper]] | None:
     while isinstance(module, ParamWrapper):
         wrappers[module.parameter_name] = [module]
         module = module.base_layer
-    is_known = all(getattr(module, name, None) == value for name, value in KIND.items())
-    if not is_known or set(wrappers) != {GATE_UP, DOWN} or getattr(module, "_is_expert_parallel", True):
+    if not _is_known(module) or set(wrappers) != {GATE_UP, DOWN}:
         return None
     return wrappers if all(_is_plain(wrapper) for (wrapper,) in wrappers.values()) else None
+
+
+def _is_known(experts: nn.Module) -> bool:
+    is_parallel = getattr(experts, "_is_expert_parallel", True)
+    return not is_parallel and all(getattr(experts, name, None) == value for name, value in KIND.items())
+
+
+def serves(model: PreTrainedModel, config: LoraConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether all that `config` adapts of the model's routed experts will have products of its own on such a device."""
+    names = config.target_parameters or []
+    experts = {name.rpartition(".")[0] for name in fused_experts(model) if name.endswith(tuple(names))}
+    is_known = all(_is_known(model.get_submodule(name)) for name in experts)
+    has_both = {name.rpartition(".")[2] for name in names} == {GATE_UP, DOWN}
+    return is_known and has_both and can_use(device, dtype, config.r)
 
 
 def _is_plain(wrapper: ParamWrapper) -> bool:
@@ -95,7 +112,7 @@ def _is_plain(wrapper: ParamWrapper) -> bool:
 
 
 def can_use(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
-    """Whether the products are to be had: on GPUs from compute capability 8.0 on, in bf16, for ranks like 8, 16, 32."""
+    """Whether there are such products: on GPUs from compute capability 8.0 on, in bf16, for multiples of 8."""
     if dtype not in (torch.bfloat16, torch.float32) or rank * dtype.itemsize % MULTIPLE_BYTES:
         return False
     return device.type != "cuda" or dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -113,8 +130,8 @@ def _forward(outer: ParamWrapper, hidden: torch.Tensor, experts_of: torch.Tensor
 
     with torch.autocast(hidden.device.type, enabled=False):  # all is converted here
         rows = hidden[order // num_chosen]  # (T k, H), those of an expert together
-        rows = experts._apply_gate(_adapted(outer.beside[GATE_UP][0], rows, ends))
-        rows = _adapted(outer.beside[DOWN][0], rows, ends)
+        rows = experts._apply_gate(_adapted(outer.wrapper_of[GATE_UP][0], rows, ends))
+        rows = _adapted(outer.wrapper_of[DOWN][0], rows, ends)
         rows = rows * weights.flatten()[order, None]
         back = torch.empty_like(order)
         back[order] = torch.arange(len(order), device=order.device)
