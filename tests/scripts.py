@@ -1,41 +1,40 @@
 """The scripts of recipes/, run in this process: the same code as a launch, without ten seconds of imports."""
 
+import atexit
+import functools
 import importlib.util
 import json
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-# Runs groups of commands, those of a group at once, each in a process of its own; prints exit codes. Imports once.
+# Imports once, and then runs the groups of commands that it is asked for, those of a group at once, each in a process
+# of its own; prints the processes of a group, and their exit codes when they have ended.
 FORKS = """
-import json, os, runpy, sys, traceback
+import json, os, runpy, sys
 from vqa_sft.environment import set_library_defaults
 
 set_library_defaults()
 import vqa_sft.inference.scorer, vqa_sft.models.memory.out_of_memory, vqa_sft.training.trainer
 
-def begin(name, command, environment):
+def begin(path, command, environment):
     if pid := os.fork():
         return pid
+    os.setpgid(0, 0)  # may be killed with its workers
     for output in (1, 2):
-        os.dup2(os.open(f"{sys.argv[2]}/{name}-{output}.txt", os.O_WRONLY | os.O_CREAT), output)
+        os.dup2(os.open(f"{path}-{output}.txt", os.O_WRONLY | os.O_CREAT), output)
+    os.environ.clear()
     os.environ.update(environment)
-    sys.argv, code = command, 0
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-    except SystemExit as stop:
-        code = stop.code or 0
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+    sys.exit()
 
-for number, group in enumerate(json.loads(sys.argv[1])):
-    pids = [begin(f"{number}-{which}", *command) for which, command in enumerate(group)]
+while line := sys.stdin.readline():
+    pids = [begin(*command) for command in json.loads(line)]
+    print(*pids, flush=True)
     print(*(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), flush=True)
 """
 
@@ -54,21 +53,43 @@ def run_script(name, *arguments):
         sys.argv = before
 
 
-def run_forked(groups, folder):
-    """Of every command of every group, `(["recipes/predict.py", ...], {"RANK": "1"})`, its exit code, output, errors.
-    The commands of a group run at once."""
-    root = RECIPES.parent
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    given = json.dumps([[([*map(str, command)], own) for command, own in group] for group in groups])
-    process = [sys.executable, "-c", FORKS, given, str(folder)]
-    done = subprocess.run(process, stdout=subprocess.PIPE, text=True, cwd=root, env=environment, check=True)
-    return [
-        [
-            (int(code), *((folder / f"{number}-{which}-{output}.txt").read_text() for output in (1, 2)))
-            for which, code in enumerate(line.split())
+@functools.cache
+def forks():
+    """The process that forks; it ends where its input does, with this one."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES.parent)}
+    how = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": RECIPES.parent, "env": environment}
+    process = subprocess.Popen([sys.executable, "-c", FORKS], **how)
+    atexit.register(process.communicate)
+    return process
+
+
+class Forked:
+    """Commands, each `(["recipes/predict.py", ...], {"RANK": "1"})`, that run at once in processes of `pids`, whose
+    groups are their own. What they print lies in `folder`, in files that begin with `name`."""
+
+    def __init__(self, commands, folder, name="0"):
+        self.paths = [f"{folder}/{name}-{which}" for which in range(len(commands))]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(RECIPES.parent)}
+        given = zip(self.paths, commands, strict=True)
+        given = [(path, [*map(str, command)], environment | own) for path, (command, own) in given]
+        print(json.dumps(given), file=forks().stdin, flush=True)
+        self.pids = [int(pid) for pid in forks().stdout.readline().split()]
+
+    def has_ended(self):
+        return bool(select.select([forks().stdout], [], [], 0)[0])
+
+    def wait(self):
+        """Of every command its exit code, output and errors."""
+        codes = map(int, forks().stdout.readline().split())
+        return [
+            (code, *(Path(f"{path}-{output}.txt").read_text() for output in (1, 2)))
+            for code, path in zip(codes, self.paths, strict=True)
         ]
-        for number, line in enumerate(done.stdout.splitlines())
-    ]
+
+
+def run_forked(groups, folder):
+    """Of every command of every group (see Forked) its exit code, output and errors."""
+    return [Forked(group, folder, str(number)).wait() for number, group in enumerate(groups)]
 
 
 def train(**values):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from contest import write_hard_contest
 from safetensors.torch import load_file
-from scripts import run_script, train
+from scripts import run_forked, run_script, train
 from torch.testing import assert_close
 
 from vqa_sft.config.checks import CHOSEN_BY
@@ -200,11 +201,16 @@ def prediction(run, contest):
 
 
 @pytest.fixture(scope="module")
-def launch(tmp_path_factory):
+def counted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("counted") / "counted.py"
+    path.write_text(COUNTED)
+    return path
+
+
+@pytest.fixture(scope="module")
+def launch(counted):
     """`launch("zero2", 2, "sft", key=value, ...)` runs a recipe by `accelerate launch` and asserts that the number of
     processes worked together, or that it ended with a message that `says` so; there is no compiler."""
-    counted = tmp_path_factory.mktemp("counted") / "counted.py"
-    counted.write_text(COUNTED)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CC": "/no/compiler", "CXX": "/no/compiler"}
     environment |= {"TORCH_EXTENSIONS_DIR": str(counted.parent)}
 
@@ -233,9 +239,10 @@ def one_process(contest):
 
 
 @pytest.fixture(scope="module")
-def one_process_predictions(contest, launch, one_process):
+def one_process_predictions(contest, one_process):
     output = contest.parent / "one.csv"
-    launch("cpu", 1, "predict", **prediction(one_process, contest), output=output, use_cpu=True)
+    arguments = prediction(one_process, contest) | {"output": output, "use_cpu": True}
+    run_script("predict", *(token for key, value in arguments.items() for token in (f"--{key}", value)))
     return output
 
 
@@ -272,13 +279,35 @@ def assert_close_average(run, contest, kind):
     assert average == pytest.approx(other, abs=1e-4)
 
 
-def test_prediction_on_two_processes_writes_the_same_bytes(contest, launch, one_process, one_process_predictions):
-    output = contest.parent / "two.csv"
-    launch("multi_gpu", 2, "predict", **prediction(one_process, contest), output=output, use_cpu=True)
+def assert_same_files(output, expected):
     for suffix in (".csv", ".parquet"):
-        written = output.with_suffix(suffix).read_bytes()
-        assert written == one_process_predictions.with_suffix(suffix).read_bytes()
+        assert output.with_suffix(suffix).read_bytes() == expected.with_suffix(suffix).read_bytes()
     assert len(read_predictions(output.with_suffix(".parquet")).ids) == 32
+
+
+def test_prediction_on_two_processes_writes_the_same_bytes(
+    contest, counted, one_process, one_process_predictions, tmp_path
+):
+    """Two processes with what a launcher tells them, which need not import all that again."""
+    arguments = prediction(one_process, contest) | {"output": tmp_path / "two.csv", "use_cpu": True}
+    command = [counted, "recipes/predict.py", *(f"--{key}={value}" for key, value in arguments.items())]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    group = [(command, place | {"RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+    [[(code, said, error), (other, _, its_error)]] = run_forked([group], tmp_path)
+    assert code == other == 0 and "processes that worked together: 2" in said, error + its_error
+    assert_same_files(tmp_path / "two.csv", one_process_predictions)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "num_processes"), [("cpu", 1), ("multi_gpu", 2)])
+def test_a_launched_prediction_writes_the_same_bytes(
+    contest, launch, one_process, one_process_predictions, tmp_path, name, num_processes
+):
+    arguments = prediction(one_process, contest) | {"output": tmp_path / "out.csv", "use_cpu": True}
+    launch(name, num_processes, "predict", **arguments)
+    assert_same_files(tmp_path / "out.csv", one_process_predictions)
 
 
 @pytest.mark.slow

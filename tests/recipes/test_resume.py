@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 from contest import write_hard_contest
 from safetensors.torch import load_file, save_file
-from scripts import RECIPES, run_script
+from scripts import RECIPES, Forked, run_script
 from torch.testing import assert_close
 
 from vqa_sft.predictions.file import read_predictions
@@ -23,7 +21,7 @@ from vqa_sft.tiny import TINY_PATH
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = TINY_PATH
 # 24 rows to train on in 3 steps of 8, a checkpoint after every epoch; long enough to be killed in the middle.
-RECIPE = {"model_name_or_path": MODEL, "num_train_epochs": 8, "global_batch_size": 8}
+RECIPE = {"model_name_or_path": MODEL, "num_train_epochs": 4, "global_batch_size": 8}
 RECIPE |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True}
 RECIPE |= {"gradient_checkpointing": False, "disable_tqdm": True, "shuffle_choices": True}
 RECIPE |= {"image_augmentation": 0.2, "flip_images": True}
@@ -40,22 +38,20 @@ def arguments(contest, output_dir, **values):
     return [str(token) for key, value in values.items() for token in (f"--{key}", value)]
 
 
-def start(contest, output_dir, **values):
-    """The command as a user gives it, in a process of its own, with one thread."""
-    command = [sys.executable, str(RECIPES / "sft.py"), *arguments(contest, output_dir, **values)]
-    return subprocess.Popen(command, cwd=RECIPES.parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, process_group=0)
-
-
 def kill_after_a_whole_checkpoint(contest, output_dir, **values):
-    process = start(contest, output_dir, **values)
-    while not any(output_dir.glob(f"checkpoint-*/{checkpoints.MARKER}")):
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGKILL)  # with its loader's workers
-    assert process.wait() == -signal.SIGKILL
+    command = [RECIPES / "sft.py", *arguments(contest, output_dir, **values)]
+    running = Forked([(command, {})], contest, output_dir.name)
+    try:
+        while not any(output_dir.glob(f"checkpoint-*/{checkpoints.MARKER}")):
+            assert not running.has_ended(), "the run ended before it could be killed"
+            time.sleep(0.002)
+        os.killpg(*running.pids, signal.SIGKILL)  # with its loader's workers
+    finally:
+        [(code, _, _)] = running.wait()
+    assert code == -signal.SIGKILL
     assert not run_folder.is_finished(output_dir)
     saved = checkpoints.last_whole_checkpoint(output_dir)
-    assert saved and not saved.endswith("-24")  # 8 epochs x 3 steps
+    assert saved and not saved.endswith("-12")  # 4 epochs x 3 steps
 
 
 def result(run):

@@ -50,9 +50,18 @@ def train(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(train, tmp_path_factory):
+def undisturbed(train, tmp_path_factory):
+    """The folder of a run that was not disturbed, and the rows of its micro-batches."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.AnswerTrainer, "training_step", record_ids(seen))
+        return train(tmp_path_factory.mktemp("whole") / "run"), seen
+
+
+@pytest.fixture(scope="module")
+def whole(undisturbed):
     """What a run that was not disturbed has learnt."""
-    return result(train(tmp_path_factory.mktemp("whole") / "run"))
+    return result(undisturbed[0])
 
 
 def result(run):
@@ -267,7 +276,7 @@ def test_answers_that_are_no_numbers_end_an_evaluation_and_name_their_rows(train
 
 
 def test_a_training_whose_memory_runs_out_goes_on_with_half_the_micro_batch(
-    train, whole, tmp_path, capsys, monkeypatch
+    train, undisturbed, tmp_path, capsys, monkeypatch
 ):
     def compute_loss(self, model, inputs, *args, **kwargs):
         rows, step = inputs["ids"], self.state.global_step
@@ -279,10 +288,7 @@ def test_a_training_whose_memory_runs_out_goes_on_with_half_the_micro_batch(
         return true_compute_loss(self, model, inputs, *args, **kwargs)
 
     run, steps, true_compute_loss = tmp_path / "run", {}, AnswerTrainer.compute_loss
-    with monkeypatch.context() as patch:
-        seen = []
-        patch.setattr(AnswerTrainer, "training_step", record_ids(seen))
-        train(tmp_path / "undisturbed")
+    whole_run, seen = undisturbed
     monkeypatch.setattr(AnswerTrainer, "compute_loss", compute_loss)
     train(run)
     said = capsys.readouterr().out
@@ -293,7 +299,7 @@ def test_a_training_whose_memory_runs_out_goes_on_with_half_the_micro_batch(
     flat = [row for step in range(6) for rows in steps[step] for row in rows]
     assert flat == [row for rows in seen for row in rows]
     assert sorted(flat[:24]) == sorted(flat[24:]) == sorted(set(flat))
-    before, after = load_file(tmp_path / "undisturbed" / ADAPTER), load_file(run / ADAPTER)
+    before, after = load_file(whole_run / ADAPTER), load_file(run / ADAPTER)
     assert_close(after, before, rtol=1e-3, atol=1e-3)
     assert json.loads((run / run_folder.RUN).read_text())["micro_batch"] == 1
     assert "per_device_train_batch_size: 1\n" in (run / run_folder.RECIPE).read_text()
