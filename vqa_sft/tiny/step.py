@@ -53,8 +53,8 @@ def answer_gradients(model: PreTrainedModel, batch: Sequence[torch.Tensor]) -> t
 def by_graph(
     gradients: Callable[[Sequence[torch.Tensor]], torch.Tensor], batch: Sequence[torch.Tensor], capture: Capture
 ) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
-    """`gradients` by one CUDA graph: of so small a model Python takes longer to launch the kernels of a step than they
-    take. All batches have the shape of the given one. Says where it cannot be captured."""
+    """`gradients` by one CUDA graph, in place of kernels that Python launches one by one. All batches have the shape of
+    the given one. Prints why where it cannot be captured."""
     own = [tensor.clone() for tensor in batch]
     try:
         (replay,) = capture(lambda: [gradients(own)])
