@@ -1,5 +1,6 @@
 """Logits and gradients of two ways to compute the same."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
@@ -7,9 +8,14 @@ from torch import nn
 from trl import ModelConfig
 
 from vqa_sft.data.examples import load_examples
+from vqa_sft.models.families import FAMILIES
 from vqa_sft.models.load import load_model, load_processor
 from vqa_sft.models.lora import lora_config
 from vqa_sft.models.scoring import answer_logits, find_letter_ids
+
+QUICK = ("qwen3_vl_moe", "qwen3_5", "internvl")
+PACKED_FAMILIES = [name for name, family in FAMILIES.items() if family.packs_rows or family.packed]
+PACKED_FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PACKED_FAMILIES]
 
 
 def road_of(folder, contest):

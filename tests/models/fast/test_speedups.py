@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from gradients import assert_same, gradients_of, road_of
+from gradients import PACKED_FAMILIES, assert_same, gradients_of, road_of
 from peft import get_peft_model
 from transformers import AutoConfig
 from trl import ModelConfig
 
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts, render_prompt
-from vqa_sft.models.families import FAMILIES, PACKED, tower_of
+from vqa_sft.models.families import PACKED, tower_of
 from vqa_sft.models.fast import compilation, fused_lora, speedups, vision
 from vqa_sft.models.load import load_model
 from vqa_sft.models.lora import lora_config
@@ -28,12 +28,7 @@ def test_packed_rows_give_the_logits_and_gradients_of_padded_rows(road, answers_
     assert_same(gradients_of(model, batch, letter_ids), plain)
 
 
-OTHERS = [name for name, family in FAMILIES.items() if family.packs_rows or family.packed]
-QUICK = ("qwen3_vl_moe", "qwen3_5", "internvl")
-OTHERS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
-
-
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", PACKED_FAMILIES)
 def test_every_family_has_the_logits_and_gradients_of_the_library(families, contest, family):
     model, processor, letter_ids, rows = road_of(families(family), contest)
     plain = gradients_of(model, AnswerCollator(processor, Prompts(), 4)(rows), letter_ids)
