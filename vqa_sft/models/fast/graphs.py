@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from vqa_sft.console import note
 from vqa_sft.models.families import PACKED, round_up, tower_of
 from vqa_sft.models.fast.attention import DECODER
-from vqa_sft.models.fast.vision import add_deepstack
+from vqa_sft.models.fast.vision import take_masks_without_waiting
 
 MULTIPLE = 64  # of tokens, to which packed rows are filled up
 MAX_GRAPHS = 64  # of one module; the one that was not used for longest goes first
@@ -215,8 +215,3 @@ def fill_up(kwargs: dict[str, Any]) -> dict[str, Any]:
         features = kwargs["deepstack_visual_embeds"]  # of which the masks take as many as they have places
         filled["deepstack_visual_embeds"] = [F.pad(level, (0, 0, 0, -len(level) % MULTIPLE)) for level in features]
     return kwargs | filled
-
-
-def take_masks_without_waiting(decoder: PreTrainedModel) -> None:
-    if hasattr(decoder, "_deepstack_process"):
-        decoder._deepstack_process = add_deepstack

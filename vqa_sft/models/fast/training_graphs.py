@@ -33,9 +33,9 @@ from vqa_sft.models.fast.graphs import (
     Graphed,
     forward_filled,
     forward_tower,
-    take_masks_without_waiting,
     without_cache,
 )
+from vqa_sft.models.fast.vision import take_masks_without_waiting
 
 MAX_GRAPHS = 32  # of one module
 SPARE = 0.05  # of the GPU's memory, for what is not counted

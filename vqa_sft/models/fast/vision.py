@@ -123,8 +123,13 @@ def never_wait(model: PreTrainedModel) -> None:
     (three waits in transformers 5.23), and Qwen3-VL adds features by indexing with a mask (one a layer that does)."""
     model.get_image_features = types.MethodType(_image_features, model)
     model.get_placeholder_mask = types.MethodType(_placeholder_mask, model)
-    if hasattr(model.language_model, "_deepstack_process"):
-        model.language_model._deepstack_process = add_deepstack
+    take_masks_without_waiting(model.language_model)
+
+
+def take_masks_without_waiting(decoder: nn.Module) -> None:
+    """Of Qwen3-VL, whose decoder adds features to hidden states."""
+    if hasattr(decoder, "_deepstack_process"):
+        decoder._deepstack_process = add_deepstack
 
 
 @accepts_precomputed_kwargs(modality="image")
