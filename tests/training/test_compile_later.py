@@ -169,8 +169,8 @@ class Run:
         monkeypatch.setattr(callbacks, "now_s", lambda: self.now)
         monkeypatch.setattr(compilation, "compile_layers", self.compile)
         self.graphs = None  # the step after which they begin
-        otherwise = lambda: setattr(self, "graphs", callback.num_steps)  # noqa: E731
-        callback = CompileLater(None, 0.7, speed := Speed(), otherwise=otherwise)
+        start_graphs = lambda: setattr(self, "graphs", callback.num_steps)  # noqa: E731
+        callback = CompileLater(None, 0.7, speed := Speed(), start_graphs=start_graphs)
         for step in range(1, num_steps + 1):
             if step in (4, 11):  # evaluations beside the steps that are measured
                 self.now += 50
@@ -192,7 +192,7 @@ def test_a_short_run_is_not_compiled_and_a_long_one_is(monkeypatch, capsys):
         assert bool(run.compiled) == compiles, num_steps
         said = capsys.readouterr().out
         assert ("layers are not compiled" in said) != compiles
-        assert run.graphs == (None if compiles else 5)
+        assert run.graphs == (13 if compiles else 5)
         if compiles:
             compilation._record(run.layers, 0.7).unlink()
 
@@ -221,7 +221,8 @@ def test_a_run_that_is_compiled_from_its_first_step_measures_compilation_too(mon
     monkeypatch.setattr(compile_later, "base_of", lambda model: model)
     monkeypatch.setattr(compile_later, "layers_to_compile", lambda base: layers)
     monkeypatch.setattr(callbacks, "now_s", lambda: now[0])
-    callback = CompileLater(None, 0.7, Speed(), is_compiled=True)
+    started = []
+    callback = CompileLater(None, 0.7, Speed(), is_compiled=True, start_graphs=lambda: started.append(step))
     callback.on_train_begin()
     now[0] += 100  # until the first batch is there
     for step in range(1, 21):
@@ -233,6 +234,7 @@ def test_a_run_that_is_compiled_from_its_first_step_measures_compilation_too(mon
         "Speed: compilation took 40 s; a step takes 0.4 s.",
     ]
     assert compilation.expect(layers, 0.7) == Expected(pytest.approx(24), 0.3, is_measured=True)
+    assert started == [8]
 
 
 # compile_layers, rows, whether it fits uncompiled and compiled -> compiled from the first step, measured for later
@@ -259,9 +261,7 @@ def test_when_layers_are_compiled_depends_on_recipe_rows_and_memory(monkeypatch,
     monkeypatch.setattr(build, "fits", lambda needs: fits)
     started = []
     monkeypatch.setattr(build.speedups, "prepare_graphs", lambda trainer: lambda: started.append(trainer))
-    monkeypatch.setattr(
-        build, "CompileLater", lambda *args, is_compiled=False, otherwise=None: f"compiled: {is_compiled}"
-    )
+    monkeypatch.setattr(build, "CompileLater", lambda *args, is_compiled, start_graphs: f"compiled: {is_compiled}")
     arguments = types.SimpleNamespace(compile_layers=asked, activation_memory_budget=0.7)
     recipe, callbacks = types.SimpleNamespace(arguments=arguments, values={}), []
     trainer = types.SimpleNamespace(model=None, speed=None, add_callback=callbacks.append)

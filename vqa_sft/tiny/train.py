@@ -58,7 +58,7 @@ class Pictures:
 
     pixels: torch.Tensor  # (N, 84, 84, 3) uint8
     kinds: torch.Tensor  # (N,) index into KIND_NAMES
-    input_ids: torch.Tensor  # (N, P, T) int16, padded on the right
+    input_ids: torch.Tensor  # (N, P, T) int16, padded on the right to the longest
     image_starts: torch.Tensor  # (N, P) position of the first picture token
     answer_starts: torch.Tensor  # (N, P) position of the first answer token
     lengths: torch.Tensor  # (N, P)
@@ -123,14 +123,21 @@ def draw_pictures(processor_path: Path, settings: Settings) -> list[Pictures]:
 
 
 def _join(parts: list[tuple[np.ndarray, ...]]) -> Pictures:
-    return Pictures(*(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)))
+    pictures = Pictures(*(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True)))
+    longest = _round_up(int(pictures.lengths.max()))
+    pictures.input_ids = pictures.input_ids[..., :longest].contiguous()
+    return pictures
+
+
+def _round_up(num_tokens: int) -> int:
+    """Attention kernels want masks whose rows are a multiple of 8."""
+    return -(-num_tokens // 8) * 8
 
 
 def _draw_chunk(job: tuple[Settings, str, int, int, int]) -> tuple[np.ndarray, ...]:
     settings, processor_path, seed, start, stop = job
     processor, picture = _load_processor(processor_path), FAMILIES[settings.family].picture
-    # Attention kernels want masks whose rows are a multiple of 8.
-    max_tokens = -(-(MAX_TEXT_TOKENS + picture.count(processor.image_token)) // 8) * 8
+    max_tokens = _round_up(MAX_TEXT_TOKENS + picture.count(processor.image_token))
     num = stop - start
     pixels = np.empty((num, PICTURE_PX, PICTURE_PX, 3), np.uint8)
     kinds = np.empty(num, np.int16)

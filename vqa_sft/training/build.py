@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -193,8 +192,10 @@ def _speed_up(trainer: AnswerTrainer, recipe: Recipe, num_rows: int, setup: Mode
     if is_open and fits_uncompiled and not fits_compiled:
         speedups.say("layers are not compiled: by estimate they would not fit the GPU's memory")
     is_compiled = speedups.speed_up_training(trainer, compile_layers=compiles, memory_budget=budget)
-    how: dict[str, Any] = {"is_compiled": True} if is_compiled else {"otherwise": speedups.prepare_graphs(trainer)}
+    start_graphs = speedups.prepare_graphs(trainer)
     if is_compiled or later:  # later, all processes of a launch decide together
-        trainer.add_callback(CompileLater(trainer.model, budget, trainer.speed, **how))
+        trainer.add_callback(
+            CompileLater(trainer.model, budget, trainer.speed, is_compiled=is_compiled, start_graphs=start_graphs)
+        )
     else:
-        how["otherwise"]()
+        start_graphs()

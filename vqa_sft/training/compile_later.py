@@ -5,8 +5,8 @@
     step 6 to 8        compiled, if they are: with the compilation itself, not measured
     step 9 to 13       measured, for the next run on this machine (models/fast/compilation.py)
 
-Where they are not, CUDA graphs begin at step 6, if there are some (models/fast/training_graphs.py). Of compiled layers
-there are none: on an H200 their test failed (torch 2.11), and why is not known yet.
+Then CUDA graphs begin, if there are some (models/fast/training_graphs.py): at step 14, or at step 6 where layers are
+not compiled.
 
 Where layers are compiled from the first step on (`compile_layers: true`), the last two lines begin there.
 """
@@ -32,8 +32,8 @@ COMPILING, MEASURED_COMPILED = 3, 5
 
 class CompileLater(TrainerCallback):
     """Compiles the layers of `model`, adapted or not, after a few steps if the steps left pay for it; `speed` then
-    counts from zero. Of layers that are compiled already it measures what that took. `otherwise` is called when it is
-    settled that layers are not compiled."""
+    counts from zero. Of layers that are compiled already it measures what that took. `start_graphs` is called when all
+    of this is done."""
 
     def __init__(
         self,
@@ -42,12 +42,12 @@ class CompileLater(TrainerCallback):
         speed: Speed,
         *,
         is_compiled: bool = False,
-        otherwise: Callable[[], None] = lambda: None,
+        start_graphs: Callable[[], None] = lambda: None,
     ) -> None:
         self.base: PreTrainedModel = base_of(model)
         self.layers = layers_to_compile(self.base)
         self.memory_budget, self.speed, self.is_compiled = memory_budget, speed, is_compiled
-        self.otherwise = otherwise
+        self.start_graphs = start_graphs
         self.num_steps = 0  # of this process; a resumed run begins with those of an earlier one
         self.start_s = self.step_s = self.first_s = 0.0
         self.expected: Expected | None = None  # once layers are compiled
@@ -70,12 +70,13 @@ class CompileLater(TrainerCallback):
             self.step_s = (self.speed.clock_s() - self.start_s) / MEASURED
             self.decide(state.global_step, state.max_steps)
             if self.expected is None:
-                self.otherwise()
+                self.start_graphs()
         elif self.expected is not None and self.num_steps == WARM_UP + MEASURED + COMPILING:
             self.first_s = self.speed.clock_s() - self.start_s
             self.start_s += self.first_s
         elif self.expected is not None and self.num_steps == WARM_UP + MEASURED + COMPILING + MEASURED_COMPILED:
             self.learn((self.speed.clock_s() - self.start_s) / MEASURED_COMPILED)
+            self.start_graphs()
 
     def decide(self, step: int, max_steps: int) -> None:
         """Compile or not, and print which. The times of processes differ: those of the main process count."""
