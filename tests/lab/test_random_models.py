@@ -63,8 +63,9 @@ def test_a_folder_without_weights_loads_as_the_real_model_does(small_folder, nam
     assert logits.isfinite().all() and logits.std() > 0.01
 
 
-def test_weights_that_are_rounded_when_they_are_loaded_are_drawn_too(small_folder):
-    folder = small_folder("Qwen/Qwen3-VL-2B-Instruct")
+@pytest.mark.parametrize("name, num_biases", [("Qwen/Qwen3-VL-2B-Instruct", 0), ("Qwen/Qwen2.5-VL-3B-Instruct", 3)])
+def test_weights_that_are_rounded_when_they_are_loaded_are_drawn_too(small_folder, name, num_biases):
+    folder = small_folder(name)
     four_bit = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["visual", "lm_head"])
     model, loaded = AutoModelForImageTextToText.from_pretrained(
         folder, quantization_config=four_bit, dtype=torch.float32, output_loading_info=True
@@ -72,6 +73,8 @@ def test_weights_that_are_rounded_when_they_are_loaded_are_drawn_too(small_folde
     assert not loaded["missing_keys"]
     weight = model.model.language_model.layers[0].mlp.up_proj.weight
     assert weight.dtype == torch.uint8 and weight.float().std() > 10
+    biases = [values for key, values in model.named_parameters() if "layers.0" in key and key.endswith("bias")]
+    assert len(biases) == num_biases and all(0.01 < values.std() < 0.03 for values in biases)
 
 
 @pytest.mark.parametrize("name", ONE_A_FAMILY)

@@ -162,13 +162,13 @@ def draw_weights() -> None:
 
     def load_or_draw(model: PreTrainedModel, state_dict: Any, files: Any, load_config: Any, *args: Any) -> tuple:
         if _is_drawn(load_config.pretrained_model_name_or_path):
-            # transformers initialises what is missing; what is quantised as it is loaded must be there.
+            # transformers initialises what is missing; layers that are quantised as they are loaded must be there.
             quantizer, state_dict, load_config = load_config.hf_quantizer, {}, _placed(load_config)
             if quantizer is not None:
-                weights = model.state_dict().items()
-                state_dict = {
-                    key: _Drawn(w.shape) for key, w in weights if quantizer.param_needs_quantization(model, key)
-                }
+                shapes = {key: weight.shape for key, weight in model.state_dict().items()}
+                drawn = {key for key in shapes if quantizer.param_needs_quantization(model, key)}
+                drawn |= {key.removesuffix("weight") + "bias" for key in drawn} & shapes.keys()
+                state_dict = {key: _Drawn(shapes[key]) for key in shapes if key in drawn}
         return load(model, state_dict, files, load_config, *args)
 
     def finish_drawn(model: PreTrainedModel, load_config: Any, info: Any) -> Any:
