@@ -241,10 +241,6 @@ def on_gpu(packed):
     return model, batches_of, rows, letter_ids.cuda()
 
 
-# Training has no graphs of compiled layers for this (training/build.py).
-NOT_YET = pytest.mark.xfail(reason="failed on an H200 with torch 2.11, why is not known")
-
-
 def train_steps(model, batches, letter_ids, num_steps=5):
     """Losses of every micro-batch and the trained weights; one step is all `batches`. Then weights are as before."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -265,7 +261,7 @@ def train_steps(model, batches, letter_ids, num_steps=5):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=NOT_YET)], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_cuda_graphs_train_as_the_forward_and_the_backward_do(on_gpu, compiled):
     model, batches_of, rows, letter_ids = on_gpu
     base, batches = speedups.base_of(model), batches_of(rows[:3], rows[3:], rows[1:2])
