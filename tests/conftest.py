@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 import tempfile
@@ -37,6 +38,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.medium)
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.timeout(1800))  # others have 300 s (setup.cfg)
+
+
+def pytest_runtest_logfinish():
+    # A training ends with a collection, which would look at every object of the libraries: half a second each time.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
 
 
 def pytest_addoption(parser):
