@@ -127,7 +127,8 @@ def nll_of_new_rows(num_rows, temperature, scale, seed):
 
     def rows(number):
         logits = rng.normal(scale=scale, size=(number, 4))
-        return logits * temperature, [int(rng.choice(4, p=row)) for row in softmax(logits)]
+        chosen = np.cumsum(softmax(logits), axis=1) < rng.random((number, 1))  # as rng.choice draws, row by row
+        return logits * temperature, chosen.sum(axis=1).tolist()
 
     own, (logits, answers) = rows(num_rows), rows(5000)
     found = [fit_temperature(*own).temperature, fit(*own, may_have_bias=False).temperature]
