@@ -15,11 +15,12 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 # Imports once, and then runs the groups of commands that it is asked for, those of a group at once, each in a process
 # of its own; prints the processes of a group, and their exit codes when they have ended.
 FORKS = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys
 from vqa_sft.environment import set_library_defaults
 
 set_library_defaults()
 import vqa_sft.inference.scorer, vqa_sft.models.memory.out_of_memory, vqa_sft.training.trainer
+gc.freeze()  # or the end of every process copies all of this
 
 def begin(path, command, environment):
     if pid := os.fork():
