@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 import tempfile
@@ -39,9 +40,26 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(1800))  # others have 300 s (setup.cfg)
 
 
+gc.disable()  # while libraries are imported, which are no garbage
+
+
+def pytest_collection_finish():
+    gc.enable()
+
+
+def pytest_runtest_logfinish():
+    # A training ends with a collection, which would look at every object of the libraries: half a second each time.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often the run of three folds is killed")
-    parser.addoption("--calls", type=int, default=64, help="of a Predictor by 16 threads")
+    parser.addoption("--calls", type=int, default=48, help="of a Predictor by 16 threads")
     parser.addoption("--starts", type=int, default=1, help="how often two of a kind are started at once")
 
 

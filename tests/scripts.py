@@ -8,17 +8,19 @@ import os
 import select
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 # Imports once, and then runs the groups of commands that it is asked for, those of a group at once, each in a process
 # of its own; prints the processes of a group, and their exit codes when they have ended.
 FORKS = """
-import json, os, runpy, sys
+import gc, json, os, runpy, sys
 from vqa_sft.environment import set_library_defaults
 
 set_library_defaults()
 import vqa_sft.inference.scorer, vqa_sft.models.memory.out_of_memory, vqa_sft.training.trainer
+gc.freeze()  # or the end of every process copies all of this
 
 def begin(path, command, environment):
     if pid := os.fork():
@@ -49,6 +51,10 @@ def run_script(name, *arguments):
     sys.argv = [str(script), *map(str, arguments)]
     try:
         module.main()
+    except SystemExit as end:
+        # Let go of what failed: a data loader that is garbage waits five seconds for each of its workers.
+        traceback.clear_frames((end.__context__ or end).__traceback__)
+        raise
     finally:
         sys.argv = before
 

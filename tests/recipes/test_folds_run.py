@@ -39,7 +39,7 @@ def arguments(tmp_path_factory):
         ids = [row["id"] for row in csv.DictReader(file)]
     write_folds(folder / "folds.csv", ids, [-1 if i < 4 else i % 3 for i in range(len(ids))])
     values = {"model_name_or_path": TINY_PATH, "train_data": train, "folds_file": folder / "folds.csv", "fold": "all"}
-    values |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True, "num_train_epochs": 3}
+    values |= {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True, "num_train_epochs": 2}
     values |= {"gradient_checkpointing": False, "disable_tqdm": True, "dataloader_num_workers": 0}
 
     def tokens(output_dir, **changes):

@@ -43,6 +43,15 @@ def base():
     return load_base(TINY_PATH)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def texts():
+    """The tokenizer's, drawn once for the trainings of all families: that takes four seconds."""
+    texts = tokenizer_texts()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vqa_sft.tiny.train.tokenizer_texts", lambda: texts)
+        yield texts
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
@@ -132,8 +141,8 @@ def test_any_text_survives_the_tokenizer(base):
     assert base[0].tokenizer.decode(base[0].tokenizer(text)["input_ids"]) == text
 
 
-def test_the_code_builds_the_tokenizer_of_the_base(base):
-    assert build_tokenizer(tokenizer_texts()).get_vocab() == base[0].tokenizer.get_vocab()
+def test_the_code_builds_the_tokenizer_of_the_base(base, texts):
+    assert build_tokenizer(texts).get_vocab() == base[0].tokenizer.get_vocab()
 
 
 # ---- drawing
@@ -220,11 +229,11 @@ class NothingFromTheCpu(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_by_graph_is_the_step_without_and_reads_nothing(tmp_path, monkeypatch, family):
+def test_a_step_by_graph_is_the_step_without_and_reads_nothing(tmp_path, monkeypatch, texts, family):
     # That of torch looks at its values, on a CPU alone.
     monkeypatch.setattr(F, "one_hot", lambda places, size: (places[..., None] == torch.arange(size)).long())
     settings = Settings(family, pictures=12, batch_size=4, workers=0)
-    processor = FAMILIES[family].build_processor(build_tokenizer(tokenizer_texts()))
+    processor = FAMILIES[family].build_processor(build_tokenizer(texts))
     processor.save_pretrained(tmp_path)
     pictures, _ = draw_pictures(tmp_path, settings)
     rows = torch.arange(12).split(4)

@@ -112,8 +112,8 @@ def test_smoothing_spreads_over_the_letters_and_trains_the_right_one(families, c
             num_rows=8,
             shuffle_choices=False,
             own={"letter_smoothing": smoothing},
-            max_steps=80,
-            learning_rate=1e-2,
+            max_steps=40,
+            learning_rate=2e-2,
             lr_scheduler_type="constant",
             save_strategy="no",
         )

@@ -82,7 +82,7 @@ def test_fused_adapters_give_the_logits_and_gradients_of_separate_ones(road, com
     decoder = model.get_base_model().get_decoder()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     assert fused_lora.fuse(decoder) == (len(decoder.layers),) * 2
-    for layer in decoder.layers if compiled else []:
+    for layer in decoder.layers[:1] if compiled else []:  # tracing takes three seconds a layer
         layer.forward = torch.compile(layer.forward, dynamic=True, backend="aot_eager", fullgraph=True)
     assert_same(gradients_of(model, batch, letter_ids), plain)
     for name, tensor in model.state_dict().items():
