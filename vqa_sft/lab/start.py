@@ -24,7 +24,7 @@ from typing import Any
 
 from vqa_sft.console import table
 from vqa_sft.errors import exits_with_message
-from vqa_sft.lab.benchmark import FIXED, QWEN_7B
+from vqa_sft.lab.benchmark_cases import FIXED, QWEN_7B
 
 BATCH_SIZE = 16
 NUM_IMAGES = 1008  # rows beyond come again
