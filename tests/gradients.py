@@ -1,5 +1,7 @@
 """Logits and gradients of two ways to compute the same."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,24 @@ def road_of(folder, contest):
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.1)
     return model, processor, find_letter_ids(processor, 4), rows
+
+
+@contextmanager
+def compiler():
+    """What `compile_layers` sets of torch is put back, and what was compiled is forgotten."""
+    configs = {
+        torch._dynamo.config: ("recompile_limit", "suppress_errors", "optimize_ddp", "specialize_float"),
+        torch._functorch.config: ("activation_memory_budget", "autograd_cache_allow_custom_autograd_functions"),
+        torch.compiler.config: ("cache_key_tag",),
+    }
+    before = [(config, name, getattr(config, name)) for config, names in configs.items() for name in names]
+    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        for config, name, value in before:
+            setattr(config, name, value)
+        torch._dynamo.reset()
 
 
 def gradients_of(model, batch, letter_ids):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from captures import Capture
 from contest import rows_of, write_csv
-from gradients import road_of
+from gradients import compiler, road_of
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
@@ -96,11 +96,8 @@ def test_a_run_that_is_compiled_later_goes_by_graphs_then(families, able, run_of
     monkeypatch.setattr(compilation, "remember", lambda *args: None)
     monkeypatch.setattr(build, "fits", lambda needs: (True, True))
     monkeypatch.setattr(speedups, "may_compile_later", lambda trainer: True)
-    torch._dynamo.reset()
-    limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "suppress_errors")}
-    with torch._dynamo.config.patch(optimize_ddp=True, **limits), torch._functorch.config.patch():
+    with compiler():
         found = run_of(model, True, max_steps=20, num_train_epochs=8)
-    torch._dynamo.reset()
     assert mlps and all(mlp._compiled_call_impl is not None for mlp in mlps)
     decoder, tower = Counted.made
     # From step 14 on, in which every shape comes once as it is.

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from gradients import PACKED_FAMILIES, assert_same, gradients_of, road_of
+from gradients import PACKED_FAMILIES, assert_same, compiler, gradients_of, road_of
 from peft import get_peft_model
 from transformers import AutoConfig
 from trl import ModelConfig
@@ -147,16 +147,12 @@ def test_compiled_layers_stay_one_graph_each_under_ddp(families, monkeypatch):
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
     model = load_model(ModelConfig(families("qwen2_5_vl")), "fp32")
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    # What speed_up sets is as before after the test.
-    limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "suppress_errors")}
-    tag = torch.compiler.config.cache_key_tag
-    with torch._dynamo.config.patch(optimize_ddp=True, **limits), torch._functorch.config.patch():
+    with compiler():
         before = num_graphs_under_ddp()
         with monkeypatch.context() as patched:
             patched.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
             speedups.speed_up(model, compile_layers=True)
         assert (before, num_graphs_under_ddp()) == (2, 1)
-    torch.compiler.config.cache_key_tag = tag
     torch.distributed.destroy_process_group()
 
 

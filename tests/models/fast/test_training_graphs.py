@@ -3,7 +3,7 @@
 import pytest
 import torch
 from captures import Capture
-from gradients import assert_same, gradients_of, road_of
+from gradients import assert_same, compiler, gradients_of, road_of
 from test_graphs import NeverWaits
 from torch import nn
 from torch.testing import assert_close
@@ -205,9 +205,7 @@ def test_compiled_layers_are_compiled_before_a_capture_and_never_inside(packed):
             assert compilation.num_compilations() == before > 0
             return replays
 
-    torch._dynamo.reset()
-    limits = {name: getattr(torch._dynamo.config, name) for name in ("recompile_limit", "suppress_errors")}
-    with torch._dynamo.config.patch(optimize_ddp=True, **limits), torch._functorch.config.patch():
+    with compiler():
         # The MLPs alone: on a CPU attention over rows of different lengths is no graph.
         mlps = [layer.mlp for layer in base.get_decoder().layers]
         compilation.compile_layers(base, mlps, 1.0, backend="aot_eager")
@@ -216,7 +214,6 @@ def test_compiled_layers_are_compiled_before_a_capture_and_never_inside(packed):
             for batch, expected in zip(batches, plain, strict=True):
                 assert_same(gradients_of(model, batch, letter_ids), expected)
         assert graphed.is_able and graphed.capture.count == len(graphed.graphs) >= 2
-    torch._dynamo.reset()
 
 
 @pytest.fixture

@@ -130,6 +130,9 @@ def compile_layers(base: PreTrainedModel, layers: Sequence[nn.Module], memory_bu
     # Else DDP has each layer cut in two at the size of its first bucket, though its own gradients are sent while the
     # layer before it computes anyway.
     torch._dynamo.config.optimize_ddp = False
+    # Else Python's floats, such as an adapter's factor, are tensors on the CPU, for which the graphs of a GPU hold C++
+    # code: to build it torch asks g++ in every process what the CPU can (11 s on two cores, cached code or not).
+    torch._dynamo.config.specialize_float = True
     # Without it no graph that holds a function of ours with a backward of its own (fused_lora.py, attention.py) is read
     # from AOTAutograd's cache, and the next process traces and splits it again. They are pure functions of tensors.
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
