@@ -41,6 +41,7 @@ def speed_up_experts(decoder: nn.Module) -> int:
         for wrapper in wrappers:
             b, dtype = _by_expert(wrapper), _weight(wrapper).dtype
             wrapper.wide_b = torch.empty(b.shape, dtype=dtype, device=b.device)
+            torch._dynamo.mark_static(wrapper.wide_b)  # as a parameter is
         decoder.forward = partial(_forward_refreshed, wrappers, decoder.forward)
     return len(wrappers) // 2
 

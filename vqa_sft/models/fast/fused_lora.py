@@ -172,6 +172,7 @@ def _beside(layers: Sequence[Linear], *, rows: int = 0, columns: int = 0) -> tor
     wide = F.pad(torch.cat([base.weight.data for base in bases]), (0, columns, 0, rows))
     for base, weight in zip(bases, wide[: sum(num_outputs)].split(num_outputs), strict=True):
         base.weight.data = weight[:, : base.in_features]
+    torch._dynamo.mark_static(wide)  # as a parameter is: no graph asks for its sizes
     return wide
 
 
