@@ -53,7 +53,7 @@ class Predictor:
 
     Any number of threads may call it: while one scores, another prepares, and the others wait.
 
-    `warm_up` makes calls with few rows faster, `compile_layers` those with many.
+    `warm_up` makes calls with few rows faster, `compile_layers` those with many, and with few after `warm_up`.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Predictor:
         self.none_of_these = NONE_TEXT[recipe.get("prompt_language") or "en"] if has_none else None
         self.views.check(self.num_choices)
         self.scorer = scorer.load(groups[0], most_choices=self.num_choices, compile_layers=compile_layers)
-        self.compile_layers, self.has_graphs = compile_layers, False
+        self.has_graphs = False
         self.collators = self.scorer.collators(self.views)
         self.average_runs, self.batch_size = average_runs, batch_size
         # The tokenizer holds the padding of one call, and the model the adapter of one run.
@@ -143,9 +143,9 @@ class Predictor:
         """Score a question like those to come until it is as fast as they will be: one with images of their sizes, and
         a short text. From now on calls with few rows go by CUDA graphs where the GPU has compute capability 8.0 or
         newer and rows are packed: one is captured the second time that an image size and a length of text come, and
-        here for texts of up to `longer` tokens more. Layers that are compiled have none."""
+        here for texts of up to `longer` tokens more. Compiled layers stay so inside a graph."""
         with self._scoring:
-            if not (self.has_graphs or self.compile_layers):
+            if not self.has_graphs:
                 self.has_graphs = speedups.use_graphs(self.scorer.model)
         context = "" if self.has_context else None
         for more in range(0, longer + 1 if self.has_graphs else 1, MULTIPLE):

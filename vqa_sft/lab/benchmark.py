@@ -151,7 +151,8 @@ def run_case(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     elif case.kind == "train":
         _inside("recipes/sft.py", recipe, inside, work, case.num_gpus)
     elif case.kind == "latency":
-        _inside("predictor", [str(work / case.scores), str(data), str(args.tiny)], inside, work)
+        how = {"use_cpu": args.tiny} | case.how
+        _inside("predictor", [str(work / case.scores), str(data), json.dumps(how)], inside, work)
     else:  # scores the run that an earlier case trained
         runs = [work / case.scores] + [work / f"{case.scores} {number}" for number in range(2, case.num_runs + 1)]
         for copy in runs[1:]:

@@ -111,7 +111,9 @@ def standard_cases() -> list[Case]:
             cases.append(Case(f"{size} score, rotations", **turned))
             cases.append(Case(f"{size} score, ten candidates", **score | {"data": CANDIDATES}))
             cases.append(Case(f"{size} score, rotations, five runs", **turned | {"num_runs": 5}))
-            cases.append(Case(f"{size} one row at a time", **score | {"kind": "latency", "batch_size": 1}))
+            one = score | {"kind": "latency", "batch_size": 1}
+            cases.append(Case(f"{size} one row at a time", **one))
+            cases.append(Case(f"{size} one row at a time, compiled", **one | {"how": {"compile_layers": True}}))
         if shape == QWEN_3B:
             cases.append(Case(f"{size} score", "score", shape, batch_size=32, scores=f"{size} train"))
     for family in FAMILIES:

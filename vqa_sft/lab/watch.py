@@ -214,11 +214,11 @@ def _watch_scoring(watch: Watch) -> None:
     LetterModel.letter_logits = score_watched  # type: ignore[assignment]
 
 
-def run_predictor(watch: Watch, run: str, data: str, use_cpu: str) -> None:
-    """`vqa_sft.Predictor` on one row after another, each waited for."""
+def run_predictor(watch: Watch, run: str, data: str, how: str) -> None:
+    """`vqa_sft.Predictor` on one row after another, each waited for; `how`: JSON of its arguments."""
     from vqa_sft import Predictor
 
-    predict = Predictor(run, use_cpu=use_cpu == "True")
+    predict = Predictor(run, **json.loads(how))
     with (Path(data) / "test.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     first = rows[0]
