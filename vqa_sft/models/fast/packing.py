@@ -123,9 +123,8 @@ class Packer:
     def check_images(self, batch: dict[str, Any], input_ids: torch.Tensor) -> None:
         """Raises InputError where image tokens and features are not as many: the GPU would know too late (vision.py).
 
-        Processors count the images of a prompt, and write as many tokens as their grids say; texts hold no control
-        tokens. The collator, which writes them for features on disk and shared images, does not count: left is a
-        chat template that leaves images out.
+        The collator writes as many tokens for an image of a prompt as its grid says, and texts hold no control tokens:
+        left is a chat template that leaves images out.
         """
         if not self.has_grids:
             return
