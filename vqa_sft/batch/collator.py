@@ -189,7 +189,7 @@ class AnswerCollator:
                 # Llama 4's processor gives pixels in bf16, which a model in fp32 does not take; autocast takes both.
                 half = [name for name, value in inputs.items() if getattr(value, "dtype", None) in HALF]
                 return inputs | {name: inputs[name].float() for name in half}
-            # The processor's two halves: what it does around them takes a fifth of its time.
+            # The processor's two halves, as where features are stored or images shared.
             flat = [image for of_row in images for image in of_row]
             vision_inputs = process_images(self.processor, flat, self.scale)
         grids = vision_inputs["image_grid_thw"]
