@@ -271,7 +271,7 @@ def test_bad_input_to_training_ends_with_a_message_before_any_weight_is_loaded(f
     fails(sft, model, run, lora_rr=8, says="Did you mean `lora_r`")
     fails(sft, model, run, train_data=contest / "none.csv", says="no such file")
     fails(sft, model, run, image_root=tmp_path, says="image is missing: rows row_000 (images/000.png), row_001")
-    fails(sft, tmp_path / "no_model", run, says="cannot be loaded")
+    fails(sft, tmp_path / "no_model", run, says="cannot be loaded: there is no such folder. Check the path.")
     fails(
         sft,
         families("llava"),

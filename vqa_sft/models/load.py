@@ -66,7 +66,7 @@ def load_processor(
     try:
         processor = AutoProcessor.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except LOADING_ERRORS as error:
-        raise _cannot_load(name, error) from error
+        raise cannot_load(name, error) from error
     if not isinstance(processor, ProcessorMixin):
         raise InputError(
             f"{name} has no processor for images and text, as models that read text alone have none; got "
@@ -101,7 +101,7 @@ def read_config(
             name, revision=model_args.model_revision, trust_remote_code=trust_remote_code
         )
     except LOADING_ERRORS as error:
-        raise _cannot_load(name, error) from error
+        raise cannot_load(name, error) from error
     if config.is_encoder_decoder:
         raise InputError(
             f"{name} is an encoder-decoder ({config.model_type}); the letter is read after the prompt, which only a "
@@ -176,7 +176,7 @@ def load_model(
                 **told,
             )
     except LOADING_ERRORS as error:
-        raise _cannot_load(name, error) from error
+        raise cannot_load(name, error) from error
     _check_weights(name, model, loaded)
     quantized.unpack(model)
     if told:
@@ -288,12 +288,16 @@ def avoid_math_attention() -> None:
         sdpa_attention.use_gqa_in_sdpa = lambda *args, **kwargs: False
 
 
-def _cannot_load(name: str, error: Exception) -> InputError:
+def cannot_load(name: str, error: Exception) -> InputError:
+    """What to say of a model that the libraries could not load."""
     if "custom code" in str(error):
         return InputError(
             f"the model {name!r} brings code of its own. Set trust_remote_code: true if you trust it, or take the same "
             "model in the format of transformers (some end in -hf)."
         )
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1  # which no name on the Hub is
+    if is_path and not Path(name).exists():
+        return InputError(f"the model {name!r} cannot be loaded: there is no such folder. Check the path.")
     lines = str(error).strip().splitlines() or [type(error).__name__]
     is_found = Path(name).exists() or isinstance(error, ImportError)  # a package is missing (SmolVLM's num2words)
     where = "" if is_found else " Check the name or path, and the network."

@@ -275,7 +275,7 @@ def test_what_cannot_be_said_ends_with_exit_code_2(run, families, tmp_path):
         ((recipe, "--gpu-gib", "nan"), "--gpu-gib must be above 0"),
         ((recipe, "--text-tokens", 0), "--text-tokens must be above 0"),
         ((recipe, "--lora_rr", 8), "Did you mean `lora_r`"),
-        ((recipe, "--model_name_or_path", tmp_path / "none"), "cannot be loaded"),
+        ((recipe, "--model_name_or_path", tmp_path / "none"), "cannot be loaded: there is no such folder"),
         ((recipe, "--lora_target_modules", "nope"), "has no 'nope' (nearest: "),
     ):
         code, out, err = run("memory", *arguments)

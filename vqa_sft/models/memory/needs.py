@@ -19,7 +19,7 @@ from vqa_sft.errors import explains
 from vqa_sft.models import fp8_base, quantized
 from vqa_sft.models.families import PACKED
 from vqa_sft.models.fast import attention, compilation, fused_lora, packing
-from vqa_sft.models.load import DTYPES, LOADING_ERRORS
+from vqa_sft.models.load import DTYPES, LOADING_ERRORS, cannot_load
 from vqa_sft.models.lora import lora_config
 from vqa_sft.models.memory.count import Counted, How
 from vqa_sft.models.memory.images import MAX_PIXELS, Images, patch_and_merge, see_images
@@ -103,8 +103,10 @@ def read_config(model_args: ModelConfig, *, trust_remote_code: bool = False) -> 
     except LOADING_ERRORS:  # not on this machine
         if name in SHAPES:
             return shape_config(name), f"{name} is not on this machine; its published shape is used."
-    with explains(LOADING_ERRORS, f"the configuration of {name!r} cannot be loaded"):
+    try:
         return AutoConfig.from_pretrained(name, **source), ""
+    except LOADING_ERRORS as error:
+        raise cannot_load(name, error) from error
 
 
 def read_shape(model_args: ModelConfig, config: PreTrainedConfig, **adapted_parts: bool) -> Shape:
