@@ -20,6 +20,10 @@ PACKAGES = {
         "dacite": "dacite",
         "json_repair": "json-repair",
         "qwen_vl_utils": "qwen-vl-utils",
+        "pydantic": "pydantic",
+        "pydantic_core": "pydantic-core",
+        "annotated_types": "annotated-types",
+        "typing_inspection": "typing-inspection",
     }
 }
 
