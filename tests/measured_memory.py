@@ -33,6 +33,8 @@ T4 = {"bits": 4, "nested": True, "checkpointing": True, "attention": "repeated"}
 FIXED = plans(167, shared_tokens=22)  # rows of docs/measurements/speed.md
 MIXED = plans(105, shared_tokens=22)  # images of mixed sizes that reach their limit
 OTHERS = plans(174, shared_tokens=22)  # the same rows in the templates of other families
+COMPILED = functools.partial(OTHERS, fused_attention=True, **LESS)
+GEMMA, BUDGET = "google/gemma-4-12B-it", 280 * 48**2
 POINTS = [
     Point(B7, plans(167)(16, eval_batch=16, **LESS), 37.7, within=3),
     Point(B7, FIXED(12, compiled=True, memory_budget=0.2), 22.0, within=3),
@@ -47,22 +49,22 @@ POINTS = [
     # One H200, torch 2.11; `fast=False` is TRL by default.
     Point("OpenGVLab/InternVL3_5-8B-HF", OTHERS(16, checkpointing=True, **LESS), 28.4, within=5),
     Point("Qwen/Qwen3.5-9B", OTHERS(16), 73.7, within=5),
-    Point("google/gemma-4-12B-it", replace(OTHERS(16, checkpointing=True), max_pixels=280 * 48**2), 31.1, within=5),
+    Point(GEMMA, OTHERS(16, checkpointing=True, max_pixels=BUDGET), 31.1, within=5),
     Point(B8, FIXED(16, **LESS), 34.0, within=15),
     Point(B8, OTHERS(8, fast=False, checkpointing=True), 19.6, within=5),
     Point("OpenGVLab/InternVL3_5-8B-HF", OTHERS(8, fast=False, checkpointing=True), 19.9, within=5),
     Point("Qwen/Qwen3.5-9B", OTHERS(8, fast=False, checkpointing=True), 20.3, within=10),
-    Point(
-        "google/gemma-4-12B-it",
-        replace(OTHERS(8, fast=False, checkpointing=True), max_pixels=280 * 48**2),
-        26.9,
-        within=5,
-    ),
+    Point(GEMMA, OTHERS(8, fast=False, checkpointing=True, max_pixels=BUDGET), 26.9, within=5),
     # As a T4 sees them, recipes as they stand; Qwen3.5 in plain PyTorch.
     Point("Qwen/Qwen3.5-4B", replace(MIXED(4, eval_batch=8, kernels=False, **T4), max_pixels=384**2), 5.04, 10, 16),
     Point("google/gemma-4-E4B-it", replace(MIXED(4, eval_batch=8, **T4), max_pixels=140 * 48**2), 10.67, 5, 16),
     Point(B30, OTHERS(8, fast=False, checkpointing=True), 59.8, within=5),
     Point(B30, OTHERS(8, fast=False, checkpointing=True), 79.8, within=5, adapt_experts=True),
+    Point(GEMMA, COMPILED(16, max_pixels=BUDGET), 67.0, within=5),
+    Point(GEMMA, COMPILED(16, max_pixels=BUDGET, memory_budget=1), 86.9, within=5),
+    Point("Qwen/Qwen3.5-9B", COMPILED(16), 38.4, within=5),
+    Point("Qwen/Qwen3.5-9B", COMPILED(32), 56.0, within=5),
+    Point(B30, COMPILED(16), 70.3, within=5),
 ]
 
 

@@ -13,9 +13,17 @@ from trl import ModelConfig
 from vqa_sft.config.training import RecipeArguments
 from vqa_sft.errors import InputError
 from vqa_sft.models import shapes
-from vqa_sft.models.fast import fused_lora
+from vqa_sft.models.fast import compilation, fused_lora
 from vqa_sft.models.lora import lora_config
-from vqa_sft.models.memory.estimate import counted, estimate, kept_by_compiled_layer, need_gib, scoring_gib
+from vqa_sft.models.memory import count
+from vqa_sft.models.memory.estimate import (
+    counted,
+    estimate,
+    kept_by_compiled_kinds,
+    kept_by_compiled_layer,
+    need_gib,
+    scoring_gib,
+)
 from vqa_sft.models.memory.images import read_images, see_images
 from vqa_sft.models.memory.kernels import choose_all
 from vqa_sft.models.memory.needs import Plan, read_shape, with_images
@@ -128,6 +136,7 @@ def test_what_a_layer_keeps_is_what_autograd_saves(small, how, fused):
     plan = Plan(1, compiled=how.get("compiled", False), fused=fused)
     if plan.compiled:
         kept = sum(sum(part.values()) for part in kept_by_compiled_layer(shape, plan))
+        assert kept_by_compiled_kinds(shape, plan)[0].token == kept
     else:
         kept = counted(shape, plan).kinds[0].kept.token  # the last layer is another kind
     fused = fused and how in ({}, {"compiled": True})
@@ -207,6 +216,24 @@ def inside(context, forward):
             return forward(*args, **kwargs)
 
     return run
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5", "qwen3_vl_moe", "gemma4_unified"])
+@pytest.mark.parametrize("budget", [1, 0.7])
+def test_what_compiled_layers_keep_is_counted_for_any_number_of_tokens(families, monkeypatch, family, budget):
+    shape, plan = of_tiny(families, family)
+    plan, before = replace(plan, compiled=True, memory_budget=budget), compilation.num_compilations()
+    found = kept_by_compiled_kinds(shape, plan)
+    rows, length = 11, 601
+    monkeypatch.setattr(count, "COMPILED_ROWS", rows)
+    monkeypatch.setattr(count, "COMPILED_LENGTH", length)
+    monkeypatch.setattr(count, "COMPILED_TOKENS", rows * length)
+    shape.compiled.clear()
+    others = kept_by_compiled_kinds(shape, plan)
+    for one, other in zip(found, others, strict=True):
+        if one is not None:  # the last layer of packed rows
+            assert one.of(rows * length, length) == pytest.approx(other.of(rows * length, length), rel=1e-3)
+    assert found[0].token > 0 and compilation.num_compilations() == before
 
 
 # --- what is special in some ------------------------------------------------------------------------------------------

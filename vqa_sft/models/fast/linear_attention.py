@@ -9,6 +9,7 @@ Exact: the same kernels, the same sum of four products in fp32. Goes when the li
 """
 
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,7 +26,12 @@ def speed_up_linear_attention(decoder: nn.Module) -> int:
         import fla.ops.gated_delta_rule.chunk  # noqa: F401
     except ImportError:
         return 0
-    modules = [layer.linear_attn for layer in getattr(decoder, "layers", ()) if hasattr(layer, "linear_attn")]
+    return use_operator(getattr(decoder, "layers", ()))
+
+
+def use_operator(layers: Iterable[nn.Module]) -> int:
+    """The same, whether its kernels are there or not."""
+    modules = [layer.linear_attn for layer in layers if hasattr(layer, "linear_attn")]
     known = [module for module in modules if _is_known(module)]
     for module in known:
         module.forward = types.MethodType(_forward, module)

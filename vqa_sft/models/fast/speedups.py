@@ -89,6 +89,11 @@ def keep_only_answers(layer: nn.Module) -> bool:
     return True
 
 
+def keeps_answers(forward: Callable[..., Any]) -> bool:
+    """Whether it is that of a layer which `keep_only_answers` has changed."""
+    return getattr(forward, "__func__", None) is _forward_keeping
+
+
 def _forward_keeping(
     layer: nn.Module,
     hidden_states: torch.Tensor,
@@ -136,7 +141,7 @@ def speed_up(model: nn.Module, *, compile_layers: bool = False, memory_budget: f
 def layers_to_compile(base: PreTrainedModel) -> list[nn.Module]:
     """The decoder's layers and, of a frozen vision tower, its blocks."""
     layers = [*getattr(base.get_decoder(), "layers", ())]  # Llama 4 has none here
-    if layers and getattr(layers[-1].forward, "__func__", None) is _forward_keeping:
+    if layers and keeps_answers(layers[-1].forward):
         layers.pop()  # of little work and a graph of its own, a third of the compilation
     if base.config.model_type in PACKED and vision.is_frozen(tower_of(base)):
         layers += tower_of(base).blocks

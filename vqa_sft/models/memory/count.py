@@ -2,18 +2,21 @@
 
 One layer of each kind (full or linear attention, sliding window, experts, ...) runs forward and backward as the library
 has it, with its adapter and under autocast, on tensors that have shapes and no values (FakeTensorMode). No formula for
-a family, no weights, a second or two. Bytes are those of storages that are alive. What GPUs compute by kernels of their
-own is replaced (kernels.py).
+a family, no weights, a second or two. Bytes are those of storages that are alive; of compiled layers, of those that
+torch.compile saves (`count_compiled`). What GPUs compute by kernels of their own is replaced (kernels.py).
 """
 
 import copy
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
+import torch._functorch.config as functorch_config
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,11 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vqa_sft.errors import InputError
-from vqa_sft.models.fast import expert_lora, fused_lora, speedups
+from vqa_sft.models.fast import expert_lora, fused_lora, linear_attention, speedups
 from vqa_sft.models.memory import kernels
 from vqa_sft.models.parts import decoder_layers
 
 LENGTHS = tuple(num * kernels.CHUNK for num in (4, 8, 16))  # tokens that are tried
+# With compiled layers these rows, or their tokens in one. Primes, so that a tensor's shape tells what it grows with: no
+# width of a model is a multiple of the length, or up to three more, as convolutions pad it.
+COMPILED_ROWS, COMPILED_LENGTH, CONVOLVED = 13, 491, 4
+COMPILED_TOKENS = COMPILED_ROWS * COMPILED_LENGTH
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class How:
     has_dropout: bool
     value_bytes: int  # of an activation; 2: under autocast
     weight_bytes: int  # of a weight that is not an adapter's
+    memory_budget: float | None = None  # of compiled layers
 
 
 @dataclass(frozen=True)
@@ -72,19 +80,26 @@ class Counted:
 
 def count_layers(decoder: nn.Module, how: How) -> Counted:
     """`decoder` is a language model on the meta device, with its adapter if it has one."""
-    try:
-        num_layers, runs, copies = _run(decoder, how)
-    except Exception as error:  # whatever a model raises that cannot do without values
-        said = (str(error).splitlines() or [""])[0][:100]
-        raise InputError(
-            f"the memory of {decoder.config.model_type} cannot be estimated: its layers do not run on tensors without "
-            f"values ({type(error).__name__}: {said})."
-        ) from error
+    with _explained(decoder):
+        num_layers, runs, copies = _run(decoder, how, [(1, length) for length in LENGTHS])
     kinds = []
     for place, num in enumerate(num_layers):
         kept, passed, temporaries = map(_fit, zip(*(run.layers[place] for run in runs), strict=True))
         kinds.append(Kind(num, kept, passed, temporaries))
     return Counted(tuple(kinds), _fit([sum(run.shared.values()) for run in runs]), copies)
+
+
+def count_compiled(decoder: nn.Module, how: How) -> tuple[Bytes | None, ...]:
+    """What one layer of each kind keeps, compiled with `how.memory_budget`; None: it is not compiled. torch's own
+    partitioner chooses what is kept and what is computed again. Its choice depends on the number of tokens; this is the
+    one for COMPILED_TOKENS."""
+    sizes = [(COMPILED_ROWS, COMPILED_LENGTH) if how.attention in kernels.MASKED else (1, COMPILED_TOKENS)]
+    budget = functorch_config.patch(activation_memory_budget=how.memory_budget)
+    # The graphs are none of the run's, which counts its own (fast/compilation.py).
+    num_graphs = mock.patch.dict(torch._dynamo.utils.counters["stats"])
+    with _explained(decoder), budget, torch._dynamo.config.patch(suppress_errors=False), num_graphs:
+        _, (run,), _ = _run(decoder, how, sizes)
+    return tuple(run.compiled)
 
 
 def _fit(sizes: Sequence[float]) -> Bytes:
@@ -96,17 +111,30 @@ def _fit(sizes: Sequence[float]) -> Bytes:
     return Bytes(sizes[0] - token * a - pair * a * a, token, pair)
 
 
+@contextmanager
+def _explained(decoder: nn.Module) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a model raises that cannot do without values
+        said = (str(error).splitlines() or [""])[0][:100]
+        raise InputError(
+            f"the memory of {decoder.config.model_type} cannot be estimated: its layers do not run on tensors without "
+            f"values ({type(error).__name__}: {said})."
+        ) from error
+
+
 class _Run:
-    """A forward of the decoder, for one row."""
+    """A forward of the decoder."""
 
     def __init__(self) -> None:
         self.layers: list[tuple[float, float, float]] = []  # kept, passed, temporaries of one of each kind
+        self.compiled: list[Bytes | None] = []  # kept by one of each kind
         self.shared: dict[int, int] = {}  # bytes of the storages that layers are given
         self.held: list[torch.UntypedStorage] = []  # so that no others take their places
 
 
-def _run(decoder: nn.Module, how: How) -> tuple[list[int], list[_Run], float]:
-    """How many layers there are of every kind, a forward for each of LENGTHS, and `Counted.copies`."""
+def _run(decoder: nn.Module, how: How, sizes: Sequence[tuple[int, int]]) -> tuple[list[int], list[_Run], float]:
+    """How many layers there are of every kind, a forward for each of the sizes (rows, length), `Counted.copies`."""
     decoder, layers, num_layers = _copy_one_of_each(decoder, how)
     decoder.config._attn_implementation = f"{kernels.NAME}{how.attention}"
     decoder.train()
@@ -122,18 +150,21 @@ def _run(decoder: nn.Module, how: How) -> tuple[list[int], list[_Run], float]:
     runs: list[_Run] = []
     with FakeTensorMode(), kernels.kernels_of(decoder, is_installed=how.has_kernels):
         _fill(decoder, how)
-        for layer in layers if how.fuses_mlp else []:  # once weights have their precision, of which it depends
-            expert_lora.speed_up_experts(layer)
+        if how.fuses_mlp:  # once weights have their precision, of which it depends
+            expert_lora.speed_up_experts(decoder)
+        if how.memory_budget is not None and how.has_kernels:
+            linear_attention.use_operator(layers)
         forwards = [layer.forward for layer in layers]
-        for length in LENGTHS:
+        for rows, length in sizes:
             runs.append(_Run())
             for layer, forward in zip(layers, forwards, strict=True):
-                layer.forward = partial(_count, runs[-1], layer, forward)
-            given = {"input_ids": torch.zeros(1, length, dtype=torch.int64)}
+                count = _count if how.memory_budget is None else partial(_count_compiled, how, length)
+                layer.forward = partial(count, runs[-1], layer, forward)
+            given = {"input_ids": torch.zeros(rows, length, dtype=torch.int64)}
             if keeps_answers:
                 given["keep_positions"] = torch.zeros(1, dtype=torch.int64)
-            if how.attention == "masked":
-                given["attention_mask"] = torch.ones(1, length, dtype=torch.int64)
+            if how.attention in kernels.MASKED:
+                given["attention_mask"] = torch.ones(rows, length, dtype=torch.int64)
             with torch.autocast("cpu", torch.bfloat16, enabled=how.value_bytes == 2):
                 decoder(**given, use_cache=False)
     copies = [sum(expert_lora.copied_bytes(module) for module in layer.modules()) for layer in layers]
@@ -229,6 +260,53 @@ def _count(run: _Run, layer: nn.Module, forward: Any, hidden: torch.Tensor, *arg
     for weight in trained:
         weight.grad = None
     return output.detach()
+
+
+def _count_compiled(
+    how: How, length: int, run: _Run, layer: nn.Module, forward: Any, hidden: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """The forward of one compiled `layer`."""
+    is_plain = hasattr(layer, "linear_attn") and not how.has_kernels  # a loop over chunks
+    if is_plain or speedups.keeps_answers(forward):
+        run.compiled.append(None)
+        return forward(hidden, *args, **kwargs).detach()
+    weights = [vars(module) for module in layer.modules()]
+    others = {storage._cdata for storage in _storages((weights, args, kwargs))}
+    saved: dict[int, torch.Tensor] = {}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in others:
+            saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    def compute(hidden: torch.Tensor) -> torch.Tensor:
+        return forward(hidden, *args, **kwargs)
+
+    compiled = torch.compile(compute, backend=_backend(), fullgraph=True, dynamic=False)
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        output = compiled(hidden.detach().requires_grad_())
+    torch._dynamo.eval_frame.reset_code(compute.__code__)  # or there would soon be too many graphs of it
+    sizes = [0.0, 0.0, 0.0]
+    for tensor in saved.values():
+        # A convolution pads a few tokens.
+        power = sum(size >= length and size % length < CONVOLVED for size in tensor.shape)
+        sizes[power] += tensor.untyped_storage().nbytes()
+    fixed, token, pair = sizes
+    run.compiled.append(Bytes(fixed, token / COMPILED_TOKENS, pair / COMPILED_TOKENS / length))
+    return output.detach()
+
+
+def _backend() -> Any:
+    """torch.compile's own but for its last step, code for a GPU."""
+    # Importing them takes a second or two, which most runs need not spend.
+    from functorch.compile import nop
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor import compile_fx
+
+    decompositions = compile_fx.select_decomp_table()
+    return aot_autograd(
+        fw_compiler=nop, bw_compiler=nop, partition_fn=compile_fx.partition_fn, decompositions=decompositions
+    )
 
 
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:

@@ -43,7 +43,9 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
     plan, stored = read_stored(name, config, plan)
     shape, plan = with_images(shape, plan, seen)
     plans = {"uncompiled": plan, "compiled": replace(plan, compiled=True)}
-    if not fast or not shape.is_plain or plan.bits < 16 or precision != "bf16" or arguments.compile_layers is False:
+    # Padded rows are compiled where that is asked for.
+    compiles = shape.packs_rows if arguments.compile_layers is None else arguments.compile_layers
+    if not (fast and compiles) or plan.bits < 16 or precision != "bf16":
         del plans["compiled"]
     elif arguments.compile_layers:
         del plans["uncompiled"]

@@ -2,45 +2,66 @@
 the chunks of linear attention."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from unittest import mock
 
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from vqa_sft.models.fast.masked_attention import masked_attention
+
 CHUNK = 64  # tokens of linear attention
 # Copies of the attention weights (T, T) that sdpa keeps where it has no fused kernel; with a mask and grouped heads it
 # has none. From 59.8 GiB of the libraries' path to 51.5 with packed rows, docs/measurements/speed.md.
 WEIGHTS_KEPT = 3
 # The kernel takes fewer keys than queries; keys are "repeated" for it; "unfused": (T, T) of every head is kept;
-# "masked": keys are repeated, and every layer keeps a mask (T, T) of its own.
-Attention = Literal["grouped", "repeated", "unfused", "masked"]
+# "masked": keys are repeated, and every layer keeps a mask (T, T) of its own; "products": as compiled layers compute
+# that (fast/masked_attention.py).
+Attention = Literal["grouped", "repeated", "unfused", "masked", "products"]
+MASKED = ("masked", "products")
 NAME = "vqa_sft_counted_"  # and the kind: attention implementations of transformers
 
 
-class _Attention(torch.autograd.Function):
-    """Query (B, H, T, D), keys and values -> (B, T, H, D). Keeps its inputs, output and log-sum-exp, and `kept`."""
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query (B, H, T, D), keys and values -> (B, T, H, D), and a log-sum-exp. Keeps all of these, and `kept`."""
+    batch, num_heads, length, _ = query.shape
+    output = value.new_empty(batch, length, num_heads, value.shape[-1])
+    return output, query.new_empty(query.shape[:3], dtype=torch.float32)
 
-    @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: Sequence[tuple[int, ...]]
-    ) -> torch.Tensor:
-        batch, num_heads, length, _ = query.shape
-        output = value.new_empty(batch, length, num_heads, value.shape[-1])
-        weights = [query.new_empty(shape) for shape in kept]
-        ctx.save_for_backward(
-            query, key, value, output, query.new_empty(query.shape[:3], dtype=torch.float32), *weights
-        )
-        return output
 
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, *_ = ctx.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+def _attention_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kept: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _operator(name: str, function: Callable[..., Any]) -> Any:
+    """One operator, as a kernel is: compiled layers take it as it is."""
+    operator = torch.library.custom_op(f"vqa_sft::counted_{name}", function, mutates_args=())
+    operator.register_fake(function)
+    return operator
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    query, key, value, kept = inputs
+    ctx.save_for_backward(query, key, value, *output, *kept)
+    ctx.num_kept = len(kept)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    query, key, value, *kept = ctx.saved_tensors
+    return *ATTENTION_BACKWARD(grad, query, key, value, kept), ctx.num_kept * [None]
+
+
+ATTENTION = _operator("attention", _attention)
+ATTENTION_BACKWARD = _operator("attention_backward", _attention_backward)
+ATTENTION.register_autograd(_differentiate, setup_context=_save)
 
 
 def _attend(
@@ -57,12 +78,12 @@ def _attend(
     batch, num_heads, length, _ = query.shape
     if kind != "grouped" and key.shape[1] != num_heads:
         key, value = (x.repeat_interleave(num_heads // x.shape[1], dim=1) for x in (key, value))
-    kept: Sequence[tuple[int, ...]] = []
+    shapes: Sequence[tuple[int, ...]] = ()
     if kind == "unfused":
-        kept = WEIGHTS_KEPT * [(batch, num_heads, length, length)]
+        shapes = WEIGHTS_KEPT * [(batch, num_heads, length, length)]
     elif attention_mask is not None:
-        kept = [(batch, 1, length, length)]
-    return _Attention.apply(query, key, value, kept), None
+        shapes = [(batch, 1, length, length)]
+    return ATTENTION(query, key, value, [query.new_empty(shape) for shape in shapes])[0], None
 
 
 def choose_all(hidden: torch.Tensor, positions: Any, mask: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -70,11 +91,12 @@ def choose_all(hidden: torch.Tensor, positions: Any, mask: torch.Tensor, *args: 
 
 
 def _mask(kind: Attention, batch_size: int, q_length: int, kv_length: int, *args: Any, **kwargs: Any) -> Any:
-    return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool) if kind == "masked" else None
+    return torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool) if kind in MASKED else None
 
 
-for _kind in ("grouped", "repeated", "unfused", "masked"):
-    AttentionInterface.register(f"{NAME}{_kind}", partial(_attend, _kind))
+for _kind in get_args(Attention):
+    _function = masked_attention if _kind == "products" else partial(_attend, _kind)
+    AttentionInterface.register(f"{NAME}{_kind}", _function)
     AttentionMaskInterface.register(f"{NAME}{_kind}", partial(_mask, _kind))
 
 

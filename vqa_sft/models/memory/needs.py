@@ -21,7 +21,7 @@ from vqa_sft.models.families import PACKED
 from vqa_sft.models.fast import attention, compilation, fused_lora, packing
 from vqa_sft.models.load import DTYPES, LOADING_ERRORS, cannot_load
 from vqa_sft.models.lora import lora_config
-from vqa_sft.models.memory.count import Counted, How
+from vqa_sft.models.memory.count import Bytes, Counted, How
 from vqa_sft.models.memory.images import MAX_PIXELS, Images, patch_and_merge, see_images
 from vqa_sft.models.parts import decoder_layers, vision_layers, vision_parameters
 from vqa_sft.models.shapes import SHAPES, shape_config
@@ -39,7 +39,7 @@ class Shape:
     text: PreTrainedConfig  # of the language model
     decoder: torch.nn.Module = field(repr=False)  # the language model on the meta device, with its adapter
     packs_rows: bool  # rows have no padding (fast/packing.py)
-    is_plain: bool  # layers of attention and an MLP of gate, up and down: what compiled ones keep is known
+    is_plain: bool  # layers of attention and an MLP of gate, up and down, whose rows are packed
     has_fast_tower: bool  # fast/vision.py
     normalises_heads: bool  # Qwen3: a norm over each head's queries and keys
     tower_layers: int
@@ -61,6 +61,7 @@ class Shape:
     trains_base: bool  # no adapter: all weights
     areas: tuple[int, ...] = ()  # that images can be limited to; empty: any number of tokens
     counted: dict[How, Counted] = field(default_factory=dict, repr=False, compare=False)  # by `count_layers` so far
+    compiled: dict[How, tuple[Bytes | None, ...]] = field(default_factory=dict, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -253,9 +254,10 @@ def read_needs(
     )
     shape, plan = with_images(shape, plan, see_images(processor))
     plan, _ = read_stored(model_args.model_name_or_path, config, plan)
-    can_compile = shape.packs_rows and plan.bits == 16 and plan.attention == "grouped"
+    can_compile = plan.bits == 16 and plan.attention == "grouped"
     compiles = compiles and can_compile and compilation.can_compile()
-    open_yet = can_compile and arguments.fast and arguments.compile_layers is None and not compiles
+    may_compile = can_compile and shape.packs_rows and arguments.fast
+    open_yet = may_compile and arguments.compile_layers is None and not compiles
     rows: dict[str, Any] = measure_rows(processor, examples, prompts) if examples else {}
     return shape, replace(plan, compiled=compiles, may_compile=open_yet, **rows)
 
