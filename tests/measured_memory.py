@@ -65,6 +65,7 @@ POINTS = [
     Point("Qwen/Qwen3.5-9B", COMPILED(16), 38.4, within=5),
     Point("Qwen/Qwen3.5-9B", COMPILED(32), 56.0, within=5),
     Point(B30, COMPILED(16), 70.3, within=5),
+    Point(B30, COMPILED(16, checkpointing=True), 81.4, within=5, adapt_experts=True),
 ]
 
 

@@ -131,6 +131,7 @@ def family_cases(label: str, shape: str, recipe: str, rows: int = 16) -> list[Ca
     if "A3B" not in shape:
         return [trl, ours]
     of_trl = replace(trl, name=f"{label} experts, TRL", options={"target_parameters": EXPERTS})
+    # Recomputed, as the recipe has it.
     experts = replace(ours, name=f"{label} experts, train", options={"lora_target_parameters": EXPERTS})
     # A GPU of 80 GB has 79 GiB, less its context.
     return [trl, replace(ours, cap_gib=78), of_trl, replace(experts, baseline=of_trl.name)]
