@@ -12,7 +12,7 @@ from torch import nn
 from trl import ModelConfig
 
 from vqa_sft.batch.collator import AnswerCollator
-from vqa_sft.batch.image_size import process_images
+from vqa_sft.batch.image_size import scale_images
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.data.examples import load_examples
 from vqa_sft.models.fast import speedups
@@ -242,7 +242,7 @@ def test_a_scale_changes_the_sides_that_a_image_has_within_the_limits(families, 
     px = processor.image_processor.patch_size * processor.image_processor.merge_size
 
     def sides_px(size, scale):
-        _, high, wide = process_images(processor, [Image.new("RGB", size)], scale)["image_grid_thw"][0].tolist()
+        _, high, wide = scale_images(processor, [Image.new("RGB", size)], scale)["image_grid_thw"][0].tolist()
         return high * px // 2, wide * px // 2  # two patches a token
 
     for size in ((640, 640), (128, 256), (32, 32), (300, 200)):

@@ -33,7 +33,7 @@ from transformers import ProcessorMixin
 from vqa_sft.batch.augment import augment
 from vqa_sft.batch.control import BLANK, BLURRED, Control, blur
 from vqa_sft.batch.draw_candidates import draw_candidates
-from vqa_sft.batch.image_size import process_images
+from vqa_sft.batch.image_size import scale_images
 from vqa_sft.batch.prompts import Prompts, has_control_token, render_prompt
 from vqa_sft.batch.template import answer_prefix
 from vqa_sft.data.class_probs import NONE_OF_THESE
@@ -191,7 +191,10 @@ class AnswerCollator:
                 return inputs | {name: inputs[name].float() for name in half}
             # The processor's two halves, as where features are stored or images shared.
             flat = [image for of_row in images for image in of_row]
-            vision_inputs = process_images(self.processor, flat, self.scale)
+            if self.scale == 1:
+                vision_inputs = dict(self.processor.image_processor(flat, return_tensors="pt"))
+            else:
+                vision_inputs = scale_images(self.processor, flat, self.scale)
         grids = vision_inputs["image_grid_thw"]
         if not is_shared:
             return self.tokenize(texts, grids, **how) | vision_inputs

@@ -115,17 +115,14 @@ def describe_images(processor: ProcessorMixin, max_pixels: int | None = None) ->
     return line
 
 
-def process_images(processor: ProcessorMixin, images: list[Image.Image], scale: float = 1.0) -> dict[str, torch.Tensor]:
+def scale_images(processor: ProcessorMixin, images: list[Image.Image], scale: float) -> dict[str, torch.Tensor]:
     """Pixels and grids of images with `scale` times the sides that the processor would give them, in whole tokens."""
-    process = processor.image_processor
-    if scale == 1:
-        return dict(process(images, return_tensors="pt"))
     processed = []
     for image in images:
         image = _resize(processor, image, scale)
         area = image.width * image.height  # leaves it as it is
         size = {"shortest_edge": area, "longest_edge": area}
-        processed.append(process([image], size=size, return_tensors="pt"))
+        processed.append(processor.image_processor([image], size=size, return_tensors="pt"))
     return {name: torch.cat([of_image[name] for of_image in processed]) for name in processed[0]}
 
 
