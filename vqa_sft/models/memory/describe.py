@@ -42,15 +42,8 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
     )
     plan, stored = read_stored(name, config, plan)
     shape, plan = with_images(shape, plan, seen)
-    plans = {"uncompiled": plan, "compiled": replace(plan, compiled=True)}
-    # Padded rows are compiled where that is asked for.
-    compiles = shape.packs_rows if arguments.compile_layers is None else arguments.compile_layers
-    if not (fast and compiles) or plan.bits < 16 or precision != "bf16":
-        del plans["compiled"]
-    elif arguments.compile_layers:
-        del plans["uncompiled"]
-    else:
-        plans["uncompiled"] = replace(plan, may_compile=True)
+    can_compile = fast and plan.bits == 16 and precision == "bf16"
+    plans = _compiled_or_not(shape, plan, arguments.compile_layers if can_compile else False)
     lines = [line for line in (note, stored) if line]
     if training_args.use_cpu:
         lines.append("The recipe says use_cpu; this is what it would need on a GPU.")
@@ -70,6 +63,16 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
         fits, said = describe_fit(shape, plans[worst], gpu_gib, rows=rows, accumulated=accumulated, what=what)
         lines.append(said)
     return "\n".join(lines), fits
+
+
+def _compiled_or_not(shape: Shape, plan: Plan, asked: bool | None) -> dict[str, Plan]:
+    """The plan by name: compiled, not, or either, which a run decides. Padded rows are compiled where that is asked."""
+    compiled = {"compiled": replace(plan, compiled=True)}
+    if asked:
+        return compiled
+    if asked is None and shape.packs_rows:
+        return {"uncompiled": replace(plan, may_compile=True)} | compiled
+    return {"uncompiled": plan}
 
 
 def _describe_linear(shape: Shape, plan: Plan) -> list[str]:
