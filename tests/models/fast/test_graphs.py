@@ -199,9 +199,9 @@ def test_a_cuda_graph_gives_the_logits_of_the_forward(packed, compiled):
 
     batches = [on_gpu(batch_of([rows[i]], orders)) for i in (0, 1, 3) for orders in ("identity", "rotations")]
     with torch.autocast("cuda", torch.bfloat16):
-        expected = [logits_of(model, batch) for batch in batches]
-        if compiled:
+        if compiled:  # before: compiled layers round otherwise in bf16
             compilation.compile_layers(base, speedups.layers_to_compile(base), 1.0)
+        expected = [logits_of(model, batch) for batch in batches]
         use_graphs(base, CudaCapture())
         for _ in range(3):
             found = [logits_of(model, batch) for batch in batches]
