@@ -18,16 +18,10 @@ ONE_A_FAMILY = list({shapes.SHAPES[name][0]: name for name in NAMES}.values())
 
 
 @pytest.fixture
-def small_folder(tmp_path, monkeypatch):
+def small_folder(tmp_path, monkeypatch, as_it_loads):
     """Saves the small model of a name; its weights are drawn when it is loaded."""
     monkeypatch.setattr(shapes, "SHAPES", dict(shapes.SHAPES))
     monkeypatch.setattr(random_models, "SHAPES", shapes.SHAPES)
-    for owner, name in (
-        (random_models.modeling_utils, "_get_resolved_checkpoint_files"),
-        (random_models.PreTrainedModel, "_load_pretrained_model"),
-        (random_models.PreTrainedModel, "_finalize_model_loading"),
-    ):
-        monkeypatch.setattr(owner, name, owner.__dict__[name])  # given back after the test
     random_models.draw_weights()
     return lambda name: str(random_models.save_random_model(random_models.small_shape(name), tmp_path / "model"))
 
