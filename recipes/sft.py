@@ -35,6 +35,7 @@ from vqa_sft.predictions.calibration import calibrate_new
 from vqa_sft.report.report_page import report_new
 from vqa_sft.runs import folder as run_folder
 from vqa_sft.runs.out_of_fold import write_out_of_fold
+from vqa_sft.training.at_once import choose_devices, own_fold, train_at_once
 from vqa_sft.training.build import build_trainer, prepare_model
 from vqa_sft.training.folder import open_folder, push, write_results
 from vqa_sft.training.rows import load_data, select_rows, split_data
@@ -50,8 +51,19 @@ def main() -> None:
         return
     recipe = read_recipe(sys.argv[1:])
     runs, output_dir = recipe.runs(), recipe.values["output_dir"]  # a run for each fold of `fold: all`, else one
-    with held([output_dir, *runs[0].folders] if is_main_process() else [], "output_dir"):
-        ended = train_runs(runs, train, STARTED_S)
+    if of_fold := own_fold(runs):  # one of several processes that `folds_at_once` has started
+        run, started_s = of_fold
+        with held(run.values["output_dir"], "output_dir"):
+            leave(train_runs([run], train, started_s))
+        return
+    num_at_once = recipe.arguments.folds_at_once
+    folders = [output_dir, *(runs[0].folders if num_at_once == 1 else [])]
+    with held(folders if is_main_process() else [], "output_dir"):
+        if num_at_once == 1:
+            ended = train_runs(runs, train, STARTED_S)
+        else:
+            devices = choose_devices(min(num_at_once, len(runs)), bool(recipe.values.get("use_cpu")))
+            ended = train_at_once(runs, devices, STARTED_S)
         if isinstance(ended, Finished) and recipe.arguments.fold == "all" and is_main_process():
             print(write_out_of_fold(output_dir, runs[0].folders))
             print(calibrate_new(output_dir))
@@ -59,6 +71,10 @@ def main() -> None:
             if recipe.values.get("push_to_hub"):
                 for run in runs:
                     push(run)  # once more, with the temperature that the folds share
+    leave(ended)
+
+
+def leave(ended: Finished | Interrupted) -> None:
     ended_by_sigterm = isinstance(ended, Interrupted) and ended.by_sigterm
     processes.leave(128 + signal.SIGTERM if ended_by_sigterm else 0)  # as of a process that the signal ended
 

@@ -97,11 +97,27 @@ def num_steps(run):
     return sum(int(path.rpartition("-")[2]) for path in saved if path)
 
 
+@pytest.mark.medium
+def test_folds_at_once_are_those_one_after_another(arguments, whole, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, str(RECIPES / "sft.py"), *arguments(run, folds_at_once=2)]
+    ended = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=True)
+    assert results(run) == results(whole)
+    assert read_calibration(run, {}) == read_calibration(whole, {}) and (run / "report.html").is_file()
+    assert not [*run.glob("fold*/calibration.json")] and not [*run.glob("fold*/report.html")]
+    said = ended.stdout.splitlines()
+    assert all(any(line.startswith(f"fold{fold}: Saved to {run}/fold{fold}") for line in said) for fold in range(3))
+    assert sum("out of fold" in line for line in said) == 1
+
+
 @pytest.mark.slow
-def test_folds_that_are_killed_and_started_again_end_as_if_they_had_not_been(arguments, whole, tmp_path, request):
+@pytest.mark.parametrize("num_at_once", [1, 2])
+def test_folds_that_are_killed_and_started_again_end_as_if_they_had_not_been(
+    arguments, whole, tmp_path, request, num_at_once
+):
     """Ten times: `pytest tests/recipes/test_folds_run.py -s -k killed --kills 10`."""
     run, rng, num_kills = tmp_path / "run", random.Random(0), request.config.getoption("kills")
-    command = [sys.executable, str(RECIPES / "sft.py"), *arguments(run)]
+    command = [sys.executable, str(RECIPES / "sft.py"), *arguments(run, folds_at_once=num_at_once)]
     for kill in range(num_kills):
         process = subprocess.Popen(command, env=ENVIRONMENT, process_group=0)
         # Spread over the run, each at a random moment: while it loads, trains, evaluates or saves.

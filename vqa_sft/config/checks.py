@@ -160,6 +160,8 @@ def _of_rows(values: dict[str, Any], own: RecipeArguments) -> Iterator[str]:
         )
     if (own.folds_file is None) != (own.fold is None):
         yield "folds_file and fold go together; set both."
+    if own.folds_at_once > 1 and own.fold != "all":
+        yield "folds_at_once needs fold: all."
     if _same_rows(own):
         yield "validation_data is train_data; the best checkpoint would be chosen on rows that it was trained on."
     if own.on_bad_row == "skip" and not own.check_images:

@@ -31,6 +31,11 @@ class RecipeArguments:
     fold: int | Literal["all"] | None = option(
         "Fold of folds_file to validate on, training on the others; all: each in turn.", default=None, bounds=(0, None)
     )
+    folds_at_once: int = option(
+        "Folds of `fold: all` that train at the same time, each in a process and on a GPU of its own.",
+        default=1,
+        bounds=(1, None),
+    )
     time_budget_h: float | None = option(
         "Hours after which to save and stop; the same command resumes.", default=None, bounds=(0.001, None)
     )

@@ -43,7 +43,7 @@ _FREE = {
     "dataloader_num_workers", "disable_tqdm", "run_name", "check_images",
     "auto_batch", "gradient_checkpointing", "activation_checkpointing", "per_device_eval_batch_size",
     "on_bad_row", "on_bad_image",  # the latter of runs before 0.1.0; rows.csv keeps what was left out
-    "fast", "compile_layers", "activation_memory_budget", "cache_image_features", "time_budget_h",
+    "fast", "compile_layers", "activation_memory_budget", "cache_image_features", "time_budget_h", "folds_at_once",
 }  # fmt: skip
 # The model's processor and whatever code a base brings along, under the names that transformers gives them.
 PROCESSOR_FILES = (

@@ -53,7 +53,7 @@ def train_runs(
 ) -> Finished | Interrupted:
     """Train one run after another: the folds of `fold: all`, else the only one. The time budget of all of them begins
     at the `time.monotonic()` of `started_s`."""
-    args, folders = runs[0].arguments, runs[0].folders
+    args, folders = runs[0].arguments, [run.values["output_dir"] for run in runs]
     stop = SaveAndStop(3600 * (args.time_budget_h or math.inf), started_s)
     settings: dict[str, Any] = {}  # of a retry; the runs to come have the same GPU
     for number, (run, folder) in enumerate(zip(runs, folders, strict=True)):
