@@ -24,7 +24,7 @@ MEDIUM_FOLDERS = {"inference", "lab", "models", "recipes", "runs", "tiny", "trai
 MEDIUM_FIXTURES = {"families", "road", "sft", "three"}
 
 # The files of these folders that look at what a run draws; others are tests/report/ and quick tests.
-DRAWN = {"test_classification_run", "test_curves", "test_recipes"}
+DRAWN = {"test_classification_run", "test_curves"}
 
 
 def pytest_ignore_collect(collection_path, config):
