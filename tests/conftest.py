@@ -23,6 +23,9 @@ TESTS = Path(__file__).parent
 MEDIUM_FOLDERS = {"inference", "lab", "models", "recipes", "runs", "tiny", "training"}
 MEDIUM_FIXTURES = {"families", "road", "sft", "three"}
 
+# The files of these folders that look at what a run draws; others are tests/report/ and quick tests.
+DRAWN = {"test_classification_run", "test_curves"}
+
 
 def pytest_ignore_collect(collection_path, config):
     # Their modules import torch, for which the quick lane does not wait.
@@ -61,6 +64,25 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=3, help="how often the run of three folds is killed")
     parser.addoption("--calls", type=int, default=48, help="of a Predictor by 16 threads")
     parser.addoption("--starts", type=int, default=1, help="how often two of a kind are started at once")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plots_are_not_drawn(request):
+    """Every run draws five plots, which takes a quarter of a tiny run; these are made, and then not laid out."""
+    if request.path.relative_to(TESTS).parts[0] not in MEDIUM_FOLDERS or request.path.stem in DRAWN:
+        yield
+        return
+    from matplotlib.figure import Figure  # slow to import
+
+    def save(self, file, **kwargs):
+        if hasattr(file, "write"):
+            file.write("<svg></svg>")
+        else:
+            Path(file).touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,8 @@ def test_a_run_leaves_its_log_and_a_plot_also_when_it_was_stopped_between(famili
     assert [bool(row["eval_nll"]) for row in whole] == [False, True, False, True]
     with Image.open(run / "log.png") as plot:
         assert plot.width > 1000
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "loss by step" in page and page.count("<svg") == page.count("</svg>") >= 4 and "<path" in page
 
     (run / run_folder.RUN).unlink()
     shutil.rmtree(run / "checkpoint-4")

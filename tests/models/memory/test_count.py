@@ -1,5 +1,6 @@
 """What layers keep is counted as autograd saves it, for every family, kernel and kind of adapter."""
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -266,6 +267,7 @@ def test_routed_experts_stay_whole_in_4_bit_and_keep_what_their_tokens_are():
     assert by_peft.copies == 0 and by_peft.kinds[0].kept.fixed > experts_of_layer
 
 
+@functools.cache
 def adapted_experts(lora_r=8):
     args = ModelConfig(model_name_or_path=B30, use_peft=True, lora_r=lora_r, lora_dropout=0.0)
     return read_shape(args, shapes.shape_config(B30), adapt_experts=True)
