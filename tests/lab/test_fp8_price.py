@@ -15,7 +15,7 @@ pytestmark = pytest.mark.medium
 def test_logits_and_losses_of_both_bases_are_compared(capsys, monkeypatch, tmp_path, as_it_loads):
     monkeypatch.setattr(fp8_price, "in_own_process", lambda function, base, args: function(base, args))
     monkeypatch.setattr(fp8_base, "why_not", fp8_base.why_not)  # given back after the test
-    given = ["--shape", "tiny", "--rows", "4", "--steps", "2", "--use_cpu", "--work", str(tmp_path)]
+    given = ["--model", "tiny", "--rows", "4", "--steps", "2", "--use_cpu", "--work", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["fp8_price", *given])
     fp8_price.main()
     said = capsys.readouterr().out

@@ -1,13 +1,13 @@
 """What `base_precision: fp8` changes: letter logits of a model in its true shape, and the losses of a short training.
 
     python -m vqa_sft.lab.fp8_price                                            # Qwen2.5-VL-7B's shape, on a GPU
-    python -m vqa_sft.lab.fp8_price --shape Qwen/Qwen2.5-VL-3B-Instruct --rows 8 --use_cpu --steps 0    # emulated
-    python -m vqa_sft.lab.fp8_price --shape tiny --use_cpu                     # does it run?
+    python -m vqa_sft.lab.fp8_price --model Qwen/Qwen2.5-VL-3B-Instruct --rows 8 --use_cpu --steps 0    # emulated
+    python -m vqa_sft.lab.fp8_price --model vqa_sft/tiny/base --use_cpu        # a folder with weights
 
-Letter logits, with random weights on noise images: each row's less their mean, as a softmax sees them. The error is the
-norm of the difference over the norm of the whole base's; beside it that of another rounding, whole weights in bf16
-against fp32, on a GPU. Losses: lab/digits.yaml from the tiny base, twice with one seed. What it costs in accuracy:
-ablation.py.
+Letter logits on noise images, of random weights unless --model is a folder with others: each row's less their mean, as
+a softmax sees them. The error is the norm of the difference over the norm of the whole base's; beside it that of
+another rounding, whole weights in bf16 against fp32, on a GPU. Losses: lab/digits.yaml from the tiny base, twice with
+one seed. What it costs in accuracy: ablation.py.
 """
 
 import argparse
@@ -29,7 +29,9 @@ WHOLE, ROUNDED, IN_FP32 = "whole base", "FP8 base", "whole base in fp32"
 @exits_with_message
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="Qwen/Qwen2.5-VL-7B-Instruct", help="a name in models/shapes.py")
+    parser.add_argument(
+        "--model", default="Qwen/Qwen2.5-VL-7B-Instruct", help="a name in models/shapes.py, or a folder"
+    )
     parser.add_argument("--rows", type=int, default=128, help="questions whose letters are scored")
     parser.add_argument("--steps", type=int, default=50, help="of the training; 0: none")
     parser.add_argument("--work", type=Path, default=Path("runs/fp8_price"), help="folder for models, data and runs")
@@ -39,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     bases = [WHOLE, ROUNDED] + ([] if args.use_cpu else [IN_FP32])
     logits = {base: in_own_process(score, base, args) for base in bases}
-    print(f"{args.shape}, {args.rows} rows, letter logits with a deviation of {logits[WHOLE].std():.3f}:")
+    print(f"{args.model}, {args.rows} rows, letter logits with a deviation of {logits[WHOLE].std():.3f}:")
     for base, reference in ((ROUNDED, WHOLE), (WHOLE, IN_FP32))[: len(bases) - 1]:
         print(f"  {base} against {reference}: {describe(logits[base], logits[reference])}")
     if args.steps:
@@ -64,8 +66,8 @@ def score(base: str, args: argparse.Namespace) -> np.ndarray:
 
     _allow_emulation(args)
     draw_weights()
-    model = save_random_model(args.shape, args.work / "model")
-    side = 84 if args.shape == "tiny" else 448  # px; with these words 430 tokens a row
+    model = args.model if Path(args.model).is_dir() else save_random_model(args.model, args.work / "model")
+    side = 84 if "tiny" in args.model else 448  # px; with these words 430 tokens a row
     data = write_data(args.work / f"data{args.rows}", args.rows, num_words=(95, 95), side_px=(side, side))
     examples = read_examples(str(data / "train.csv")).examples
     recipe = {"model_name_or_path": str(model), "max_pixels": 200704}
