@@ -31,6 +31,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from vqa_sft.models.fast import vision
+from vqa_sft.models.fast.adapter_state import adapter_of, has_only
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -96,7 +97,7 @@ def fuse_mlp(layer: nn.Module, writes: Writes) -> bool:
     num_inputs, middle = gate.in_features, gate.in_features + _rank(gate)
     mlp.wide_gate, mlp.wide_up = (_beside([layer], columns=_rank(gate) + _rank(up)) for layer in (gate, up))
     mlp.wide_down = _beside([down], rows=_rank(down))
-    mlp.fused = tuple(map(_adapter, (gate, up, down)))
+    mlp.fused = tuple(map(adapter_of, (gate, up, down)))
     writes.add_columns(mlp.wide_gate[:, num_inputs:middle], gate)
     writes.add_columns(mlp.wide_up[:, middle:], up)
     writes.add_rows(mlp.wide_down[down.out_features :], down)
@@ -120,7 +121,7 @@ def fuse_attention(layer: nn.Module, writes: Writes) -> bool:
     attention.wide_qkv = _beside(ins, columns=-(-ranks // MULTIPLE) * MULTIPLE)
     attention.bias_qkv = None if biases[0] is None else torch.cat([bias.data for bias in biases])
     attention.wide_o = _beside([out], rows=_rank(out))
-    attention.fused = tuple(map(_adapter, (*ins, out)))
+    attention.fused = tuple(map(adapter_of, (*ins, out)))
     row, column = 0, ins[0].in_features
     for layer in ins:
         block = attention.wide_qkv[row : row + layer.out_features, column : column + _rank(layer)]
@@ -154,22 +155,9 @@ def is_plain(layer: nn.Module) -> bool:
     )
 
 
-def _adapter(layer: Linear) -> tuple[str, nn.Module, float]:
-    """Of the one adapter of a layer its name, its A and its factor."""
-    (adapter,) = layer.active_adapters
-    return adapter, layer.lora_A[adapter], layer.scaling[adapter]
-
-
 def _is_as_fused(module: nn.Module, names: Sequence[str]) -> bool:
-    """Whether the buffers hold what PEFT is asked for: nothing was disabled, merged, unloaded, scaled or set since."""
-    for name, (adapter, a, scale) in zip(names, module.fused, strict=True):
-        layer = getattr(module, name)
-        if type(layer) is not Linear or layer.merged or layer.disable_adapters or layer.active_adapters != [adapter]:
-            return False
-        # Hooks are PEFT's for `adapter_names`.
-        if layer.lora_A[adapter] is not a or layer.scaling[adapter] != scale or layer._forward_pre_hooks:
-            return False
-    return True
+    """Whether what the buffers hold is what PEFT is asked for."""
+    return all(has_only(getattr(module, name), adapter) for name, adapter in zip(names, module.fused, strict=True))
 
 
 def _weights(layer: Linear) -> tuple[nn.Parameter, nn.Parameter, float]:
