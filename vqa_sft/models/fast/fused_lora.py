@@ -15,8 +15,9 @@ view of a buffer with its adapter's columns or rows, which are written again bef
 
 Exact: the same sum in another order. For MLPs of gate, up and down and attention of q, k, v and o with one plain
 adapter each (no dropout, bias or DoRA) on a base that is neither quantised nor trained; others stay as they are.
-Layers go PEFT's own way while it has their adapter disabled, merged, scaled or unloaded, or others active. Goes when
-PEFT learns it.
+Layers go PEFT's own way while it has their adapter disabled, merged, scaled or unloaded, or others active. The base
+cannot be saved by transformers' `save_pretrained`, for q, k and v share a buffer; `vqa-sft export` writes a merged one.
+Goes when PEFT learns it.
 """
 
 import types
