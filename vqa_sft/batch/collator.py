@@ -235,7 +235,11 @@ class AnswerCollator:
         return self.features.find([self.digest(row, i) for row in rows for i in range(len(row["images"]))])
 
     def tokenize(self, texts: list[str], grids: torch.Tensor, **how: object) -> dict[str, torch.Tensor]:
-        """As the processor does it for images that it sees, from their grids (images, 3) alone."""
+        """As the processor does it for images that it sees, from their grids (images, 3) alone. Raises InputError for a
+        template that shows an image twice: the processor (transformers 5.23) would raise StopIteration, which ends an
+        epoch."""
+        if sum(text.count(self.processor.image_token) for text in texts) > len(grids):
+            raise InputError("the chat template shows images more than once. Take one that shows every image once.")
         places = [self.processor.replace_image_token({"image_grid_thw": grids}, i) for i in range(len(grids))]
         texts, _ = self.processor.get_text_with_replacements(list(texts), places)
         tokens = self.processor.tokenizer(texts, **how)

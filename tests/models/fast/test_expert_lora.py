@@ -66,6 +66,47 @@ def test_adapted_experts_give_the_logits_and_gradients_of_peft(families, rows_of
         assert (changed - plain[0]).abs().max() > 1e-3
 
 
+def disable(model):
+    with model.disable_adapter():
+        yield
+
+
+def merge(model):
+    model.merge_adapter()
+    yield
+    model.unmerge_adapter()
+    yield
+
+
+def set_another(model):
+    torch.manual_seed(1)
+    config = copy.copy(model.peft_config["default"])
+    config.r, config.init_lora_weights = 8, False
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    yield
+    model.delete_adapter("default")
+    yield
+
+
+def unload(model):
+    model.unload()
+    yield
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("ask", [disable, merge, set_another, unload])
+def test_what_peft_is_asked_for_later_is_what_its_own_experts_give(families, rows_of, ask):
+    model = adapted(families("qwen3_vl_moe"))
+    batch, _ = rows_of(families("qwen3_vl_moe"))
+    separate = copy.deepcopy(model)
+    assert speed_up_experts(model.get_base_model().get_decoder())
+    answer_logits(model, batch)
+    for _ in zip(ask(separate), ask(model), strict=True):
+        found, expected = (answer_logits(one, batch) for one in (model, separate))
+        torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
+
+
 @pytest.mark.slow
 def test_the_compiler_leaves_the_operands_of_products_in_the_order_that_these_want(families, rows_of):
     """It chooses the order of what it computes, and grouped_mm refuses another one, on CPUs too."""

@@ -6,12 +6,14 @@ import pytest
 import torch
 from gradients import PACKED_FAMILIES, assert_same, compiler, gradients_of, road_of
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from trl import ModelConfig
 
 from vqa_sft.batch.collator import AnswerCollator
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.models.fast import compilation, fused_lora, speedups
 from vqa_sft.models.load import load_model
+from vqa_sft.models.scoring import answer_logits
 
 LAYERS = [*fused_lora.ATTENTION, *fused_lora.MLP]
 
@@ -121,6 +123,107 @@ def test_saved_adapters_and_merged_weights_are_those_of_separate_ones(road, tmp_
     expected, found = (one.merge_and_unload().state_dict() for one in (separate, model))
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def disable(model):
+    with model.disable_adapter():
+        yield
+    yield
+
+
+def merge(model):
+    model.merge_adapter()
+    yield
+    model.unmerge_adapter()
+    yield
+
+
+def merge_safely(model):
+    model.merge_adapter(safe_merge=True)
+    yield
+    model.unmerge_adapter()
+    yield
+
+
+def set_another(model):
+    add_adapter(model, "other")
+    yield
+    model.set_adapter("other")
+    yield
+    model.base_model.set_adapter(["default", "other"])
+    yield
+    model.set_adapter("default")
+    yield
+
+
+def delete(model):
+    add_adapter(model, "other")
+    model.delete_adapter("default")
+    yield
+    add_adapter(model, "default")  # not the one whose place is in the buffers
+    model.set_adapter("default")
+    yield
+
+
+def scale(model):
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.scale_layer(0.5)
+    yield
+
+
+def unload(model):
+    model.unload()
+    yield
+
+
+def merge_and_unload(model):
+    model.merge_and_unload()
+    yield
+
+
+def add_adapter(model, name):
+    torch.manual_seed(1)
+    names = r".*language_model.*(q|k|v|o|gate|up|down)_proj"
+    model.add_adapter(name, LoraConfig(r=3, target_modules=names, init_lora_weights=False))
+
+
+@pytest.mark.parametrize("ask", [disable, merge, merge_safely, set_another, delete, scale, unload, merge_and_unload])
+def test_what_peft_is_asked_for_later_is_what_separate_adapters_give(families, contest, ask):
+    assert_gives_the_same(*road_of(families("qwen2_5_vl"), contest), ask)
+
+
+@pytest.mark.parametrize("ask", [disable, merge])
+def test_compiled_layers_do_what_peft_is_asked_for_later(families, contest, ask):
+    with compiler():
+        how = {"backend": "aot_eager", "fullgraph": True}
+        assert_gives_the_same(*road_of(families("qwen3_vl"), contest), ask, **how)
+
+
+@torch.no_grad()
+def assert_gives_the_same(model, processor, _, rows, ask, **compiled):
+    batch = AnswerCollator(processor, Prompts(), 4)(rows[:3])
+    separate, base = copy.deepcopy(model), model.get_base_model()
+    assert all(fused_lora.fuse(base.get_decoder()))
+    if compiled:
+        compilation.compile_layers(base, base.get_decoder().layers, 1.0, **compiled)
+    answer_logits(model, batch)
+    for _ in zip(ask(separate), ask(model), strict=True):
+        found, expected = (answer_logits(one, batch) for one in (model, separate))
+        torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-4)
+
+
+def test_each_row_may_have_an_adapter_of_its_own(families, contest):
+    model, *_ = road_of(families("qwen2_5_vl"), contest)
+    add_adapter(model, "other")
+    asked = {"input_ids": torch.arange(30).view(3, 10), "adapter_names": ["default", "other", "__base__"]}
+    model.set_adapter("default")
+    separate = copy.deepcopy(model.eval())
+    model.delete_adapter("other")
+    assert all(fused_lora.fuse(model.get_base_model().get_decoder()))
+    add_adapter(model.eval(), "other")
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(**asked).logits, separate(**asked).logits, atol=5e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,30 @@ def test_adapters_that_take_turns_are_seen_by_a_graph(packed, fused):
         assert_close(after, answer_logits(model, batch).detach(), atol=2e-5, rtol=1e-5)
 
 
+class Frozen(Capture):
+    """As a GPU's graph, which sees what is written to weights and nothing of Python."""
+
+    @staticmethod
+    def replay(run, outputs):
+        return outputs
+
+
+@pytest.mark.parametrize("ask", ["disable_adapter_layers", "merge_adapter", "unload"])
+def test_graphs_end_where_peft_is_asked_for_something_else(packed, capsys, ask):
+    model, batch_of, rows = packed
+    batch = batch_of(rows[:1])
+    use_graphs(speedups.base_of(model), Frozen())
+    before = [logits_of(model, batch) for _ in range(3)]
+    assert_close(before[2], before[0])
+    assert "no CUDA graphs" not in capsys.readouterr().out
+    getattr(model.base_model, ask)()
+    after = logits_of(model, batch)
+    assert capsys.readouterr().out == "Speed: no CUDA graphs: adapters are disabled, merged or others than before.\n"
+    with torch.enable_grad():  # the forward itself
+        assert_close(after, answer_logits(model, batch).detach(), atol=2e-5, rtol=1e-5)
+    assert torch.allclose(after, before[0], atol=1e-3) == (ask == "merge_adapter")
+
+
 def test_nothing_that_is_captured_waits_for_the_gpu(packed, monkeypatch):
     model, batch_of, rows = packed
     model.bfloat16()

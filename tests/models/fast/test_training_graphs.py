@@ -1,5 +1,7 @@
 """Graphs of forward and backward against both as they are. A CPU has none: tests/captures.py stands for them."""
 
+import copy
+
 import pytest
 import torch
 from captures import Capture
@@ -141,6 +143,23 @@ def test_what_cannot_be_captured_goes_on_without(packed, capsys):
         assert_same(gradients_of(model, batch, letter_ids), plain)
     assert capsys.readouterr().out.count("Speed: no CUDA graphs: operation not permitted") >= 1
     assert not graphed.is_able and not graphed.graphs and not graphed.gradients
+
+
+def test_graphs_end_where_another_adapter_is_trained(packed, capsys):
+    model, batch_of, rows, letter_ids = packed
+    batch = batch_of(rows[:2])
+    graphed = start_graphs(model)
+    for _ in range(3):
+        loss_of(model, batch, letter_ids).backward()
+    assert graphed.capture.count == 1
+    config = copy.copy(model.peft_config["default"])
+    config.init_lora_weights = False
+    model.add_adapter("other", config)
+    model.set_adapter("other")
+    found = gradients_of(model, batch, letter_ids)
+    assert capsys.readouterr().out.endswith("no CUDA graphs: adapters are disabled, merged or others than before.\n")
+    assert not graphed.is_able and not graphed.graphs and all(".other." in name for name in found[1])
+    assert_same(found, gradients_of(model, batch, letter_ids))
 
 
 def test_graphs_are_never_replaced_and_as_many_as_there_is_room_for(monkeypatch, capsys):

@@ -86,3 +86,10 @@ def test_a_template_that_shows_no_image_is_refused(packing):
     packed.processor.chat_template = packed.processor.chat_template.replace("<|image_pad|>", "")
     with pytest.raises(InputError, match="0 tokens, .* a chat template that shows every image once"):
         packed(rows)
+
+
+def test_a_template_that_shows_an_image_twice_is_refused(packing):
+    _, _, rows, _, packed = packing
+    packed.processor.chat_template = packed.processor.chat_template.replace("<|image_pad|>", 2 * "<|image_pad|>")
+    with pytest.raises(InputError, match="more than once. Take one that shows every image once"):
+        packed(rows)

@@ -6,7 +6,7 @@ the three products takes the rows of an expert by its own weight (`torch.nn.func
 
 Exact: the same sum in another order, which is not rounded to the precision of W on the way. For experts of gate and up
 in one parameter and down in another, both with one plain adapter, on a base that is not quantised; others stay as they
-are.
+are, and go PEFT's own way while it has theirs disabled, merged or scaled, or others active.
 """
 
 import types
@@ -21,6 +21,7 @@ from peft.tuners.lora import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from vqa_sft.models.fast.adapter_state import adapter_of, has_only
 from vqa_sft.models.parts import fused_experts
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
@@ -40,6 +41,7 @@ def speed_up_experts(decoder: nn.Module) -> int:
     if wrappers:
         for wrapper in wrappers:
             b, dtype = _by_expert(wrapper), _weight(wrapper).dtype
+            wrapper.beside = adapter_of(wrapper)
             wrapper.wide_b = torch.empty(b.shape, dtype=dtype, device=b.device)
             torch._dynamo.mark_static(wrapper.wide_b)  # as a parameter is
         decoder.forward = partial(_forward_refreshed, wrappers, decoder.forward)
@@ -54,8 +56,9 @@ def copied_bytes(module: nn.Module) -> int:
 def _forward_refreshed(wrappers: Sequence[ParamWrapper], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Write the Bs, which an optimiser changes, in the order that the products want. Not in the layers: compiled ones
     (torch 2.11) would leave them as they are, which the products refuse."""
-    with torch.no_grad():
-        torch._foreach_copy_([wrapper.wide_b for wrapper in wrappers], [*map(_by_expert, wrappers)])
+    if current := [wrapper for wrapper in wrappers if has_only(wrapper, wrapper.beside)]:
+        with torch.no_grad():
+            torch._foreach_copy_([wrapper.wide_b for wrapper in current], [*map(_by_expert, current)])
     return forward(*args, **kwargs)
 
 
@@ -121,6 +124,8 @@ def can_use(device: torch.device, dtype: torch.dtype, rank: int) -> bool:
 
 def _forward(outer: ParamWrapper, hidden: torch.Tensor, experts_of: torch.Tensor, weights: torch.Tensor) -> Any:
     """hidden (T, H), the k experts of each token (T, k) and their weights (T, k) -> (T, H)."""
+    if not all(has_only(wrapper, wrapper.beside) for (wrapper,) in outer.wrapper_of.values()):
+        return type(outer).forward(outer, hidden, experts_of, weights)
     experts = outer.get_base_layer()
     num_tokens, num_chosen = experts_of.shape
     sorted_experts, order = experts_of.flatten().sort()

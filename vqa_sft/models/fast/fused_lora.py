@@ -15,7 +15,9 @@ view of a buffer with its adapter's columns or rows, which are written again bef
 
 Exact: the same sum in another order. For MLPs of gate, up and down and attention of q, k, v and o with one plain
 adapter each (no dropout, bias or DoRA) on a base that is neither quantised nor trained; others stay as they are.
-PEFT's `disable_adapter()` no longer works. Goes when PEFT learns it.
+Layers go PEFT's own way while it has their adapter disabled, merged, scaled or unloaded, or others active. The base
+cannot be saved by transformers' `save_pretrained`, for q, k and v share a buffer; `vqa-sft export` writes a merged one.
+Goes when PEFT learns it.
 """
 
 import types
@@ -30,6 +32,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 
 from vqa_sft.models.fast import vision
+from vqa_sft.models.fast.adapter_state import adapter_of, has_only
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -95,6 +98,7 @@ def fuse_mlp(layer: nn.Module, writes: Writes) -> bool:
     num_inputs, middle = gate.in_features, gate.in_features + _rank(gate)
     mlp.wide_gate, mlp.wide_up = (_beside([layer], columns=_rank(gate) + _rank(up)) for layer in (gate, up))
     mlp.wide_down = _beside([down], rows=_rank(down))
+    mlp.fused = tuple(map(adapter_of, (gate, up, down)))
     writes.add_columns(mlp.wide_gate[:, num_inputs:middle], gate)
     writes.add_columns(mlp.wide_up[:, middle:], up)
     writes.add_rows(mlp.wide_down[down.out_features :], down)
@@ -118,6 +122,7 @@ def fuse_attention(layer: nn.Module, writes: Writes) -> bool:
     attention.wide_qkv = _beside(ins, columns=-(-ranks // MULTIPLE) * MULTIPLE)
     attention.bias_qkv = None if biases[0] is None else torch.cat([bias.data for bias in biases])
     attention.wide_o = _beside([out], rows=_rank(out))
+    attention.fused = tuple(map(adapter_of, (*ins, out)))
     row, column = 0, ins[0].in_features
     for layer in ins:
         block = attention.wide_qkv[row : row + layer.out_features, column : column + _rank(layer)]
@@ -151,6 +156,11 @@ def is_plain(layer: nn.Module) -> bool:
     )
 
 
+def _is_as_fused(module: nn.Module, names: Sequence[str]) -> bool:
+    """Whether what the buffers hold is what PEFT is asked for."""
+    return all(has_only(getattr(module, name), adapter) for name, adapter in zip(names, module.fused, strict=True))
+
+
 def _weights(layer: Linear) -> tuple[nn.Parameter, nn.Parameter, float]:
     """A (r, K), B (N, r) and their factor."""
     (adapter,) = layer.active_adapters
@@ -178,6 +188,8 @@ def _beside(layers: Sequence[Linear], *, rows: int = 0, columns: int = 0) -> tor
 
 def _forward_mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The library's own forward, (..., K) -> (..., K), which finds gate and up computed."""
+    if not _is_as_fused(mlp, MLP):
+        return type(mlp).forward(mlp, x)
     (gate_a, gate_b, gate_scale), (up_a, up_b, up_scale) = _weights(mlp.gate_proj), _weights(mlp.up_proj)
     dtype = mlp.wide_gate.dtype
     with torch.autocast(x.device.type, enabled=False):  # all is converted here
@@ -189,6 +201,8 @@ def _forward_mlp(mlp: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def _forward_attention(attention: nn.Module, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """The library's own forward, which finds q, k and v computed."""
+    if not _is_as_fused(attention, ATTENTION):
+        return type(attention).forward(attention, hidden_states, *args, **kwargs)
     known = dict(zip(ATTENTION, _project(attention, hidden_states), strict=False))
     stand_in = _StandIn(attention, hidden_states, known, {"o_proj": attention.wide_o})
     return type(attention).forward(stand_in, hidden_states, *args, **kwargs)

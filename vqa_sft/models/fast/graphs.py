@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from vqa_sft.console import note
 from vqa_sft.models.families import PACKED, round_up, tower_of
+from vqa_sft.models.fast.adapter_state import watch
 from vqa_sft.models.fast.attention import DECODER
 from vqa_sft.models.fast.vision import take_masks_without_waiting
 
@@ -38,15 +40,19 @@ Capture = Callable[..., list[Replay]]  # (*runs)
 
 class Graphed:
     """`Graphed(forward, capture)` gives what `forward` gives, by a graph for each shape of its arguments. Calls with
-    gradients, or with arguments that are neither tensors nor plain values, go to `forward`."""
+    gradients, or with arguments that are neither tensors nor plain values, go to `forward`; all calls do once the
+    adapters of the module that it is `of` are not those of its beginning."""
 
     has_gradients = False
 
-    def __init__(self, forward: Callable[..., Any], capture: Capture) -> None:
+    def __init__(self, forward: Callable[..., Any], capture: Capture, of: nn.Module | None = None) -> None:
         self.forward, self.capture, self.is_able = forward, capture, True
+        self.has_same_adapters = watch(nn.Module() if of is None else of)
         self.graphs: OrderedDict[Hashable, Callable[[list[Any]], Any] | None] = OrderedDict()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_able and not self.has_same_adapters():
+            self.stop("adapters are disabled, merged or others than before")
         leaves, structure = tree_flatten((args, kwargs))
         is_ours = self.is_able and torch.is_grad_enabled() == self.has_gradients
         if not is_ours or not all(isinstance(leaf, VALUES) for leaf in leaves):
@@ -60,9 +66,7 @@ class Graphed:
             try:
                 graph = self.graphs[key] = self.new_graph(leaves, structure)
             except RuntimeError as error:  # a GPU without room for it, a kernel that cannot be captured
-                self.is_able = False
-                self.forget()
-                note(f"Speed: no CUDA graphs: {(str(error).splitlines() or [type(error).__name__])[0]}.")
+                self.stop((str(error).splitlines() or [type(error).__name__])[0])
                 return self.forward(*args, **kwargs)
         return graph(leaves)
 
@@ -79,6 +83,11 @@ class Graphed:
 
     def new_graph(self, leaves: list[Any], structure: Any) -> Callable[[list[Any]], Any]:
         return Graph(self.forward, leaves, structure, self.capture)
+
+    def stop(self, why: str) -> None:
+        self.is_able = False
+        self.forget()
+        note(f"Speed: no CUDA graphs: {why}.")
 
     def forget(self) -> None:
         """All graphs, and the memory that they share."""
@@ -165,10 +174,10 @@ def use_graphs(model: PreTrainedModel, capture: Capture) -> bool:
     if decoder.config._attn_implementation != DECODER:
         return False
     take_masks_without_waiting(decoder)
-    decoder.forward = partial(forward_filled, decoder.forward, Graphed(decoder.forward, capture))
+    decoder.forward = partial(forward_filled, decoder.forward, Graphed(decoder.forward, capture, decoder))
     if model.config.model_type in PACKED:
         tower = tower_of(model)
-        tower.forward = partial(forward_tower, Graphed(tower.forward, capture))
+        tower.forward = partial(forward_tower, Graphed(tower.forward, capture, tower))
     return True
 
 

@@ -51,7 +51,7 @@ def use_training_graphs(base: PreTrainedModel, new_capture: Callable[[], Capture
     if base.config.model_type in PACKED:
         tower = tower_of(base)
         # In memory of its own: it may run between a forward of the decoder and its backward.
-        prepared.append(KeptGraphed(tower.forward, new_capture()))
+        prepared.append(KeptGraphed(tower.forward, new_capture(), tower))
         tower.forward = partial(_forward_frozen, prepared[1])
     for graphed in prepared:
         graphed.is_able = False
@@ -82,8 +82,8 @@ class KeptGraphed(Graphed):
     """Graphs that are never replaced. In training shapes come by chance: where there are hundreds, captures, which take
     as long as several steps, would save nothing."""
 
-    def __init__(self, forward: Callable[..., Any], capture: Capture) -> None:
-        super().__init__(forward, capture)
+    def __init__(self, forward: Callable[..., Any], capture: Capture, of: nn.Module | None = None) -> None:
+        super().__init__(forward, capture, of)
         self.most, self.of_a_step = MAX_GRAPHS, 0
 
     def is_due(self, key: Hashable) -> bool:
@@ -112,7 +112,7 @@ class TrainingGraphed(KeptGraphed):
     has_gradients = True
 
     def __init__(self, decoder: nn.Module, capture: Capture) -> None:
-        super().__init__(decoder.forward, capture)
+        super().__init__(decoder.forward, capture, decoder)
         self.decoder = decoder
         self.trained: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}  # and where each of them is
         self.gradients: dict[nn.Parameter, torch.Tensor] = {}  # of all graphs
