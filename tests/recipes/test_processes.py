@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from vqa_sft.data.examples import load_examples
 from vqa_sft.errors import InputError
 from vqa_sft.models import processes
 from vqa_sft.predictions.file import read_predictions
+from vqa_sft.runs import folder as run_folder
 from vqa_sft.tiny import TINY_PATH
 
 ROOT = Path(__file__).parents[2]
@@ -260,6 +262,18 @@ def test_training_on_two_processes_is_training_on_one(contest, launch, one_proce
     for number, state in theirs.items():
         assert_close(ours[number]["exp_avg"], state["exp_avg"], atol=1e-6, rtol=1e-4)
     assert_close_average(run, contest, "ema")
+
+
+@pytest.mark.slow
+def test_a_run_that_two_processes_began_goes_on_with_one(contest, launch, one_process, tmp_path, capsys):
+    run = tmp_path / "run"
+    launch("multi_gpu", 2, "sft", **RECIPE, **data(contest), output_dir=run)
+    shutil.rmtree(run / "checkpoint-6")
+    (run / run_folder.RUN).unlink()
+    train(**RECIPE, **data(contest), output_dir=run)
+    assert f"Resuming from {run}/checkpoint-3" in capsys.readouterr().out
+    assert losses(run) == pytest.approx(losses(one_process), abs=1e-5)
+    assert_close(adapter(run), adapter(one_process), atol=1e-5, rtol=0)
 
 
 def adapter(run):
