@@ -76,7 +76,7 @@ def test_the_others_start_when_the_first_has_opened_its_folder(folds):
 
 
 def test_what_the_first_finds_wrong_is_said_once(folds, capfd, tmp_path):
-    with pytest.raises(InputError, match="fold0 failed; why, was said above"):
+    with pytest.raises(InputError, match="fold0 failed, as was said above"):
         folds([None, None], {"0": 2})
     assert capfd.readouterr().out == "fold0: reads\n" and not list(tmp_path.glob("noted*"))
 

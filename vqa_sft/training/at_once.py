@@ -100,7 +100,10 @@ def train_at_once(runs: Sequence[Recipe], devices: Sequence[str | None], started
             if stops:
                 waiting.clear()
     if failed:
-        raise InputError(f"{', '.join(failed)} failed; why, was said above. The same command goes on with the rest.")
+        names = ", ".join(failed)
+        raise InputError(
+            f"{names} failed, as was said above. Once that is mended, the same command goes on with the rest."
+        )
     left = [folder for folder in folders if not run_folder.is_finished(folder)]
     if not (left or sigterms):
         return Finished()
