@@ -91,7 +91,7 @@ def test_a_fold_whose_time_is_up_ends_all(folds, tmp_path, capfd):
     ended, noted = folds([None], {"1": "time"})
     assert ended == Interrupted(by_sigterm=False) and len(noted) == 2
     left = ", ".join(str(tmp_path / f"fold{number}") for number in (1, 2, 3))
-    assert capfd.readouterr().out.endswith(f"Time is up. The same command goes on with {left}.\n")
+    assert capfd.readouterr().out.endswith(f"Time is up. The same command resumes {left}.\n")
 
 
 def test_a_sigterm_reaches_those_that_train_and_no_other_starts(folds, tmp_path):

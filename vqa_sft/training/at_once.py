@@ -5,7 +5,7 @@
 
 A fold trains as it does one after another: one process, one GPU, no exchange of gradients. The first one checks the
 data and opens its folder, or says what is wrong, before the others start. Where one fails no other begins, and those
-that train already go on to their end.
+that train already end as they would.
 """
 
 import json
@@ -74,43 +74,61 @@ class Process:
 def train_at_once(runs: Sequence[Recipe], devices: Sequence[str | None], started_s: float) -> Finished | Interrupted:
     """Train each of the runs in a process, as many at a time as there are `devices`. The time budget of all of them
     begins at the `time.monotonic()` of `started_s`. Raises InputError where one fails."""
-    folders = [run.values["output_dir"] for run in runs]
-    waiting, free = [*range(len(runs))], [*devices]
-    running: dict[int, Process] = {}
-    failed: list[str] = []
-    before, stops = _written_ns(folders[0]), False
-    with _ending(running) as sigterms:
-        while running or waiting:
-            is_checked = len(waiting) == len(runs) or 0 not in running or _written_ns(folders[0]) != before
-            if waiting and free and is_checked:
-                number, device = waiting.pop(0), free.pop(0)
-                running[number] = _start(number, folders[number], device, len(devices), started_s)
+    folds = Folds([run.values["output_dir"] for run in runs], devices, started_s)
+    with _ending(folds.running) as sigterms:
+        while folds.running or folds.waiting:
+            folds.start_next()
             time.sleep(POLL_S)
-            if sigterms and not stops:
-                stops = True
-                for process in running.values():
-                    process.of_system.terminate()
-            for number in [number for number, process in running.items() if process.of_system.poll() is not None]:
-                process = running.pop(number)
-                process.reader.join(1)
-                free.append(process.device)
-                if not run_folder.is_finished(folders[number]):
-                    stops = True  # time is up, or it failed
-                    failed += [folders[number]] if process.of_system.returncode and not sigterms else []
-            if stops:
-                waiting.clear()
-    if failed:
-        names = ", ".join(failed)
-        raise InputError(
-            f"{names} failed, as was said above. Once that is mended, the same command goes on with the rest."
-        )
-    left = [folder for folder in folders if not run_folder.is_finished(folder)]
+            if sigterms:
+                folds.stop()
+            folds.collect()
+    if folds.failed and not sigterms:
+        raise InputError(f"{', '.join(folds.failed)} failed, as was said above. The same command resumes the rest.")
+    left = [folder for folder in folds.folders if not run_folder.is_finished(folder)]
     if not (left or sigterms):
         return Finished()
     overwritten = " without --overwrite" if runs[0].arguments.overwrite else ""
     reason = "SIGTERM" if sigterms else "Time is up"
-    note(f"{reason}. The same command{overwritten} goes on with {', '.join(left) or 'what is out of fold'}.")
+    does = f"resumes {', '.join(left)}" if left else "writes what is out of fold"
+    note(f"{reason}. The same command{overwritten} {does}.")
     return Interrupted(bool(sigterms))
+
+
+class Folds:
+    """Which of them wait, train and have failed, by their numbers and folders."""
+
+    def __init__(self, folders: Sequence[str], devices: Sequence[str | None], started_s: float) -> None:
+        self.folders, self.started_s, self.num_at_once = folders, started_s, len(devices)
+        self.waiting, self.free = [*range(len(folders))], [*devices]
+        self.running: dict[int, Process] = {}
+        self.failed: list[str] = []
+        self.before_ns, self.is_stopping = _written_ns(folders[0]), False
+
+    def start_next(self) -> None:
+        """One more, where a device is free, and the first one has opened its folder."""
+        is_first = len(self.waiting) == len(self.folders)
+        is_checked = 0 not in self.running or _written_ns(self.folders[0]) != self.before_ns
+        if self.waiting and self.free and (is_first or is_checked):
+            number, device = self.waiting.pop(0), self.free.pop(0)
+            self.running[number] = _start(number, self.folders[number], device, self.num_at_once, self.started_s)
+
+    def stop(self) -> None:
+        """Ask those that train to save and stop, once; no other starts."""
+        self.waiting.clear()
+        if not self.is_stopping:
+            self.is_stopping = True
+            for process in self.running.values():
+                process.of_system.terminate()
+
+    def collect(self) -> None:
+        """Those that have ended. After one that is not finished, because it failed or time is up, no other starts."""
+        for number in [number for number, process in self.running.items() if process.of_system.poll() is not None]:
+            process = self.running.pop(number)
+            process.reader.join(1)
+            self.free.append(process.device)
+            if not run_folder.is_finished(self.folders[number]):
+                self.waiting.clear()
+                self.failed += [self.folders[number]] if process.of_system.returncode else []
 
 
 def _written_ns(folder: str) -> int:
