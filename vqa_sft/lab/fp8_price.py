@@ -97,7 +97,7 @@ def train(base: str, args: argparse.Namespace) -> np.ndarray:
     values = {"config": DIGITS, "train_data": args.work / "digits" / "train.csv", "output_dir": run, "overwrite": True}
     values |= {"max_steps": args.steps, "logging_steps": 1, "eval_strategy": "no", "save_strategy": "no"}
     values |= {"load_best_model_at_end": False, "early_stopping_patience": "null", "disable_tqdm": True}
-    values |= {"use_cpu": args.use_cpu, "compile_layers": False}
+    values |= {"use_cpu": args.use_cpu, "compile_layers": False, "validation_fraction": 0}
     run_recipe("sft.py", values | ({"base_precision": "fp8"} if base == ROUNDED else {}))
     with (run / "log.csv").open() as file:
         return np.array([float(line["loss"]) for line in csv.DictReader(file) if line["loss"]])
