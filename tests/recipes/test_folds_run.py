@@ -97,7 +97,7 @@ def num_steps(run):
     return sum(int(path.rpartition("-")[2]) for path in saved if path)
 
 
-@pytest.mark.medium
+@pytest.mark.slow
 def test_folds_at_once_are_those_one_after_another(arguments, whole, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, str(RECIPES / "sft.py"), *arguments(run, folds_at_once=2)]
