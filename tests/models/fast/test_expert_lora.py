@@ -7,6 +7,7 @@ import torch
 from families import skeleton
 from gradients import assert_same, gradients_of
 from peft import get_peft_model
+from peft_calls import disable, merge, unload
 from trl import ModelConfig
 
 from vqa_sft.batch.collator import AnswerCollator
@@ -66,18 +67,6 @@ def test_adapted_experts_give_the_logits_and_gradients_of_peft(families, rows_of
         assert (changed - plain[0]).abs().max() > 1e-3
 
 
-def disable(model):
-    with model.disable_adapter():
-        yield
-
-
-def merge(model):
-    model.merge_adapter()
-    yield
-    model.unmerge_adapter()
-    yield
-
-
 def set_another(model):
     torch.manual_seed(1)
     config = copy.copy(model.peft_config["default"])
@@ -86,11 +75,6 @@ def set_another(model):
     model.set_adapter("other")
     yield
     model.delete_adapter("default")
-    yield
-
-
-def unload(model):
-    model.unload()
     yield
 
 

@@ -7,6 +7,7 @@ import torch
 from gradients import PACKED_FAMILIES, assert_same, compiler, gradients_of, road_of
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft_calls import disable, merge, unload
 from trl import ModelConfig
 
 from vqa_sft.batch.collator import AnswerCollator
@@ -125,19 +126,6 @@ def test_saved_adapters_and_merged_weights_are_those_of_separate_ones(road, tmp_
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def disable(model):
-    with model.disable_adapter():
-        yield
-    yield
-
-
-def merge(model):
-    model.merge_adapter()
-    yield
-    model.unmerge_adapter()
-    yield
-
-
 def merge_safely(model):
     model.merge_adapter(safe_merge=True)
     yield
@@ -169,11 +157,6 @@ def scale(model):
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             layer.scale_layer(0.5)
-    yield
-
-
-def unload(model):
-    model.unload()
     yield
 
 
