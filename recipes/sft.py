@@ -75,6 +75,7 @@ def main() -> None:
 
 
 def leave(ended: Finished | Interrupted) -> None:
+    """End this process, with 143 where a SIGTERM has ended the training."""
     ended_by_sigterm = isinstance(ended, Interrupted) and ended.by_sigterm
     processes.leave(128 + signal.SIGTERM if ended_by_sigterm else 0)  # as of a process that the signal ended
 
