@@ -60,6 +60,8 @@ POINTS = [
     Point("google/gemma-4-E4B-it", replace(MIXED(4, eval_batch=8, **T4), max_pixels=140 * 48**2), 10.67, 5, 16),
     Point(B30, OTHERS(8, fast=False, checkpointing=True), 59.8, within=5),
     Point(B30, OTHERS(8, fast=False, checkpointing=True), 79.8, within=5, adapt_experts=True),
+    Point(B8, COMPILED(16), 34.6, within=15),
+    Point("OpenGVLab/InternVL3_5-8B-HF", COMPILED(16), 37.6, within=10),
     Point(GEMMA, COMPILED(16, max_pixels=BUDGET), 67.0, within=5),
     Point(GEMMA, COMPILED(16, max_pixels=BUDGET, memory_budget=1), 86.9, within=5),
     Point("Qwen/Qwen3.5-9B", COMPILED(16), 38.4, within=5),
