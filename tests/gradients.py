@@ -20,8 +20,9 @@ PACKED_FAMILIES = [name for name, family in FAMILIES.items() if family.packs_row
 PACKED_FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PACKED_FAMILIES]
 
 
-def road_of(folder, contest):
-    """A model with a LoRA that does something, its processor, letter ids, and rows of many lengths and images."""
+def road_of(folder, contest, **adapted):
+    """A model with a LoRA that does something, its processor, letter ids, and rows of many lengths and images.
+    `adapted`: parts that `lora_config` is asked to adapt."""
     examples, _ = load_examples(str(contest / "train.csv"))
     rows = [examples[i] for i in range(5)]
     rows[1] = rows[1] | {"question": "Which of these is the colour of the square that stands in the image?"}
@@ -30,7 +31,7 @@ def road_of(folder, contest):
     processor = load_processor(folder)
     args = ModelConfig(model_name_or_path=folder, dtype=None, use_peft=True, lora_r=4, lora_dropout=0.0)
     base = load_model(args, "fp32")
-    model = get_peft_model(base, lora_config(args, base))
+    model = get_peft_model(base, lora_config(args, base, **adapted))
     torch.manual_seed(0)  # rounding is larger for some weights than the tests allow
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

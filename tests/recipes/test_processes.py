@@ -13,7 +13,7 @@ import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from contest import write_hard_contest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scripts import run_forked, run_script, train
 from torch.testing import assert_close
 
@@ -346,6 +346,24 @@ def test_zero_trains_as_plain_ddp_and_saves_an_adapter(
     reference = tmp_path / "one.csv" if averaged else one_process_predictions
     ours, theirs = (read_predictions(path.with_suffix(".parquet")) for path in (outputs[run], reference))
     assert_close(ours.choice_logits, theirs.choice_logits, atol=1e-2, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_experts_trains_on_two_processes_as_on_one(contest, launch, families, tmp_path):
+    """Weights as the Hub has them: their experts are transposed as they are loaded, by ZeRO-3 too."""
+    model = shutil.copytree(families("qwen3_vl_moe"), tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights = {name: w.transpose(1, 2).contiguous() if ".experts." in name else w for name, w in weights.items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    values = RECIPE | data(contest) | {"model_name_or_path": model, "adapt_experts": True}
+    train(**values, output_dir=tmp_path / "one")
+    reference = losses(tmp_path / "one")
+    assert len(reference) == 6
+    for name in ("multi_gpu", "zero3"):
+        launch(name, 2, "sft", **values, output_dir=tmp_path / name)
+        assert losses(tmp_path / name) == pytest.approx(reference, abs=1e-5)
+        assert any(".experts." in weight for weight in adapter(tmp_path / name))
+        assert_close(adapter(tmp_path / name), adapter(tmp_path / "one"), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow

@@ -17,16 +17,15 @@ from vqa_sft.models import processes
 from vqa_sft.models.families import tower_of
 from vqa_sft.models.fast import speedups
 from vqa_sft.models.scoring import answer_logits
-from vqa_sft.tiny import TINY_PATH
 
 
-def compare_gradients(rank, contest, folder):
+def compare_gradients(rank, contest, model_folder, adapts_experts, folder):
     """Writes how far the gradients of spread weights are from those of whole ones, as a share of the largest, and how
     often a block of the tower ran backward."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(0)
-    model, processor, letter_ids, rows = road_of(TINY_PATH, contest)
+    model, processor, letter_ids, rows = road_of(model_folder, contest, adapt_experts=adapts_experts)
     model.enable_input_require_grads()  # as gradient checkpointing does, for the tower's embedding too
     base, processes.shards_weights = model.get_base_model(), lambda: True
     packer = speedups.pack_rows(base, "fp32")
@@ -58,7 +57,11 @@ def compare_gradients(rank, contest, folder):
 
 
 @pytest.mark.slow
-def test_packed_rows_and_a_tower_without_gradients_have_the_gradients_of_whole_weights(contest, tmp_path):
-    torch.multiprocessing.spawn(compare_gradients, (contest, tmp_path), nprocs=2)
+@pytest.mark.parametrize(("family", "adapts_experts"), [("qwen2_5_vl", False), ("qwen3_vl_moe", True)])
+def test_packed_rows_and_a_tower_without_gradients_have_the_gradients_of_whole_weights(
+    families, contest, tmp_path, family, adapts_experts
+):
+    arguments = (contest, families(family), adapts_experts, tmp_path)
+    torch.multiprocessing.spawn(compare_gradients, arguments, nprocs=2)
     far, num_weights, num_backward = torch.load(tmp_path / "found.pt")
     assert far < 1e-5 and num_weights > 10 and num_backward == 0
