@@ -10,7 +10,7 @@
 Any field can be in a yaml, and be given again on the command line. One forward a batch, the letters' logits at the last
 prompt position. Beside the submission (id and answer letter, in the data's own format) a prediction file is written,
 submission.parquet, with log-probabilities of every choice. Of several runs each has a prediction file too, and the
-submission is of their probabilities' mean.
+submission is of their average.
 
 Scores are saved in submission.csv.parts/ as they are computed: the same command resumes after an interruption.
 """

@@ -101,7 +101,7 @@ class PredictionArguments:
     batch_size: int = option("Rows per forward and process, each order counted as one.", default=16, bounds=(1, None))
     num_workers: int = option("Processes that read images.", default=2, bounds=(0, None))
     compile_layers: bool | None = option(
-        "Compile the layers, about a minute at the start; default: for thousands of rows.", default=None
+        "Compile the layers at the start; default: from 3,000 views on (rows x orders x scales x runs).", default=None
     )
     min_pixels: int | None = option("With `run: none`; a run has its own.", default=None, bounds=(1, 10**8))
     max_pixels: int | None = option("With `run: none`; a run has its own.", default=None, bounds=(1, 10**8))
