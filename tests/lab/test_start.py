@@ -21,3 +21,11 @@ def test_the_start_is_measured_on_a_cpu(tmp_path, monkeypatch, capfd):
     (line,) = [json.loads(line) for line in capfd.readouterr().out.splitlines() if line.startswith('{"uncompiled')]
     found = line["uncompiled, 32 rows"]
     assert 0 < found["first_s"] < found["end_s"] and found["weights_s"] > 0
+
+
+def test_without_a_gpu_the_full_shapes_are_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["start", "--work", str(tmp_path / "work")])
+    with pytest.raises(SystemExit) as ended:
+        start.main()
+    assert ended.value.code == 2 and "--tiny" in capsys.readouterr().err and not (tmp_path / "work").exists()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from vqa_sft.console import table
-from vqa_sft.errors import exits_with_message
+from vqa_sft.errors import InputError, exits_with_message
 from vqa_sft.lab.benchmark_cases import FIXED, QWEN_7B
 
 BATCH_SIZE = 16
@@ -61,6 +61,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/start"), help="folder for models, data and runs")
     parser.add_argument("--tiny", action="store_true", help="a small shape and few rows, on a CPU")
     args = parser.parse_args()
+    if not args.tiny:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError("there is no GPU here. Try --tiny, which runs on a CPU.")
     from vqa_sft.lab.random_models import save_random_model, small_shape, write_data
 
     how: dict[str, Any] = {"side_px": (60, 120), "num_words": (5, 20)} if args.tiny else FIXED
