@@ -1,6 +1,5 @@
 """What layers keep is counted as autograd saves it, for every family, kernel and kind of adapter."""
 
-import functools
 from dataclasses import replace
 
 import pytest
@@ -229,8 +228,7 @@ def test_what_compiled_layers_keep_is_counted_for_any_number_of_tokens(families,
     monkeypatch.setattr(count, "COMPILED_ROWS", rows)
     monkeypatch.setattr(count, "COMPILED_LENGTH", length)
     monkeypatch.setattr(count, "COMPILED_TOKENS", rows * length)
-    shape.compiled.clear()
-    others = kept_by_compiled_kinds(shape, plan)
+    others = kept_by_compiled_kinds(replace(shape, compiled={}), plan)
     for one, other in zip(found, others, strict=True):
         if one is not None:  # the last layer of packed rows
             assert one.of(rows * length, length) == pytest.approx(other.of(rows * length, length), rel=1e-3)
@@ -257,20 +255,14 @@ def test_routed_experts_stay_whole_in_4_bit_and_keep_what_their_tokens_are():
     assert experts * 2 / 2**30 < estimate(shape, replace(plan, bits=4))["language model"] < 57
     # Eight experts a token: their inputs, gate and up, what is multiplied, and outputs.
     assert counted(shape, plan).kinds[0].kept.token > 8 * 2 * (2 * 768 + 768)
-    experts_of_layer = 128 * 3 * 2048 * 768 * 2
-    added, beside = (counted(adapted_experts(), replace(plan, fused=fused)).kinds[0].kept for fused in (False, True))
+    experts_of_layer, adapted = 128 * 3 * 2048 * 768 * 2, shape_of(B30, rank=8, adapt_experts=True)
+    added, beside = (counted(adapted, replace(plan, fused=fused)).kinds[0].kept for fused in (False, True))
     assert added.fixed > experts_of_layer  # PEFT adds base and adapter before the product
     assert beside.fixed < experts_of_layer / 10
     # The Bs of rank 8 once more in bf16; a rank of 12 takes PEFT's way again.
-    assert counted(adapted_experts(), plan).copies == 48 * 128 * 8 * (2 * 768 + 2048) * 2
-    by_peft = counted(adapted_experts(lora_r=12), plan)
+    assert counted(adapted, plan).copies == 48 * 128 * 8 * (2 * 768 + 2048) * 2
+    by_peft = counted(shape_of(B30, rank=12, adapt_experts=True), plan)
     assert by_peft.copies == 0 and by_peft.kinds[0].kept.fixed > experts_of_layer
-
-
-@functools.cache
-def adapted_experts(lora_r=8):
-    args = ModelConfig(model_name_or_path=B30, use_peft=True, lora_r=lora_r, lora_dropout=0.0)
-    return read_shape(args, shapes.shape_config(B30), adapt_experts=True)
 
 
 def test_layers_that_share_keys_and_embeddings_of_each_layer_are_counted_once():
@@ -318,4 +310,4 @@ def test_a_model_that_cannot_do_without_values_is_refused_in_one_line(families, 
 
     monkeypatch.setattr(type(decoder_layers(shape.decoder)[0]), "forward", look)
     with pytest.raises(InputError, match="memory of qwen2_5_vl_text cannot be estimated: its layers do not run on"):
-        estimate(shape, replace(plan, bits=8))
+        estimate(replace(shape, counted={}), plan)

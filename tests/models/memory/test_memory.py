@@ -23,7 +23,7 @@ from vqa_sft.errors import InputError
 from vqa_sft.models import shapes
 from vqa_sft.models.load import load_model
 from vqa_sft.models.lora import lora_config
-from vqa_sft.models.memory import describe, estimate as estimates, fit, needs, out_of_memory
+from vqa_sft.models.memory import estimate as estimates, fit, needs, out_of_memory
 from vqa_sft.models.memory.estimate import (
     estimate,
     need_gib,
@@ -198,22 +198,6 @@ def test_every_remedy_is_enough(name, compiled):
 
 
 # --- vqa-sft memory ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def each_shape_once(monkeypatch):
-    """Commands about the same model with the same adapter count its layers once."""
-    monkeypatch.setattr(describe, "read_shape", read_shape_once)
-
-
-def read_shape_once(model_args, config, **parts):
-    key = repr((model_args, config.to_dict(), parts))
-    if key not in SHAPES_READ:
-        SHAPES_READ[key] = read_shape(model_args, config, **parts)
-    return SHAPES_READ[key]
-
-
-SHAPES_READ = {}
 
 
 def test_a_recipe_of_every_model_has_a_table_within_seconds(run):

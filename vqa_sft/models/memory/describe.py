@@ -22,7 +22,6 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
     arguments, training_args, model_args = recipe.arguments, recipe.training_args("fp32"), recipe.model_args()
     name, fast = model_args.model_name_or_path, arguments.fast
     config, note = read_config(model_args, trust_remote_code=training_args.trust_remote_code)
-    shape = read_shape(model_args, config, **arguments.adapted_parts)
     seen, images_line = read_images(model_args, arguments, config)
     asked = {name: recipe.values.get(name) for name in ("bf16", "fp16")}
     precision = "fp16" if asked["fp16"] else "fp32" if asked == {"bf16": False, "fp16": False} else "bf16"
@@ -41,7 +40,7 @@ def describe_recipe(recipe: Recipe, *, text_tokens: int, images: int, gpu_gib: f
         fp8_base=arguments.base_precision == "fp8",
     )
     plan, stored = read_stored(name, config, plan)
-    shape, plan = with_images(shape, plan, seen)
+    shape, plan = with_images(read_shape(model_args, config, **arguments.adapted_parts), plan, seen)
     can_compile = fast and plan.bits == 16 and precision == "bf16"
     plans = _compiled_or_not(shape, plan, arguments.compile_layers if can_compile else False)
     lines = [line for line in (note, stored) if line]

@@ -110,9 +110,20 @@ def read_config(model_args: ModelConfig, *, trust_remote_code: bool = False) -> 
         raise cannot_load(name, error) from error
 
 
+_SHAPES: dict[str, Shape] = {}  # by what they are read from
+
+
 def read_shape(model_args: ModelConfig, config: PreTrainedConfig, **adapted_parts: bool) -> Shape:
     """Count the model's parameters, those of its adapter included, on the meta device; `adapted_parts` are those of
-    `lora_config`."""
+    `lora_config`. The same is counted once in a process, and what its layers keep: a start of a training asks for it
+    up to three times."""
+    key = repr((model_args, config.to_dict(), adapted_parts))
+    if key not in _SHAPES:
+        _SHAPES[key] = _read_shape(model_args, config, **adapted_parts)
+    return _SHAPES[key]
+
+
+def _read_shape(model_args: ModelConfig, config: PreTrainedConfig, **adapted_parts: bool) -> Shape:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     decoder = model.get_decoder()
