@@ -98,12 +98,13 @@ def steps(run):
     return sorted(int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*"))
 
 
-def test_a_run_killed_after_its_last_checkpoint_has_nothing_left_to_train(train):
-    run = train()
-    before = result(run)
+@pytest.mark.parametrize("values", [{}, {"max_steps": 5, "lr_scheduler_type": "constant"}], ids=["epochs", "steps"])
+def test_a_run_killed_after_its_last_checkpoint_has_nothing_left_to_train(train, values):
+    run = train(**values)
+    before, checkpoint = result(run), checkpoints.last_whole_checkpoint(run)
     for name in (run_folder.RUN, run_folder.VALIDATION, "adapter_model.safetensors"):
         (run / name).unlink()
-    assert result(train()) == before
+    assert result(train(**values)) == before and checkpoints.last_whole_checkpoint(run) == checkpoint
 
 
 def test_a_run_that_stopped_early_and_was_killed_then_has_nothing_left_to_train(train):
