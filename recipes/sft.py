@@ -34,7 +34,7 @@ from vqa_sft.models.memory.fit import choose_batch
 from vqa_sft.predictions.calibration import calibrate_new
 from vqa_sft.report.report_page import report_new
 from vqa_sft.runs import folder as run_folder
-from vqa_sft.runs.out_of_fold import write_out_of_fold
+from vqa_sft.runs.out_of_fold import check_folds, write_out_of_fold
 from vqa_sft.training.at_once import choose_devices, own_fold, train_at_once
 from vqa_sft.training.build import build_trainer, prepare_model
 from vqa_sft.training.folder import open_folder, push, write_results
@@ -59,6 +59,8 @@ def main() -> None:
     num_at_once = recipe.arguments.folds_at_once
     folders = [output_dir, *(runs[0].folders if num_at_once == 1 else [])]
     with held(folders if is_main_process() else [], "output_dir"):
+        if recipe.arguments.fold == "all":
+            check_folds(output_dir, runs[0].folders, recipe.arguments.folds_file, recipe.arguments.overwrite)
         if num_at_once == 1:
             ended = train_runs(runs, train, STARTED_S)
         else:

@@ -68,3 +68,16 @@ def test_an_interrupted_script_says_one_word():
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate()[1] == "Interrupted.\n" and process.returncode == 130
+
+
+@pytest.mark.parametrize(
+    "write",
+    ["open({path!r}, 'wb').write(bytes(20_000))", "import numpy as np; save_file({{'a': np.zeros(2000)}}, {path!r})"],
+    ids=["python", "safetensors"],
+)
+def test_a_file_that_may_not_be_so_large_ends_a_script_in_one_line(tmp_path, write):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
+    write = write.format(path=str(tmp_path / "file"))
+    said, error = run(f"{limit}from safetensors.numpy import save_file; {write}")
+    assert said == "codes 2\n" and error.startswith("error: a file is too large on the disk (") and "ulimit" in error
+    assert len(error.splitlines()) == 1

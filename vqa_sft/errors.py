@@ -65,7 +65,8 @@ def explains(kinds: type[Exception] | tuple[type[Exception], ...], what: str) ->
 
 
 def breakdown(error: BaseException | None, where: str = "on the disk") -> str | None:
-    """What the machine did to a run, and how to fix it: a full disk, a killed worker; None for any other error."""
+    """What the machine did to a run, and how to fix it: a full disk, a file that may not be so large, a killed worker;
+    None for any other error."""
     while error is not None:
         text = printable(" ".join(str(error).split()), limit=400)
         if LOST_WORKER.search(text) or _is_from_worker(error):
@@ -74,6 +75,9 @@ def breakdown(error: BaseException | None, where: str = "on the disk") -> str | 
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or FULL_DISK.search(text):
             hint = "Make room; what was saved before is whole."
             return f"no room is left {where} ({type(error).__name__}: {text}). {hint}"
+        if getattr(error, "errno", None) == errno.EFBIG or f"(os error {errno.EFBIG})" in text:  # safetensors
+            hint = "Raise `ulimit -f`, or take a disk that holds larger files; what was saved before is whole."
+            return f"a file is too large {where} ({type(error).__name__}: {text}). {hint}"
         error = error.__cause__ or error.__context__
     return None
 

@@ -1,9 +1,11 @@
 import pytest
+import yaml
 
 from vqa_sft.batch.prompts import Prompts
 from vqa_sft.config.fields import describe_fields
 from vqa_sft.config.recipe import read_recipe
 from vqa_sft.config.training import RecipeArguments
+from vqa_sft.data.folds import write_folds
 from vqa_sft.errors import InputError
 
 NEEDED = {"model_name_or_path": "model", "train_data": "train.csv", "output_dir": "runs/x"}
@@ -263,3 +265,13 @@ def test_rows_are_read_with_the_candidates_of_the_recipe_where_it_is_a_classific
     assert options.none_of_these == "해당하는 것 없음"
     usual = read(tmp_path, "").arguments
     assert usual.with_candidates(usual.data_options) == usual.data_options
+
+
+def test_the_recipe_of_a_fold_that_was_trained_with_others_at_once_trains_it_alone(tmp_path):
+    write_folds(tmp_path / "folds.csv", [*"abc"], [0, 1, -1])
+    folds = f"folds_file: {tmp_path / 'folds.csv'}\nfold: all\n"
+    one, at_once = read(tmp_path, folds).runs(), read(tmp_path, folds + "folds_at_once: 2\n").runs()
+    assert [run.values for run in at_once] == [run.values for run in one]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(at_once[1].values))
+    alone = read_recipe(["--config", str(tmp_path / "own.yaml")])
+    assert alone.values == at_once[1].values and alone.arguments == at_once[1].arguments

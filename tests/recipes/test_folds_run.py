@@ -194,6 +194,25 @@ def test_folds_that_do_not_go_together_are_refused(arguments, whole, tmp_path, c
         write_out_of_fold(other, [other / f"fold{fold}" for fold in range(3)])
 
 
+@pytest.mark.parametrize("num_at_once", [1, 2])
+def test_a_file_of_folds_that_has_changed_is_refused_and_what_is_out_of_fold_stays(
+    arguments, whole, tmp_path, capsys, num_at_once
+):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    ids = [row["id"] for row in csv.DictReader((run / "fold0" / "rows.csv").read_text().splitlines())]
+    how = {"folds_file": tmp_path / "folds.csv", "folds_at_once": num_at_once}
+    for folds, message in (
+        ([-1 if i < 4 else (i + 1) % 3 for i in range(len(ids))], "fold0 was trained: other folds of rows"),
+        ([-1 if i < 4 else i % 2 for i in range(len(ids))], "holds fold2, which"),
+    ):
+        write_folds(tmp_path / "folds.csv", ids, folds)
+        with pytest.raises(SystemExit) as stop:
+            run_script("sft", *arguments(run, **how))
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert (run / OUT_OF_FOLD).read_bytes() == (whole / OUT_OF_FOLD).read_bytes()
+
+
 def test_each_fold_is_pushed_to_a_repository_of_its_own(arguments, tmp_path):
     recipe = read_recipe(arguments(tmp_path / "mine", push_to_hub=True))
     assert [run.values["hub_model_id"] for run in recipe.runs()] == ["mine-fold0", "mine-fold1", "mine-fold2"]

@@ -98,12 +98,13 @@ def steps(run):
     return sorted(int(path.name.removeprefix("checkpoint-")) for path in run.glob("checkpoint-*"))
 
 
-def test_a_run_killed_after_its_last_checkpoint_has_nothing_left_to_train(train):
-    run = train()
-    before = result(run)
+@pytest.mark.parametrize("values", [{}, {"max_steps": 5, "lr_scheduler_type": "constant"}], ids=["epochs", "steps"])
+def test_a_run_killed_after_its_last_checkpoint_has_nothing_left_to_train(train, values):
+    run = train(**values)
+    before, checkpoint = result(run), checkpoints.last_whole_checkpoint(run)
     for name in (run_folder.RUN, run_folder.VALIDATION, "adapter_model.safetensors"):
         (run / name).unlink()
-    assert result(train()) == before
+    assert result(train(**values)) == before and checkpoints.last_whole_checkpoint(run) == checkpoint
 
 
 def test_a_run_that_stopped_early_and_was_killed_then_has_nothing_left_to_train(train):
@@ -141,6 +142,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(train, capsys):
     weights = load_file(run / "checkpoint-3" / "model.safetensors")
     del weights["model.language_model.norm.weight"]
     save_file(weights, run / "checkpoint-3" / "model.safetensors", {"format": "pt"})
+    checkpoints.mark_whole(run / "checkpoint-3")
     shutil.rmtree(run / "checkpoint-6")
     with pytest.raises(SystemExit) as stop:
         train(use_peft=False, max_steps=6)
@@ -161,6 +163,34 @@ def test_a_checkpoint_without_its_marker_is_passed_over_and_removed(train, capsy
     assert "checkpoint-9 was not finished when the run stopped; it is removed" in output
     assert f"Resuming from {run / 'checkpoint-6'}." in output
     assert (run / "checkpoint-9" / checkpoints.MARKER).is_file()
+
+
+@pytest.mark.parametrize("cut", [0, 5_000, None])
+def test_a_checkpoint_that_was_copied_in_part_is_refused_and_kept(train, capsys, cut):
+    run = train(save_total_limit=3)
+    before = result(run)
+    (run / run_folder.RUN).unlink()
+    optimiser = run / "checkpoint-9" / "optimizer.pt"
+    content = optimiser.read_bytes()
+    if cut is None:  # transformers would begin with another optimiser, and say nothing
+        optimiser.unlink()
+    else:
+        optimiser.write_bytes(content[:cut])
+    with pytest.raises(SystemExit) as stop:
+        train(save_total_limit=3)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Traceback" not in error
+    assert "checkpoint-9 is not as it was saved: optimizer.pt cut or not there. Copy it again, or delete it" in error
+    shutil.rmtree(run / "checkpoint-9")  # as the message says
+    assert result(train(save_total_limit=3)) == before
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(train):
+    run = train()
+    before = result(run)
+    (run / run_folder.RUN).unlink()
+    (run / "checkpoint-9" / checkpoints.MARKER).write_bytes(b"")
+    assert result(train()) == before
 
 
 def test_a_run_that_goes_on_with_smaller_micro_batches_and_recomputation_ends_as_it_would_have(train):

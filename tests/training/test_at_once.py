@@ -87,6 +87,15 @@ def test_where_one_fails_those_that_train_go_on_and_no_other_starts(folds, tmp_p
     assert [path.name for path in tmp_path.glob("noted*")] == ["noted0.json"]
 
 
+def test_a_run_that_is_refused_has_failed_though_its_folder_was_finished_before(folds, tmp_path):
+    for number in range(4):
+        (tmp_path / f"fold{number}").mkdir()
+        (tmp_path / f"fold{number}" / "run.json").write_text("{}")
+    with pytest.raises(InputError, match="fold0 failed, as was said above"):
+        folds([None, None], {"0": 2})
+    assert not list(tmp_path.glob("noted*"))
+
+
 def test_a_fold_whose_time_is_up_ends_all(folds, tmp_path, capfd):
     ended, noted = folds([None], {"1": "time"})
     assert ended == Interrupted(by_sigterm=False) and len(noted) == 2

@@ -37,13 +37,14 @@ class Recipe:
             return [replace(self, folders=[self.values["output_dir"]])]
         own, runs = self.arguments, []
         name = self.values.get("hub_model_id") or os.path.basename(os.path.abspath(self.values["output_dir"]))
+        values = {key: value for key, value in self.values.items() if key != "folds_at_once"}  # of all, not of one
         for fold in fold_numbers(own.folds_file):
             given = {"fold": fold, "output_dir": f"{self.values['output_dir']}/fold{fold}"}
             if self.values.get("push_to_hub"):
                 given["hub_model_id"] = f"{name}-fold{fold}"
             # The first run moves the earlier ones of all folds aside.
-            arguments = replace(own, fold=fold, overwrite=own.overwrite and not runs)
-            runs.append(replace(self, values=self.values | given, arguments=arguments))
+            arguments = replace(own, fold=fold, folds_at_once=1, overwrite=own.overwrite and not runs)
+            runs.append(replace(self, values=values | given, arguments=arguments))
         if not runs:
             raise InputError(f"{own.folds_file} has no fold but -1, whose rows are always trained on.")
         folders = [run.values["output_dir"] for run in runs]

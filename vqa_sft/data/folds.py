@@ -207,14 +207,14 @@ def read_folds(path: str | Path, ids: Sequence[str], whole: bool = True) -> list
 
     `whole` is False where `ids` are only a part of the data, as under a limit: then the file may have others.
     """
-    fold_of = _read(path, ids)
+    fold_of = read_fold_of(path, ids)
     _check_ids(path, ids, fold_of, whole)
     return [fold_of[row_id] for row_id in ids]
 
 
 def fold_numbers(path: str | Path) -> list[int]:
     """The folds of a file, fewest first, without that of the rows that are always trained on. Raises InputError."""
-    return sorted(set(_read(path).values()) - {-1})
+    return sorted(set(read_fold_of(path).values()) - {-1})
 
 
 def _open(path: str | Path, ids: Sequence[str] | None) -> Source:
@@ -230,8 +230,8 @@ def _open(path: str | Path, ids: Sequence[str] | None) -> Source:
         raise
 
 
-def _read(path: str | Path, ids: Sequence[str] | None = None) -> dict[str, int]:
-    """Id -> fold. Raises InputError."""
+def read_fold_of(path: str | Path, ids: Sequence[str] | None = None) -> dict[str, int]:
+    """Id -> fold; `ids` tell the encoding where it is not sure. Raises InputError."""
     if not Path(path).is_file():
         raise InputError(f"no such file: {path}. `vqa-sft folds` writes one.")
     opened = _open(path, ids)

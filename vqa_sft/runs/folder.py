@@ -32,7 +32,7 @@ from vqa_sft.data.classes import Classes
 from vqa_sft.data.columns import Columns
 from vqa_sft.errors import InputError
 from vqa_sft.files import lying_in, remove_unfinished, write_whole
-from vqa_sft.runs.checkpoints import last_whole_checkpoint, remove_broken_checkpoints
+from vqa_sft.runs.checkpoints import check_whole, last_whole_checkpoint, remove_broken_checkpoints
 
 RECIPE, RUN, METRICS, VALIDATION = "recipe.yaml", "run.json", "metrics.json", "validation.parquet"
 LOG, PLOT = "log.csv", "log.png"
@@ -117,8 +117,11 @@ def check(folder: str | Path, values: dict[str, Any], overwrite: bool, inputs: I
                 f"{_aside(folder)}, where the earlier run would go, is no run of ours. Choose another name."
             )
     # A run that saved nothing yet, because of a mistake in its recipe perhaps, holds nothing to lose.
-    if not overwrite and (is_finished(folder) or last_whole_checkpoint(folder)):
+    checkpoint = last_whole_checkpoint(folder)
+    if not overwrite and (is_finished(folder) or checkpoint):
         _check_same(folder, without_secrets(values))
+    if checkpoint and not overwrite and not is_finished(folder):  # that is where it resumes
+        check_whole(checkpoint)
 
 
 def _aside(folder: Path) -> Path:

@@ -7,20 +7,47 @@ from pathlib import Path
 import numpy as np
 
 from vqa_sft.console import table
-from vqa_sft.data.split import ROWS
+from vqa_sft.data.folds import read_fold_of
+from vqa_sft.data.split import ROWS, TRAIN, VALIDATION
 from vqa_sft.errors import InputError, name_rows
 from vqa_sft.predictions.calibration import CALIBRATION, OUT_OF_FOLD
 from vqa_sft.predictions.file import Predictions, read_predictions, write_predictions
 from vqa_sft.predictions.metrics import all_metrics, softmax, with_intervals
 from vqa_sft.runs import folder as run_folder
+from vqa_sft.runs.checkpoints import last_whole_checkpoint
 
 METRICS = "out_of_fold.json"
 
 
-def _ids_of(run: str | Path) -> list[str]:
-    """All rows of a run's data, in their order."""
+def check_folds(folder: str | Path, runs: Sequence[str], folds_file: str | Path, overwrite: bool) -> None:
+    """Raises InputError where the folds that `folder` holds do not go together with `runs`, those of the file: one that
+    is none of them, or, unless they are trained again, one that validates on other rows than the file has by now."""
+    found = [run for run in run_folder.runs_in([str(folder)]) if run != str(folder)]
+    found = [run for run in found if run_folder.is_finished(run) or last_whole_checkpoint(run)]
+    if others := sorted({Path(run).name for run in found} - {Path(run).name for run in runs}):
+        raise InputError(
+            f"{folder} holds {', '.join(others)}, which {folds_file} has not, and its predictions would take it too. "
+            "Move it away, or choose another output_dir."
+        )
+    fold_of = read_fold_of(folds_file)
+    for run in [] if overwrite else found:
+        fold = int(Path(run).name.removeprefix("fold"))
+        parts = [(row_id, part) for row_id, part in _parts_of(run) if part in (TRAIN, VALIDATION) and row_id in fold_of]
+        if moved := [row_id for row_id, part in parts if (part == VALIDATION) != (fold_of[row_id] == fold)]:
+            raise InputError(
+                f"{folds_file} has changed since {run} was trained: other folds of {name_rows(moved, len(parts))}. "
+                "Bring the earlier file back, or train all folds again with --overwrite."
+            )
+
+
+def _parts_of(run: str | Path) -> list[tuple[str, str]]:
+    """Id and part of all rows of a run's data, in their order."""
     with (Path(run) / ROWS).open(newline="", encoding="utf-8") as file:
-        return [row["id"] for row in csv.DictReader(file)]
+        return [(row["id"], row["part"]) for row in csv.DictReader(file)]
+
+
+def _ids_of(run: str | Path) -> list[str]:
+    return [row_id for row_id, _ in _parts_of(run)]
 
 
 def write_out_of_fold(folder: str | Path, runs: Sequence[str | Path]) -> str:

@@ -126,9 +126,10 @@ class Folds:
             process = self.running.pop(number)
             process.reader.join(1)
             self.free.append(process.device)
-            if not run_folder.is_finished(self.folders[number]):
+            # A run that is refused, of another recipe perhaps, may lie in a folder that was finished before.
+            self.failed += [self.folders[number]] if process.of_system.returncode else []
+            if self.failed or not run_folder.is_finished(self.folders[number]):
                 self.waiting.clear()
-                self.failed += [self.folders[number]] if process.of_system.returncode else []
 
 
 def _written_ns(folder: str) -> int:

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from vqa_sft.models.fast import compilation
-from vqa_sft.runs.checkpoints import MARKER
+from vqa_sft.runs.checkpoints import MARKER, mark_whole
 
 
 class MarkWholeCheckpoints(TrainerCallback):
@@ -48,8 +48,7 @@ class MarkWholeCheckpoints(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            with (Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARKER).open("w") as file:
-                os.fsync(file.fileno())
+            mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             rotate_checkpoints(args.output_dir, args.save_total_limit, state.best_model_checkpoint)
 
 

@@ -299,6 +299,14 @@ class AnswerTrainer(SFTTrainer):
         finally:
             self.data_collator, self.args.dataloader_drop_last = train_collator, drops_last
 
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, num_epochs: int, *rest: Any
+    ) -> tuple[int, int]:
+        """Epochs, and batches of the next one, that a resumed run has trained. One that was killed after its last step
+        has nothing left to train: transformers (5.23) would take another step where that one ended inside an epoch."""
+        trained = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, *rest)
+        return (num_epochs, 0) if self.state.global_step >= max_steps else trained
+
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         self.check_losses(weights=True)
         super().save_model(*args, **kwargs)
