@@ -313,3 +313,12 @@ def test_a_model_of_text_alone_is_refused_by_its_processor(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     with pytest.raises(InputError, match="has no processor for images and text, .* Take a vision-language model"):
         models.load_processor(str(tmp_path))
+
+
+def test_where_weights_do_not_fit_the_first_that_does_not_is_named(tmp_path):
+    """As torch says it, under ZeRO-3: all of them, below a line that ends with a colon."""
+    error = RuntimeError(
+        "Error(s) in loading state_dict for Net:\n\tsize mismatch for a: (2,), (3,).\n\tsize mismatch for b."
+    )
+    said = str(models.cannot_load(str(tmp_path), error))
+    assert said.endswith("cannot be loaded: Error(s) in loading state_dict for Net: size mismatch for a: (2,), (3,).")

@@ -301,4 +301,5 @@ def cannot_load(name: str, error: Exception) -> InputError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     is_found = Path(name).exists() or isinstance(error, ImportError)  # a package is missing (SmolVLM's num2words)
     where = "" if is_found else " Check the name or path, and the network."
-    return InputError(f"the model {name!r} cannot be loaded: {lines[0]}{where}")
+    said = " ".join(map(str.strip, lines[: 2 if lines[0].endswith(":") else 1]))  # "Error(s) in loading state_dict:"
+    return InputError(f"the model {name!r} cannot be loaded: {said}{where}")
