@@ -307,8 +307,9 @@ def test_nothing_but_an_ensemble_is_replaced(files, tmp_path):
     assert not (tmp_path / "out.parquet").exists()
     with pytest.raises(InputError, match="at least; got 1"):
         write_ensemble(paths[:1], tmp_path / "out.parquet")
-    with pytest.raises(InputError, match=r"a\.parquet is given twice"):
-        write_ensemble([*paths[:2], paths[0]], tmp_path / "out.parquet")
+    for again in (paths[0], str(tmp_path / ".." / tmp_path.name / "a.parquet")):
+        with pytest.raises(InputError, match=r"a\.parquet is given twice"):
+            write_ensemble([*paths[:2], again], tmp_path / "out.parquet")
     write_ensemble(paths[:2], tmp_path / "out.parquet", average="log", save_weights=tmp_path / "new.json")
     write_ensemble(paths[:2], tmp_path / "out.parquet", average="log", save_weights=tmp_path / "new.json")
     with pytest.raises(InputError, match="are for --average log; got mean"):

@@ -181,7 +181,8 @@ def write_ensemble(
     """
     if len(names) < 2:
         raise InputError(f"an ensemble is of two prediction files at least; got {len(names)}.")
-    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+    paths = [Path(name).resolve() for name in names]
+    if twice := [name for number, name in enumerate(names) if paths[number] in paths[:number]]:
         raise InputError(f"{twice[0]} is given twice. Give it once, and with --weights more of it.")
     if (weights == "learned") != bool(learn_on):
         raise InputError("--weights learned and --learn-on FILES belong together; one is missing.")
