@@ -303,10 +303,8 @@ def _backend() -> Any:
     from torch._dynamo.backends.common import aot_autograd
     from torch._inductor import compile_fx
 
-    decompositions = compile_fx.select_decomp_table()
-    return aot_autograd(
-        fw_compiler=nop, bw_compiler=nop, partition_fn=compile_fx.partition_fn, decompositions=decompositions
-    )
+    table = compile_fx.select_decomp_table()
+    return aot_autograd(fw_compiler=nop, bw_compiler=nop, partition_fn=compile_fx.partition_fn, decompositions=table)
 
 
 def _storages(values: Any) -> Iterator[torch.UntypedStorage]:
@@ -328,7 +326,7 @@ class _Live(TorchDispatchMode):
         self.is_backward = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # eight calls of nine, most of autograd
+        if func is torch.ops.prim.device.default:  # most calls; tensors made: none
             return args[0].device
         given = {storage._cdata for storage in _storages((args, kwargs))}
         result = func(*args, **(kwargs or {}))
